@@ -1,0 +1,485 @@
+"""Stage 00: LIBERO demonstrations, recorded by a scripted expert on the real simulator.
+
+    python 00_demos.py configs/tiny.yaml [key=value ...]
+
+Reads   nothing but LIBERO itself (init states 0-19); or, with `source`, a folder of LIBERO's official HDF5 files.
+Writes  runs/<config>/data/<suite>/task_NN.hdf5 in LIBERO's own layout, and demos.json (what was kept, per task).
+Cost    about 3 s per demonstration and core at 64 px; 200 demonstrations are 70 MB.
+
+The expert sees the simulator's state (poses and collision geometry) and acts through the same 7 numbers as every policy: delta
+position, delta rotation, gripper. A task is a row of TASKS: a list of primitives with their parameters. A primitive is a generator
+of actions; whoever drives it may disturb the actions, record them, or stop when the task is solved.
+
+Differences from the paper, which fine-tunes on LIBERO's human demonstrations:
+- One strategy per object, smooth and limited in speed, without pauses of hidden length: what a small policy can imitate.
+- Noise is added to the executed action, the label stays clean (DART, arXiv 1703.09327): it shows how to come back to the path.
+- An observation stands *before* its action. The official files hold the one after it (scripts/create_dataset.py of LIBERO).
+- Images only every `frame_every` steps, since rendering is most of the cost; obs/image_steps says which.
+Left out: regrasping (a try that misses its grasp is dropped, counted and repeated with other noise), `model_file` (the XML).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+import common
+import sim
+from common import GRIPPER_CLOSE, GRIPPER_OPEN, UserError
+
+
+@dataclass
+class Config(common.RunConfig):
+    n_init: int = 20  # record from the first n init states of the group "demos"
+    demos_per_init: int = 1  # demonstrations per init state, each with its own noise and waypoints
+    demo_seed: int = 0  # of noise and waypoints; not `seed`, since all training seeds share one set of demonstrations
+    frame_every: int = 4  # steps between two rendered observations
+    action_noise: float = 0.04  # standard deviation added to the executed translation (of 1), 0.3 of it to the rotation
+    waypoint_jitter: float = 0.012  # waypoints move by up to this many metres along each axis
+    tail: int = 4  # steps recorded after the first success
+    max_tries: int = 3  # tries per demonstration; after that it is left out, and counted
+    source: str = ""  # folder of LIBERO's official files (<source>/<suite>/*_demo.hdf5) to use instead of the expert
+
+
+# -------------------------------------------------------------------------------------------------------------- geometry
+UP = np.array([0.0, 0.0, 1.0])
+TOP_DOWN = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]])  # hand points down, fingers open along world y
+SUPPORTS = {"floor", "main_table", "kitchen_table", "living_room_table", "study_table", "coffee_table"}
+# The hand as two boxes around the grasp point: half extents along (opening, across), lowest height above the grasp point.
+PALM, FINGERS = (0.112, 0.040, 0.035), (0.065, 0.018, -0.010)
+MAX_OPENING = 0.075  # of 0.08 m between the open fingers
+
+
+def surface_points(model, data, geoms: list[int], spacing: float = 0.012) -> np.ndarray:
+    """Points (N, 3) on the bounding boxes of geoms in world coordinates, at most `spacing` apart; cylinders are rounded."""
+    clouds = [np.empty((0, 3))]
+    for geom in geoms:
+        centre, half = model.geom_aabb[geom].reshape(2, 3)
+        axes = [np.linspace(-1, 1, int(np.clip(np.ceil(2 * h / spacing) + 1, 2, 25))) for h in half]
+        unit = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
+        unit = unit[np.abs(unit).max(1) > 0.999]  # the surface of the box
+        if model.geom_type[geom] in (3, 5):  # mjGEOM_CAPSULE, mjGEOM_CYLINDER
+            unit[:, :2] /= np.maximum(np.linalg.norm(unit[:, :2], axis=1, keepdims=True), 1)
+        clouds.append(data.geom_xpos[geom] + (centre + unit * half) @ data.geom_xmat[geom].reshape(3, 3).T)
+    return np.concatenate(clouds)
+
+
+def collisions(obstacles: np.ndarray, grasp_point: np.ndarray, opening: np.ndarray, across: np.ndarray) -> int:
+    """How many obstacle points (N, 3) lie inside the open hand above grasp_point; opening and across are its unit axes."""
+    offset = obstacles - grasp_point
+    u, v, z = np.abs(offset @ opening), np.abs(offset @ across), offset[:, 2]
+    return sum(int(((u < a) & (v < b) & (z > low)).sum()) for a, b, low in (PALM, FINGERS))
+
+
+def top_grasp(points: np.ndarray, obstacles: np.ndarray, depth: float) -> tuple[np.ndarray, np.ndarray]:
+    """Position (3,) and rotation (3, 3) of a grasp from above: across the narrowest side of an object, clear of its neighbours.
+
+    points (N, 3) are the object's, depth says how far below its top the fingers close (8 mm above its bottom at least). The
+    grasp may move along the object to get clear; among equals the smallest turn of the hand wins.
+    """
+    height = max(points[:, 2].max() - depth, points[:, 2].min() + 0.008)
+    slab = points[(points[:, 2] > height - 0.012) & (points[:, 2] < height + 0.020), :2]  # what the fingers will touch
+    slab = slab if len(slab) >= 4 else points[:, :2]
+    obstacles = obstacles[np.linalg.norm(obstacles[:, :2] - points[:, :2].mean(0), axis=1) < 0.22]
+    best = np.inf
+    for yaw in np.deg2rad(np.arange(-85, 90, 5)):
+        opening, across = np.array([-np.sin(yaw), np.cos(yaw), 0]), np.array([-np.cos(yaw), -np.sin(yaw), 0])
+        u, v = slab @ opening[:2], slab @ across[:2]
+        width, half_length = np.ptp(u), np.ptp(v) / 2
+        for shift in (0, -0.5, 0.5) if half_length < 0.03 else (0, -0.25, 0.25, -0.5, 0.5, -0.75, 0.75):
+            along = (v.max() + v.min()) / 2 + shift * half_length
+            point = opening * (u.max() + u.min()) / 2 + across * along + UP * height
+            hits = collisions(obstacles, point, opening, across)
+            cost = width + 10 * (width > MAX_OPENING) + (hits > 0) + 0.001 * hits + 0.01 * abs(yaw) + 0.02 * abs(shift)
+            if cost < best:
+                best, position, rotation = cost, point, Rotation.from_rotvec(yaw * UP).as_matrix() @ TOP_DOWN
+    return position, rotation
+
+
+def turn_between(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The rotation vector (3,) in world axes that turns rotation matrix a into b."""
+    return Rotation.from_matrix(b @ a.T).as_rotvec()
+
+
+def limit(vector: np.ndarray, norm: float) -> np.ndarray:
+    return vector * min(1.0, norm / max(np.linalg.norm(vector), 1e-12))
+
+
+# ---------------------------------------------------------------------------------------------------------------- expert
+class MissedGrasp(Exception):
+    """The object did not come along when the hand was lifted."""
+
+
+class Expert:
+    """What the primitives know of the scene (privileged), and the one law of motion that they share."""
+
+    POSITION_SCALE, ROTATION_SCALE = 0.05, 0.5  # metres and radians that OSC_POSE moves its goal by for an action of 1
+    GAIN, TURN_GAIN = 1.3, 1.4  # of the remaining way, per step
+    TURN_SPEED, ACCELERATION = 0.5, 0.35  # bounds on the rotation's norm, on the change of the action from step to step
+
+    def __init__(self, env: sim.TaskEnv, rng: np.random.Generator, waypoint_jitter: float):
+        self.env, self.rng, self.waypoint_jitter = env, rng, waypoint_jitter
+        self.last = np.zeros(6)  # the last clean action, without the gripper
+
+    @property
+    def position(self) -> np.ndarray:
+        return self.env.data.site_xpos[self.env.robot.eef_site_id].copy()
+
+    @property
+    def rotation(self) -> np.ndarray:
+        return self.env.data.site_xmat[self.env.robot.eef_site_id].reshape(3, 3).copy()
+
+    @property
+    def gap(self) -> float:
+        """Distance between the fingers in metres."""
+        left, right = self.env.data.qpos[self.env.robot._ref_gripper_joint_pos_indexes]
+        return left - right
+
+    def points(self, *names: str) -> np.ndarray:
+        """Points (N, 3) on the collision geometry of objects and fixtures."""
+        model, problem = self.env.model, self.env.env
+        roots = [model.body((problem.objects_dict | problem.fixtures_dict)[name].root_body).rootid[0] for name in names]
+        solid = (model.geom_contype | model.geom_conaffinity) > 0
+        geoms = np.flatnonzero(solid & np.isin(model.body_rootid[model.geom_bodyid], roots))
+        return surface_points(model, self.env.data, geoms)
+
+    def obstacles(self, *excluded: str) -> np.ndarray:
+        problem = self.env.env
+        names = [*problem.objects_dict, *problem.fixtures_dict]
+        return self.points(*(n for n in names if n not in SUPPORTS and n not in excluded))
+
+    def site(self, name: str) -> np.ndarray:
+        return self.env.data.site(name).xpos.copy()
+
+    def jitter(self) -> np.ndarray:
+        return self.rng.uniform(-1, 1, 3) * self.waypoint_jitter
+
+    def towards(self, position: np.ndarray, rotation: np.ndarray, gripper: float, speed: float = 1.0) -> np.ndarray:
+        """The next action (7,) on the way to a pose: proportional to what remains, bounded in speed and acceleration."""
+        move = limit(self.GAIN * (position - self.position) / self.POSITION_SCALE, speed)
+        turn = limit(self.TURN_GAIN * turn_between(self.rotation, rotation) / self.ROTATION_SCALE, self.TURN_SPEED)
+        move = self.last[:3] + limit(move - self.last[:3], self.ACCELERATION)
+        turn = self.last[3:] + limit(turn - self.last[3:], self.ACCELERATION / 2)
+        self.last = np.clip(np.concatenate([move, turn]), -1, 1)
+        return np.append(self.last, gripper)
+
+    def act(self, task: list[tuple]) -> Iterator[np.ndarray]:
+        """The actions of a whole task, one row of TASKS.
+
+        Raises:
+            MissedGrasp
+        """
+        for primitive, parameters in task:
+            yield from primitive(self, **parameters)
+
+
+# ------------------------------------------------------------------------------------------------------------ primitives
+Actions = Iterator[np.ndarray]
+
+
+def move_to(e: Expert, position, rotation, gripper, tolerance=0.025, turn_tolerance=np.inf, speed=1.0, patience=80) -> Actions:
+    """Go straight to a pose until it is within tolerance (metres, radians), for at most `patience` steps."""
+    for _ in range(patience):
+        if np.linalg.norm(position - e.position) < tolerance and (
+            np.linalg.norm(turn_between(e.rotation, rotation)) < turn_tolerance
+        ):
+            return
+        yield e.towards(position, rotation, gripper, speed)
+
+
+def descend(e: Expert, position, rotation, tolerance=0.007, speed=0.8, patience=50) -> Actions:
+    """Come down on a pose through a funnel: only as low as the hand is aligned, lest a finger lands on the object."""
+    for _ in range(patience):
+        aside = np.linalg.norm((position - e.position)[:2])
+        turn = np.linalg.norm(turn_between(e.rotation, rotation))
+        if aside < tolerance and turn < 0.08 and abs(e.position[2] - position[2]) < tolerance:
+            return
+        lowest = position[2] + 8 * max(0, aside - 0.006) + 0.15 * max(0, turn - 0.1)
+        yield e.towards(np.append(position[:2], min(lowest, max(e.position[2], position[2]))), rotation, GRIPPER_OPEN, speed)
+
+
+def grip(e: Expert, position, rotation, patience=12) -> Actions:
+    """Close the fingers in place until they move no more."""
+    for step in range(patience):
+        gap = e.gap
+        yield e.towards(position, rotation, GRIPPER_CLOSE)
+        if step >= 4 and gap - e.gap < 0.0005:
+            return
+
+
+def pick_top(e: Expert, target: str, depth: float) -> Actions:
+    """Grasp an object from above and lift it by 6 cm."""
+    position, rotation = top_grasp(e.points(target), e.obstacles(target), depth)
+    yield from move_to(e, position + 0.08 * UP + e.jitter(), rotation, GRIPPER_OPEN, turn_tolerance=0.25)
+    yield from descend(e, position, rotation)
+    yield from grip(e, position, rotation)
+    before = e.points(target)[:, 2].min()
+    yield from move_to(e, e.position + 0.06 * UP, rotation, GRIPPER_CLOSE, patience=20)
+    if e.points(target)[:, 2].min() < before + 0.02:
+        raise MissedGrasp(target)
+
+
+def drop_into(e: Expert, target: str, container: str, shift: tuple[float, float] = (0, 0)) -> Actions:
+    """Carry the held object over a container, lower it below the rim, let go, and rise. shift: from its middle, in metres."""
+    rotation, rim = e.rotation, e.points(container)[:, 2].max()
+    middle = e.site(f"{container}_contain_region")[:2] + shift
+    height = rim + 0.03 + e.position[2] - e.points(target)[:, 2].min()  # of the hand, with the object just above the rim
+    above = np.append(e.position[:2], max(height - 0.05, e.position[2] + 0.02))
+    yield from move_to(e, above + e.jitter(), rotation, GRIPPER_CLOSE, tolerance=0.04)
+    held = e.points(target)
+    offset = (held.max(0) + held.min(0))[:2] / 2 - e.position[:2]
+    over = np.append(middle - offset, height) + e.jitter()
+    yield from move_to(e, over, rotation, GRIPPER_CLOSE)
+    inside = np.append(over[:2], max(over[2] - 0.09, rim + 0.015))  # the hand itself stays above the rim
+    yield from move_to(e, inside, rotation, GRIPPER_CLOSE, tolerance=0.015, speed=0.8)
+    yield from release(e, rotation)
+
+
+def release(e: Expert, rotation) -> Actions:
+    """Open the fingers in place until they are wide open, then rise by 8 cm."""
+    position, start = e.position, e.gap
+    for _ in range(8):
+        if e.gap > min(start + 0.02, 0.075):
+            break
+        yield e.towards(position, rotation, GRIPPER_OPEN)
+    yield from move_to(e, position + 0.10 * UP, rotation, GRIPPER_OPEN, speed=0.7, patience=30)
+
+
+# ----------------------------------------------------------------------------------------------------------------- tasks
+# Grasp depth below the top of each object, in metres; milk and orange juice need more, their gables wedge the fingers.
+DEPTH = {"milk_1": 0.030, "orange_juice_1": 0.030}
+LIBERO_OBJECT = "alphabet_soup cream_cheese salad_dressing bbq_sauce ketchup tomato_sauce butter milk chocolate_pudding orange_juice"
+
+
+def into_basket(target: str, **where) -> list[tuple]:
+    basket = {"target": target, "container": "basket_1"} | where
+    return [(pick_top, {"target": target, "depth": DEPTH.get(target, 0.024)}), (drop_into, basket)]
+
+
+TASKS = {("libero_object", task): into_basket(f"{name}_1") for task, name in enumerate(LIBERO_OBJECT.split())}
+
+
+# ------------------------------------------------------------------------------------------------------------- recording
+def attempt(env: sim.TaskEnv, task: list[tuple], init_state: int, cfg: Config, rng: np.random.Generator) -> tuple[str, dict]:
+    """One try: its outcome ("success", "missed grasp", "no success") and what was recorded, rows by dataset name."""
+    env.reset(init_state)
+    expert, rows, first_success = Expert(env, rng, cfg.waypoint_jitter), {}, None
+    spread = cfg.action_noise * np.array([1, 1, 1, 0.3, 0.3, 0.3, 0])
+    try:
+        for step, action in enumerate(expert.act(task)):
+            if step == env.max_steps or (first_success is not None and step > first_success + cfg.tail):
+                break
+            executed = np.clip(action + spread * rng.standard_normal(7), -1, 1)
+            observed = observation(env) | (images(env, step) if step % cfg.frame_every == 0 else {})
+            observed |= {"actions": action, "actions_executed": executed}
+            for key, value in observed.items():
+                rows.setdefault(key, []).append(value)
+            if env.step(executed) and first_success is None:
+                first_success = step
+    except MissedGrasp:
+        return "missed grasp", {}
+    if first_success is None:
+        return "no success", {}
+    return "success", {key: np.stack(value) for key, value in rows.items()} | {"success_step": first_success}
+
+
+def observation(env: sim.TaskEnv) -> dict[str, np.ndarray]:
+    """What LIBERO's files hold of one step, but for the images."""
+    p = env.proprio()
+    return {
+        "states": env.env.sim.get_state().flatten(),
+        "robot_states": np.concatenate([p["gripper_qpos"], p["eef_pos"], p["eef_quat"]]),  # (9,)
+        "obs/ee_pos": p["eef_pos"],
+        "obs/ee_ori": p["axis_angle"],
+        "obs/ee_states": np.concatenate([p["eef_pos"], p["axis_angle"]]),
+        "obs/gripper_states": p["gripper_qpos"],
+        "obs/joint_states": p["joint_pos"],
+    }
+
+
+def images(env: sim.TaskEnv, step: int) -> dict[str, np.ndarray]:
+    """Both cameras in LIBERO's "opengl" orientation: turned by 180 degrees from what policies see."""
+    seen = {"obs/agentview_rgb": env.frame("agentview"), "obs/eye_in_hand_rgb": env.frame("wrist")}
+    return {key: image[::-1, ::-1] for key, image in seen.items()} | {"obs/image_steps": np.array(step)}
+
+
+def record_task(job: tuple) -> Iterator[dict]:
+    """Record the demonstrations of one task which are not there yet; yield a summary of each, recorded now or before."""
+    cfg, suite, task, folder = job
+    env = None
+    for init_state in common.init_states("demos", cfg.n_init):
+        for repeat in range(cfg.demos_per_init):
+            path = folder / f"{init_state:02d}-{repeat:02d}.hdf5"
+            if not path.is_file():
+                env = env or sim.TaskEnv(suite, task, cfg.image_size, cfg.render)
+                record_demo(env, init_state, repeat, cfg, path)
+            with h5py.File(path) as file:
+                yield json.loads(file.attrs["summary"])
+    if env is not None:
+        env.close()
+
+
+def record_demo(env: sim.TaskEnv, init_state: int, repeat: int, cfg: Config, path: Path) -> None:
+    """Try until the expert succeeds, at most max_tries times, and write the file of this demonstration by rename."""
+    outcomes = []
+    while "success" not in outcomes and len(outcomes) < cfg.max_tries:
+        rng = common.np_stream(cfg.demo_seed, "demo", env.suite, env.task_id, init_state, repeat, len(outcomes))
+        outcome, rows = attempt(env, TASKS[env.suite, env.task_id], init_state, cfg, rng)
+        outcomes.append(outcome)
+    temporary = path.with_suffix(".tmp")
+    with h5py.File(temporary, "w") as file:
+        file.attrs["file"] = json.dumps(file_attributes(env))
+        if rows:
+            write_demo(file.create_group("demo"), rows, init_state)
+        steps, success_step = len(rows.get("actions", ())), rows.get("success_step")
+        summary = {"init_state": init_state, "outcomes": outcomes, "steps": steps, "success_step": success_step}
+        file.attrs["summary"] = json.dumps(summary)
+    os.replace(temporary, path)
+
+
+def write_demo(group: h5py.Group, rows: dict, init_state: int) -> None:
+    """One demonstration in LIBERO's layout; `actions_executed`, `obs/image_steps` and two attributes are additions."""
+    steps = len(rows["actions"])
+    group.attrs["num_samples"] = steps
+    group.attrs["init_state"] = rows["states"][0]
+    group.attrs["init_state_id"] = init_state
+    group.attrs["success_step"] = rows["success_step"]  # the action that first made the task's predicate true
+    last = np.zeros(steps, np.uint8)
+    last[-1] = 1
+    for key, value in (rows | {"rewards": last, "dones": last}).items():
+        if key != "success_step":
+            group.create_dataset(key, data=value, compression="gzip" if value.dtype == np.uint8 else None)
+
+
+def file_attributes(env: sim.TaskEnv) -> dict:
+    problem = env.env.parsed_problem["problem_name"]
+    bddl = "/".join(["libero/libero/bddl_files", *Path(env.env.bddl_file_name).parts[-2:]])
+    size = {"camera_heights": env.image_size, "camera_widths": env.image_size}
+    kwargs = {"robots": ["Panda"], "controller": "OSC_POSE", "control_freq": 20, "bddl_file_name": bddl, **size}
+    args = {"type": 1, "env_name": type(env.env).__name__, "problem_name": problem, "bddl_file": bddl, "env_kwargs": kwargs}
+    info = {"problem_name": problem, "domain_name": "robosuite", "language_instruction": env.instruction}
+    return {
+        "env_name": type(env.env).__name__,
+        "problem_info": json.dumps(info),
+        "env_args": json.dumps(args),
+        "bddl_file_name": bddl,
+        "macros_image_convention": "opengl",
+        "tag": "libero-v1",
+    }
+
+
+def merge(parts: list[Path], path: Path) -> None:
+    """One file per task from those of its demonstrations, written by rename."""
+    temporary = path.with_suffix(".tmp")
+    with h5py.File(temporary, "w") as file:
+        data, total = file.create_group("data"), 0
+        for part in parts:
+            with h5py.File(part) as source:
+                if "demo" in source:
+                    source.copy("demo", data, name=f"demo_{len(data)}")
+                    total += int(source["demo"].attrs["num_samples"])
+                data.attrs.update(json.loads(source.attrs["file"]))
+        data.attrs["num_demos"], data.attrs["total"] = len(data), total
+    os.replace(temporary, path)
+
+
+# ------------------------------------------------------------------------------------------------------------------ main
+def task_list(cfg: Config) -> list[tuple[str, int]]:
+    return [(suite, task) for suite in cfg.suites for task in cfg.tasks or range(sim.task_count(suite))]
+
+
+def summarise(suite: str, task: int, demos: list[dict]) -> dict:
+    """One row of demos.json: what became of the demonstrations of a task."""
+    kept = [d for d in demos if d["outcomes"][-1] == "success"]
+    tries = [outcome for d in demos for outcome in d["outcomes"]]
+    mean = {key: float(np.mean([d[key] for d in kept])) if kept else None for key in ("steps", "success_step")}
+    return {
+        "suite": suite,
+        "task": task,
+        "demos": len(demos),
+        "kept": len(kept),
+        "first_try": sum(len(d["outcomes"]) == 1 for d in kept),
+        "missed_grasps": tries.count("missed grasp"),
+        "no_success": tries.count("no success"),
+        "mean_steps": mean["steps"],
+        "mean_success_step": mean["success_step"],
+    }
+
+
+def record_all(cfg: Config, data: Path) -> None:
+    """Record every task in `workers` processes, one file per demonstration first, then merge and summarise."""
+    tasks = task_list(cfg)
+    unknown = sorted({pair for pair in tasks if pair not in TASKS})
+    if unknown:
+        raise UserError(f"the expert does not know {unknown}; add rows to TASKS in 00_demos.py, or use source=FOLDER")
+    folders = [data / "parts" / f"{suite}-{task:02d}" for suite, task in tasks]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    jobs = [(cfg, suite, task, folder) for (suite, task), folder in zip(tasks, folders, strict=True)]
+    demos, kept = [[] for _ in tasks], 0
+    with common.progress(total=len(tasks) * cfg.n_init * cfg.demos_per_init, desc="demos", unit="demo") as bar:
+        for index, demo in sim.parallel(record_task, jobs, cfg.workers):
+            demos[index].append(demo)
+            kept += demo["outcomes"][-1] == "success"
+            bar.update()
+            bar.set_postfix_str(f"kept {kept}/{bar.n}")
+    rows = []
+    for (suite, task), folder, summaries in zip(tasks, folders, demos, strict=True):
+        (data / suite).mkdir(exist_ok=True)
+        merge(sorted(folder.glob("*.hdf5")), data / suite / f"task_{task:02d}.hdf5")
+        rows.append(summarise(suite, task, summaries))
+    common.write_json(data / "demos.json", rows)
+
+
+def adopt_official(cfg: Config, data: Path) -> None:
+    """Link LIBERO's own files to where later stages look. They are read by the same reader, and never written."""
+    rows = []
+    for suite, task in task_list(cfg):
+        pattern = f"*{sim.instruction(suite, task).replace(' ', '_')}_demo.hdf5"
+        found = sorted((Path(cfg.source) / suite).glob(pattern))
+        if len(found) != 1:
+            raise UserError(f"{Path(cfg.source) / suite} has {len(found)} files {pattern}; one is needed per task")
+        size = next(common.read_demos(found[0], task)).agentview.shape[1]
+        if size != cfg.image_size:
+            raise UserError(f"{found[0]} has images of {size} px: set image_size={size}")
+        (data / suite).mkdir(exist_ok=True)
+        link = data / suite / f"task_{task:02d}.hdf5"
+        link.unlink(missing_ok=True)
+        link.symlink_to(found[0].resolve())
+        with h5py.File(link) as file:
+            rows.append({"suite": suite, "task": task, "kept": len(file["data"]), "source": str(found[0])})
+    common.write_json(data / "demos.json", rows)
+
+
+def print_table(rows: list[dict]) -> None:
+    columns = list(rows[0])
+    cells = [[f"{v:.1f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    for line in [columns, *cells]:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+
+
+def main() -> None:
+    cfg = common.load_config(Config, "demos", sys.argv[1:])
+    stage = common.open_stage(__file__, cfg, cfg.data_dir, "suites tasks image_size render", [], ["sim.py"])
+    if stage is None:
+        return
+    if not (stage.dir / "demos.json").is_file():  # written last, once every task's file is there
+        (adopt_official if cfg.source else record_all)(cfg, stage.dir)
+    shutil.rmtree(stage.dir / "parts", ignore_errors=True)
+    rows = common.read_json(stage.dir / "demos.json")
+    print_table(rows)
+    stage.finish(kept=sum(row["kept"] for row in rows))
+
+
+if __name__ == "__main__":
+    common.run(main)

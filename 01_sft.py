@@ -1,0 +1,239 @@
+"""01 - Supervised fine-tuning of a backbone on demonstrations (the paper's starting point; it takes published checkpoints).
+
+reads   <run>/data/<suite>/task_NN.hdf5 (00)
+writes  <run>/<backbone>/seed<k>/sft/: model.safetensors config.json norm_stats.json tokenizer.json, the snapshots
+        model-<step>.safetensors, metrics.jsonl, done.json
+cost    configs/tiny.yaml: see README; stops and goes on at any moment, the result is the same bit for bit
+try     python 01_sft.py configs/tiny.yaml sft.steps=200 sft.lr=5e-4
+
+The loss is flow matching (or next-token cross-entropy: the backbone's own `sft_loss`). An observation is encoded once and
+scored with several draws of (t, eps): on a small model the encoder is the dear part.
+Left out: mixed precision, data parallelism, streaming of data that does not fit into memory.
+Differs from the paper: it publishes no SFT stage. Here `train: full` learns everything, from scratch or from `init_from`;
+`train: lora | dora` trains an adapter and merges it, so that the reference policy of stage 03 is one set of weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+import backbones
+import common
+
+
+@dataclass
+class Config(common.RunConfig):
+    model: dict = field(default_factory=dict)  # sizes and knobs of the backbone, see backbones/
+    init_from: str = ""  # folder of a checkpoint to start from; empty = from scratch
+    train: str = "full"  # "full", or an adapter: "lora" | "dora"
+    steps: int = 3000
+    batch_size: int = 32  # observations
+    draws: int = 4  # (t, eps) draws per encoded observation
+    lr: float = 1e-3  # peak; cosine to 1 % of it
+    warmup: int = 100
+    weight_decay: float = 0.01
+    grad_clip: float = 1.0
+    ema: float = 0.998  # decay of the averaged weights, which are the ones saved; 0 = none
+    shift: int = 4  # random shift of the images, pixels
+    holdout: int = 2  # the last so many init states of the demonstrations give the validation loss only
+    rank: int = 32  # of the adapter
+    alpha: int = 64
+    snapshots: list[int] = field(default_factory=list)  # steps whose averaged weights are kept (learning curve, early start)
+    log_every: int = 50
+    checkpoint_every: int = 200
+    threads: int = 2  # torch threads; part of the result's last bits
+
+
+# ------------------------------------------------------------------------------------------------------------------ data
+def future_chunks(actions: np.ndarray, steps: np.ndarray, horizon: int) -> np.ndarray:
+    """The `horizon` actions from each of `steps` on, (N, H, 7). Past the end: stand still, gripper as it was."""
+    still = np.zeros((horizon, 7), actions.dtype)
+    still[:, 6] = actions[-1, 6]
+    padded = np.concatenate([actions, still])  # (T + H, 7)
+    return padded[steps[:, None] + np.arange(horizon)]
+
+
+def load_data(cfg: Config, horizon: int) -> tuple[dict, dict, list[str]]:
+    """Training and validation observations with their chunks as tensors, and the instructions of all tasks."""
+    rows = {"train": [], "val": []}
+    for suite in cfg.suites:
+        for path in sorted((cfg.data_dir / suite).glob("task_*.hdf5")):
+            task = int(path.stem.rpartition("_")[2])
+            if cfg.tasks and task not in cfg.tasks:
+                continue
+            demos = list(common.read_demos(path, task))
+            starts = sorted({d.init_state if d.init_state >= 0 else d.number for d in demos})
+            held = set(starts[len(starts) - cfg.holdout :]) if len(starts) > cfg.holdout else set()
+            for demo in demos:
+                start = demo.init_state if demo.init_state >= 0 else demo.number
+                rows["val" if start in held else "train"].append((demo, future_chunks(demo.actions, demo.image_steps, horizon)))
+    if not rows["train"]:
+        raise common.UserError(f"no demonstrations under {cfg.data_dir} for suites {cfg.suites}, tasks {cfg.tasks or 'all'}")
+    instructions = sorted({demo.instruction for part in rows.values() for demo, _ in part})
+
+    def tensors(part: list) -> dict:
+        return {
+            "agentview": torch.from_numpy(np.concatenate([d.agentview for d, _ in part])),  # (N, S, S, 3) uint8
+            "wrist": torch.from_numpy(np.concatenate([d.wrist for d, _ in part])),
+            "state": torch.from_numpy(np.concatenate([d.state[d.image_steps] for d, _ in part])),  # (N, 8)
+            "chunk": torch.from_numpy(np.concatenate([c for _, c in part])),  # (N, H, 7) env units
+            "instruction": [d.instruction for d, _ in part for _ in d.image_steps],
+            "all_actions": np.concatenate([d.actions for d, _ in part]),  # every step: for the statistics
+            "all_states": np.concatenate([d.state for d, _ in part]),
+        }
+
+    return tensors(rows["train"]), tensors(rows["val"] or rows["train"][-1:]), instructions
+
+
+def statistics(x: np.ndarray) -> dict:
+    """Per dimension: mean, std, and the 1 % and 99 % quantiles between which published policies normalise to [-1, 1]."""
+    q01, q99 = np.quantile(x, (0.01, 0.99), axis=0)
+    named = {"mean": x.mean(0), "std": x.std(0), "q01": q01, "q99": q99, "min": x.min(0), "max": x.max(0)}
+    return {key: [float(v) for v in value] for key, value in named.items()}
+
+
+def batch_of(data: dict, index: torch.Tensor) -> tuple[dict, torch.Tensor]:
+    obs = {key: data[key][index] for key in ("agentview", "wrist", "state")}
+    obs["instruction"] = [data["instruction"][i] for i in index.tolist()]
+    return obs, data["chunk"][index]
+
+
+def random_shift(images: torch.Tensor, pixels: int, generator: torch.Generator) -> torch.Tensor:
+    """Each image (B, S, S, 3) moved by up to `pixels` in both directions, its border repeated."""
+    if pixels == 0:
+        return images
+    b, s = images.shape[:2]
+    dy, dx = torch.randint(-pixels, pixels + 1, (2, b), generator=generator)
+    rows = (torch.arange(s) + dy[:, None]).clamp(0, s - 1)  # (B, S)
+    cols = (torch.arange(s) + dx[:, None]).clamp(0, s - 1)
+    return images[torch.arange(b)[:, None, None], rows[:, :, None], cols[:, None, :]]
+
+
+# -------------------------------------------------------------------------------------------------------------- training
+def learning_rate(step: int, cfg: Config) -> float:
+    """Linear warm-up, then a cosine down to 1 % of the peak."""
+    if step < cfg.warmup:
+        return cfg.lr * (step + 1) / cfg.warmup
+    done = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
+    return cfg.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def batch_index(step: int, n: int, cfg: Config) -> torch.Tensor:
+    """Observations of a step: a fresh permutation per epoch, a function of (seed, step) alone, so nothing has to be saved."""
+    places = torch.arange(step * cfg.batch_size, (step + 1) * cfg.batch_size)
+    epochs = {e: torch.randperm(n, generator=common.stream(cfg.seed, "sft epoch", e)) for e in (places // n).unique().tolist()}
+    return torch.stack([epochs[p // n][p % n] for p in places.tolist()])
+
+
+def make_policy(cfg: Config, train: dict, instructions: list[str]):
+    """A policy to be trained, on the statistics of these demonstrations; weights from scratch or from `init_from`."""
+    if cfg.init_from:
+        policy = backbones.load_policy(cfg.init_from)
+    else:
+        with torch.random.fork_rng():
+            torch.manual_seed(cfg.seed)
+            policy = backbones.build(cfg.backbone, cfg.model, instructions)
+        policy.norm_stats = {"action": statistics(train["all_actions"]), "state": statistics(train["all_states"])}
+    if cfg.train != "full":
+        common.attach_adapter(policy, cfg.train, cfg.rank, cfg.alpha, policy.adapter_targets, cfg.seed)
+    return policy
+
+
+@torch.no_grad()
+def validation_loss(policy, data: dict, cfg: Config) -> float:
+    """Mean loss over held-out demonstrations (at most 256 observations) with the same draws every time."""
+    policy.eval()
+    n = len(data["chunk"])
+    losses, sizes = [], []
+    for index in torch.arange(n)[:: max(1, -(-n // 256))].split(64):
+        obs, actions = batch_of(data, index)
+        chunk = policy.normalise(actions)
+        draws = policy.draws(len(index), cfg.draws, common.stream(0, "validation", len(losses)), "beta")
+        obs = common.blank_images(obs) if cfg.blank_images else obs
+        losses.append(policy.sft_loss(policy.encode(obs), chunk, draws).item())
+        sizes.append(len(index))
+    return float(np.average(losses, weights=sizes))
+
+
+def main(cfg: Config) -> None:
+    common.require(cfg.data_dir, "demos")
+    stage = common.open_stage(
+        __file__, cfg, cfg.seed_dir / "sft", "suites tasks backbone seed blank_images", [cfg.data_dir], ["backbones"]
+    )
+    if stage is None:
+        return
+    torch.set_num_threads(cfg.threads)
+    # The horizon is the backbone's; chunks are cut to it once it is known.
+    horizon = backbones.horizon(cfg.backbone, cfg.model)
+    train, val, instructions = load_data(cfg, horizon)
+    policy = make_policy(cfg, train, instructions)
+    averaged = copy.deepcopy(policy)
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
+
+    step, metrics = 0, stage.dir / "metrics.jsonl"
+    state = common.load_checkpoint(stage.dir / "checkpoint.pt")
+    if state:
+        policy.load_state_dict(state["policy"])
+        averaged.load_state_dict(state["averaged"])
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+    common.keep_rows(metrics, lambda row: row["step"] <= step)
+
+    # ---------------------------------------------------------------------------------------------- one loop, all in sight
+    bar = common.progress(range(step, cfg.steps), initial=step, total=cfg.steps, desc="sft", unit="step")
+    for step in bar:
+        g = common.stream(cfg.seed, "sft", step)
+        obs, actions = batch_of(train, batch_index(step, len(train["chunk"]), cfg))
+        if cfg.blank_images:
+            obs = common.blank_images(obs)
+        for camera in ("agentview", "wrist"):
+            obs[camera] = random_shift(obs[camera], cfg.shift, g)
+        chunk = policy.normalise(actions)  # (B, H, 7)
+        draws = policy.draws(len(chunk), cfg.draws, g, "beta")
+
+        policy.train()
+        loss = policy.sft_loss(policy.encode(obs), chunk, draws)
+        loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, cfg)
+        optimizer.step()
+        optimizer.zero_grad()
+        decay = min(cfg.ema, (step + 1) / (step + 10))  # early on, the average follows closely
+        with torch.no_grad():
+            torch._foreach_lerp_(list(averaged.parameters()), list(policy.parameters()), 1 - decay)
+
+        done = step + 1
+        if done % cfg.log_every == 0 or done == cfg.steps:
+            row = {"step": done, "loss": loss.item(), "grad_norm": grad_norm.item(), "lr": learning_rate(step, cfg)}
+            if done % (4 * cfg.log_every) == 0 or done == cfg.steps:
+                row["val_loss"] = validation_loss(averaged, val, cfg)
+                bar.set_postfix(loss=f"{row['loss']:.3f}", val=f"{row['val_loss']:.3f}")
+            common.append_jsonl(metrics, row)
+        if done in cfg.snapshots:
+            common.save_tensors(stage.dir / f"model-{done}.safetensors", merged(averaged, cfg).state_dict())
+        if done % cfg.checkpoint_every == 0:
+            modules = {"policy": policy, "averaged": averaged, "optimizer": optimizer}
+            common.save_checkpoint(
+                stage.dir / "checkpoint.pt", {"step": done} | {key: m.state_dict() for key, m in modules.items()}
+            )
+
+    merged(averaged, cfg).save(stage.dir)
+    (stage.dir / "checkpoint.pt").unlink(missing_ok=True)
+    stage.finish(parameters=sum(p.numel() for p in policy.parameters()), observations=len(train["chunk"]))
+
+
+def merged(policy, cfg: Config):
+    """A copy of the policy as plain weights: an adapter, if any, is merged in."""
+    return policy if cfg.train == "full" else common.merged_copy(policy)
+
+
+if __name__ == "__main__":
+    common.run(lambda: main(common.load_config(Config, "sft", sys.argv[1:])))

@@ -1,0 +1,228 @@
+"""02 - Preference pairs from the policy's own rollouts (paper sec. 3, collection of preferences).
+
+reads   <run>/<backbone>/seed<k>/sft/ (01)
+writes  <run>/<backbone>/seed<k>/prefs-<recipe>/: pairs.safetensors (images, state, chunks, masks), pairs.jsonl (one line each:
+        where the pair is from), units.jsonl (every attempt, also those that gave no pair), done.json
+cost    a play-out is an episode of 2 to 5 s on one core; see README for a pair
+try     python 02_collect_prefs.py configs/tiny.yaml pairs=episode prefs.n_pairs=20
+
+A pair is one observation, a chosen and a rejected chunk, and the mask of the actions that were executed of both.
+`pairs: episode` is the paper's recipe as its text can be read: K episodes from one initial state, with noise on the executed actions
+ramping from 0.1 to 0.4; the first chunk of a successful and of a failed one share the first observation. Stored as chosen is
+the chunk as executed (noise added, clipped), since it earned the label, beside the one that was proposed.
+`pairs: branch` is what DPO's derivation asks for: at a decision point of an episode the simulator's state is saved, other chunks
+are sampled from the same observation, and each is played out to the end by the policy *with the same later noise*.
+Differs from the paper: init states 20-34, which no demonstration and no evaluation uses; fail-against-fail is not a pair.
+Left out: temperature for autoregressive sampling, learned reward models, relabelling.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import common
+import sim
+
+
+@dataclass
+class Config(common.RunConfig):
+    n_pairs: int = 60  # aim, spread evenly over the tasks
+    n_init: int = 15  # init states used, of the 15 in group "prefs"
+    max_playouts: int = 300  # budget of episodes for all tasks; a task that only ever succeeds gives no pair
+    candidates: int = 4  # K: episodes per init state (episode), or chunks tried per decision point (branch)
+    noise_low: float = 0.1  # episode: standard deviation of the action noise of the first candidate ...
+    noise_high: float = 0.4  # ... and of the last
+    branches: int = 2  # branch: decision points per failed episode
+    last_decision: int = 12  # branch: decision points are drawn from the first so many of an episode
+
+
+# -------------------------------------------------------------------------------------------------------------- play-outs
+@dataclass
+class Decision:
+    """A point at which the policy looked: state of the simulator, observation, the chunks proposed and executed (normalised)."""
+
+    number: int
+    state: object
+    obs: dict
+    proposed: np.ndarray  # (H, 7)
+    executed: np.ndarray  # (H, 7) equals proposed but for noise and clipping
+    n: int  # actions executed
+
+
+def play(env, policy, cfg: Config, source: tuple, k: int = 0, chunk: torch.Tensor | None = None, sigma: float = 0.0) -> list:
+    """Play on from decision k to the end of the episode; the first chunk may be given. Returns the decisions made.
+
+    The policy's noise at decision k is a function of (seed, source, k): play-outs from one source differ only in what they are given.
+    """
+    made = []
+    while not env.success and env.steps < env.max_steps:
+        state, obs = env.save(), env.observe()
+        if chunk is None:
+            chunk = common.propose(policy, obs, cfg, [common.stream(cfg.seed, "prefs", *source, k)])[0]
+        actions = np.asarray(policy.unnormalise(chunk))  # (H, 7)
+        noise = common.np_stream(cfg.seed, "action noise", *source, k, sigma).normal(0, sigma, actions.shape)
+        actions = np.clip(actions + noise, -1, 1) if sigma else actions
+        n = common.carry_out(env, actions[: cfg.execute])
+        executed = policy.normalise(torch.as_tensor(np.clip(actions, -1, 1), dtype=torch.float32))[..., :7].numpy()
+        made.append(Decision(k, state, obs, chunk[:, :7].numpy(), executed, n))
+        chunk, k = None, k + 1
+    return made
+
+
+def make_pair(chosen: Decision, rejected: Decision, **facts) -> tuple[dict, dict]:
+    """Tensors and description of one pair. The mask covers the actions that were executed of both chunks."""
+    mask = np.arange(len(chosen.proposed)) < min(chosen.n, rejected.n)
+    tensors = {
+        "agentview": chosen.obs["agentview"],
+        "wrist": chosen.obs["wrist"],
+        "state": chosen.obs["state"],
+        "chosen": chosen.executed,
+        "rejected": rejected.executed,
+        "chosen_proposed": chosen.proposed,
+        "rejected_proposed": rejected.proposed,
+        "mask": mask,
+    }
+    return tensors, facts | {"decision": chosen.number, "instruction": chosen.obs["instruction"]}
+
+
+# ---------------------------------------------------------------------------------------------------------------- recipes
+def episode_pairs(env, policy, cfg: Config, init: int, attempt: int) -> tuple[list, int, str]:
+    """The paper's recipe: K noisy episodes from one init state, ranked by outcome. -> pairs, play-outs, what happened."""
+    source = (env.suite, env.task_id, init, attempt)
+    best, worst = None, None
+    sigmas = np.linspace(cfg.noise_low, cfg.noise_high, cfg.candidates)
+    wins = 0
+    for i, sigma in enumerate(sigmas):
+        env.reset(init)
+        first = play(env, policy, cfg, (*source, i), sigma=float(sigma))[0]
+        wins += env.success
+        if env.success and best is None:  # the least noisy success ...
+            best = (first, float(sigma))
+        if not env.success:  # ... against the noisiest failure
+            worst = (first, float(sigma))
+    if best is None or worst is None:
+        return [], len(sigmas), "all succeeded" if best else "all failed"
+    pair = make_pair(best[0], worst[0], chosen_sigma=best[1], rejected_sigma=worst[1], wins=wins)
+    return [pair], len(sigmas), "mixed outcomes"
+
+
+def branch_pairs(env, policy, cfg: Config, init: int, attempt: int) -> tuple[list, int, str]:
+    """Branch from one episode at decision points. -> pairs, play-outs, what happened.
+
+    A failed episode is the dearer half of a pair, so each gets `branches` decision points, a successful one gets one. At a point, chunks
+    are tried until one ends the other way.
+    """
+    source = (env.suite, env.task_id, init, attempt)
+    env.reset(init)
+    base = play(env, policy, cfg, source)
+    won, playouts, pairs = env.success, 1, []
+    points = min(len(base), cfg.last_decision)
+    picks = common.np_stream(cfg.seed, "branch points", *source).permutation(points)[: 1 if won else cfg.branches]
+    for k in sorted(int(p) for p in picks):
+        generators = [common.stream(cfg.seed, "branch", *source, k, i) for i in range(cfg.candidates)]
+        others = common.propose(policy, base[k].obs, cfg, generators)  # (K, H, 7)
+        for i, chunk in enumerate(others):
+            env.restore(base[k].state)
+            other = play(env, policy, cfg, source, k, chunk)[0]
+            playouts += 1
+            if env.success != won:
+                chosen, rejected = (base[k], other) if won else (other, base[k])
+                pairs.append(make_pair(chosen, rejected, base_success=won, tried=i + 1))
+                break
+    outcome = f"base {'succeeded' if won else 'failed'}, {'no pair' if not pairs else 'pairs'}"
+    return pairs, playouts, outcome
+
+
+RECIPES = {"episode": episode_pairs, "branch": branch_pairs}
+
+
+# ------------------------------------------------------------------------------------------------------------- collection
+def collect(job: tuple):
+    """Worker: attempt after attempt at one task until its share of pairs or of play-outs is reached; yields each attempt."""
+    cfg, suite, task, pairs, playouts, units, quota, budget = job
+    policy = common.load_sft(cfg)
+    env = sim.TaskEnv(suite, task, cfg.image_size, cfg.render)
+    states = common.init_states("prefs", cfg.n_init)
+    while pairs < quota and playouts < budget:
+        init, attempt = states[units % len(states)], units // len(states)
+        found, n, outcome = RECIPES[cfg.pairs](env, policy, cfg, init, attempt)
+        found = found[: quota - pairs]
+        row = {"suite": suite, "task": task, "unit": units, "init_state": init, "playouts": n, "outcome": outcome}
+        yield row | {"pairs": [facts for _, facts in found]}, [tensors for tensors, _ in found]
+        pairs, playouts, units = pairs + len(found), playouts + n, units + 1
+    env.close()
+
+
+def share(total: int, parts: int, part: int) -> int:
+    """How much of `total` falls to one of `parts`, as even as integers allow."""
+    return total * (part + 1) // parts - total * part // parts
+
+
+def main(cfg: Config) -> None:
+    if cfg.pairs not in RECIPES:
+        raise common.UserError(f"unknown recipe pairs={cfg.pairs!r}; {common.did_you_mean(cfg.pairs, RECIPES)}")
+    sft = common.require(cfg.seed_dir / "sft", "sft")
+    shared = "suites tasks backbone seed image_size render blank_images start pairs execute denoise_steps"
+    stage = common.open_stage(__file__, cfg, cfg.variant("prefs"), shared, [sft], ["sim.py", "backbones"])
+    if stage is None:
+        return
+    attempts = stage.dir / "units.jsonl"
+    parts = stage.dir / "parts"
+    parts.mkdir(exist_ok=True)
+    done = common.read_jsonl(attempts)
+    tasks = sim.tasks(cfg)
+    jobs = []
+    for i, (suite, task) in enumerate(tasks):
+        mine = [row for row in done if (row["suite"], row["task"]) == (suite, task)]
+        counts = (sum(len(row["pairs"]) for row in mine), sum(row["playouts"] for row in mine), len(mine))
+        jobs.append((cfg, suite, task, *counts, share(cfg.n_pairs, len(tasks), i), share(cfg.max_playouts, len(tasks), i)))
+
+    bar = common.progress(total=cfg.max_playouts, initial=sum(row["playouts"] for row in done), desc="prefs", unit="play-out")
+    found = sum(len(row["pairs"]) for row in done)
+    for _, (row, tensors) in sim.parallel(collect, jobs, cfg.workers):
+        for i, pair in enumerate(tensors):
+            name = f"{row['suite']}-{row['task']:02d}-{row['unit']:04d}-{i}.safetensors"
+            common.save_tensors(parts / name, {key: torch.as_tensor(value) for key, value in pair.items()})
+        common.append_jsonl(attempts, row)  # the attempt counts from here on
+        found += len(tensors)
+        bar.update(row["playouts"])
+        bar.set_postfix(pairs=f"{found}/{cfg.n_pairs}")
+
+    rows = sorted(common.read_jsonl(attempts), key=lambda row: (row["suite"], row["task"], row["unit"]))
+    lines, pairs = [], []
+    for row in rows:
+        where = {key: row[key] for key in ("suite", "task", "unit", "init_state")}
+        for i, facts in enumerate(row["pairs"]):
+            lines.append(where | facts)
+            pairs.append(common.load_tensors(parts / f"{row['suite']}-{row['task']:02d}-{row['unit']:04d}-{i}.safetensors"))
+    if not pairs:
+        raise common.UserError(f"no pair found in {cfg.max_playouts} play-outs; raise prefs.max_playouts (see {attempts})")
+    common.save_tensors(stage.dir / "pairs.safetensors", {key: torch.stack([p[key] for p in pairs]) for key in pairs[0]})
+    common.write_rows(stage.dir / "pairs.jsonl", lines)
+    common.write_rows(attempts, rows)
+    for path in parts.iterdir():
+        path.unlink()
+    parts.rmdir()
+    print(summary(rows))
+    stage.finish(pairs=len(pairs), playouts=sum(row["playouts"] for row in rows))
+
+
+def summary(rows: list[dict]) -> str:
+    """Table of what was tried and kept, by task."""
+    outcomes = sorted({row["outcome"] for row in rows})
+    lines = ["task | pairs | play-outs | " + " | ".join(outcomes)]
+    for suite, task in sorted({(row["suite"], row["task"]) for row in rows}):
+        mine = [row for row in rows if (row["suite"], row["task"]) == (suite, task)]
+        counts = Counter(row["outcome"] for row in mine)
+        cells = [f"{suite} {task}", sum(len(row["pairs"]) for row in mine), sum(row["playouts"] for row in mine)]
+        lines.append(" | ".join(str(c) for c in cells + [counts[o] for o in outcomes]))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    common.run(lambda: main(common.load_config(Config, "prefs", sys.argv[1:])))

@@ -1,0 +1,184 @@
+"""03 - DPO with LoRA or DoRA on preference pairs, for either paradigm (paper sec. 3: the surrogate, the loss, the adapters).
+
+reads   <run>/<backbone>/seed<k>/sft/ (01), .../prefs-<recipe>/ (02)
+writes  <run>/<backbone>/seed<k>/dpo-<adapter>-<recipe>/: adapter_model.safetensors adapter_config.json (peft's format),
+        metrics.jsonl, done.json
+cost    per step one prefix pass each for policy and reference, and 4 x draws expert passes per pair; see README
+try     python 03_dpo.py configs/tiny.yaml adapter=dora dpo.beta=auto
+
+The loss is that of Rafailov et al. (arXiv 2305.18290, Eq. 7) on four log-probabilities. Autoregressive backbones have them in
+closed form; for flow matching the paper puts the surrogate in their place: the negative flow-matching error.
+Differs from the paper's code: one set of draws (t, eps) per pair serves chosen, rejected, policy and reference (theirs draws
+afresh in each of 16 forwards), the prefix is computed once per observation, errors are summed over the chunk, dropout and
+augmentation are off, and the reference is the same weights with the adapter switched off.
+Left out: IPO and other losses, label smoothing, data parallelism, reward models.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+import common
+
+
+@dataclass
+class Config(common.RunConfig):
+    steps: int = 200
+    batch_size: int = 8  # pairs
+    draws: int = 4  # T: (t, eps) draws per pair, stratified
+    weight: str = "velocity"  # w(t) of the surrogate: "velocity" (paper) | "noise" | "elbo"
+    beta: str = "auto"  # a number, or "auto": 1 / std of log p_ref(chosen) - log p_ref(rejected) over the pairs
+    sft_coef: float = 0.0  # weight of -log p(chosen), which keeps the chosen likelihood from falling
+    lr: float = 5e-5  # peak; cosine to 1 % of it
+    warmup: int = 20
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+    rank: int = 32
+    alpha: int = 64
+    targets: str = ""  # regex of the adapted linear layers; empty = the backbone's q, k, v, o projections
+    log_every: int = 10
+    checkpoint_every: int = 50
+    threads: int = 2
+
+
+# ------------------------------------------------------------------------------------------------------------ the method
+def dpo_loss(pi_w, pi_l, ref_w, ref_l, beta: float) -> tuple[torch.Tensor, dict]:
+    """DPO on the log-probabilities (B,) of chosen (w) and rejected (l) chunks under policy and reference.
+
+    L = - log sigmoid( beta [ (log pi_w - log ref_w) - (log pi_l - log ref_l) ] ), arXiv 2305.18290 Eq. 7.
+    """
+    reward_w, reward_l = beta * (pi_w - ref_w), beta * (pi_l - ref_l)  # the implicit rewards
+    margin = reward_w - reward_l
+    loss = -F.logsigmoid(margin).mean()
+    return loss, {"rewards/chosen": reward_w, "rewards/rejected": reward_l, "rewards/margins": margin}
+
+
+def log_probs(policy, obs: dict, chosen: torch.Tensor, rejected: torch.Tensor, mask: torch.Tensor, draws, weight: str):
+    """log p of both chunks (B, H, 7) of each pair: the observation encoded once, chunks and draws in one batch. -> (B,), (B,)."""
+    b = len(chosen)
+    prefix = policy.encode(obs).select(torch.arange(b).repeat(2))
+    both = draws.repeat(2) if draws is not None else None  # common random numbers: the same (t, eps) for chosen and rejected
+    scores = policy.log_prob(prefix, torch.cat([chosen, rejected]), both, mask.repeat(2, 1), weight)
+    return scores[:b], scores[b:]
+
+
+def auto_beta(policy, pairs: dict, cfg: Config) -> float:
+    """1 / std of the reference's own log-ratio over (at most 64) pairs: with it the logits start on the scale where DPO's
+    sigmoid bends. Known before training, as it needs the reference only."""
+    index = torch.arange(min(64, len(pairs["mask"])))
+    obs, chosen, rejected, mask = batch_of(pairs, index)
+    draws = policy.draws(len(index), cfg.draws, common.stream(cfg.seed, "beta"), "stratified")
+    with policy.reference():
+        ref_w, ref_l = log_probs(policy, obs, chosen, rejected, mask, draws, cfg.weight)
+    return 1.0 / max((ref_w - ref_l).std(correction=0).item(), 1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------------ data
+def load_pairs(cfg: Config) -> dict:
+    folder = cfg.variant("prefs")
+    pairs = common.load_tensors(folder / "pairs.safetensors")
+    pairs["instruction"] = [row["instruction"] for row in common.read_jsonl(folder / "pairs.jsonl")]
+    if cfg.blank_images:
+        pairs = common.blank_images(pairs)
+    return pairs
+
+
+def batch_of(pairs: dict, index: torch.Tensor):
+    """Observations and chosen, rejected (B, H, 7) and mask (B, H) of the pairs of `index`."""
+    obs = {key: pairs[key][index] for key in ("agentview", "wrist", "state")}
+    obs["instruction"] = [pairs["instruction"][i] for i in index.tolist()]
+    return obs, pairs["chosen"][index], pairs["rejected"][index], pairs["mask"][index]
+
+
+def batch_index(step: int, n: int, cfg: Config) -> torch.Tensor:
+    """Pairs of a step: epoch after epoch of fresh permutations, a function of (seed, step) alone."""
+    places = torch.arange(step * cfg.batch_size, (step + 1) * cfg.batch_size)
+    epochs = {e: torch.randperm(n, generator=common.stream(cfg.seed, "dpo epoch", e)) for e in (places // n).unique().tolist()}
+    return torch.stack([epochs[p // n][p % n] for p in places.tolist()])
+
+
+def learning_rate(step: int, cfg: Config) -> float:
+    if step < cfg.warmup:
+        return cfg.lr * (step + 1) / cfg.warmup
+    done = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
+    return cfg.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+# -------------------------------------------------------------------------------------------------------------- training
+def main(cfg: Config) -> None:
+    sft = common.require(cfg.seed_dir / "sft", "sft")
+    prefs = common.require(cfg.variant("prefs"), "prefs", f" pairs={cfg.pairs}")
+    shared = "backbone seed blank_images start pairs adapter"
+    stage = common.open_stage(__file__, cfg, cfg.variant("dpo"), shared, [sft, prefs], ["backbones"])
+    if stage is None:
+        return
+    torch.set_num_threads(cfg.threads)
+    pairs = load_pairs(cfg)
+    policy = common.load_sft(cfg)  # eval mode throughout: no dropout in any log-probability
+    adapted = common.attach_adapter(policy, cfg.adapter, cfg.rank, cfg.alpha, cfg.targets or policy.adapter_targets, cfg.seed)
+    trainable = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    beta = auto_beta(policy, pairs, cfg) if cfg.beta == "auto" else float(cfg.beta)
+    n, k = len(pairs["mask"]), sum(p.numel() for p in trainable.values())
+    print(f"[03_dpo] {n} pairs, {cfg.adapter} with {k:,} parameters, beta {beta:.4g}", flush=True)
+    optimizer = torch.optim.AdamW(trainable.values(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+
+    step, metrics = 0, stage.dir / "metrics.jsonl"
+    state = common.load_checkpoint(stage.dir / "checkpoint.pt")
+    if state:
+        policy.load_state_dict(state["adapter"], strict=False)
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+    common.keep_rows(metrics, lambda row: row["step"] <= step)
+
+    bar = common.progress(range(step, cfg.steps), initial=step, total=cfg.steps, desc=f"dpo {cfg.adapter}", unit="step")
+    for step in bar:
+        obs, chosen, rejected, mask = batch_of(pairs, batch_index(step, n, cfg))
+        draws = policy.draws(len(mask), cfg.draws, common.stream(cfg.seed, "dpo", step), "stratified")
+        with policy.reference():  # the same weights, adapter off, no gradients
+            ref_w, ref_l = log_probs(policy, obs, chosen, rejected, mask, draws, cfg.weight)
+        pi_w, pi_l = log_probs(policy, obs, chosen, rejected, mask, draws, cfg.weight)
+        loss, rewards = dpo_loss(pi_w, pi_l, ref_w, ref_l, beta)
+        total = loss - cfg.sft_coef * pi_w.mean()
+        total.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(trainable.values(), cfg.grad_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, cfg)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        done = step + 1
+        if step == 0 or done % cfg.log_every == 0 or done == cfg.steps:
+            row = {key: value.mean().item() for key, value in rewards.items()}
+            row |= {"step": done, "loss": loss.item(), "grad_norm": grad_norm.item(), "lr": learning_rate(step, cfg)}
+            row |= {"rewards/accuracies": (rewards["rewards/margins"] > 0).float().mean().item()}
+            row |= {"rewards/margin_std": rewards["rewards/margins"].std(correction=0).item()}
+            row |= {"logps/chosen": pi_w.mean().item(), "logps/rejected": pi_l.mean().item()}
+            common.append_jsonl(metrics, row)
+            bar.set_postfix(loss=f"{row['loss']:.3f}", margin=f"{row['rewards/margins']:.2f}")
+        if done % cfg.checkpoint_every == 0:
+            state = {"step": done, "adapter": trainable, "optimizer": optimizer.state_dict()}
+            common.save_checkpoint(stage.dir / "checkpoint.pt", state)
+
+    warn_about_scale(common.read_jsonl(metrics))
+    adapted.save_pretrained(str(stage.dir))
+    (stage.dir / "README.md").unlink(missing_ok=True)  # peft's empty model card
+    (stage.dir / "checkpoint.pt").unlink(missing_ok=True)
+    stage.finish(beta=beta, trainable=k, pairs=n)
+
+
+def warn_about_scale(rows: list[dict]) -> None:
+    """DPO learns where its logit is of order 1. Far below, sigmoid is a constant and the reference drops out of the gradient."""
+    late = max(abs(row["rewards/margins"]) for row in rows[len(rows) // 2 :])
+    if late < 0.05:
+        print(f"[03_dpo] warning: logits stayed below 0.05 (largest {late:.3g}): raise beta or use beta=auto", flush=True)
+    if late > 20:
+        print(f"[03_dpo] warning: logits saturated (largest {late:.3g}): lower beta, lr or steps", flush=True)
+
+
+if __name__ == "__main__":
+    common.run(lambda: main(common.load_config(Config, "dpo", sys.argv[1:])))

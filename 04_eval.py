@@ -1,0 +1,191 @@
+"""04 - Success rates on LIBERO, with intervals and paired tests (paper's main table).
+
+reads   <run>/<backbone>/seed<k>/sft/ (01) and, for policy=dpo, .../dpo-<adapter>-<recipe>/ (03)
+writes  <run>/<backbone>/seed<k>/eval-<policy>[-val]/: episodes.jsonl (a line per episode), summary.json, videos/, done.json;
+        <run>/<backbone>/seed<k>/results.{json,md}: all evaluations so far in one table, paired with the SFT policy
+cost    2 to 5 s per episode and core
+try     python 04_eval.py configs/tiny.yaml policy=dpo adapter=dora eval.group=val eval.n_init=5
+
+An episode is decided by (suite, task, init state, seed): the policy's noise at its k-th look is drawn from these alone, so two
+policies are compared on the same episodes, with the same noise, in any order and on any number of processes.
+Differs from the paper: init states 40-49, which nothing was trained or chosen on (it uses 0-4, from which its pairs came);
+Wilson intervals, exact McNemar tests; a crash of the simulator is a column of its own and not a failure.
+Left out: rendering at every step (only when the policy looks), real robots.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import common
+import sim
+
+
+@dataclass
+class Config(common.RunConfig):
+    policy: str = "sft"  # "sft" or "dpo" (the one of `adapter`, `pairs`, `start`)
+    group: str = "test"  # init states: "test" (40-49, reported) or "val" (35-39, for every choice)
+    n_init: int = 10  # init states per task
+    videos: int = 0  # episodes per task of which a GIF is kept
+
+
+def policy_name(cfg: Config) -> str:
+    """Name of what is evaluated, e.g. sft, sft-at1500, dpo-lora-branch: its folder, without eval- or -val."""
+    if cfg.policy == "dpo":
+        return cfg.variant("dpo").name
+    return "sft" if cfg.start == "final" else f"sft-at{cfg.start}"
+
+
+def load_policy(cfg: Config):
+    policy = common.load_sft(cfg)
+    return common.merge_adapter(policy, cfg.variant("dpo")).eval() if cfg.policy == "dpo" else policy
+
+
+# -------------------------------------------------------------------------------------------------------------- episodes
+def episode(env, policy, cfg: Config, init: int, frames: list | None) -> dict:
+    """One episode from init state `init`. `frames` collects what the policy saw."""
+    began, k = time.time(), 0
+    env.reset(init)
+    while not env.success and env.steps < env.max_steps:
+        obs = env.observe()
+        if frames is not None:
+            frames.append(np.concatenate([obs["agentview"], obs["wrist"]], axis=1))
+        noise = common.stream(cfg.seed, "eval", env.suite, env.task_id, init, k)
+        chunk = common.propose(policy, obs, cfg, [noise])[0]
+        common.carry_out(env, np.asarray(policy.unnormalise(chunk))[: cfg.execute])
+        k += 1
+    return {"success": bool(env.success), "steps": env.steps, "crash": "", "wall_s": round(time.time() - began, 2)}
+
+
+def evaluate(job: tuple):
+    """Worker: episodes of one task; yields a row for each."""
+    cfg, folder, suite, task, inits = job
+    policy, env = load_policy(cfg), sim.TaskEnv(suite, task, cfg.image_size, cfg.render)
+    for init in inits:
+        frames = [] if init in common.init_states(cfg.group, cfg.n_init)[: cfg.videos] else None
+        try:
+            row = episode(env, policy, cfg, init, frames)
+        except sim.CRASHES as error:  # the simulator diverged: neither success nor failure of the policy
+            row = {"success": False, "steps": env.steps, "crash": type(error).__name__, "wall_s": 0.0}
+        if frames:
+            save_gif(folder / "videos" / f"{suite}-{task:02d}-init{init}-{'success' if row['success'] else 'failure'}.gif", frames)
+        yield {"suite": suite, "task": task, "init_state": init, "seed": cfg.seed} | row
+    env.close()
+
+
+def save_gif(path: Path, frames: list) -> None:
+    import imageio.v3 as imageio
+
+    path.parent.mkdir(exist_ok=True)
+    imageio.imwrite(path, np.stack(frames).repeat(2, axis=1).repeat(2, axis=2), duration=200, loop=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------- tables
+def summarise(rows: list[dict]) -> dict:
+    """Successes with intervals over all episodes that did not crash, and per task."""
+    valid = [row for row in rows if not row["crash"]]
+    wins = sum(row["success"] for row in valid)
+    tasks = sorted({(row["suite"], row["task"]) for row in valid})
+    of_task = [[row["success"] for row in valid if (row["suite"], row["task"]) == task] for task in tasks]
+    clusters = np.concatenate([np.full(len(s), i) for i, s in enumerate(of_task)]) if tasks else np.zeros(0)
+    return {
+        "n": len(valid),
+        "successes": wins,
+        "crashes": len(rows) - len(valid),
+        "ci95": common.wilson(wins, len(valid)),
+        "ci95_tasks": common.cluster_bootstrap(np.concatenate(of_task).astype(float), clusters) if tasks else (0.0, 1.0),
+        "tasks": {f"{suite}/{task}": [sum(s), len(s)] for (suite, task), s in zip(tasks, of_task, strict=True)},
+        "mean_steps": float(np.mean([row["steps"] for row in valid])) if valid else 0.0,
+    }
+
+
+def paired(rows: list[dict], base: list[dict]) -> dict:
+    """Difference to a baseline on the episodes (suite, task, init state, seed) that both ran without a crash."""
+    key = ("suite", "task", "init_state", "seed")
+    theirs = {tuple(row[k] for k in key): row["success"] for row in base if not row["crash"]}
+    both = [(row["success"], theirs[t]) for row in rows if not row["crash"] and (t := tuple(row[k] for k in key)) in theirs]
+    test = common.mcnemar([a for a, _ in both], [b for _, b in both])
+    difference = (test["only_a"] - test["only_b"]) / max(1, len(both))
+    return {"diff_vs_sft": difference, "gained": test["only_a"], "lost": test["only_b"], "p_vs_sft": test["p"], "paired_n": len(both)}
+
+
+def results_table(cfg: Config) -> list[dict]:
+    """Rows of all finished evaluations of this seed on this group of init states, each paired with the SFT policy it started from."""
+    suffix = "" if cfg.group == "test" else f"-{cfg.group}"
+    rows = []
+    for done in sorted(cfg.seed_dir.glob("eval-*/done.json"), key=lambda p: ("dpo" in p.parent.name, p.parent.name)):
+        facts = common.read_json(done)
+        config = facts["config"]
+        if config["group"] != cfg.group:
+            continue
+        start = "sft" if config["start"] == "final" else f"sft-at{config['start']}"
+        episodes = common.read_jsonl(done.parent / "episodes.jsonl")
+        row = {"policy": facts["policy"], "group": cfg.group, "seed": config["seed"]} | summarise(episodes)
+        base = cfg.seed_dir / f"eval-{start}{suffix}" / "episodes.jsonl"
+        if facts["policy"] != start and base.is_file():
+            row |= paired(episodes, common.read_jsonl(base))
+        rows.append(row)
+    return rows
+
+
+def markdown(rows: list[dict]) -> str:
+    lines = ["| policy | success | 95 % interval | crashes | difference to its SFT start | gained / lost | p (McNemar) |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for r in rows:
+        rate, (low, high) = r["successes"] / max(1, r["n"]), r["ci95"]
+        cells = [r["policy"], f"{r['successes']} / {r['n']} = {rate:.0%}", f"{low:.1%} to {high:.1%}", r["crashes"]]
+        if "diff_vs_sft" in r:
+            cells += [f"{100 * r['diff_vs_sft']:+.1f} points", f"{r['gained']} / {r['lost']}", f"{r['p_vs_sft']:.3f}"]
+        else:
+            cells += ["", "", ""]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def main(cfg: Config) -> None:
+    if cfg.policy not in ("sft", "dpo"):
+        raise common.UserError(f"unknown policy={cfg.policy!r}; {common.did_you_mean(cfg.policy, ('sft', 'dpo'))}")
+    if cfg.group not in ("val", "test"):
+        raise common.UserError(f"eval.group={cfg.group!r}: policies are evaluated on init states of 'val' or 'test' only")
+    inputs = [common.require(cfg.seed_dir / "sft", "sft")]
+    if cfg.policy == "dpo":
+        inputs.append(common.require(cfg.variant("dpo"), "dpo", f" adapter={cfg.adapter} pairs={cfg.pairs}"))
+    shared = "suites tasks backbone seed image_size render blank_images start execute denoise_steps"
+    shared += " adapter pairs" if cfg.policy == "dpo" else ""
+    name = policy_name(cfg)
+    folder = cfg.seed_dir / f"eval-{name}{'' if cfg.group == 'test' else '-' + cfg.group}"
+    stage = common.open_stage(__file__, cfg, folder, shared, inputs, ["sim.py", "backbones"])
+    if stage is not None:
+        path = stage.dir / "episodes.jsonl"
+        done = {(row["suite"], row["task"], row["init_state"]) for row in common.read_jsonl(path)}
+        inits = common.init_states(cfg.group, cfg.n_init)
+        todo = [(s, t, [i for i in inits if (s, t, i) not in done]) for s, t in sim.tasks(cfg)]
+        jobs = [(cfg, stage.dir, suite, task, rest) for suite, task, rest in todo if rest]
+        total = len(inits) * len(todo)
+        bar = common.progress(total=total, initial=len(done), desc=f"eval {name}", unit="episode")
+        wins = sum(row["success"] for row in common.read_jsonl(path))
+        for _, row in sim.parallel(evaluate, jobs, cfg.workers):
+            common.append_jsonl(path, row)
+            wins += row["success"]
+            bar.update()
+            bar.set_postfix(successes=f"{wins}/{bar.n}")
+        rows = sorted(common.read_jsonl(path), key=lambda r: (r["suite"], r["task"], r["init_state"]))
+        walls = {f"{r['suite']}-{r['task']}-{r['init_state']}": r.pop("wall_s") for r in rows}
+        common.write_rows(path, rows)
+        common.write_json(stage.dir / "summary.json", {"policy": name, "seed": cfg.seed} | summarise(rows))
+        stage.finish(policy=name)
+        common.write_json(stage.dir / "timing.json", common.read_json(stage.dir / "timing.json") | {"episodes_s": walls})
+    rows = results_table(cfg)
+    stem = "results" if cfg.group == "test" else f"results-{cfg.group}"
+    common.write_json(cfg.seed_dir / f"{stem}.json", rows)
+    common.write_atomic(cfg.seed_dir / f"{stem}.md", markdown(rows) + "\n")
+    print(markdown(rows), flush=True)
+
+
+if __name__ == "__main__":
+    common.run(lambda: main(common.load_config(Config, "eval", sys.argv[1:])))

@@ -1,0 +1,165 @@
+"""The backbones, two paradigms behind one protocol.
+
+The paper asks five methods of a policy; the stage scripts use these and know nothing of what is behind them:
+
+    encode(obs) -> Prefix              images, text, state -> what every later call shares; runs the vision-language part once
+    sample_actions(prefix, noise)      -> (B, H, 7) normalised action chunk
+    log_prob(prefix, chunk, draws)     -> (B,) sum of token log-probabilities (autoregressive) or surrogate (flow matching)
+    sft_loss(prefix, chunk, draws)     -> scalar, the loss of supervised fine-tuning
+    reference()                        context manager: the same weights with the adapter switched off, no gradients
+
+Around them stand normalise / unnormalise (the environment's actions <-> the model's), draws / noise (the randomness that the
+other methods take as an argument), prefix.select(rows), `norm_stats`, `tokenizer`, `adapter_targets` and save(folder).
+Importing this package is cheap: a backbone's module, and transformers with it, is imported when one is built.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import common
+from common import UserError
+
+BACKBONES = {"openvla": "OpenVLA", "pi05": "Pi05"}  # module of this package -> its class
+
+
+def _policy_class(name: str) -> type[Policy]:
+    if name not in BACKBONES:
+        raise UserError(f"unknown backbone {name!r}; {common.did_you_mean(name, BACKBONES)}")
+    return getattr(importlib.import_module(f"backbones.{name}"), BACKBONES[name])
+
+
+def build(name: str, model_cfg: dict, instructions: Sequence[str] | None = None) -> Policy:
+    """A policy with fresh weights. Keys of model_cfg left out have the published checkpoint's values.
+
+    instructions: for training from scratch; the tokenizer is made of their words, and so is vocab_size unless it is given.
+    """
+    tokenizer = None if instructions is None else build_tokenizer(instructions)
+    if tokenizer is not None:
+        model_cfg = {"vocab_size": tokenizer.get_vocab_size()} | model_cfg
+    cls = _policy_class(name)
+    policy = cls(config_from(cls.config_class, model_cfg, "model"))
+    policy.tokenizer = tokenizer
+    return policy
+
+
+def horizon(name: str, model_cfg: dict) -> int:
+    """Actions of a chunk, known before a policy is built."""
+    return config_from(_policy_class(name).config_class, model_cfg, "model").horizon
+
+
+def load_policy(folder: str | Path, weights: str = "model.safetensors") -> Policy:
+    """What `policy.save(folder)` wrote, in eval mode. weights: another file of the folder, e.g. a snapshot of the training."""
+    from safetensors.torch import load_file
+    from tokenizers import Tokenizer
+
+    folder = Path(folder)
+    for file in ("config.json", "norm_stats.json", weights):
+        if not (folder / file).is_file():
+            raise UserError(f"{folder} holds no {file}; run 01_sft.py first")
+    cfg = common.read_json(folder / "config.json")
+    policy = build(cfg.pop("backbone"), cfg)
+    policy.load_weights(load_file(folder / weights), str(folder / weights))
+    policy.norm_stats = common.read_json(folder / "norm_stats.json")
+    if (folder / "tokenizer.json").is_file():
+        policy.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return policy.eval()
+
+
+class Policy(nn.Module):
+    """What the backbones have in common: the reference, and the files."""
+
+    backbone: str  # its name in BACKBONES
+    config_class: type
+    adapter_targets: str  # regex of the linear layers that an adapter goes into
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg  # not `config`: peft takes that name for a transformers model's
+        self.norm_stats: dict = {}  # {"action": {"q01": [7], "q99", "mean", "std"}, "state": {...}}
+        self.tokenizer = None  # tokenizers.Tokenizer
+
+    horizon = property(lambda self: self.cfg.horizon)
+    action_dim = common.ACTION_DIM
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[Policy]:
+        """The weights that the adapter started from: every peft layer off, no gradients. Restored on the way out."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        layers = [m for m in self.modules() if isinstance(m, BaseTunerLayer)]
+        was_off = [m.disable_adapters for m in layers]
+        trainable = [(p, p.requires_grad) for p in self.parameters()]
+        try:
+            for layer in layers:
+                layer.enable_adapters(False)
+            with torch.no_grad():
+                yield self
+        finally:
+            for layer, off in zip(layers, was_off, strict=True):
+                layer.enable_adapters(not off)
+            for p, flag in trainable:  # enable_adapters sets the flags of the adapter's parameters as it sees fit
+                p.requires_grad_(flag)
+
+    def save(self, folder: Path) -> None:
+        """model.safetensors, config.json, norm_stats.json, tokenizer.json; each appears complete or not at all."""
+        state = {key: tensor.detach().contiguous() for key, tensor in self.state_dict().items()}
+        if any("lora_" in key for key in state):
+            raise UserError("an adapter is attached: save it with peft's save_pretrained, or merge it first")
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        common.write_json(folder / "config.json", {"backbone": self.backbone} | asdict(self.cfg))
+        common.write_json(folder / "norm_stats.json", self.norm_stats)
+        if self.tokenizer is not None:
+            common.write_atomic(folder / "tokenizer.json", self.tokenizer.to_str(pretty=True))
+        common.save_tensors(folder / "model.safetensors", state)
+
+    def load_weights(self, tensors: dict[str, Tensor], source: str) -> None:
+        """Strict: every key of the model, no other, each in its shape.
+
+        Raises:
+            UserError: naming the first key that is missing, unknown or of another shape.
+        """
+        own = self.state_dict()
+        for key in [*own, *tensors]:
+            if key not in tensors or key not in own:
+                raise UserError(f"{source}: {key} is {'missing' if key in own else 'unknown'}; it is another model's file")
+            if own[key].shape != tensors[key].shape:
+                shapes = f"{tuple(tensors[key].shape)} in the file, {tuple(own[key].shape)} by the config"
+                raise UserError(f"{source}: {key} has shape {shapes}; give the file's own config")
+        self.load_state_dict(tensors)
+
+
+def config_from(kind: type, value, where: str):
+    """A dataclass from a dict of the YAML or of config.json; an instance passes through."""
+    if isinstance(value, kind):
+        return value
+    known = [f.name for f in fields(kind)]
+    for key in value:
+        if key not in known:
+            raise UserError(f"unknown key {where}.{key}; {common.did_you_mean(key, known)}")
+    try:
+        return kind(**value)
+    except TypeError as error:  # a size left out: "GemmaSize.__init__() missing 1 required positional argument: 'depth'"
+        raise UserError(f"{where}: {str(error).partition('() ')[2]}; give all of {', '.join(known)}") from error
+
+
+def build_tokenizer(instructions: Sequence[str]):
+    """A word-level tokenizer for training from scratch: PaliGemma's special ids, digits one by one, the instructions' words."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+    split = pre_tokenizers.Split(Regex(r"\n|[0-9]|[a-z']+|[^\sa-z0-9']"), behavior="removed", invert=True)
+    text = " ".join([*sorted(instructions), "task state action in out what should the robot take to"]).lower().replace("_", " ")
+    words = sorted({word for word, _ in split.pre_tokenize_str(text)})
+    vocab = ["<pad>", "<eos>", "<bos>", "<unk>", "\n", *"0123456789", *"-,:;?", *words]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(dict.fromkeys(vocab))}, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = split
+    return tokenizer

@@ -1,0 +1,475 @@
+"""pi-0.5: a PaliGemma prefix and a Gemma action expert with adaptive RMSNorm, flow matching (arXiv 2504.16054).
+
+Follows openpi's PyTorch port (src/openpi/models_pytorch/pi0_pytorch.py, gemma_pytorch.py) number for number, on modules of
+transformers; tests/parity.py compares every intermediate result with the original's. The layer loops are written out here,
+because gradients have to flow through the prefix's keys and values, and because one prefix serves many expert passes.
+
+Time convention: t = 1 is noise, x_t = t eps + (1 - t) a, u = eps - a (openpi's; the paper writes it the other way round).
+
+Shapes: B observations, N rows of the expert (N = B, or K draws for each), S prefix tokens, H actions of a chunk,
+D action dimensions as flowed (32 published, of which 7 are real), W width of the expert, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from transformers import GemmaConfig, SiglipVisionConfig, SiglipVisionModel
+from transformers.models.gemma.modeling_gemma import GemmaDecoderLayer, GemmaRMSNorm
+
+import common
+from backbones import Policy, config_from
+from common import ACTION_DIM, Draws, UserError
+
+PAD, BOS = 0, 2  # PaliGemma's token ids
+EPS = 1e-6  # of every norm
+MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0  # of the time embedding
+
+
+# ---------------------------------------------------------------------------------------------------------------- config
+@dataclass
+class GemmaSize:
+    width: int
+    depth: int
+    mlp_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+@dataclass
+class VisionSize:
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    image_size: int  # pixels; images of another size are resized with padding
+    patch_size: int
+
+
+@dataclass
+class Pi05Config:
+    """Defaults: pi-0.5 as published by openpi for LIBERO (pi05_libero)."""
+
+    vocab_size: int = 257152
+    vlm: GemmaSize = field(default_factory=lambda: GemmaSize(2048, 18, 16384, 8, 1, 256))
+    expert: GemmaSize = field(default_factory=lambda: GemmaSize(1024, 18, 4096, 8, 1, 256))
+    vision: VisionSize = field(default_factory=lambda: VisionSize(1152, 27, 16, 4304, 224, 14))
+    horizon: int = 10  # actions of a chunk
+    flow_dim: int = 32  # action dimensions as flowed: the 7 real ones and zero padding
+    max_tokens: int = 200  # of the prompt; longer ones are cut on the right
+    cameras: list[str] = field(default_factory=lambda: ["agentview", "wrist"])  # the empty third slot is masked: left out
+    prompt: str = "openpi"  # "openpi": text alone; "lerobot": "Task: ..., State: ...;\nAction: "
+    prompt_state_dims: int = 8  # of the lerobot prompt: 8, or 32 for checkpoints older than lerobot 0.5 (padded with zeros)
+    resize: str = "openpi"  # "openpi": PIL, antialiased; "lerobot": torch bilinear without antialiasing
+    normalisation: str = "quantile"  # or "mean_std"
+    norm_eps: str = "openpi"  # where the epsilon stands in the formulas: "openpi" or "lerobot"
+    # Off in the published shapes: what lets a tiny policy learn from few demonstrations on a CPU
+    conv_stem: bool = False  # stride-2 convolutions in place of the linear patch embedding
+    state_token: bool = False  # one prefix token that is a linear map of the normalised state
+    gate_bias: float = 0.0  # initial bias of the adaRMS gates (openpi: 0, the expert's layers start as identities)
+
+    def __post_init__(self):
+        for name, kind in (("vlm", GemmaSize), ("expert", GemmaSize), ("vision", VisionSize)):
+            setattr(self, name, config_from(kind, getattr(self, name), f"model.{name}"))
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise UserError(f"model.{name} is {getattr(self, name)!r}; {common.did_you_mean(getattr(self, name), known)}")
+        shared = ("depth", "num_heads", "num_kv_heads", "head_dim")  # prefix and suffix meet in one attention
+        if [getattr(self.vlm, k) for k in shared] != [getattr(self.expert, k) for k in shared]:
+            raise UserError(f"model.vlm and model.expert must agree in {', '.join(shared)}; change one of them")
+        if self.conv_stem and (self.vision.patch_size & (self.vision.patch_size - 1)):
+            raise UserError("model.conv_stem halves the image at each step: model.vision.patch_size must be a power of 2")
+
+
+CHOICES = {
+    "prompt": ("openpi", "lerobot"),
+    "resize": ("openpi", "lerobot"),
+    "normalisation": ("quantile", "mean_std"),
+    "norm_eps": ("openpi", "lerobot"),
+}
+
+
+# --------------------------------------------------------------------------------------------------------------- modules
+class AdaRMSNorm(nn.Module):
+    """RMSNorm whose scale, shift and gate come from the time conditioning, once per row and not per token."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.dense = nn.Linear(width, 3 * width)
+
+    def forward(self, x: Tensor, cond: Tensor) -> tuple[Tensor, Tensor]:  # x (N, H, W), cond (N or 1, W)
+        scale, shift, gate = self.dense(cond.to(self.dense.weight.dtype))[:, None].chunk(3, dim=-1)  # (N, 1, W)
+        normed = F.rms_norm(x.float(), x.shape[-1:], eps=EPS) * (1 + scale) + shift
+        return normed.to(x.dtype), gate.to(x.dtype)
+
+
+class Gemma(nn.Module):
+    """The weights of a Gemma decoder under the published names. adaptive: the action expert, without token embeddings."""
+
+    def __init__(self, size: GemmaSize, vocab_size: int | None = None):
+        super().__init__()
+        adaptive = vocab_size is None
+        cfg = GemmaConfig(
+            hidden_size=size.width,
+            intermediate_size=size.mlp_dim,
+            num_attention_heads=size.num_heads,
+            num_key_value_heads=size.num_kv_heads,
+            head_dim=size.head_dim,
+            hidden_act="gelu_pytorch_tanh",
+            attention_bias=False,
+            rms_norm_eps=EPS,
+        )
+        if not adaptive:
+            self.embed_tokens = nn.Embedding(vocab_size, size.width)
+        self.layers = nn.ModuleList(GemmaDecoderLayer(cfg, i) for i in range(size.depth))
+        self.norm = AdaRMSNorm(size.width) if adaptive else GemmaRMSNorm(size.width, EPS)
+        for layer in self.layers if adaptive else ():
+            layer.input_layernorm, layer.post_attention_layernorm = AdaRMSNorm(size.width), AdaRMSNorm(size.width)
+
+
+def conv_stem(width: int, patch_size: int) -> nn.Sequential:
+    """log2(patch_size) convolutions of stride 2, channels doubling up to the width: the token grid of a patch embedding."""
+    steps = int(math.log2(patch_size))
+    channels = [3] + [max(width >> (steps - 1 - i) & ~7, 16) for i in range(steps)]
+    layers = []
+    for i in range(steps):
+        conv = nn.Conv2d(channels[i], channels[i + 1], 3, stride=2, padding=1)
+        layers += [conv, nn.GroupNorm(8, channels[i + 1]), nn.GELU(approximate="tanh")]
+    return nn.Sequential(*layers[:-1])
+
+
+def rotary(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """cos and sin (B, S, 1, head_dim / 2) of the rotary embedding, base 10000."""
+    inv_freq = 1.0 / 10000.0 ** (torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
+    angle = positions[..., None, None].float() * inv_freq
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # x (B, S, heads, head_dim)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+def project_kv(attn: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Rotated keys and values (B, kv heads, S, head_dim) of the normed tokens x (B, S, width)."""
+    k, v = (proj(x).unflatten(-1, (-1, attn.head_dim)) for proj in (attn.k_proj, attn.v_proj))
+    return rotate(k, *rope).transpose(1, 2), v.transpose(1, 2)
+
+
+def attend(attn: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor], k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Attention of the tokens x (B, S, width) to keys and values (B, kv heads, keys, head_dim), output projection included.
+
+    bias (B, 1, 1, keys) is 0 or -inf. It does not depend on the query, so the heads that share a key become further
+    queries of it and no key is copied for them.
+    """
+    q = rotate(attn.q_proj(x).unflatten(-1, (-1, attn.head_dim)), *rope)  # (B, S, heads, head_dim)
+    b, s, heads, dim = q.shape
+    kv = k.shape[1]
+    q = q.view(b, s, kv, heads // kv, dim).transpose(1, 2).reshape(b, kv, -1, dim)  # (B, kv, S * heads / kv, head_dim)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # scale head_dim^-0.5
+    return attn.o_proj(out.view(b, kv, s, -1, dim).transpose(1, 2).reshape(b, s, -1))
+
+
+def key_bias(valid: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, keys) bool -> additive attention bias (B, 1, 1, keys)."""
+    return torch.zeros_like(valid, dtype=dtype).masked_fill(~valid, -math.inf)[:, None, None]
+
+
+def time_embedding(t: Tensor, width: int) -> Tensor:
+    """(N,) -> (N, width), sine before cosine; in float64 as openpi does, since the shortest period is 0.004."""
+    fraction = torch.linspace(0, 1, width // 2, dtype=torch.float64, device=t.device)
+    period = MIN_PERIOD * (MAX_PERIOD / MIN_PERIOD) ** fraction
+    angle = t.double()[:, None] * (2 * math.pi / period)
+    return torch.cat([angle.sin(), angle.cos()], dim=-1).float()
+
+
+# ---------------------------------------------------------------------------------------------------------------- prefix
+@dataclass
+class Prefix:
+    """What the vision-language part hands to the expert: its keys and values. Plain tensors, observations first."""
+
+    keys: Tensor  # (B, L, kv heads, S, head_dim), rotated
+    values: Tensor  # (B, L, kv heads, S, head_dim)
+    valid: Tensor  # (B, S) bool; False where the prompt is padded
+
+    def select(self, index: Tensor) -> Prefix:
+        return Prefix(self.keys[index], self.values[index], self.valid[index])
+
+    def detach(self) -> Prefix:
+        return Prefix(self.keys.detach(), self.values.detach(), self.valid)
+
+    def __len__(self) -> int:
+        return len(self.valid)
+
+    @staticmethod
+    def cat(parts: Sequence[Prefix]) -> Prefix:
+        """Prefixes of several batches as one; shorter ones are padded, which changes no result."""
+        longest = max(p.valid.shape[1] for p in parts)
+        pads = [longest - p.valid.shape[1] for p in parts]
+        keys = torch.cat([F.pad(p.keys, (0, 0, 0, n)) for p, n in zip(parts, pads, strict=True)])
+        values = torch.cat([F.pad(p.values, (0, 0, 0, n)) for p, n in zip(parts, pads, strict=True)])
+        return Prefix(keys, values, torch.cat([F.pad(p.valid, (0, n)) for p, n in zip(parts, pads, strict=True)]))
+
+
+# ---------------------------------------------------------------------------------------------------------------- policy
+class Pi05(Policy):
+    backbone, config_class = "pi05", Pi05Config
+    adapter_targets = r".*(language_model|expert)\.layers\.\d+\.self_attn\.[qkvo]_proj"  # 144 layers in pi-0.5
+
+    def __init__(self, cfg: Pi05Config):
+        super().__init__(cfg)
+        width, vision = cfg.expert.width, asdict(cfg.vision)
+        self.vision_tower = SiglipVisionModel(
+            SiglipVisionConfig(**vision, hidden_act="gelu_pytorch_tanh", layer_norm_eps=EPS, vision_use_head=False)
+        )
+        if cfg.conv_stem:
+            self.vision_tower.embeddings.patch_embedding = conv_stem(cfg.vision.hidden_size, cfg.vision.patch_size)
+        self.multi_modal_projector = nn.ModuleDict({"linear": nn.Linear(cfg.vision.hidden_size, cfg.vlm.width)})
+        self.language_model = Gemma(cfg.vlm, cfg.vocab_size)
+        self.expert = Gemma(cfg.expert)
+        self.action_in_proj, self.action_out_proj = nn.Linear(cfg.flow_dim, width), nn.Linear(width, cfg.flow_dim)
+        self.time_mlp_in, self.time_mlp_out = nn.Linear(width, width), nn.Linear(width, width)
+        if cfg.state_token:
+            self.state_proj = nn.Linear(8, cfg.vlm.width)
+        self._init_weights()
+
+    @torch.no_grad()
+    def _init_weights(self) -> None:
+        """For training from scratch: variance 1 / fan-in, branches scaled down by depth, adaRMS zero as in openpi.
+
+        The vision tower keeps transformers' SigLIP initialisation.
+        """
+        for stack in (self.language_model, self.expert):
+            for name, p in stack.named_parameters():
+                if p.ndim == 2 and "dense" not in name:
+                    branch = ("o_proj" in name or "down_proj" in name) and (2 * len(stack.layers)) ** -0.5
+                    p.normal_(std=p.shape[1] ** -0.5 * (branch or 1.0))
+                elif "dense" in name:
+                    p.zero_()
+        for layer in self.expert.layers:
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                norm.dense.bias[2 * self.cfg.expert.width :] = self.cfg.gate_bias
+        for module in self.vision_tower.embeddings.patch_embedding.modules() if self.cfg.conv_stem else ():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                module.bias.zero_()
+
+    # ------------------------------------------------------------------------------------------ from observations to ids
+    def prompt(self, instruction: str, state: np.ndarray) -> str:
+        """The prompt's text; state (8,) normalised."""
+        text = instruction.strip().replace("_", " ").replace("\n", " ")
+        if self.cfg.prompt == "openpi":
+            return text + "\n"
+        state = np.pad(state, (0, self.cfg.prompt_state_dims - len(state)))
+        bins = np.digitize(state, np.linspace(-1, 1, 257)[:-1]) - 1  # -1..255: what lies below -1 is not clipped
+        return f"Task: {text}, State: {' '.join(map(str, bins))};\nAction: "
+
+    def tokenize(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Token ids and their validity, both (B, longest prompt), padded on the right."""
+        if self.tokenizer is None or self.tokenizer.get_vocab_size() > self.cfg.vocab_size:
+            size = None if self.tokenizer is None else self.tokenizer.get_vocab_size()
+            raise UserError(f"the policy needs a tokenizer of at most model.vocab_size={self.cfg.vocab_size} words, not {size}")
+        encoded = self.tokenizer.encode_batch(prompts, add_special_tokens=False)
+        rows = [([BOS] + e.ids)[: self.cfg.max_tokens] for e in encoded]
+        longest = max(map(len, rows))
+        ids = torch.tensor([r + [PAD] * (longest - len(r)) for r in rows])
+        return ids, torch.tensor([[True] * len(r) + [False] * (longest - len(r)) for r in rows])
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """uint8 (B, h, w, 3) -> float (B, 3, size, size) in [-1, 1]."""
+        size = self.cfg.vision.image_size
+        if self.cfg.resize == "lerobot":
+            return resize_lerobot(images.permute(0, 3, 1, 2).float() / 255, size) * 2 - 1
+        if images.shape[1:3] != (size, size):
+            images = torch.from_numpy(np.stack([resize_openpi(i, size) for i in images.cpu().numpy()])).to(images.device)
+        return images.permute(0, 3, 1, 2).float() / 255 * 2 - 1
+
+    # ----------------------------------------------------------------------------------------------------------- prefix
+    def encode(self, obs: dict) -> Prefix:
+        """obs: a batch of common.collate. Runs the vision tower and the language model, once per observation."""
+        device = self.action_in_proj.weight.device
+        state = self._normalise(obs["state"].to(device), "state")  # (B, 8)
+        prompts = [self.prompt(i, s) for i, s in zip(obs["instruction"], state.cpu().numpy(), strict=True)]
+        tokens, valid = (x.to(device) for x in self.tokenize(prompts))
+        images = torch.stack([self.pixels(obs[c].to(device)) for c in self.cfg.cameras], dim=1)  # (B, cameras, 3, s, s)
+        present = torch.ones(images.shape[:2], dtype=torch.bool, device=device)
+        return self.prefill(*self.embed_prefix(images, present, tokens, valid, state))[0]
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """(B, 3, size, size) -> (B, tokens, VLM width). Not scaled, unlike the text."""
+        tower = self.vision_tower
+        x = tower.embeddings.patch_embedding(pixels.to(tower.post_layernorm.weight.dtype)).flatten(2).transpose(1, 2)
+        x = x + tower.embeddings.position_embedding.weight
+        for layer in tower.encoder.layers:
+            x = layer(x, None)
+        return self.multi_modal_projector["linear"](tower.post_layernorm(x))
+
+    def embed_prefix(
+        self, images: Tensor, present: Tensor, tokens: Tensor, token_valid: Tensor, state: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Prefix tokens (B, S, width) and their validity (B, S): the cameras in order, [the state,] the text."""
+        features = self.image_features(images.flatten(0, 1)).unflatten(0, images.shape[:2])  # (B, cameras, tokens, width)
+        parts, valid = [features.flatten(1, 2)], [present.repeat_interleave(features.shape[2], dim=1)]
+        if self.cfg.state_token:
+            parts.append(self.state_proj(state)[:, None].to(features.dtype))
+            valid.append(torch.ones_like(token_valid[:, :1]))
+        text = self.language_model.embed_tokens(tokens) * math.sqrt(self.cfg.vlm.width)
+        return torch.cat([*parts, text], dim=1), torch.cat([*valid, token_valid], dim=1)
+
+    def prefill(self, x: Tensor, valid: Tensor, to_end: bool = False) -> tuple[Prefix, Tensor | None]:
+        """Prefix tokens -> keys and values of every layer, and with to_end the final hidden states (B, S, width).
+
+        All valid tokens see one another. Masked ones take no position, so leaving them out gives the same result. Nobody
+        reads the last layer beyond its keys and values: it is computed only when asked for.
+        """
+        rope, bias = rotary(valid.cumsum(1) - 1, self.cfg.vlm.head_dim), key_bias(valid, x.dtype)
+        layers, keys, values = self.language_model.layers, [], []
+        for layer in layers:
+            h = layer.input_layernorm(x)
+            k, v = project_kv(layer.self_attn, h, rope)
+            keys.append(k)
+            values.append(v)
+            if len(keys) == len(layers) and not to_end:
+                break
+            x = x + attend(layer.self_attn, h, rope, k, v, bias)
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+        return Prefix(torch.stack(keys, 1), torch.stack(values, 1), valid), self.language_model.norm(x) if to_end else None
+
+    # ----------------------------------------------------------------------------------------------------------- expert
+    def time_condition(self, t: Tensor) -> Tensor:
+        """(N,) -> (N, W)"""
+        e = time_embedding(t, self.cfg.expert.width).to(self.time_mlp_in.weight.dtype)
+        return F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(e))))
+
+    def velocity(self, prefix: Prefix, x_t: Tensor, t: Tensor) -> Tensor:
+        """v(x_t, t, o), float32 (N, H, D), for x_t (N, H, D) and t (N,), or (1,) for one time common to all rows.
+
+        The actions see every valid prefix token and one another.
+        """
+        n, h, d = x_t.shape
+        assert len(prefix) == n and d == self.cfg.flow_dim and t.shape in ((n,), (1,)), (len(prefix), x_t.shape, t.shape)
+        cond = self.time_condition(t)
+        valid = torch.cat([prefix.valid, prefix.valid.new_ones(n, h)], dim=1)
+        positions = prefix.valid.sum(1, keepdim=True) + torch.arange(h, device=x_t.device)  # after the valid prefix tokens
+        rope, bias = rotary(positions, self.cfg.expert.head_dim), key_bias(valid, prefix.keys.dtype)
+        x = self.action_in_proj(x_t.float()).to(prefix.keys.dtype)  # (N, H, W)
+        for i, layer in enumerate(self.expert.layers):
+            normed, gate = layer.input_layernorm(x, cond)
+            k, v = project_kv(layer.self_attn, normed, rope)
+            k, v = torch.cat([prefix.keys[:, i], k], dim=2), torch.cat([prefix.values[:, i], v], dim=2)
+            x = x + gate * attend(layer.self_attn, normed, rope, k, v, bias)
+            normed, gate = layer.post_attention_layernorm(x, cond)
+            x = x + gate * layer.mlp(normed)
+        return self.action_out_proj(self.expert.norm(x, cond)[0].float())
+
+    # --------------------------------------------------------------------------------------------------- the protocol
+    def draws(self, batch: int, k: int, generator: torch.Generator, scheme: str) -> Draws:
+        return common.make_draws(batch, self.cfg.horizon, self.cfg.flow_dim, k, generator, scheme)
+
+    def noise(self, batch: int, generator: torch.Generator) -> Tensor:
+        return torch.randn(batch, self.cfg.horizon, self.cfg.flow_dim, generator=generator)
+
+    @torch.no_grad()
+    def sample_actions(self, prefix: Prefix, noise: Tensor, steps: int = 10, times: Sequence[float] | None = None) -> Tensor:
+        """Euler's method from noise (B, H, D) at t = 1 to a normalised chunk (B, H, D) at t = 0; the first 7 of D are the actions.
+
+        times: another sequence of t, e.g. openpi's, which is accumulated in float32.
+        """
+        x, times = noise.float(), times or [1 - i / steps for i in range(steps)]
+        for t in times:
+            x = x - self.velocity(prefix, x, torch.full((1,), t, device=x.device)) / len(times)
+        return x
+
+    def pad(self, chunk: Tensor) -> Tensor:
+        """(..., 7) -> (..., D): the published checkpoints flow zeros behind the real dimensions."""
+        return F.pad(chunk, (0, self.cfg.flow_dim - chunk.shape[-1]))
+
+    def log_prob(self, prefix: Prefix, chunk: Tensor, draws: Draws, mask: Tensor, weight: str = "velocity") -> Tensor:
+        """Surrogate log-probability (B,) of normalised chunks (B, H, 7), over the actions where mask (B, H) is True."""
+        return common.surrogate_log_prob(self._velocity_of(prefix), self.pad(chunk), draws, mask, weight)
+
+    def sft_loss(self, prefix: Prefix, chunk: Tensor, draws: Draws, mask: Tensor | None = None) -> Tensor:
+        """Flow-matching loss: mean squared velocity error over draws, unmasked actions and real dimensions."""
+        mask = chunk.new_ones(chunk.shape[:2], dtype=torch.bool) if mask is None else mask
+        error = common.flow_matching_error(self._velocity_of(prefix), self.pad(chunk), draws, mask)  # (K, B) sums
+        return error.sum() / (len(error) * mask.sum() * ACTION_DIM)
+
+    def _velocity_of(self, prefix: Prefix):
+        return lambda index, x_t, t: self.velocity(prefix.select(index), x_t, t)
+
+    # ---------------------------------------------------------------------------------------------------- normalisation
+    def normalise(self, actions):
+        """Environment units (..., 7) -> model units; numpy or torch, as given."""
+        return self._normalise(actions, "action")
+
+    def unnormalise(self, chunk):
+        """Model units (..., D) -> what env.step takes, (..., 7) float32. Not clipped: the environment clips."""
+        low, span, offset = self._affine("action", chunk)
+        return (chunk[..., :ACTION_DIM] - offset) * span + low
+
+    def _normalise(self, x, kind: str):
+        low, span, offset = self._affine(kind, x)
+        return (x - low) / span + offset
+
+    def _affine(self, kind: str, like):
+        """low, span and offset of normalised = (x - low) / span + offset, as arrays of the kind that `like` is."""
+        if kind not in self.norm_stats:
+            raise UserError("the policy has no normalisation statistics (norm_stats); train it with 01_sft.py")
+        stats = {k: np.asarray(v, dtype=np.float64) for k, v in self.norm_stats[kind].items()}
+        lerobot = self.cfg.norm_eps == "lerobot"
+        if self.cfg.normalisation == "mean_std":  # (x - mean) / (std + eps)
+            low, span, offset = stats["mean"], stats["std"] + (1e-8 if lerobot else 1e-6), 0.0
+        else:  # (x - q01) / (q99 - q01 + eps) * 2 - 1; lerobot has no eps unless the quantiles coincide
+            width = stats["q99"] - stats["q01"]
+            width = np.where(width == 0, 1e-8, width) if lerobot else width + 1e-6
+            low, span, offset = stats["q01"], width / 2, -1.0
+        low, span = low.astype(np.float32), span.astype(np.float32)
+        if isinstance(like, Tensor):
+            low, span = torch.from_numpy(low).to(like.device), torch.from_numpy(span).to(like.device)
+        return low, span, offset
+
+
+PUBLISHED_PREFIXES = (  # key of the published file -> key here; the first match counts
+    ("paligemma_with_expert.paligemma.model.vision_tower.vision_model.", "vision_tower."),
+    ("paligemma_with_expert.paligemma.lm_head.", "language_model.embed_tokens."),  # tied: the files hold only this copy
+    ("paligemma_with_expert.paligemma.model.", ""),
+    ("paligemma_with_expert.gemma_expert.lm_head.", None),  # 263 million parameters that nothing uses
+    ("paligemma_with_expert.gemma_expert.model.", "expert."),
+)
+
+
+def native_key(key: str) -> str | None:
+    """The name here of a tensor of openpi's or lerobot's pi-0.5 files; None where nothing uses it."""
+    key = key.removeprefix("model.")  # lerobot's
+    for theirs, ours in PUBLISHED_PREFIXES:
+        if key.startswith(theirs):
+            return None if ours is None else ours + key.removeprefix(theirs)
+    return key
+
+
+# -------------------------------------------------------------------------------------------------------- images and text
+def resize_openpi(image: np.ndarray, size: int) -> np.ndarray:
+    """uint8 (h, w, 3) -> (size, size, 3), keeping the aspect, centred on black: openpi_client/image_tools.py."""
+    ratio = max(image.shape[1] / size, image.shape[0] / size)
+    height, width = int(image.shape[0] / ratio), int(image.shape[1] / ratio)
+    canvas = Image.new("RGB", (size, size))
+    resized = Image.fromarray(image).resize((width, height), resample=Image.Resampling.BILINEAR)  # antialiased
+    canvas.paste(resized, ((size - width) // 2, (size - height) // 2))
+    return np.asarray(canvas)
+
+
+def resize_lerobot(images: Tensor, size: int) -> Tensor:
+    """float (B, 3, h, w) in [0, 1] -> (B, 3, size, size), no antialiasing: lerobot's resize_with_pad_torch."""
+    ratio = max(images.shape[3] / size, images.shape[2] / size)
+    height, width = int(images.shape[2] / ratio), int(images.shape[3] / ratio)
+    resized = F.interpolate(images, size=(height, width), mode="bilinear", align_corners=False).clamp(0, 1)
+    top, left = (size - height) // 2, (size - width) // 2
+    return F.pad(resized, (left, size - width - left, top, size - height - top))

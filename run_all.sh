@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# The whole method, one stage after the other.
+#
+#   bash run_all.sh [CONFIG] [STAGES] [key=value ...]
+#   bash run_all.sh                                       configs/tiny.yaml: about an hour on two cores, no GPU
+#   bash run_all.sh configs/smoke.yaml                    the same in a few minutes, to see that everything works
+#   bash run_all.sh configs/tiny.yaml "03 04" dpo.beta=2  only DPO and the evaluations, with another beta
+#
+# Finished stages are skipped; a stage whose config, inputs or code have changed is redone, and so is what depends on it.
+# Stopped at any moment, the same command goes on where it was. Set PYTHON to use an environment of your own instead of .venv.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+CONFIG=configs/tiny.yaml STAGES="00 01 02 03 04" OVERRIDES=()
+for argument in "$@"; do
+  case $argument in
+    *=*) OVERRIDES+=("$argument") ;;
+    *.yaml) CONFIG=$argument ;;
+    *) STAGES=$argument ;;
+  esac
+done
+
+if [[ -z ${PYTHON:-} ]]; then
+  PYTHON=.venv/bin/python
+  if ! cmp -s requirements.txt .venv/installed.txt; then
+    echo "[setup] \$ python3 -m venv .venv && pip install -r requirements.txt"
+    python3 -m venv .venv
+    .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+    cp requirements.txt .venv/installed.txt
+  fi
+fi
+
+began=$SECONDS
+stage() { # number, script and its arguments
+  [[ " $STAGES " == *" $1 "* ]] || return 0
+  shift
+  echo
+  echo "[$(((SECONDS - began) / 60)) min] \$ python $1 $CONFIG ${*:2} ${OVERRIDES[*]:-}"
+  "$PYTHON" "$1" "$CONFIG" "${@:2}" overwrite=true ${OVERRIDES[@]+"${OVERRIDES[@]}"}
+}
+
+"$PYTHON" common.py "$CONFIG" ${OVERRIDES[@]+"${OVERRIDES[@]}"} # a wrong key shows now, not in an hour
+stage 00 00_demos.py
+stage 01 01_sft.py
+stage 02 02_collect_prefs.py
+stage 03 03_dpo.py adapter=lora
+stage 03 03_dpo.py adapter=dora
+stage 04 04_eval.py policy=sft
+stage 04 04_eval.py policy=dpo adapter=lora
+stage 04 04_eval.py policy=dpo adapter=dora
+echo
+echo "[$(((SECONDS - began) / 60)) min] all stages done: $STAGES"

@@ -1,0 +1,227 @@
+"""Conventions, surrogate, statistics, config and run folders, each checked another way. pytest tests/test_common.py"""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import common
+
+
+# ---------------------------------------------------------------------------------------------------------------- LIBERO
+def test_init_state_groups_share_no_state_and_cover_all():
+    states = [s for group in common.INIT_GROUPS for s in common.init_states(group)]
+    assert sorted(states) == list(range(50))
+
+
+@pytest.mark.parametrize("group, n", [("val", 6), ("test", 11), ("demos", 0), ("tset", 1)])
+def test_init_states_never_reach_into_another_group(group, n):
+    with pytest.raises(common.UserError):
+        common.init_states(group, n)
+
+
+@pytest.mark.parametrize("angle", [0.3, math.pi - 1e-3, math.pi + 1e-3, 5.0])
+def test_axis_angle_is_continuous_through_pi(angle):
+    axis = np.array([0.6, -0.8, 0.0])
+    quat = np.concatenate([axis * math.sin(angle / 2), [math.cos(angle / 2)]])
+    before = quat.copy()
+    np.testing.assert_allclose(common.axis_angle(quat), axis * angle, atol=1e-9)
+    assert np.array_equal(quat, before)
+
+
+def test_axis_angle_of_no_rotation_is_zero():
+    assert np.array_equal(common.axis_angle(np.array([0.0, 0.0, 0.0, 1.0])), np.zeros(3))
+
+
+# ------------------------------------------------------------------------------------------------------------- surrogate
+def oracle_velocity(target):
+    """The velocity field of a point mass at `target` (B, H, D): every path leads straight there, so v = (x_t - a) / t."""
+    return lambda index, x_t, t: (x_t - target[index]) / t[:, None, None]
+
+
+def test_time_one_is_noise_and_the_error_of_the_true_field_is_zero():
+    g = common.stream(0, "test")
+    chunk, mask = torch.randn(3, 5, 7, generator=g), torch.ones(3, 5, dtype=torch.bool)
+    draws = common.make_draws(3, 5, 7, 4, g)
+    assert draws.t[:, 0].tolist() == list(common.T_STRATIFIED)
+    assert common.surrogate_log_prob(oracle_velocity(chunk), chunk, draws, mask).abs().max() < 1e-9
+    at_noise = []
+    common.surrogate_log_prob(
+        lambda i, x, t: at_noise.append(x) or x, chunk, dataclasses.replace(draws, t=torch.ones(4, 3)), mask
+    )
+    assert torch.equal(at_noise[0].view(4, 3, 5, 7), draws.eps)  # t = 1: all noise
+
+
+def test_surrogate_equals_a_loop_written_from_the_definition():
+    g = common.stream(1, "test")
+    b, h, d, k = 2, 4, 9, 3
+    chunk, weights = torch.randn(b, h, d, generator=g), torch.randn(d, d, generator=g)
+    mask = torch.tensor([[True, True, False, False], [True, True, True, True]])
+    draws = common.make_draws(b, h, d, k, g, "beta")
+
+    def velocity(index, x_t, t):
+        return torch.tanh(x_t @ weights) * t[:, None, None] + index[:, None, None]
+
+    for weight, w in {"velocity": lambda t: 1.0, "noise": lambda t: (1 - t) ** 2, "elbo": lambda t: (1 - t) / max(t, 0.05)}.items():
+        ours = common.surrogate_log_prob(velocity, chunk, draws, mask, weight, real_dim=7)
+        for row in range(b):
+            total = 0.0
+            for i in range(k):
+                t = draws.t[i, row].item()
+                x = t * draws.eps[i, row] + (1 - t) * chunk[row]
+                v = torch.tanh(x @ weights) * t + row
+                for step in range(h):
+                    for dim in range(7):
+                        u = draws.eps[i, row, step, dim] - chunk[row, step, dim]
+                        total += w(t) * mask[row, step].item() * (v[step, dim] - u).item() ** 2 / k
+            assert ours[row].item() == pytest.approx(-total, rel=1e-4)
+
+
+def test_beta_draws_have_the_moments_of_openpi():
+    t = common.make_draws(50_000, 1, 1, 2, common.stream(0, "t"), "beta").t
+    assert t.min() > 0.0009 and t.max() <= 1.0
+    assert t.mean().item() == pytest.approx(0.6 * 0.999 + 0.001, abs=0.003)  # Beta(1.5, 1): mean 3/5, variance 12/175
+    assert t.var().item() == pytest.approx(12 / 175, abs=0.003)
+
+
+def test_streams_depend_on_every_name_and_on_nothing_else():
+    a = torch.randn(4, generator=common.stream(7, "x", 1))
+    torch.manual_seed(123)
+    torch.randn(10)
+    assert torch.equal(a, torch.randn(4, generator=common.stream(7, "x", 1)))
+    others = [common.stream(8, "x", 1), common.stream(7, "y", 1), common.stream(7, "x", 2), common.stream(7, "x", "1")]
+    assert all(not torch.equal(a, torch.randn(4, generator=g)) for g in others)
+
+
+# ------------------------------------------------------------------------------------------------------------ statistics
+def test_wilson_against_published_values():
+    assert common.wilson(38, 50) == pytest.approx((0.626, 0.857), abs=5e-4)
+    assert common.wilson(450, 500) == pytest.approx((0.871, 0.923), abs=5e-4)
+    assert common.wilson(0, 0) == (0.0, 1.0)
+
+
+def test_mcnemar_against_the_binomial_sum():
+    a = [True] * 35 + [False] * 25 + [True] * 100
+    b = [False] * 35 + [True] * 25 + [True] * 100
+    test = common.mcnemar(a, b)
+    tail = sum(math.comb(60, i) for i in range(26)) / 2**60
+    assert (test["only_a"], test["only_b"]) == (35, 25) and test["p"] == pytest.approx(2 * tail)
+    assert common.mcnemar([True, False], [True, False])["p"] == 1.0
+
+
+def test_cluster_bootstrap_is_wider_than_wilson_when_tasks_differ():
+    values, clusters = np.repeat([1.0, 0.0], 50), np.repeat(np.arange(10), 10)
+    low, high = common.cluster_bootstrap(values, clusters)
+    wl, wh = common.wilson(50, 100)
+    assert low < wl and high > wh
+
+
+# ---------------------------------------------------------------------------------------------------------------- config
+@dataclasses.dataclass
+class Config(common.RunConfig):
+    steps: int = 3
+    lr: float = 1e-3
+    snapshots: list[int] = dataclasses.field(default_factory=list)
+
+
+def load(tmp_path, text, *overrides):
+    path = tmp_path / "exp.yaml"
+    path.write_text(text)
+    return common.load_config(Config, "sft", [str(path), *overrides])
+
+
+def test_config_casts_by_type_and_command_line_wins(tmp_path):
+    cfg = load(tmp_path, "seed: 7\nsft: {lr: 5e-5, steps: 1e2, snapshots: [1, 2]}\ndpo: {beta: 2}", "sft.steps=9", "dpo.beta=1")
+    assert (cfg.name, cfg.seed, cfg.lr, cfg.steps, cfg.snapshots) == ("exp", 7, 5e-5, 9, [1, 2])
+
+
+@pytest.mark.parametrize(
+    "text, override, hint",
+    [
+        ("sft: {stesp: 3}", None, "did you mean 'steps'"),
+        ("sed: 3", None, "did you mean 'seed'"),
+        ("sft: {lr: fast}", None, "must be float"),
+        ("sft: {lr: .nan}", None, "must be float"),
+        ("sft: {steps: 1.5}", None, "must be int"),
+        ("sft: {steps: true}", None, "must be int"),
+        ("sft: [1]", None, "key: value"),
+        ("- a", None, "key: value"),
+        ("a: [", None, "not valid YAML"),
+        ("", "steps", "not key=value"),
+        ("", "sfft.steps=1", "no stage is called"),
+        ("", "workers=two", "must be int"),
+    ],
+)
+def test_bad_config_is_one_line_that_names_the_key(tmp_path, text, override, hint):
+    with pytest.raises(common.UserError, match=hint) as error:
+        load(tmp_path, text, *([override] if override else []))
+    assert "\n" not in str(error.value)
+
+
+def test_missing_config_names_the_nearest():
+    with pytest.raises(common.UserError, match="did you mean 'tiny'"):
+        common.load_config(Config, "sft", ["configs/tinny.yaml"])
+
+
+# ----------------------------------------------------------------------------------------------------------- run folders
+def test_jsonl_survives_a_line_cut_short(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    common.append_jsonl(path, {"a": 1})
+    with open(path, "a") as file:
+        file.write('{"a": 2')
+    assert common.read_jsonl(path) == [{"a": 1}]
+    common.append_jsonl(path, {"a": 3})
+    assert common.read_jsonl(path) == [{"a": 1}, {"a": 3}]
+    path.write_text('{"a": 1}\nnonsense\n{"a": 2}\n')
+    with pytest.raises(common.UserError, match="damaged"):
+        common.read_jsonl(path)
+
+
+def test_source_hash_ignores_comments_and_docstrings_only(tmp_path):
+    path = tmp_path / "a.py"
+    versions = [
+        'def f(x):\n    """Doc."""\n    return x + 1\n',
+        '# a comment\ndef f(x):\n    """Other words."""\n\n    return (x + 1)  # why\n',
+        "def f(x):\n    return x + 2\n",
+    ]
+    hashes = []
+    for text in versions:
+        path.write_text(text)
+        hashes.append(common.source_hash(path))
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_stage_is_skipped_resumed_refused_and_redone(tmp_path, capsys):
+    def cfg(**kwargs):
+        return Config(name="exp", root=str(tmp_path), **kwargs)
+
+    def open_stage(**kwargs):
+        return common.open_stage("01_sft.py", cfg(**kwargs), tmp_path / "exp" / "sft", "seed", [], ["backbones"])
+
+    stage = open_stage()
+    (stage.dir / "model.txt").write_text("half")
+    assert open_stage().dir == stage.dir and (stage.dir / "model.txt").exists()  # killed and started again: goes on
+    stage.finish(fact=1)
+    assert open_stage() is None  # done
+    assert open_stage(workers=7) is None  # workers never change a result
+    with pytest.raises(common.UserError, match=r"config steps 3 -> 4.*overwrite=true"):
+        open_stage(steps=4)
+    assert (stage.dir / "model.txt").exists()
+    assert open_stage(steps=4, overwrite=True) is not None
+    assert not (stage.dir / "model.txt").exists() and not (stage.dir / "done.json").exists()
+
+
+def test_done_json_lists_the_hash_of_every_file(tmp_path):
+    stage = common.open_stage("01_sft.py", Config(root=str(tmp_path)), tmp_path / "s", "seed", [], ["backbones"])
+    (stage.dir / "a.txt").write_text("x")
+    stage.finish()
+    done = json.loads((tmp_path / "s" / "done.json").read_text())
+    assert done["outputs"] == {"a.txt": common.sha256(tmp_path / "s" / "a.txt")}
+
+
+def test_missing_input_names_the_stage_to_run(tmp_path):
+    with pytest.raises(common.UserError, match=r"python 01_sft\.py"):
+        common.require(tmp_path / "sft", "sft")
