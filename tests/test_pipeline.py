@@ -1,0 +1,127 @@
+"""The stages as a user runs them, on configs/micro.yaml and the real simulator: alone, killed and resumed, after an edit.
+
+pytest tests/test_pipeline.py
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import common
+
+KIT = Path(__file__).resolve().parent.parent
+SEED_DIR = "runs/micro/pi05/seed42"
+# script with its arguments, the folder it writes, and the file whose appearance (with this many lines) shows it half-way
+STAGES = {
+    "demos": (["00_demos.py"], "runs/micro/data", "parts/libero_object-03/00-00.hdf5", None),
+    "sft": (["01_sft.py"], f"{SEED_DIR}/sft", "checkpoint.pt", None),
+    "prefs": (["02_collect_prefs.py"], f"{SEED_DIR}/prefs-episode", "units.jsonl", 1),
+    "dpo": (["03_dpo.py"], f"{SEED_DIR}/dpo-lora-episode", "checkpoint.pt", None),
+    "eval": (["04_eval.py", "policy=dpo"], f"{SEED_DIR}/eval-dpo-lora-episode", "episodes.jsonl", 1),
+}
+
+
+def copy_of_the_kit(folder: Path) -> Path:
+    """The sources in a folder of their own, so that runs and edits stay there."""
+    ignore = shutil.ignore_patterns(".git", ".venv", "runs", "results", "tests", "__pycache__", ".*_cache")
+    return Path(shutil.copytree(KIT, folder, ignore=ignore))
+
+
+def command(arguments: list[str], *more: str) -> list[str]:
+    return [sys.executable, arguments[0], "configs/micro.yaml", *arguments[1:], *more]
+
+
+def stage(kit: Path, name: str, *more: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command(STAGES[name][0], *more), cwd=kit, capture_output=True, text=True)
+
+
+def outputs(kit: Path, folder: str) -> dict:
+    done = common.read_json(kit / folder / "done.json")
+    return {"outputs": done["outputs"], "fingerprint": done["fingerprint"]}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A copy of the kit in which every stage has run undisturbed."""
+    kit = copy_of_the_kit(tmp_path_factory.mktemp("undisturbed") / "kit with a space")
+    for name in STAGES:
+        result = stage(kit, name)
+        assert result.returncode == 0, result.stdout + result.stderr
+    return kit
+
+
+def half_way(folder: Path, marker: str, lines: int | None) -> bool:
+    path = folder / marker
+    return path.is_file() and (lines is None or path.read_text().count("\n") >= lines)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_killed_half_way_and_run_again_gives_the_same_files(name, finished, tmp_path):
+    arguments, folder, marker, lines = STAGES[name]
+    kit = copy_of_the_kit(tmp_path / "kit with a space")
+    shutil.copytree(finished / "runs", kit / "runs")
+    shutil.rmtree(kit / folder)
+    process = subprocess.Popen(command(arguments), cwd=kit, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not half_way(kit / folder, marker, lines):
+        assert process.poll() is None, "the stage ended before it could be killed"
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (kit / folder / "done.json").exists()
+    result = stage(kit, name)
+    assert result.returncode == 0 and "goes on" in result.stdout, result.stdout + result.stderr
+    assert outputs(kit, folder) == outputs(finished, folder)
+
+
+def test_a_finished_stage_is_skipped(finished):
+    for name in STAGES:
+        assert "already done" in stage(finished, name).stdout
+
+
+@pytest.mark.parametrize(
+    "name, needs", [("sft", "00_demos.py"), ("prefs", "01_sft.py"), ("dpo", "02_collect_prefs.py"), ("eval", "03_dpo.py")]
+)
+def test_missing_input_is_one_line_that_names_the_stage(name, needs, finished, tmp_path):
+    kit = copy_of_the_kit(tmp_path / "kit")
+    if name in ("dpo", "eval"):
+        shutil.copytree(finished / SEED_DIR / "sft", kit / SEED_DIR / "sft")
+    result = stage(kit, name)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and f"python {needs}" in result.stderr, result.stderr
+
+
+def test_an_edited_script_is_rerun_with_what_depends_on_it_and_nothing_else(finished, tmp_path):
+    kit = copy_of_the_kit(tmp_path / "kit with a space")
+    shutil.copytree(finished / "runs", kit / "runs")
+    script = kit / "03_dpo.py"
+    text = script.read_text()
+    script.write_text(text + "\n# a comment changes nothing\n")
+    assert "already done" in stage(kit, "dpo").stdout
+    assert "beta * (pi_w - ref_w)" in text
+    script.write_text(text.replace("beta * (pi_w - ref_w)", "beta * 1.5 * (pi_w - ref_w)"))
+    refused = stage(kit, "dpo")
+    assert refused.returncode == 2 and "source 03_dpo.py" in refused.stderr and "overwrite=true" in refused.stderr
+    run = ["bash", "run_all.sh", "configs/micro.yaml", "00 01 02 03 04", "adapters=lora"]
+    result = subprocess.run(run, cwd=kit, capture_output=True, text=True, env=os.environ | {"PYTHON": sys.executable})
+    assert result.returncode == 0, result.stdout + result.stderr
+    told = [line for line in result.stdout.splitlines() if line.startswith("[0") and ("already" in line or "redone" in line)]
+    assert [line.split(":")[0].split(",")[0] for line in told] == [
+        "[00_demos] already done",
+        "[01_sft] already done",
+        "[02_collect_prefs] already done",
+        "[03_dpo] redone",
+        "[04_eval] redone",
+    ], told
+    assert outputs(kit, STAGES["dpo"][1])["outputs"] != outputs(finished, STAGES["dpo"][1])["outputs"]
+
+
+def test_init_states_of_the_test_group_cannot_be_trained_on(finished):
+    result = stage(finished, "demos", "demos.n_init=21", "overwrite=false")
+    assert result.returncode == 2 and "0-19" in result.stderr
+    result = stage(finished, "eval", "eval.group=prefs")
+    assert result.returncode == 2 and "'val' or 'test'" in result.stderr

@@ -1,0 +1,354 @@
+"""The simulator layer against LIBERO itself: run with `python -m pytest tests/test_sim.py` (real LIBERO, about a minute)."""
+
+import contextlib
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import common
+import sim
+
+KIT = Path(sim.__file__).parent
+CASES = {("libero_object", 0): [41, 3], ("libero_goal", 7): [12]}  # without and with fixtures: init states
+N_RANDOM = 8  # random steps after settling
+mj = sim.libraries().mujoco
+
+
+def actions(seed: int, n: int) -> np.ndarray:
+    return np.random.default_rng(seed).uniform(-1, 1, (n, 7))
+
+
+def physics(model, data) -> np.ndarray:
+    """mujoco's complete state and what it derives from it: (D,)."""
+    state = np.empty(mj.mj_stateSize(model, mj.mjtState.mjSTATE_INTEGRATION))
+    mj.mj_getState(model, data, state, mj.mjtState.mjSTATE_INTEGRATION)
+    derived = [data.xpos, data.xquat, data.site_xpos, data.qacc, data.sensordata[:0], [data.ncon], model.site_rgba]
+    return np.concatenate([state] + [np.ravel(a) for a in derived])
+
+
+def controller(c) -> dict:
+    return {name: np.copy(value) for name, value in vars(c).items() if isinstance(value, np.ndarray)}
+
+
+def same(a: dict, b: dict) -> list[str]:
+    """Names whose values differ in any bit."""
+    assert a.keys() == b.keys()
+    return [name for name in a if not np.array_equal(a[name], b[name])]
+
+
+def reference(suite: str, task: int) -> list[dict]:
+    """What the unmodified OffScreenRenderEnv shows: after set_init_state, after settling, after N_RANDOM random actions."""
+    from libero.libero.envs import OffScreenRenderEnv
+
+    env = OffScreenRenderEnv(
+        bddl_file_name=sim._suite(suite).get_task_bddl_file_path(task), camera_heights=128, camera_widths=128
+    )
+    moments = []
+
+    def look(obs, done):
+        images = {"agentview": obs["agentview_image"][::-1, ::-1], "wrist": obs["robot0_eye_in_hand_image"][::-1, ::-1]}
+        state = {key: obs[f"robot0_{key}"].copy() for key in ("eef_pos", "eef_quat", "gripper_qpos")}
+        full = physics(env.sim.model._model, env.sim.data._data)
+        control = controller(env.env.robots[0].controller)
+        moments.append(images | state | control | {"physics": full, "done": done, "body_pos": env.sim.model.body_pos.copy()})
+
+    for init in CASES[suite, task]:
+        env.seed(0)
+        env.reset()
+        obs, done = env.set_init_state(sim.init_state_array(suite, task)[init]), False
+        look(obs, done)
+        for _ in range(10):
+            obs, _, done, _ = env.step(np.array(common.SETTLE_ACTION))
+        look(obs, done)
+        for action in actions(init, N_RANDOM):
+            obs, _, done, _ = env.step(action)
+        look(obs, done)
+    env.close()
+    return moments
+
+
+def moment(env: sim.TaskEnv, done) -> dict:
+    p = env.proprio()
+    images = {camera: env.frame(camera) for camera in sim.CAMERAS}
+    state = {key: p[key] for key in ("eef_pos", "eef_quat", "gripper_qpos")}
+    full = {"physics": physics(env.model, env.data), "done": done, "body_pos": env.model.body_pos.copy()}
+    return images | state | controller(env.controller) | full
+
+
+@pytest.fixture(scope="module")
+def env():
+    with contextlib.closing(sim.TaskEnv("libero_object", 0, 128, "default")) as env:
+        yield env
+
+
+@pytest.fixture(scope="module")
+def goal():
+    with contextlib.closing(sim.TaskEnv("libero_goal", 7, 128, "default")) as env:
+        yield env
+
+
+@pytest.mark.parametrize(("suite", "task"), CASES)
+def test_quick_reset_step_pixels_and_proprio_are_the_standard_protocol_bit_for_bit(suite, task, request):
+    expected = iter(reference(suite, task))
+    env = request.getfixturevalue({"libero_object": "env", "libero_goal": "goal"}[suite])
+    env.reset(7)  # an earlier episode leaves its traces
+    for action in actions(1, 12):
+        env.step(action)
+    for init in CASES[suite, task]:
+        env.reset(init, settle=False)
+        assert same(next(expected), moment(env, False)) == []
+        env.reset(init)
+        assert env.steps == 0
+        assert same(next(expected), moment(env, env.success)) == []
+        for action in actions(init, N_RANDOM):
+            done = env.step(action)
+        assert same(next(expected), moment(env, done)) == []
+        assert env.steps == N_RANDOM
+
+
+def test_restore_continues_bit_for_bit_whatever_happened_in_between(env):
+    env.reset(2)
+    for action in actions(2, 10):
+        env.step(action)
+    saved, at_save = env.save(), moment(env, env.success)
+    done = [env.step(action) for action in actions(3, 25)]
+    first, steps = moment(env, done), env.steps
+    env.reset(5)
+    for action in actions(4, 5):
+        env.step(action)
+    env.restore(pickle.loads(pickle.dumps(saved)))
+    assert same(at_save, moment(env, env.success)) == []
+    again = [env.step(action) for action in actions(3, 25)]
+    assert same(first, moment(env, again)) == [] and env.steps == steps
+    env.restore(saved)  # the snapshot itself was not written to
+    assert same(at_save, moment(env, env.success)) == []
+
+
+def test_a_snapshot_right_after_reset_and_one_of_an_edited_state(env):
+    env.reset(4, settle=False)
+    saved = env.save()
+    env.step(actions(0, 1)[0])
+    first = physics(env.model, env.data)
+    env.restore(saved)
+    env.step(actions(0, 1)[0])
+    assert np.array_equal(first, physics(env.model, env.data))
+    env.data.qpos[0] += 0.01
+    saved = env.save()
+    env.reset(4)
+    env.restore(saved)
+    assert np.array_equal(saved.physics, env.save().physics)
+    with pytest.raises(ValueError, match="does not fit"):
+        env.restore(sim.Snapshot(("libero_goal", 7), *[None] * 6))
+
+
+def test_the_burner_glows_with_the_state_and_moved_fixtures_are_noticed(goal):
+    goal.reset(0)
+    off, site = goal.model.site_rgba[:, 3].copy(), goal.frame("agentview")
+    knob = next(j for j in range(goal.model.njnt) if "stove" in goal.model.joint(j).name)
+    goal.data.qpos[goal.model.jnt_qposadr[knob]] = 1.0
+    assert goal.step(np.zeros(7)) and goal.success
+    goal.step(np.zeros(7))
+    assert not np.array_equal(off, goal.model.site_rgba[:, 3]) and not np.array_equal(site, goal.frame("agentview"))
+    goal.reset(0)
+    assert np.array_equal(off, goal.model.site_rgba[:, 3]) and not goal.success
+    assert np.array_equal(site, goal.frame("agentview"))
+    goal.model.body_pos[-1, 0] += 1e-6
+    with pytest.raises(RuntimeError, match="fixtures"):
+        goal.reset(0)
+    goal.model.body_pos[-1, 0] = goal._fixtures[-1, 0]
+
+
+def test_looking_changes_nothing_and_gives_the_observation_of_common(env):
+    env.reset(1)
+    before = physics(env.model, env.data)
+    obs, groups = env.observe(), env.model.geom_group.copy()
+    assert np.array_equal(before, physics(env.model, env.data)) and np.array_equal(groups, env.model.geom_group)
+    batch = common.collate([obs, obs])
+    assert batch["agentview"].shape == batch["wrist"].shape == (2, 128, 128, 3) and batch["state"].shape == (2, 8)
+    assert obs["instruction"] == "pick up the alphabet soup and place it in the basket"
+    p = env.proprio()
+    assert np.array_equal(obs["state"], np.r_[p["eef_pos"], p["axis_angle"], p["gripper_qpos"]].astype(np.float32))
+    assert p["joint_pos"].shape == (7,)
+
+
+def test_axis_angle_is_robosuites_also_across_pi(env):
+    from robosuite.utils.transform_utils import quat2axisangle
+
+    env.reset(1)
+    quats = [env.proprio()["eef_quat"], *([x, 0.0, 0.0, w] for x in (-1.0, 1.0) for w in (-1e-3, 0.0, 1e-3, 1.0))]
+    for quat in quats:
+        quat = np.array(quat) / np.linalg.norm(quat)
+        kept = quat.copy()
+        assert np.abs(common.axis_angle(quat) - quat2axisangle(quat.copy())).max() < 1e-12 and np.array_equal(kept, quat)
+    jump = common.axis_angle(np.array([1.0, 0, 0, 1e-3])) - common.axis_angle(np.array([1.0, 0, 0, -1e-3]))
+    assert np.abs(jump).max() < 0.01  # a shorter-arc conversion jumps by 2 pi here
+
+
+def test_leaving_out_invisible_geoms_changes_no_pixel(env, monkeypatch):
+    env.reset(6)
+    frames = {camera: env.frame(camera) for camera in sim.CAMERAS}
+    hidden = [env._out_of_view(env.model.camera(name).id).sum() for name in sim.CAMERAS.values()]
+    assert all(n > 3 for n in hidden)
+    monkeypatch.setattr(sim.TaskEnv, "_out_of_view", lambda self, camera: np.zeros(self.model.ngeom, bool))
+    assert same(frames, {camera: env.frame(camera) for camera in sim.CAMERAS}) == []
+
+
+def test_the_fast_mode_shows_the_same_scene(goal):
+    goal.reset(0)
+    default = goal.frame("wrist").astype(int)
+    goal._renderer.close()
+    goal._renderer, goal.render_mode = None, "fast"
+    difference = np.abs(goal.frame("wrist").astype(int) - default).mean()
+    goal._renderer.close()
+    goal._renderer, goal.render_mode = None, "default"
+    assert 0 < difference < 8
+
+
+def test_unstable_physics_is_a_crash_and_the_next_reset_is_clean(env, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # mujoco writes MUJOCO_LOG.TXT
+    env.reset(1)
+    first = physics(env.model, env.data)
+    env.data.qvel[:] = 1e12
+    with pytest.raises(sim.CRASHES):
+        env.step(np.zeros(7))
+    env.reset(1)
+    assert np.array_equal(first, physics(env.model, env.data))
+
+
+def test_user_errors_and_bad_actions(env):
+    for wrong in (lambda: env.reset(50), lambda: env.reset(-1), lambda: sim.TaskEnv("libero_object", 10)):
+        with pytest.raises(common.UserError):
+            wrong()
+    for wrong in (("libero_objects", 0), ("libero_object", 0, 64, "quick"), ("libero_object", 0, 8)):
+        with pytest.raises(common.UserError):
+            sim.TaskEnv(*wrong)
+    for action in (np.zeros(6), np.full(7, np.nan)):
+        with pytest.raises(ValueError, match="7 finite"):
+            env.step(action)
+
+
+def test_suites():
+    assert [sim.task_count(s) for s in common.MAX_STEPS] == [10, 10, 10, 10, 90]
+    assert sim.instruction("libero_goal", 7) == "turn on the stove" and sim.init_state_array("libero_goal", 7).shape[0] == 50
+    with pytest.raises(ValueError, match="read-only"):
+        sim.init_state_array("libero_goal", 7)[0, 0] = 1
+
+
+# ------------------------------------------------------------------------------------------------------------ preflight
+def test_environment_checks_pass_here_and_notice_planted_faults(env, monkeypatch):
+    for check in (sim.check_frame, sim.check_orientation, sim.check_gripper):
+        assert check(env)[0], check(env)
+    honest, step = sim.TaskEnv.frame, sim.TaskEnv.step
+    monkeypatch.setattr(sim.TaskEnv, "frame", lambda self, c: (honest(self, c) * 0.77).astype(np.uint8))
+    assert not sim.check_frame(env)[0]
+    for turn in (np.s_[:, ::-1], np.s_[::-1], np.s_[::-1, ::-1]):  # the first is a mere vertical flip of LIBERO's raw image
+        monkeypatch.setattr(sim.TaskEnv, "frame", lambda self, c, turn=turn: honest(self, c)[turn])
+        assert not sim.check_orientation(env)[0]
+    monkeypatch.setattr(sim.TaskEnv, "step", lambda self, a: step(self, a * [1, 1, 1, 1, 1, 1, -1]))
+    assert not sim.check_gripper(env)[0]
+
+
+def test_installation_checks_pass_here_and_notice_planted_faults(monkeypatch, tmp_path):
+    for check in (sim.check_mujoco, sim.check_assets, sim.check_init_states, sim.check_first_import):
+        assert check()[0], check()
+    monkeypatch.setattr(mj, "__version__", "3.3.3")
+    assert not sim.check_mujoco()[0]
+    monkeypatch.setattr(sim.libraries(), "assets", tmp_path)
+    assert not sim.check_assets()[0]
+    array = sim.init_state_array
+    monkeypatch.setattr(sim, "init_state_array", lambda s, t: array(s, t) + (t == 9) * 1e-9)
+    assert not sim.check_init_states()[0]
+
+
+def test_preflight_reports_what_cannot_run(monkeypatch, capsys):
+    def broken(*args):
+        raise RuntimeError("no display")
+
+    monkeypatch.setattr(sim, "TaskEnv", broken)
+    monkeypatch.setattr(sim, "check_first_import", lambda: (True, "skipped"))
+    with pytest.raises(common.UserError, match="2 checks"):
+        sim.main()
+    assert "FAIL environment libero_goal: RuntimeError: no display" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------- worker processes
+SCRIPT = """
+import os, sys, time
+import common, sim, torch
+def work(job):
+    assert torch.get_num_threads() == 1
+    for i in range(3):
+        yield job * 10 + i
+    if job == 90: raise ValueError("planted")
+    if job == 91: os.kill(os.getpid(), 9)
+    if job == 92: raise common.UserError("mine")
+    if job == 93: print(os.getpid(), flush=True); time.sleep(600)
+def outcome(jobs, workers):
+    try:
+        return sorted(sim.parallel(work, jobs, workers))
+    except Exception as error:
+        return type(error).__name__, str(error)
+if __name__ == "__main__":
+    if sys.argv[1:] == ["hang"]:
+        outcome([93, 93], 2)
+    assert outcome([1, 2, 3], 2) == outcome([1, 2, 3], 1) == [(j - 1, j * 10 + i) for j in (1, 2, 3) for i in range(3)]
+    for workers in (1, 2):
+        kind, text = outcome([1, 90, 3], workers)
+        assert (kind, "planted" in text) == ((("ValueError"), True) if workers == 1 else ("RuntimeError", True)), text
+        assert workers == 1 or "job 1 of 3 (90)" in text, text
+        assert outcome([1, 92], workers) == ("UserError", "mine")
+    kind, text = outcome([91, 1, 2], 2)
+    assert kind == "RuntimeError" and "job 0 of 3 (91)" in text and "-9" in text, text
+    print("done")
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "09_script.py"
+    path.write_text(SCRIPT)
+    return path, os.environ | {"PYTHONPATH": str(KIT)}
+
+
+def test_parallel_streams_fails_and_survives_kills_in_a_script(script):
+    path, env = script
+    result = subprocess.run([sys.executable, path], env=env, capture_output=True, text=True, timeout=200)
+    assert result.stdout == "done\n", result.stderr
+
+
+def test_parallel_finds_functions_of_a_file_loaded_by_path(script, monkeypatch):
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("script_by_path", script[0])
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "script_by_path", module)
+    spec.loader.exec_module(module)
+    assert sorted(sim.parallel(module.work, [1, 2], 2)) == [(j - 1, j * 10 + i) for j in (1, 2) for i in range(3)]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_no_worker_survives_its_parent(script, how):
+    path, env = script
+    command, pipe, null = [sys.executable, path, "hang"], subprocess.PIPE, subprocess.DEVNULL
+    parent = subprocess.Popen(command, env=env, stdout=pipe, stderr=null, text=True)
+    children = [int(parent.stdout.readline()) for _ in range(2)]
+    parent.send_signal(how)
+    parent.wait(60)
+    deadline = time.time() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in children):
+        assert time.time() < deadline, "a worker outlived its parent"
+        time.sleep(0.1)
+
+
+def test_a_script_that_forgets_to_close_ends_quietly():
+    code = "import sim; env = sim.TaskEnv('libero_object', 1); env.reset(0); env.observe(); env.step([0] * 7)"
+    command = [sys.executable, "-W", "error::ResourceWarning", "-c", code]
+    result = subprocess.run(command, cwd=KIT, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
