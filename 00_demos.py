@@ -4,18 +4,18 @@
 
 Reads   nothing but LIBERO itself (init states 0-19); or, with `source`, a folder of LIBERO's official HDF5 files.
 Writes  runs/<config>/data/<suite>/task_NN.hdf5 in LIBERO's own layout, and demos.json (what was kept, per task).
-Cost    about 3 s per demonstration and core at 64 px; 200 demonstrations are 70 MB.
+Cost    about 3 s per demonstration and core at 64 px; 200 demonstrations are 85 MB.
 
 The expert sees the simulator's state (poses and collision geometry) and acts through the same 7 numbers as every policy:
 delta position, delta rotation, gripper. A task is a row of TASKS: a list of primitives with their parameters. A primitive is a
 generator of actions; whoever drives it may disturb the actions, record them, or stop when the task is solved.
 
 Differences from the paper, which fine-tunes on LIBERO's human demonstrations:
-- One strategy per object, smooth and limited in speed, without pauses of hidden length: what a small policy can imitate.
+- One strategy, smooth and limited in speed, without pauses of hidden length: what a small policy can imitate.
 - Noise is added to the executed action, the label stays clean (DART, arXiv 1703.09327): it shows how to come back to the path.
 - An observation stands *before* its action. The official files hold the one after it (scripts/create_dataset.py of LIBERO).
-- Images only every `frame_every` steps, since rendering is most of the cost; obs/image_steps says which.
-Left out: regrasping (a try that misses its grasp is dropped, counted and repeated with other noise), `model_file` (the XML).
+- Images only every `frame_every` steps (obs/image_steps), since rendering is most of the cost; `model_file` is left out.
+- No regrasping: a try that misses its grasp or its goal is dropped, counted, and repeated with other noise.
 """
 
 import itertools
@@ -49,12 +49,13 @@ class Config(common.RunConfig):
 
 
 # -------------------------------------------------------------------------------------------------------------- geometry
+Actions = Iterator[np.ndarray]
 UP = np.array([0.0, 0.0, 1.0])
 TOP_DOWN = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]])  # hand points down, fingers open along world y
 SUPPORTS = {"floor", "main_table", "kitchen_table", "living_room_table", "study_table", "coffee_table"}
 # The hand as two boxes around the grasp point: half extents along (opening, across), lowest height above the grasp point.
-PALM, FINGERS = (0.112, 0.040, 0.035), (0.065, 0.018, -0.010)
-MAX_OPENING = 0.075  # of 0.08 m between the open fingers
+PALM, FINGERS, MAX_OPENING = (0.112, 0.040, 0.035), (0.065, 0.018, -0.010), 0.075  # metres
+YAWS = range(-85, 90, 5)  # turns of the hand about the vertical that are tried, in degrees
 
 
 def surface_points(model, data, geoms: list[int], spacing: float = 0.012) -> np.ndarray:
@@ -78,17 +79,17 @@ def collisions(obstacles: np.ndarray, grasp_point: np.ndarray, opening: np.ndarr
     return sum(int(((u < a) & (v < b) & (z > low)).sum()) for a, b, low in (PALM, FINGERS))
 
 
-def top_grasp(points: np.ndarray, obstacles: np.ndarray, depth: float) -> tuple[np.ndarray, np.ndarray]:
+def top_grasp(points: np.ndarray, obstacles: np.ndarray, depth: float, yaws=YAWS) -> tuple[np.ndarray, np.ndarray]:
     """Position (3,) and rotation (3, 3) of a grasp from above: across the narrowest side of an object, clear of its neighbours.
 
-    points (N, 3) are the object's, depth says how far below its top the fingers close (8 mm above its bottom at least). The
-    grasp may move along the object to get clear; among equals the smallest turn of the hand wins.
+    points (N, 3) are the object's; the fingers close `depth` below its top, 8 mm above its bottom at least. The grasp may move
+    along the object to get clear; among equals the smallest turn of the hand wins.
     """
     height = max(points[:, 2].max() - depth, points[:, 2].min() + 0.008)
     slab = points[(points[:, 2] > height - 0.012) & (points[:, 2] < height + 0.020), :2]  # what the fingers will touch
     obstacles = obstacles[np.linalg.norm(obstacles[:, :2] - points[:, :2].mean(0), axis=1) < 0.22]
     best = np.inf
-    for yaw in np.deg2rad(np.arange(-85, 90, 5)):
+    for yaw in np.deg2rad(yaws):
         opening, across = np.array([-np.sin(yaw), np.cos(yaw), 0]), np.array([-np.cos(yaw), -np.sin(yaw), 0])
         u, v = slab @ opening[:2], slab @ across[:2]
         width, half_length = np.ptp(u), np.ptp(v) / 2
@@ -120,12 +121,11 @@ class Expert:
     """What the primitives know of the scene (privileged), and the one law of motion that they share."""
 
     POSITION_SCALE, ROTATION_SCALE = 0.05, 0.5  # metres and radians that OSC_POSE moves its goal by for an action of 1
-    GAIN, TURN_GAIN = 1.3, 1.4  # of the remaining way, per step
-    TURN_SPEED, ACCELERATION = 0.5, 0.35  # bounds on the rotation's norm, on the change of the action from step to step
+    GAIN, TURN_GAIN, TURN_SPEED, ACCELERATION = 1.3, 1.4, 0.5, 0.35  # share of the remaining way per step, and bounds
 
     def __init__(self, env: sim.TaskEnv, rng: np.random.Generator, waypoint_jitter: float):
-        self.env, self.rng, self.waypoint_jitter = env, rng, waypoint_jitter
-        self.last = np.zeros(6)  # the last clean action, without the gripper
+        self.env, self.last = env, np.zeros(6)  # last: the last clean action, without the gripper
+        self.jitter = lambda: rng.uniform(-1, 1, 3) * waypoint_jitter  # of one waypoint, in metres
 
     @property
     def position(self) -> np.ndarray:
@@ -150,9 +150,6 @@ class Expert:
     def obstacles(self, target: str) -> np.ndarray:
         return self.points(*sorted({*self.env.env.objects_dict, *self.env.env.fixtures_dict} - SUPPORTS - {target}))
 
-    def jitter(self) -> np.ndarray:
-        return self.rng.uniform(-1, 1, 3) * self.waypoint_jitter
-
     def towards(self, position: np.ndarray, rotation: np.ndarray, gripper: float, speed: float = 1.0) -> np.ndarray:
         """The next action (7,) on the way to a pose: proportional to what remains, bounded in speed and acceleration."""
         move = limit(self.GAIN * (position - self.position) / self.POSITION_SCALE, speed)
@@ -164,14 +161,11 @@ class Expert:
 
 
 # ------------------------------------------------------------------------------------------------------------ primitives
-Actions = Iterator[np.ndarray]
-
-
 def move_to(e: Expert, position, rotation, gripper, tolerance=0.025, turn_tolerance=np.inf, speed=1.0, patience=80) -> Actions:
     """Go straight to a pose until it is within tolerance (metres, radians), for at most `patience` steps."""
     for _ in range(patience):
-        turn = np.linalg.norm(turn_between(e.rotation, rotation))
-        if np.linalg.norm(position - e.position) < tolerance and turn < turn_tolerance:
+        away, turn = position - e.position, turn_between(e.rotation, rotation)
+        if np.linalg.norm(away) < tolerance and np.linalg.norm(turn) < turn_tolerance:
             return
         yield e.towards(position, rotation, gripper, speed)
 
@@ -196,9 +190,9 @@ def grip(e: Expert, position, rotation, patience=12) -> Actions:
             return
 
 
-def pick_top(e: Expert, target: str, depth: float) -> Actions:
+def pick_top(e: Expert, target: str, depth=0.024, yaws=YAWS) -> Actions:
     """Grasp an object from above and lift it by 6 cm."""
-    position, rotation = top_grasp(e.points(target), e.obstacles(target), depth)
+    position, rotation = top_grasp(e.points(target), e.obstacles(target), depth, yaws)
     yield from move_to(e, position + 0.08 * UP + e.jitter(), rotation, GRIPPER_OPEN, turn_tolerance=0.25)
     yield from descend(e, position, rotation)
     yield from grip(e, position, rotation)
@@ -232,16 +226,18 @@ def release(e: Expert, rotation) -> Actions:
 
 
 # ----------------------------------------------------------------------------------------------------------------- tasks
-def into_basket(target: str, depth: float, shift: tuple[float, float] = (0, 0)) -> list[tuple]:
-    basket = {"target": target, "container": "basket_1", "shift": shift}
-    return [(pick_top, {"target": target, "depth": depth}), (drop_into, basket)]
+def into_basket(name: str, shift: tuple[float, float] = (0, 0), **grasp) -> list[tuple]:
+    return [(pick_top, {"target": name, **grasp}), (drop_into, {"target": name, "container": "basket_1", "shift": shift})]
 
 
-BASKET_DEPTHS = {  # object -> how far below its top the fingers close: 24 mm, 30 mm where a gable would wedge them
-    **{"alphabet_soup_1": 0.024, "cream_cheese_1": 0.024, "salad_dressing_1": 0.024, "bbq_sauce_1": 0.024, "ketchup_1": 0.024},
-    **{"tomato_sauce_1": 0.024, "butter_1": 0.024, "milk_1": 0.030, "chocolate_pudding_1": 0.024, "orange_juice_1": 0.030},
-}
-TASKS = {("libero_object", task): into_basket(*row) for task, row in enumerate(BASKET_DEPTHS.items())}
+LIBERO_OBJECT = [
+    *map(into_basket, ("alphabet_soup_1", "cream_cheese_1", "salad_dressing_1", "bbq_sauce_1", "ketchup_1")),
+    *map(into_basket, ("tomato_sauce_1", "butter_1")),
+    into_basket("milk_1", depth=0.030),  # any higher, and the gable of a carton wedges the fingers
+    into_basket("chocolate_pudding_1"),
+    into_basket("orange_juice_1", depth=0.030, yaws=range(70, 115, 5)),  # across the roof, whose ends hook on open fingers
+]
+TASKS = {("libero_object", task): steps for task, steps in enumerate(LIBERO_OBJECT)}
 
 
 # ------------------------------------------------------------------------------------------------------------- recording
@@ -292,9 +288,9 @@ def record_demo(env: sim.TaskEnv, init_state: int, repeat: int, cfg: Config, pat
     with h5py.File(path.with_suffix(".tmp"), "w") as file:
         file.attrs.update(file_attributes(env) | {"summary": json.dumps(summary)})
         if rows:
-            demo, ours = file.create_group("demo"), {"init_state_id": init_state, "success_step": success_step}
-            demo.attrs.update({"num_samples": steps, "init_state": rows["states"][0]} | ours)
-            last = (np.arange(steps) == steps - 1).astype(np.uint8)
+            demo, last = file.create_group("demo"), (np.arange(steps) == steps - 1).astype(np.uint8)
+            demo.attrs.update({"num_samples": steps, "init_state": rows["states"][0]})
+            demo.attrs.update({"init_state_id": init_state, "success_step": success_step})  # not in LIBERO's
             for key, value in (rows | {"rewards": last, "dones": last}).items():
                 demo.create_dataset(key, data=value, compression="gzip" if value.dtype == np.uint8 else None)
     path.with_suffix(".tmp").replace(path)
@@ -305,8 +301,7 @@ def file_attributes(env: sim.TaskEnv) -> dict[str, str]:
     names = {"env_name": type(env.env).__name__, "problem_name": env.env.parsed_problem["problem_name"]}
     bddl = "/".join(["libero/libero/bddl_files", *Path(env.env.bddl_file_name).parts[-2:]])
     info = {"domain_name": "robosuite", "language_instruction": env.instruction} | names
-    size = {"camera_heights": env.image_size, "camera_widths": env.image_size}
-    kwargs = {"robots": ["Panda"], "controller": "OSC_POSE", "control_freq": 20, "bddl_file_name": bddl} | size
+    kwargs = {"robots": ["Panda"], "controller": "OSC_POSE", "camera_heights": env.image_size, "camera_widths": env.image_size}
     env_args = {"type": 1, "bddl_file": bddl, "env_kwargs": kwargs} | names
     text = {"tag": "libero-v1", "macros_image_convention": "opengl", "env_name": names["env_name"], "bddl_file_name": bddl}
     return text | {"problem_info": json.dumps(info), "env_args": json.dumps(env_args)}
@@ -330,7 +325,6 @@ def record_task(job: tuple[Config, str, int]) -> Iterator[dict]:
 
 def merge(parts: list[Path], path: Path) -> None:
     """One file per task from those of its demonstrations, written by rename."""
-    path.parent.mkdir(exist_ok=True)
     with h5py.File(path.with_suffix(".tmp"), "w") as file:
         data = file.create_group("data")
         for part in parts:
@@ -345,18 +339,16 @@ def merge(parts: list[Path], path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------------ main
 def record(cfg: Config, tasks: list[tuple[str, int]]) -> list[dict]:
     """Record all tasks in `workers` processes, one file per demonstration; merge them into one per task."""
-    unknown = [pair for pair in tasks if pair not in TASKS]
-    if unknown:
+    if unknown := [pair for pair in tasks if pair not in TASKS]:
         raise UserError(f"the expert cannot do {unknown[0]} yet: add a row to TASKS in 00_demos.py, or use source=FOLDER")
-    demos = [[] for _ in tasks]
-    items = sim.parallel(record_task, [(cfg, *pair) for pair in tasks], cfg.workers)
+    demos, items = [[] for _ in tasks], sim.parallel(record_task, [(cfg, *pair) for pair in tasks], cfg.workers)
     bar = common.progress(items, total=len(tasks) * cfg.n_init * cfg.demos_per_init, desc="demos", unit="demo")
     for index, demo in bar:
         demos[index].append(demo)
         bar.set_postfix_str(f"kept {sum(d['steps'] > 0 for ds in demos for d in ds)}/{sum(map(len, demos))}")
     for suite, task in tasks:
-        parts = (cfg.data_dir / "parts" / suite / f"task_{task:02d}").glob("*.hdf5")
-        merge(sorted(parts), cfg.data_dir / suite / f"task_{task:02d}.hdf5")
+        name = f"{suite}/task_{task:02d}"
+        merge(sorted((cfg.data_dir / "parts" / name).glob("*.hdf5")), cfg.data_dir / f"{name}.hdf5")
     return [{"suite": suite, "task": task} | statistics(ds) for (suite, task), ds in zip(tasks, demos, strict=True)]
 
 
@@ -364,7 +356,7 @@ def statistics(demos: list[dict]) -> dict:
     """What became of the demonstrations of one task."""
     kept, tries = [d for d in demos if d["steps"]], [outcome for d in demos for outcome in d["outcomes"]]
     counts = {"demos": len(demos), "kept": len(kept), "first_try": sum(d["outcomes"] == ["success"] for d in demos)}
-    counts |= {"missed_grasp": tries.count("missed grasp"), "no_success": tries.count("no success")}
+    counts |= {outcome.replace(" ", "_"): tries.count(outcome) for outcome in ("missed grasp", "no success")}
     return counts | {key: round(sum(d[key] for d in kept) / max(len(kept), 1), 1) for key in ("steps", "success_step")}
 
 
@@ -372,15 +364,14 @@ def adopt(cfg: Config, tasks: list[tuple[str, int]]) -> list[dict]:
     """Link LIBERO's official files to where later stages look; one reader serves both kinds."""
     rows = []
     for suite, task in tasks:
-        pattern = f"*{sim.instruction(suite, task).replace(' ', '_')}_demo.hdf5"
-        found = sorted((Path(cfg.source) / suite).glob(pattern))
+        folder, pattern = Path(cfg.source) / suite, f"*{sim.instruction(suite, task).replace(' ', '_')}_demo.hdf5"
+        found = sorted(folder.glob(pattern))
         if len(found) != 1:
-            raise UserError(f"source: {Path(cfg.source) / suite} holds {len(found)} files {pattern}, but one is needed")
+            raise UserError(f"source: {folder} holds {len(found)} files {pattern}, but one is needed")
         size = next(common.read_demos(found[0], task)).agentview.shape[1]
         if size != cfg.image_size:
             raise UserError(f"{found[0]} has images of {size} px: set image_size={size}")
         link = cfg.data_dir / suite / f"task_{task:02d}.hdf5"
-        link.parent.mkdir(exist_ok=True)
         link.unlink(missing_ok=True)
         link.symlink_to(found[0].resolve())
         rows.append({"suite": suite, "task": task, "kept": sum(1 for _ in common.read_demos(link, task))})
@@ -393,6 +384,8 @@ def main() -> None:
     if stage is None:
         return
     tasks = [(suite, task) for suite in cfg.suites for task in cfg.tasks or range(sim.task_count(suite))]
+    for suite in cfg.suites:
+        (stage.dir / suite).mkdir(exist_ok=True)
     if not (stage.dir / "demos.json").is_file():  # written when every task's file is there
         rows = (adopt if cfg.source else record)(cfg, tasks)
         common.write_atomic(stage.dir / "demos.json", json.dumps(rows, indent=1) + "\n")  # columns in this order

@@ -92,8 +92,13 @@ def load_data(cfg: Config, horizon: int) -> tuple[dict, dict, list[str]]:
 
 
 def statistics(x: np.ndarray) -> dict:
-    """Per dimension: mean, std, and the 1 % and 99 % quantiles between which published policies normalise to [-1, 1]."""
+    """Per dimension: mean, std, and the 1 % and 99 % quantiles between which published policies normalise to [-1, 1].
+
+    The quantiles are kept 0.02 apart: what hardly varies (a rotation that no demonstration uses) must not be blown up.
+    """
     q01, q99 = np.quantile(x, (0.01, 0.99), axis=0)
+    spare = np.maximum(0.0, 0.01 - (q99 - q01) / 2)
+    q01, q99 = q01 - spare, q99 + spare
     named = {"mean": x.mean(0), "std": x.std(0), "q01": q01, "q99": q99, "min": x.min(0), "max": x.max(0)}
     return {key: [float(v) for v in value] for key, value in named.items()}
 
@@ -140,6 +145,7 @@ def make_policy(cfg: Config, train: dict, instructions: list[str]):
             torch.manual_seed(cfg.seed)
             policy = backbones.build(cfg.backbone, cfg.model, instructions)
         policy.norm_stats = {"action": statistics(train["all_actions"]), "state": statistics(train["all_states"])}
+    policy.train()
     if cfg.train != "full":
         common.attach_adapter(policy, cfg.train, cfg.rank, cfg.alpha, policy.adapter_targets, cfg.seed)
     return policy

@@ -10,8 +10,8 @@ A pair is one observation, a chosen and a rejected chunk, and the mask of the ac
 `pairs: episode` is the paper's recipe as its text can be read: K episodes from one initial state, with noise on the executed actions
 ramping from 0.1 to 0.4; the first chunk of a successful and of a failed one share the first observation. Stored as chosen is
 the chunk as executed (noise added, clipped), since it earned the label, beside the one that was proposed.
-`pairs: branch` is what DPO's derivation asks for: at a decision point of an episode the simulator's state is saved, other chunks
-are sampled from the same observation, and each is played out to the end by the policy *with the same later noise*.
+`pairs: branch` is what DPO's derivation asks for: at decision points of a failed episode the simulator's state is restored, other
+chunks are sampled from the same observation and played out to the end by the policy *with the same later noise*.
 Differs from the paper: init states 20-34, which no demonstration and no evaluation uses; fail-against-fail is not a pair.
 Left out: temperature for autoregressive sampling, learned reward models, relabelling.
 """
@@ -34,10 +34,10 @@ class Config(common.RunConfig):
     n_pairs: int = 60  # aim, spread evenly over the tasks
     n_init: int = 15  # init states used, of the 15 in group "prefs"
     max_playouts: int = 300  # budget of episodes for all tasks; a task that only ever succeeds gives no pair
-    candidates: int = 4  # K: episodes per init state (episode), or chunks tried per decision point (branch)
+    candidates: int = 4  # K: episodes per init state (episode), or chunks tried at most per decision point (branch)
     noise_low: float = 0.1  # episode: standard deviation of the action noise of the first candidate ...
     noise_high: float = 0.4  # ... and of the last
-    branches: int = 2  # branch: decision points per failed episode
+    branches: int = 3  # branch: decision points per failed episode
     last_decision: int = 12  # branch: decision points are drawn from the first so many of an episode
 
 
@@ -112,30 +112,28 @@ def episode_pairs(env, policy, cfg: Config, init: int, attempt: int) -> tuple[li
 
 
 def branch_pairs(env, policy, cfg: Config, init: int, attempt: int) -> tuple[list, int, str]:
-    """Branch from one episode at decision points. -> pairs, play-outs, what happened.
+    """Branch from a failed episode at decision points, until a chunk leads to success. -> pairs, play-outs, what happened.
 
-    A failed episode is the dearer half of a pair, so each gets `branches` decision points, a successful one gets one. At a point, chunks
-    are tried until one ends the other way.
+    Only failures are branched: for a policy that succeeds with probability p, a pair then costs (1/(1-p) + b/p) / b play-outs
+    with b points per failure, against 1/(1-p) where failures are sought from a success.
     """
     source = (env.suite, env.task_id, init, attempt)
     env.reset(init)
     base = play(env, policy, cfg, source)
-    won, playouts, pairs = env.success, 1, []
+    if env.success:
+        return [], 1, "succeeded"
+    playouts, pairs = 1, []
     points = min(len(base), cfg.last_decision)
-    picks = common.np_stream(cfg.seed, "branch points", *source).permutation(points)[: 1 if won else cfg.branches]
-    for k in sorted(int(p) for p in picks):
+    for k in sorted(common.np_stream(cfg.seed, "branch points", *source).permutation(points)[: cfg.branches].tolist()):
         generators = [common.stream(cfg.seed, "branch", *source, k, i) for i in range(cfg.candidates)]
-        others = common.propose(policy, base[k].obs, cfg, generators)  # (K, H, 7)
-        for i, chunk in enumerate(others):
+        for i, chunk in enumerate(common.propose(policy, base[k].obs, cfg, generators)):
             env.restore(base[k].state)
             other = play(env, policy, cfg, source, k, chunk)[0]
             playouts += 1
-            if env.success != won:
-                chosen, rejected = (base[k], other) if won else (other, base[k])
-                pairs.append(make_pair(chosen, rejected, base_success=won, tried=i + 1))
+            if env.success:
+                pairs.append(make_pair(other, base[k], tried=i + 1))
                 break
-    outcome = f"base {'succeeded' if won else 'failed'}, {'no pair' if not pairs else 'pairs'}"
-    return pairs, playouts, outcome
+    return pairs, playouts, f"failed, {len(pairs)} pairs"
 
 
 RECIPES = {"episode": episode_pairs, "branch": branch_pairs}
