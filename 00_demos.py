@@ -32,6 +32,7 @@ from scipy.spatial.transform import Rotation
 
 import common
 import sim
+import workers
 from common import GRIPPER_CLOSE, GRIPPER_OPEN, UserError
 
 
@@ -341,7 +342,7 @@ def record(cfg: Config, tasks: list[tuple[str, int]]) -> list[dict]:
     """Record all tasks in `workers` processes, one file per demonstration; merge them into one per task."""
     if unknown := [pair for pair in tasks if pair not in TASKS]:
         raise UserError(f"the expert cannot do {unknown[0]} yet: add a row to TASKS in 00_demos.py, or use source=FOLDER")
-    demos, items = [[] for _ in tasks], sim.parallel(record_task, [(cfg, *pair) for pair in tasks], cfg.workers)
+    demos, items = [[] for _ in tasks], workers.parallel(record_task, [(cfg, *pair) for pair in tasks], cfg.workers)
     bar = common.progress(items, total=len(tasks) * cfg.n_init * cfg.demos_per_init, desc="demos", unit="demo")
     for index, demo in bar:
         demos[index].append(demo)

@@ -7,9 +7,9 @@ cost    a play-out is an episode of 2 to 5 s on one core; see README for a pair
 try     python 02_collect_prefs.py configs/tiny.yaml pairs=episode prefs.n_pairs=20
 
 A pair is one observation, a chosen and a rejected chunk, and the mask of the actions that were executed of both.
-`pairs: episode` is the paper's recipe as its text can be read: K episodes from one initial state, with noise on the executed actions
-ramping from 0.1 to 0.4; the first chunk of a successful and of a failed one share the first observation. Stored as chosen is
-the chunk as executed (noise added, clipped), since it earned the label, beside the one that was proposed.
+`pairs: episode` is the paper's recipe as its text can be read: K episodes from one initial state, with noise on the executed
+actions ramping from 0.1 to 0.4; the first chunk of a successful and of a failed one share the first observation. Stored are the
+chunk as executed (noise added, clipped), which is what training uses since it earned the label, and the one that was proposed.
 `pairs: branch` is what DPO's derivation asks for: at decision points of a failed episode the simulator's state is restored, other
 chunks are sampled from the same observation and played out to the end by the policy *with the same later noise*.
 Differs from the paper: init states 20-34, which no demonstration and no evaluation uses; fail-against-fail is not a pair.
@@ -27,6 +27,7 @@ import torch
 
 import common
 import sim
+import workers
 
 
 @dataclass
@@ -57,7 +58,8 @@ class Decision:
 def play(env, policy, cfg: Config, source: tuple, k: int = 0, chunk: torch.Tensor | None = None, sigma: float = 0.0) -> list:
     """Play on from decision k to the end of the episode; the first chunk may be given. Returns the decisions made.
 
-    The policy's noise at decision k is a function of (seed, source, k): play-outs from one source differ only in what they are given.
+    The policy's noise at decision k is a function of (seed, source, k): play-outs from one
+    source differ only in what they are given.
     """
     made = []
     while not env.success and env.steps < env.max_steps:
@@ -182,7 +184,7 @@ def main(cfg: Config) -> None:
 
     bar = common.progress(total=cfg.max_playouts, initial=sum(row["playouts"] for row in done), desc="prefs", unit="play-out")
     found = sum(len(row["pairs"]) for row in done)
-    for _, (row, tensors) in sim.parallel(collect, jobs, cfg.workers):
+    for _, (row, tensors) in workers.parallel(collect, jobs, cfg.workers):
         for i, pair in enumerate(tensors):
             name = f"{row['suite']}-{row['task']:02d}-{row['unit']:04d}-{i}.safetensors"
             common.save_tensors(parts / name, {key: torch.as_tensor(value) for key, value in pair.items()})

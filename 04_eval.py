@@ -24,6 +24,7 @@ import numpy as np
 
 import common
 import sim
+import workers
 
 
 @dataclass
@@ -73,7 +74,9 @@ def evaluate(job: tuple):
         except sim.CRASHES as error:  # the simulator diverged: neither success nor failure of the policy
             row = {"success": False, "steps": env.steps, "crash": type(error).__name__, "wall_s": 0.0}
         if frames:
-            save_gif(folder / "videos" / f"{suite}-{task:02d}-init{init}-{'success' if row['success'] else 'failure'}.gif", frames)
+            save_gif(
+                folder / "videos" / f"{suite}-{task:02d}-init{init}-{'success' if row['success'] else 'failure'}.gif", frames
+            )
         yield {"suite": suite, "task": task, "init_state": init, "seed": cfg.seed} | row
     env.close()
 
@@ -111,11 +114,17 @@ def paired(rows: list[dict], base: list[dict]) -> dict:
     both = [(row["success"], theirs[t]) for row in rows if not row["crash"] and (t := tuple(row[k] for k in key)) in theirs]
     test = common.mcnemar([a for a, _ in both], [b for _, b in both])
     difference = (test["only_a"] - test["only_b"]) / max(1, len(both))
-    return {"diff_vs_sft": difference, "gained": test["only_a"], "lost": test["only_b"], "p_vs_sft": test["p"], "paired_n": len(both)}
+    return {
+        "diff_vs_sft": difference,
+        "gained": test["only_a"],
+        "lost": test["only_b"],
+        "p_vs_sft": test["p"],
+        "paired_n": len(both),
+    }
 
 
 def results_table(cfg: Config) -> list[dict]:
-    """Rows of all finished evaluations of this seed on this group of init states, each paired with the SFT policy it started from."""
+    """A row per finished evaluation of this seed and group of init states, paired with the SFT policy it started from."""
     suffix = "" if cfg.group == "test" else f"-{cfg.group}"
     rows = []
     for done in sorted(cfg.seed_dir.glob("eval-*/done.json"), key=lambda p: ("dpo" in p.parent.name, p.parent.name)):
@@ -169,7 +178,7 @@ def main(cfg: Config) -> None:
         total = len(inits) * len(todo)
         bar = common.progress(total=total, initial=len(done), desc=f"eval {name}", unit="episode")
         wins = sum(row["success"] for row in common.read_jsonl(path))
-        for _, row in sim.parallel(evaluate, jobs, cfg.workers):
+        for _, row in workers.parallel(evaluate, jobs, cfg.workers):
             common.append_jsonl(path, row)
             wins += row["success"]
             bar.update()

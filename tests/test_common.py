@@ -65,7 +65,11 @@ def test_surrogate_equals_a_loop_written_from_the_definition():
     def velocity(index, x_t, t):
         return torch.tanh(x_t @ weights) * t[:, None, None] + index[:, None, None]
 
-    for weight, w in {"velocity": lambda t: 1.0, "noise": lambda t: (1 - t) ** 2, "elbo": lambda t: (1 - t) / max(t, 0.05)}.items():
+    for weight, w in {
+        "velocity": lambda t: 1.0,
+        "noise": lambda t: (1 - t) ** 2,
+        "elbo": lambda t: (1 - t) / max(t, 0.05),
+    }.items():
         ours = common.surrogate_log_prob(velocity, chunk, draws, mask, weight, real_dim=7)
         for row in range(b):
             total = 0.0

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 import common
+import preflight
 import sim
+from workers import parallel
 
 KIT = Path(sim.__file__).parent
 CASES = {("libero_object", 0): [41, 3], ("libero_goal", 7): [12]}  # without and with fixtures: init states
@@ -48,7 +50,7 @@ def reference(suite: str, task: int) -> list[dict]:
     from libero.libero.envs import OffScreenRenderEnv
 
     env = OffScreenRenderEnv(
-        bddl_file_name=sim._suite(suite).get_task_bddl_file_path(task), camera_heights=128, camera_widths=128
+        bddl_file_name=sim.suite_of(suite).get_task_bddl_file_path(task), camera_heights=128, camera_widths=128
     )
     moments = []
 
@@ -243,45 +245,46 @@ def test_suites():
 
 # ------------------------------------------------------------------------------------------------------------ preflight
 def test_environment_checks_pass_here_and_notice_planted_faults(env, monkeypatch):
-    for check in (sim.check_frame, sim.check_orientation, sim.check_gripper):
+    for check in (preflight.check_frame, preflight.check_orientation, preflight.check_gripper):
         assert check(env)[0], check(env)
     honest, step = sim.TaskEnv.frame, sim.TaskEnv.step
     monkeypatch.setattr(sim.TaskEnv, "frame", lambda self, c: (honest(self, c) * 0.77).astype(np.uint8))
-    assert not sim.check_frame(env)[0]
+    assert not preflight.check_frame(env)[0]
     for turn in (np.s_[:, ::-1], np.s_[::-1], np.s_[::-1, ::-1]):  # the first is a mere vertical flip of LIBERO's raw image
         monkeypatch.setattr(sim.TaskEnv, "frame", lambda self, c, turn=turn: honest(self, c)[turn])
-        assert not sim.check_orientation(env)[0]
+        assert not preflight.check_orientation(env)[0]
     monkeypatch.setattr(sim.TaskEnv, "step", lambda self, a: step(self, a * [1, 1, 1, 1, 1, 1, -1]))
-    assert not sim.check_gripper(env)[0]
+    assert not preflight.check_gripper(env)[0]
 
 
 def test_installation_checks_pass_here_and_notice_planted_faults(monkeypatch, tmp_path):
-    for check in (sim.check_mujoco, sim.check_assets, sim.check_init_states, sim.check_first_import):
+    for check in (preflight.check_mujoco, preflight.check_assets, preflight.check_init_states, preflight.check_first_import):
         assert check()[0], check()
     monkeypatch.setattr(mj, "__version__", "3.3.3")
-    assert not sim.check_mujoco()[0]
+    assert not preflight.check_mujoco()[0]
     monkeypatch.setattr(sim.libraries(), "assets", tmp_path)
-    assert not sim.check_assets()[0]
+    assert not preflight.check_assets()[0]
     array = sim.init_state_array
     monkeypatch.setattr(sim, "init_state_array", lambda s, t: array(s, t) + (t == 9) * 1e-9)
-    assert not sim.check_init_states()[0]
+    assert not preflight.check_init_states()[0]
 
 
 def test_preflight_reports_what_cannot_run(monkeypatch, capsys):
     def broken(*args):
         raise RuntimeError("no display")
 
-    monkeypatch.setattr(sim, "TaskEnv", broken)
-    monkeypatch.setattr(sim, "check_first_import", lambda: (True, "skipped"))
+    monkeypatch.setattr(preflight, "TaskEnv", broken)
+    monkeypatch.setattr(preflight, "check_first_import", lambda: (True, "skipped"))
     with pytest.raises(common.UserError, match="2 checks"):
-        sim.main()
+        preflight.main()
     assert "FAIL environment libero_goal: RuntimeError: no display" in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------------------- worker processes
 SCRIPT = """
 import os, sys, time
-import common, sim, torch
+import common, torch
+from workers import parallel
 def work(job):
     assert torch.get_num_threads() == 1
     for i in range(3):
@@ -292,7 +295,7 @@ def work(job):
     if job == 93: print(os.getpid(), flush=True); time.sleep(600)
 def outcome(jobs, workers):
     try:
-        return sorted(sim.parallel(work, jobs, workers))
+        return sorted(parallel(work, jobs, workers))
     except Exception as error:
         return type(error).__name__, str(error)
 if __name__ == "__main__":
@@ -330,7 +333,7 @@ def test_parallel_finds_functions_of_a_file_loaded_by_path(script, monkeypatch):
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "script_by_path", module)
     spec.loader.exec_module(module)
-    assert sorted(sim.parallel(module.work, [1, 2], 2)) == [(j - 1, j * 10 + i) for j in (1, 2) for i in range(3)]
+    assert sorted(parallel(module.work, [1, 2], 2)) == [(j - 1, j * 10 + i) for j in (1, 2) for i in range(3)]
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])

@@ -130,15 +130,16 @@ def test_chosen_and_rejected_share_their_draws():
     policy, pairs = tiny_policy(), random_pairs(4)
     obs, chosen, _, mask = dpo.batch_of(pairs, torch.arange(4))
     with torch.no_grad():
-        w, l = dpo.log_probs(policy, obs, chosen, chosen, mask, policy.draws(4, 4, common.stream(0, "d"), "stratified"), "velocity")
+        draws = policy.draws(4, 4, common.stream(0, "d"), "stratified")
+        w, again = dpo.log_probs(policy, obs, chosen, chosen, mask, draws, "velocity")
         other = policy.log_prob(policy.encode(obs), chosen, policy.draws(4, 4, common.stream(1, "d"), "stratified"), mask)
-    torch.testing.assert_close(w, l, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(w, again, rtol=1e-6, atol=1e-5)
     assert (w - other).abs().min() > 1e-3
 
 
 def test_actions_that_were_not_executed_do_not_count():
     policy, pairs = tiny_policy(), random_pairs(3)
-    obs, chosen, rejected, mask = dpo.batch_of(pairs, torch.arange(3))
+    chosen, mask = pairs["chosen"], pairs["mask"]
     draws = policy.draws(3, 4, common.stream(0, "d"), "stratified")
     error = common.flow_matching_error(lambda i, x, t: torch.zeros_like(x), chosen, draws, mask)
     changed = torch.where(mask[..., None], chosen, chosen + 1)
