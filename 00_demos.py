@@ -46,7 +46,7 @@ class Config(common.RunConfig):
     waypoint_jitter: float = 0.012  # waypoints move by up to this many metres along each axis
     tail: int = 4  # steps recorded after the first success
     max_tries: int = 3  # tries per demonstration; after that it is left out, and counted
-    source: str = ""  # folder of LIBERO's official files (<source>/<suite>/*_demo.hdf5) to use instead of the expert
+    source: str = ""  # folder of files to use instead: LIBERO's own (<source>/<suite>/*_demo.hdf5) or another run's
 
 
 # -------------------------------------------------------------------------------------------------------------- geometry
@@ -362,13 +362,13 @@ def statistics(demos: list[dict]) -> dict:
 
 
 def adopt(cfg: Config, tasks: list[tuple[str, int]]) -> list[dict]:
-    """Link LIBERO's official files to where later stages look; one reader serves both kinds."""
+    """Link LIBERO's official files, or those of another run of this kit, to where later stages look; one reader serves both."""
     rows = []
     for suite, task in tasks:
-        folder, pattern = Path(cfg.source) / suite, f"*{sim.instruction(suite, task).replace(' ', '_')}_demo.hdf5"
-        found = sorted(folder.glob(pattern))
+        folder, official = Path(cfg.source) / suite, f"*{sim.instruction(suite, task).replace(' ', '_')}_demo.hdf5"
+        found = sorted([*folder.glob(official), *folder.glob(f"task_{task:02d}.hdf5")])
         if len(found) != 1:
-            raise UserError(f"source: {folder} holds {len(found)} files {pattern}, but one is needed")
+            raise UserError(f"source: {folder} holds {len(found)} files {official} or task_{task:02d}.hdf5, but one is needed")
         size = next(common.read_demos(found[0], task)).agentview.shape[1]
         if size != cfg.image_size:
             raise UserError(f"{found[0]} has images of {size} px: set image_size={size}")
@@ -379,12 +379,13 @@ def adopt(cfg: Config, tasks: list[tuple[str, int]]) -> list[dict]:
     return rows
 
 
-def main() -> None:
-    cfg = common.load_config(Config, "demos", sys.argv[1:])
+def main(cfg: Config) -> None:
+    if min(cfg.frame_every, cfg.demos_per_init, cfg.max_tries) < 1:
+        raise UserError("demos: frame_every, demos_per_init and max_tries must be at least 1")
     stage = common.open_stage(__file__, cfg, cfg.data_dir, "suites tasks image_size render", [], ["sim.py"])
     if stage is None:
         return
-    tasks = [(suite, task) for suite in cfg.suites for task in cfg.tasks or range(sim.task_count(suite))]
+    tasks = sim.tasks(cfg)
     for suite in cfg.suites:
         (stage.dir / suite).mkdir(exist_ok=True)
     if not (stage.dir / "demos.json").is_file():  # written when every task's file is there
@@ -398,4 +399,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.run(lambda: main(common.load_config(Config, "demos", sys.argv[1:])))

@@ -37,8 +37,7 @@ def record(env, tmp_path_factory):
             patch.setattr(sim, "TaskEnv", lambda *_: env)
             patch.setattr(env, "close", lambda: None)
             arguments = [f"demos.{key}={value}" for key, value in ({"n_init": 2} | config).items()]
-            patch.setattr("sys.argv", ["00_demos.py", str(root / "mini.yaml"), *arguments])
-            demos.main()
+            demos.main(common.load_config(demos.Config, "demos", [str(root / "mini.yaml"), *arguments]))
         return root / "mini" / "data" / "libero_object" / f"task_{TASK:02d}.hdf5"
 
     return run
