@@ -39,6 +39,7 @@ class Config(common.RunConfig):
     noise_low: float = 0.1  # episode: standard deviation of the action noise of the first candidate ...
     noise_high: float = 0.4  # ... and of the last
     branches: int = 3  # branch: decision points per failed episode
+    max_steps: int = 0  # play-outs end here at the latest; 0 = the suite's own limit
     last_decision: int = 12  # branch: decision points are drawn from the first so many of an episode
 
 
@@ -147,6 +148,7 @@ def collect(job: tuple):
     cfg, suite, task, pairs, playouts, units, quota, budget = job
     policy = common.load_sft(cfg)
     env = sim.TaskEnv(suite, task, cfg.image_size, cfg.render)
+    env.max_steps = min(cfg.max_steps or env.max_steps, env.max_steps)
     states = common.init_states("prefs", cfg.n_init)
     while pairs < quota and playouts < budget:
         init, attempt = states[units % len(states)], units // len(states)
