@@ -40,7 +40,7 @@ class Config(common.RunConfig):
     noise_high: float = 0.4  # ... and of the last
     branches: int = 3  # branch: decision points per failed episode
     max_steps: int = 0  # play-outs end here at the latest; 0 = the suite's own limit
-    last_decision: int = 12  # branch: decision points are drawn from the first so many of an episode
+    last_decision: int = 6  # branch: decision points are drawn from the first so many of an episode, up to about the grasp
 
 
 # -------------------------------------------------------------------------------------------------------------- play-outs

@@ -647,6 +647,7 @@ def save_tensors(path: Path, tensors: dict) -> None:
 
     temporary = path.with_name(f".{path.name}.tmp")
     save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, temporary)
+    temporary.chmod(0o644)  # safetensors makes it 0600
     os.replace(temporary, path)
 
 
