@@ -36,10 +36,9 @@ class Config(common.RunConfig):
 
 
 def policy_name(cfg: Config) -> str:
-    """Name of what is evaluated, e.g. sft, sft-at1500, dpo-lora-branch: its folder, without eval- or -val."""
-    if cfg.policy == "dpo":
-        return cfg.variant("dpo").name
-    return "sft" if cfg.start == "final" else f"sft-at{cfg.start}"
+    """Name of what is evaluated, e.g. sft, sft-at1500, sft-blank, dpo-lora-branch: its folder, without eval- or -val."""
+    sft = "sft" if cfg.start == "final" else f"sft-at{cfg.start}"
+    return (cfg.variant("dpo").name if cfg.policy == "dpo" else sft) + ("-blank" if cfg.blank_images else "")
 
 
 def load_policy(cfg: Config):
@@ -128,13 +127,16 @@ def results_table(cfg: Config) -> list[dict]:
     suffix = "" if cfg.group == "test" else f"-{cfg.group}"
     rows = []
     for done in sorted(cfg.seed_dir.glob("eval-*/done.json"), key=lambda p: ("dpo" in p.parent.name, p.parent.name)):
-        facts = common.read_json(done)
-        config = facts["config"]
-        if config["group"] != cfg.group:
+        facts, timing = common.read_json(done), common.read_json(done.with_name("timing.json"))
+        used = facts["config"]
+        if used["group"] != cfg.group:
             continue
-        start = "sft" if config["start"] == "final" else f"sft-at{config['start']}"
-        episodes = common.read_jsonl(done.parent / "episodes.jsonl")
-        row = {"policy": facts["policy"], "group": cfg.group, "seed": config["seed"]} | summarise(episodes)
+        episodes, is_dpo = common.read_jsonl(done.parent / "episodes.jsonl"), used["policy"] == "dpo"
+        start = "sft" if used["start"] == "final" else f"sft-at{used['start']}"
+        row = {"suite": " ".join(used["suites"]), "backbone": cfg.backbone, "policy": used["policy"], "name": facts["policy"]}
+        row |= {"adapter": used["adapter"] if is_dpo else "none", "pairs": used["pairs"] if is_dpo else "none"}
+        row |= {"start": used["start"], "blank_images": used["blank_images"], "group": cfg.group, "train_seeds": [used["seed"]]}
+        row |= summarise(episodes) | {"command": timing["command"], "commit": timing["commit"]}
         base = cfg.seed_dir / f"eval-{start}{suffix}" / "episodes.jsonl"
         if facts["policy"] != start and base.is_file():
             row |= paired(episodes, common.read_jsonl(base))
@@ -147,7 +149,7 @@ def markdown(rows: list[dict]) -> str:
     lines += ["|---|---|---|---|---|---|---|"]
     for r in rows:
         rate, (low, high) = r["successes"] / max(1, r["n"]), r["ci95"]
-        cells = [r["policy"], f"{r['successes']} / {r['n']} = {rate:.0%}", f"{low:.1%} to {high:.1%}", r["crashes"]]
+        cells = [r["name"], f"{r['successes']} / {r['n']} = {rate:.0%}", f"{low:.1%} to {high:.1%}", r["crashes"]]
         if "diff_vs_sft" in r:
             cells += [f"{100 * r['diff_vs_sft']:+.1f} points", f"{r['gained']} / {r['lost']}", f"{r['p_vs_sft']:.3f}"]
         else:

@@ -9,7 +9,6 @@ selection, training loops and timing loops stay in their stage. Importing this m
 from __future__ import annotations
 
 import ast
-import contextlib
 import copy
 import dataclasses
 import difflib
@@ -22,6 +21,7 @@ import os
 import platform
 import resource
 import shutil
+import subprocess
 import sys
 import time
 import typing
@@ -556,6 +556,7 @@ class Stage:
         }
         usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
         timing = {"wall_s": round(time.time() - self.began, 1), "peak_rss_mb": usage // 1024, "host": platform.platform()}
+        timing |= {"command": " ".join(["python", *sys.argv]), "commit": git_commit()}
         write_json(self.dir / "timing.json", timing)
         write_json(self.dir / "done.json", self.identity | {"outputs": outputs} | facts)
         (self.dir / "started.json").unlink()
@@ -624,6 +625,12 @@ def open_stage(script: str, cfg: RunConfig, folder: Path, shared: str, inputs: l
     return Stage(folder, identity, time.time())
 
 
+def git_commit() -> str:
+    """Short hash of the kit's commit, with -dirty where files differ from it; empty outside a git checkout."""
+    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+
+
 def require(folder: Path, stage: str, argv_hint: str = "") -> Path:
     """`folder`, finished by an earlier stage; otherwise a UserError that names the stage to run."""
     if not (folder / "done.json").is_file():
@@ -659,17 +666,6 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read ({error}); remove its folder and run its stage again") from error
-
-
-@contextlib.contextmanager
-def threads(n: int):
-    """Run with n torch threads: the number is part of a result's last bits, so it is fixed where results are made."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def progress(iterable=None, **kwargs):
