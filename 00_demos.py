@@ -382,6 +382,7 @@ def adopt(cfg: Config, tasks: list[tuple[str, int]]) -> list[dict]:
 def main(cfg: Config) -> None:
     if min(cfg.frame_every, cfg.demos_per_init, cfg.max_tries) < 1:
         raise UserError("demos: frame_every, demos_per_init and max_tries must be at least 1")
+    common.init_states("demos", cfg.n_init)  # fails where they would reach into another group
     stage = common.open_stage(__file__, cfg, cfg.data_dir, "suites tasks image_size render", [], ["sim.py"])
     if stage is None:
         return

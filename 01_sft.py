@@ -19,6 +19,7 @@ import copy
 import math
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -169,14 +170,16 @@ def validation_loss(policy, data: dict, cfg: Config) -> float:
 
 def main(cfg: Config) -> None:
     common.require(cfg.data_dir, "demos")
-    stage = common.open_stage(
-        __file__, cfg, cfg.seed_dir / "sft", "suites tasks backbone seed blank_images", [cfg.data_dir], ["backbones"]
-    )
+    weights = Path(cfg.init_from) / "model.safetensors"
+    if cfg.init_from and (cfg.model or not weights.is_file()):
+        raise common.UserError(f"sft.init_from: {weights} must exist, and brings its own `model` section")
+    horizon = backbones.horizon(cfg.backbone, backbones.config_of(cfg.init_from) if cfg.init_from else cfg.model)
+    inputs = [cfg.data_dir, *([weights] if cfg.init_from else [])]
+    shared = "suites tasks backbone seed blank_images"
+    stage = common.open_stage(__file__, cfg, cfg.seed_dir / "sft", shared, inputs, cfg.policy_code)
     if stage is None:
         return
     torch.set_num_threads(cfg.threads)
-    # The horizon is the backbone's; chunks are cut to it once it is known.
-    horizon = backbones.horizon(cfg.backbone, cfg.model)
     train, val, instructions = load_data(cfg, horizon)
     policy = make_policy(cfg, train, instructions)
     averaged = copy.deepcopy(policy)

@@ -168,9 +168,10 @@ def share(total: int, parts: int, part: int) -> int:
 def main(cfg: Config) -> None:
     if cfg.pairs not in RECIPES:
         raise common.UserError(f"unknown recipe pairs={cfg.pairs!r}; {common.did_you_mean(cfg.pairs, RECIPES)}")
+    common.init_states("prefs", cfg.n_init)  # fails where they would reach into another group
     sft = common.require(cfg.seed_dir / "sft", "sft")
     shared = "suites tasks backbone seed image_size render blank_images start pairs execute denoise_steps"
-    stage = common.open_stage(__file__, cfg, cfg.variant("prefs"), shared, [sft], ["sim.py", "backbones"])
+    stage = common.open_stage(__file__, cfg, cfg.variant("prefs"), shared, [sft], ["sim.py", *cfg.policy_code])
     if stage is None:
         return
     attempts = stage.dir / "units.jsonl"

@@ -33,7 +33,7 @@ class Config(common.RunConfig):
     draws: int = 4  # T: (t, eps) draws per pair, stratified
     weight: str = "velocity"  # w(t) of the surrogate: "velocity" (paper) | "noise" | "elbo"
     beta: str = "auto"  # a number, or "auto": 1 / std of log p_ref(chosen) - log p_ref(rejected) over the pairs
-    sft_coef: float = 0.0  # weight of -log p(chosen), which keeps the chosen likelihood from falling
+    sft_coef: float = 1.0  # weight of - beta log p(chosen), which keeps the chosen likelihood from falling; paper: 0
     lr: float = 5e-5  # peak; cosine to 1 % of it
     warmup: int = 20
     weight_decay: float = 0.0
@@ -114,7 +114,7 @@ def main(cfg: Config) -> None:
     sft = common.require(cfg.seed_dir / "sft", "sft")
     prefs = common.require(cfg.variant("prefs"), "prefs", f" pairs={cfg.pairs}")
     shared = "backbone seed blank_images start pairs adapter"
-    stage = common.open_stage(__file__, cfg, cfg.variant("dpo"), shared, [sft, prefs], ["backbones"])
+    stage = common.open_stage(__file__, cfg, cfg.variant("dpo"), shared, [sft, prefs], cfg.policy_code)
     if stage is None:
         return
     torch.set_num_threads(cfg.threads)
@@ -143,7 +143,7 @@ def main(cfg: Config) -> None:
             ref_w, ref_l = log_probs(policy, obs, chosen, rejected, mask, draws, cfg.weight)
         pi_w, pi_l = log_probs(policy, obs, chosen, rejected, mask, draws, cfg.weight)
         loss, rewards = dpo_loss(pi_w, pi_l, ref_w, ref_l, beta)
-        total = loss - cfg.sft_coef * pi_w.mean()
+        total = loss - cfg.sft_coef * beta * pi_w.mean()  # the anchor, in units of the reward
         total.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(trainable.values(), cfg.grad_clip)
         for group in optimizer.param_groups:

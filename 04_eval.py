@@ -163,6 +163,7 @@ def main(cfg: Config) -> None:
         raise common.UserError(f"unknown policy={cfg.policy!r}; {common.did_you_mean(cfg.policy, ('sft', 'dpo'))}")
     if cfg.group not in ("val", "test"):
         raise common.UserError(f"eval.group={cfg.group!r}: policies are evaluated on init states of 'val' or 'test' only")
+    inits = common.init_states(cfg.group, cfg.n_init)
     inputs = [common.require(cfg.seed_dir / "sft", "sft")]
     if cfg.policy == "dpo":
         inputs.append(common.require(cfg.variant("dpo"), "dpo", f" adapter={cfg.adapter} pairs={cfg.pairs}"))
@@ -170,11 +171,10 @@ def main(cfg: Config) -> None:
     shared += " adapter pairs" if cfg.policy == "dpo" else ""
     name = policy_name(cfg)
     folder = cfg.seed_dir / f"eval-{name}{'' if cfg.group == 'test' else '-' + cfg.group}"
-    stage = common.open_stage(__file__, cfg, folder, shared, inputs, ["sim.py", "backbones"])
+    stage = common.open_stage(__file__, cfg, folder, shared, inputs, ["sim.py", *cfg.policy_code])
     if stage is not None:
         path = stage.dir / "episodes.jsonl"
         done = {(row["suite"], row["task"], row["init_state"]) for row in common.read_jsonl(path)}
-        inits = common.init_states(cfg.group, cfg.n_init)
         todo = [(s, t, [i for i in inits if (s, t, i) not in done]) for s, t in sim.tasks(cfg)]
         jobs = [(cfg, stage.dir, suite, task, rest) for suite, task, rest in todo if rest]
         total = len(inits) * len(todo)

@@ -374,6 +374,11 @@ class RunConfig:
     def seed_dir(self) -> Path:
         return Path(self.root) / self.name / self.backbone / f"seed{self.seed}"
 
+    @property
+    def policy_code(self) -> list[str]:
+        """The files that make this policy what it is."""
+        return ["backbones/__init__.py", f"backbones/{self.backbone}.py"]
+
     def variant(self, kind: str) -> Path:
         """Folder of a stage that depends on `pairs`, `start`, `adapter`: prefs, dpo."""
         parts = {"prefs": ["prefs", self.pairs], "dpo": ["dpo", self.adapter, self.pairs]}[kind]
@@ -579,7 +584,7 @@ def open_stage(script: str, cfg: RunConfig, folder: Path, shared: str, inputs: l
     """Open a stage's folder, or return None when the same stage has been finished there.
 
     The identity of a stage is its own config keys and the `shared` ones (names, separated by blanks), the identity of its
-    inputs (folders of earlier stages), the code of the script, of common.py and of the modules in `uses`, and versions.
+    inputs (folders of earlier stages, or files), the code of the script, of common.py and of the files in `uses`, and versions.
 
     Raises:
         UserError: an input is missing (names the stage that makes it), or the folder holds another identity's results and
@@ -588,8 +593,7 @@ def open_stage(script: str, cfg: RunConfig, folder: Path, shared: str, inputs: l
     name = Path(script).stem
     own = {f.name for f in dataclasses.fields(cfg)} - {f.name for f in dataclasses.fields(RunConfig)}
     config = {key: getattr(cfg, key) for key in sorted(own | set(shared.split()))}
-    files = [HERE / f"{name}.py", HERE / "common.py"]
-    files += [p for use in uses for p in ([HERE / use] if use.endswith(".py") else sorted((HERE / use).glob("*.py")))]
+    files = [HERE / f"{name}.py", HERE / "common.py", *(HERE / use for use in uses)]
     identity = {
         "stage": name,
         "config": config,
@@ -598,9 +602,8 @@ def open_stage(script: str, cfg: RunConfig, folder: Path, shared: str, inputs: l
         "versions": {p: importlib.metadata.version(p) for p in PACKAGES},
     }
     for path in inputs:
-        identity["inputs"][str(path.relative_to(Path(cfg.root) / cfg.name)) if path.is_relative_to(cfg.root) else str(path)] = (
-            read_json(path / "done.json")["fingerprint"]
-        )
+        named = path.relative_to(Path(cfg.root) / cfg.name) if path.is_relative_to(Path(cfg.root) / cfg.name) else path
+        identity["inputs"][str(named)] = sha256(path) if path.is_file() else read_json(path / "done.json")["fingerprint"]
     text = json.dumps({k: identity[k] for k in ("stage", "config", "inputs", "source", "versions")}, sort_keys=True)
     identity["fingerprint"] = hashlib.sha256(text.encode()).hexdigest()[:16]
 

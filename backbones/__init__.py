@@ -55,6 +55,11 @@ def horizon(name: str, model_cfg: dict) -> int:
     return config_from(_policy_class(name).config_class, model_cfg, "model").horizon
 
 
+def config_of(folder: str | Path) -> dict:
+    """The model's config as it was saved beside its weights."""
+    return {key: value for key, value in common.read_json(Path(folder) / "config.json").items() if key != "backbone"}
+
+
 def load_policy(folder: str | Path, weights: str = "model.safetensors") -> Policy:
     """What `policy.save(folder)` wrote, in eval mode. weights: another file of the folder, e.g. a snapshot of the training."""
     from safetensors.torch import load_file
@@ -64,8 +69,7 @@ def load_policy(folder: str | Path, weights: str = "model.safetensors") -> Polic
     for file in ("config.json", "norm_stats.json", weights):
         if not (folder / file).is_file():
             raise UserError(f"{folder} holds no {file}; run 01_sft.py first")
-    cfg = common.read_json(folder / "config.json")
-    policy = build(cfg.pop("backbone"), cfg)
+    policy = build(common.read_json(folder / "config.json")["backbone"], config_of(folder))
     policy.load_weights(load_file(folder / weights), str(folder / weights))
     policy.norm_stats = common.read_json(folder / "norm_stats.json")
     if (folder / "tokenizer.json").is_file():

@@ -90,16 +90,95 @@ def pi05_image(x: dict[str, Tensor], sizes: dict) -> Iterator[Row]:
         yield f"lerobot_f32_{name}", ours[::7, ::5], x[f"out.lerobot_f32_{name}_probe"], 2e-6
 
 
+# --------------------------------------------------------------------------------------------------------------- OpenVLA
+def openvla_policy(tensors: dict[str, Tensor], sizes: dict):
+    """The fixture's weights in our model, through the key map that serves published checkpoints."""
+    from backbones.openvla import LlamaSize, OpenVLA, OpenVLAConfig, TowerSize, native_tensors, suite_stats
+
+    def tower(size: dict) -> TowerSize:
+        width = size["embed_dim"]
+        return TowerSize(width, size["depth"] - 1, size["num_heads"], int(width * size["mlp_ratio"]))
+
+    text = sizes["text_config"]
+    cfg = OpenVLAConfig(
+        vocab_size=sizes["action_vocab_size"],
+        vocab_padding=sizes["pad_to_multiple_of"],
+        llm=LlamaSize(*(text[k] for k in ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads"))),
+        dino=tower(sizes["dino"]),
+        siglip=tower(sizes["siglip"]),
+        image_size=sizes["image_sizes"][0],
+        patch_size=sizes["dino"]["patch_size"],
+        n_bins=sizes["n_action_bins"],
+        image_pipeline="none",  # the fixture's images come from the processor alone
+    )
+    policy = OpenVLA(cfg)
+    published = {key[3:]: value.float() for key, value in tensors.items() if key.startswith("sd.")}
+    policy.load_weights(native_tensors(published, cfg), "fixture")
+    policy.norm_stats = suite_stats(sizes["norm_stats"], sizes["unnorm_key"])
+    return policy.eval()
+
+
+@torch.no_grad()
+def openvla(x: dict[str, Tensor], sizes: dict) -> Iterator[Row]:
+    policy = openvla_policy(x, sizes)
+    cfg, ids, mask = policy.cfg, x["in.input_ids"], x["in.attention_mask"]
+    yield "pixel_values", policy.pixels(x["in.image_uint8"]), x["in.pixel_values"], 1e-6
+    features = policy.patch_features(x["in.pixel_values"])
+    yield "patch_features", features, x["out.patch_features"], 5e-5
+    yield "projector_features", policy.project(features), x["out.projector_features"], 5e-5
+    images = x["in.pixel_values"][:, None]
+    embs, valid = policy.embed_prefix(images, ids, mask)
+    hidden = policy.prefill(embs, valid, to_end=True)[1]
+    logits = policy.language_model.lm_head(hidden)
+    end = cfg.action_end
+    yield "last_hidden_prelm", hidden[valid], x["out.last_hidden_prelm"][valid], 5e-5
+    yield "logits_action_vocab", logits[..., end - cfg.n_bins : end][valid], x["out.logits_action_vocab"][valid], 5e-5
+    yield "logits_probe", logits[..., ::997][valid], x["out.logits_probe"][valid], 5e-5
+
+    # The same through the cached prefix, as the stages use it: prompts without "▁", the action tokens behind it
+    labels = x["in.labels"]
+    prompt = mask & (labels == -100) & (ids != cfg.space)
+    prefix = policy.prefill(*policy.embed_prefix(images, ids.where(prompt, cfg.eos), prompt))[0]
+    taught = labels[(labels != -100) & (labels != cfg.eos)].view(len(ids), -1)
+    log_p = policy.token_log_probs(prefix, taught, 1)[0, 0]
+    yield "logits_full_last", log_p, x["out.logits_full_last"].log_softmax(-1), 5e-5
+    chunk = policy.decode_actions(taught).view(len(ids), 1, -1)
+    yield "loss", policy.sft_loss(prefix, chunk)[None], x["out.loss"], 1e-5
+    tokens = x["in.single_prompt_ids"].expand(2, -1)
+    prefix = policy.prefill(*policy.embed_prefix(images, tokens, torch.ones_like(tokens, dtype=torch.bool)))[0]
+    chosen = policy.generate(prefix, torch.zeros(2, cfg.horizon, 7, cfg.n_bins))
+    yield "action_token_ids", chosen, x["out.action_token_ids"], 0
+    actions = policy.between_quantiles(policy.decode_actions(x["out.action_token_ids"]).numpy())
+    yield "actions", torch.from_numpy(actions), x["out.actions"], 1e-9
+    yield "encode_token_ids", policy.encode_actions(x["in.encode_actions"]), x["out.encode_token_ids"], 0
+    yield "decode_normalized", policy.decode_actions(x["in.decode_token_ids"]), x["out.decode_normalized"], 1e-12
+
+
+def openvla_image(x: dict[str, Tensor], sizes: dict) -> Iterator[Row]:
+    """Frames from TensorFlow's pipeline, step by step. Its JPEG decoder is not PIL's: 17 grey levels at most, 1.5 on average."""
+    from backbones.openvla import center_crop, jpeg, resize_lanczos3
+
+    turned = x["in.agentview_uint8"].flip(0, 1).contiguous()  # LIBERO frames are shown turned by 180 degrees
+    read = torch.from_numpy(jpeg(turned.numpy()).copy())
+    yield "rot180_jpeg", read, x["out.rot180_jpeg"], 17
+    yield "rot180_jpeg_mean", (read.double() - x["out.rot180_jpeg"]).abs().mean(), torch.tensor(0.0), 1.5
+    small = torch.from_numpy(resize_lanczos3(x["out.rot180_jpeg"].numpy(), 224))
+    yield "lanczos224", small, x["out.lanczos224"], 1
+    yield "lanczos224_share_off", (small != x["out.lanczos224"]).double().mean(), torch.tensor(0.0), 1e-4
+    yield "center_crop224", torch.from_numpy(center_crop(x["out.lanczos224"].numpy())), x["out.center_crop224"], 0
+
+
 # ------------------------------------------------------------------------------------------------------------------ main
-KINDS = {"pi05": pi05, "pi05_image": pi05_image}  # kind of a fixture -> its comparisons
+KINDS = {"pi05": pi05, "pi05_image": pi05_image, "openvla": openvla, "openvla_image": openvla_image}  # fixture -> comparisons
 
 
 def kind_of(path: Path, tensors: dict[str, Tensor]) -> tuple[str, dict]:
     """The kind of model and its sizes; image fixtures have no JSON and are told by their tensors."""
     if path.with_suffix(".json").is_file():
         sizes = json.loads(path.with_suffix(".json").read_text()).get("config", {})
-        return sizes.get("model", path.stem), sizes
-    return ("pi05_image" if any(k.startswith("out.openpi_uint8") for k in tensors) else path.stem), {}
+        return sizes.get("model", sizes.get("model_type", path.stem)), sizes
+    marks = {"out.openpi_uint8": "pi05_image", "out.lanczos224": "openvla_image"}
+    return next((kind for mark, kind in marks.items() if any(k.startswith(mark) for k in tensors)), path.stem), {}
 
 
 def compare(path: Path) -> Iterator[tuple[str, float, float, bool]]:

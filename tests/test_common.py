@@ -203,7 +203,7 @@ def test_stage_is_skipped_resumed_refused_and_redone(tmp_path, capsys):
         return Config(name="exp", root=str(tmp_path), **kwargs)
 
     def open_stage(**kwargs):
-        return common.open_stage("01_sft.py", cfg(**kwargs), tmp_path / "exp" / "sft", "seed", [], ["backbones"])
+        return common.open_stage("01_sft.py", cfg(**kwargs), tmp_path / "exp" / "sft", "seed", [], ["backbones/pi05.py"])
 
     stage = open_stage()
     (stage.dir / "model.txt").write_text("half")
@@ -219,7 +219,7 @@ def test_stage_is_skipped_resumed_refused_and_redone(tmp_path, capsys):
 
 
 def test_done_json_lists_the_hash_of_every_file(tmp_path):
-    stage = common.open_stage("01_sft.py", Config(root=str(tmp_path)), tmp_path / "s", "seed", [], ["backbones"])
+    stage = common.open_stage("01_sft.py", Config(root=str(tmp_path)), tmp_path / "s", "seed", [], ["backbones/pi05.py"])
     (stage.dir / "a.txt").write_text("x")
     stage.finish()
     done = json.loads((tmp_path / "s" / "done.json").read_text())

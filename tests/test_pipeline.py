@@ -19,7 +19,7 @@ KIT = Path(__file__).resolve().parent.parent
 SEED_DIR = "runs/micro/pi05/seed42"
 # script with its arguments, the folder it writes, and the file whose appearance (with this many lines) shows it half-way
 STAGES = {
-    "demos": (["00_demos.py"], "runs/micro/data", "parts/libero_object-03/00-00.hdf5", None),
+    "demos": (["00_demos.py"], "runs/micro/data", "parts/libero_object/task_03/00-00.hdf5", None),
     "sft": (["01_sft.py"], f"{SEED_DIR}/sft", "checkpoint.pt", None),
     "prefs": (["02_collect_prefs.py"], f"{SEED_DIR}/prefs-episode", "units.jsonl", 1),
     "dpo": (["03_dpo.py"], f"{SEED_DIR}/dpo-lora-episode", "checkpoint.pt", None),
