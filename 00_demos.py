@@ -31,6 +31,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 import common
+import runs
 import sim
 import workers
 from common import GRIPPER_CLOSE, GRIPPER_OPEN, UserError
@@ -47,6 +48,10 @@ class Config(common.RunConfig):
     tail: int = 4  # steps recorded after the first success
     max_tries: int = 3  # tries per demonstration; after that it is left out, and counted
     source: str = ""  # folder of files to use instead: LIBERO's own (<source>/<suite>/*_demo.hdf5) or another run's
+
+    def __post_init__(self):
+        super().__post_init__()
+        common.at_least(self, demos_per_init=1, frame_every=1, max_tries=1, tail=0, action_noise=0, waypoint_jitter=0)
 
 
 # -------------------------------------------------------------------------------------------------------------- geometry
@@ -256,7 +261,7 @@ def observation(env: sim.TaskEnv, look: bool) -> dict[str, np.ndarray]:
 
 
 def attempt(env: sim.TaskEnv, task: list[tuple], init_state: int, cfg: Config, rng: np.random.Generator) -> tuple[str, dict]:
-    """One try: its outcome ("success", "missed grasp", "no success") and, of a success, the arrays by dataset name."""
+    """One try: its outcome ("success", "missed grasp", "no success", "crash") and, of a success, the arrays by dataset name."""
     env.reset(init_state)
     expert, rows, first_success = Expert(env, rng, cfg.waypoint_jitter), {}, None
     actions = itertools.chain.from_iterable(primitive(expert, **parameters) for primitive, parameters in task)
@@ -273,6 +278,8 @@ def attempt(env: sim.TaskEnv, task: list[tuple], init_state: int, cfg: Config, r
                 first_success = step
     except MissedGrasp:
         return "missed grasp", {}
+    except sim.CRASHES:
+        return "crash", {}
     arrays = {key: np.stack(value) for key, value in rows.items()} | {"success_step": first_success}
     return ("success", arrays) if first_success is not None else ("no success", {})
 
@@ -340,8 +347,6 @@ def merge(parts: list[Path], path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------------ main
 def record(cfg: Config, tasks: list[tuple[str, int]]) -> list[dict]:
     """Record all tasks in `workers` processes, one file per demonstration; merge them into one per task."""
-    if unknown := [pair for pair in tasks if pair not in TASKS]:
-        raise UserError(f"the expert cannot do {unknown[0]} yet: add a row to TASKS in 00_demos.py, or use source=FOLDER")
     demos, items = [[] for _ in tasks], workers.parallel(record_task, [(cfg, *pair) for pair in tasks], cfg.workers)
     bar = common.progress(items, total=len(tasks) * cfg.n_init * cfg.demos_per_init, desc="demos", unit="demo")
     for index, demo in bar:
@@ -357,7 +362,7 @@ def statistics(demos: list[dict]) -> dict:
     """What became of the demonstrations of one task."""
     kept, tries = [d for d in demos if d["steps"]], [outcome for d in demos for outcome in d["outcomes"]]
     counts = {"demos": len(demos), "kept": len(kept), "first_try": sum(d["outcomes"] == ["success"] for d in demos)}
-    counts |= {outcome.replace(" ", "_"): tries.count(outcome) for outcome in ("missed grasp", "no success")}
+    counts |= {outcome.replace(" ", "_"): tries.count(outcome) for outcome in ("missed grasp", "no success", "crash")}
     return counts | {key: round(sum(d[key] for d in kept) / max(len(kept), 1), 1) for key in ("steps", "success_step")}
 
 
@@ -380,20 +385,24 @@ def adopt(cfg: Config, tasks: list[tuple[str, int]]) -> list[dict]:
 
 
 def main(cfg: Config) -> None:
-    if min(cfg.frame_every, cfg.demos_per_init, cfg.max_tries) < 1:
-        raise UserError("demos: frame_every, demos_per_init and max_tries must be at least 1")
     common.init_states("demos", cfg.n_init)  # fails where they would reach into another group
-    stage = common.open_stage(__file__, cfg, cfg.data_dir, "suites tasks image_size render", [], ["sim.py"])
+    tasks = sim.tasks(cfg)
+    if unknown := [] if cfg.source else [pair for pair in tasks if pair not in TASKS]:
+        raise UserError(f"the expert cannot do {unknown[0]} yet: add a row to TASKS in 00_demos.py, or use demos.source")
+    source = Path(cfg.source)
+    if cfg.source and source.resolve() == cfg.data_dir.resolve():
+        raise UserError(f"demos.source={source} is the folder that this stage writes")
+    inputs = [source] if cfg.source and (source / "done.json").is_file() else []
+    stage = runs.open_stage(__file__, cfg, cfg.data_dir, "suites tasks image_size render", inputs, ["sim.py", "workers.py"])
     if stage is None:
         return
-    tasks = sim.tasks(cfg)
     for suite in cfg.suites:
         (stage.dir / suite).mkdir(exist_ok=True)
     if not (stage.dir / "demos.json").is_file():  # written when every task's file is there
         rows = (adopt if cfg.source else record)(cfg, tasks)
-        common.write_atomic(stage.dir / "demos.json", json.dumps(rows, indent=1) + "\n")  # columns in this order
+        runs.write_atomic(stage.dir / "demos.json", json.dumps(rows, indent=1) + "\n")  # columns in this order
     shutil.rmtree(stage.dir / "parts", ignore_errors=True)
-    rows = common.read_json(stage.dir / "demos.json")
+    rows = runs.read_json(stage.dir / "demos.json")
     for line in [rows[0], *(row.values() for row in rows)]:
         print("  ".join(f"{cell:>12}" for cell in line))
     stage.finish(kept=sum(row["kept"] for row in rows))

@@ -16,7 +16,6 @@ Differs from the paper: it publishes no SFT stage. Here `train: full` learns eve
 from __future__ import annotations
 
 import copy
-import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +25,7 @@ import torch
 
 import backbones
 import common
+import runs
 
 
 @dataclass
@@ -48,7 +48,13 @@ class Config(common.RunConfig):
     snapshots: list[int] = field(default_factory=list)  # steps whose averaged weights are kept (learning curve, early start)
     log_every: int = 50
     checkpoint_every: int = 200
-    threads: int = 2  # torch threads; part of the result's last bits
+    threads: int = 1  # torch threads; part of the result's last bits. For a tiny model a second one gains little
+
+    def __post_init__(self):
+        super().__post_init__()
+        common.at_least(self, steps=1, batch_size=1, draws=1, lr=0, warmup=0, shift=0, holdout=0, rank=1, ema=0)
+        common.at_least(self, log_every=1, checkpoint_every=1, threads=1)
+        common.one_of("sft.train", self.train, ("full", "lora", "dora"))
 
 
 # ------------------------------------------------------------------------------------------------------------------ data
@@ -60,8 +66,8 @@ def future_chunks(actions: np.ndarray, steps: np.ndarray, horizon: int) -> np.nd
     return padded[steps[:, None] + np.arange(horizon)]
 
 
-def load_data(cfg: Config, horizon: int) -> tuple[dict, dict, list[str]]:
-    """Training and validation observations with their chunks as tensors, and the instructions of all tasks."""
+def load_data(cfg: Config, horizon: int) -> tuple[dict, dict | None, list[str]]:
+    """Training and validation observations (if any are held out) with their chunks, and the instructions of all tasks."""
     rows = {"train": [], "val": []}
     for suite in cfg.suites:
         for path in sorted((cfg.data_dir / suite).glob("task_*.hdf5")):
@@ -71,6 +77,10 @@ def load_data(cfg: Config, horizon: int) -> tuple[dict, dict, list[str]]:
             demos = list(common.read_demos(path, task))
             starts = sorted({d.init_state if d.init_state >= 0 else d.number for d in demos})
             held = set(starts[len(starts) - cfg.holdout :]) if len(starts) > cfg.holdout else set()
+            if wrong := [d for d in demos if d.init_state not in (-1, *common.INIT_GROUPS["demos"])]:
+                raise common.UserError(
+                    f"{path}: demo_{wrong[0].number} starts from init state {wrong[0].init_state}, kept for others"
+                )
             for demo in demos:
                 start = demo.init_state if demo.init_state >= 0 else demo.number
                 rows["val" if start in held else "train"].append((demo, future_chunks(demo.actions, demo.image_steps, horizon)))
@@ -89,7 +99,7 @@ def load_data(cfg: Config, horizon: int) -> tuple[dict, dict, list[str]]:
             "all_states": np.concatenate([d.state for d, _ in part]),
         }
 
-    return tensors(rows["train"]), tensors(rows["val"] or rows["train"][-1:]), instructions
+    return tensors(rows["train"]), tensors(rows["val"]) if rows["val"] else None, instructions
 
 
 def statistics(x: np.ndarray) -> dict:
@@ -122,23 +132,8 @@ def random_shift(images: torch.Tensor, pixels: int, generator: torch.Generator) 
 
 
 # -------------------------------------------------------------------------------------------------------------- training
-def learning_rate(step: int, cfg: Config) -> float:
-    """Linear warm-up, then a cosine down to 1 % of the peak."""
-    if step < cfg.warmup:
-        return cfg.lr * (step + 1) / cfg.warmup
-    done = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
-    return cfg.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
-
-
-def batch_index(step: int, n: int, cfg: Config) -> torch.Tensor:
-    """Observations of a step: a fresh permutation per epoch, a function of (seed, step) alone, so nothing has to be saved."""
-    places = torch.arange(step * cfg.batch_size, (step + 1) * cfg.batch_size)
-    epochs = {e: torch.randperm(n, generator=common.stream(cfg.seed, "sft epoch", e)) for e in (places // n).unique().tolist()}
-    return torch.stack([epochs[p // n][p % n] for p in places.tolist()])
-
-
 def make_policy(cfg: Config, train: dict, instructions: list[str]):
-    """A policy to be trained, on the statistics of these demonstrations; weights from scratch or from `init_from`."""
+    """A policy to be trained: from scratch on these demonstrations' statistics and words, or from `init_from` on its own."""
     if cfg.init_from:
         policy = backbones.load_policy(cfg.init_from)
     else:
@@ -169,14 +164,14 @@ def validation_loss(policy, data: dict, cfg: Config) -> float:
 
 
 def main(cfg: Config) -> None:
-    common.require(cfg.data_dir, "demos")
+    runs.require(cfg.data_dir, "demos")
     weights = Path(cfg.init_from) / "model.safetensors"
     if cfg.init_from and (cfg.model or not weights.is_file()):
         raise common.UserError(f"sft.init_from: {weights} must exist, and brings its own `model` section")
     horizon = backbones.horizon(cfg.backbone, backbones.config_of(cfg.init_from) if cfg.init_from else cfg.model)
-    inputs = [cfg.data_dir, *([weights] if cfg.init_from else [])]
+    inputs = [cfg.data_dir, *(sorted(p for p in weights.parent.iterdir() if p.is_file()) if cfg.init_from else [])]
     shared = "suites tasks backbone seed blank_images"
-    stage = common.open_stage(__file__, cfg, cfg.seed_dir / "sft", shared, inputs, cfg.policy_code)
+    stage = runs.open_stage(__file__, cfg, cfg.seed_dir / "sft", shared, inputs, cfg.policy_code)
     if stage is None:
         return
     torch.set_num_threads(cfg.threads)
@@ -187,19 +182,19 @@ def main(cfg: Config) -> None:
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
 
     step, metrics = 0, stage.dir / "metrics.jsonl"
-    state = common.load_checkpoint(stage.dir / "checkpoint.pt")
+    state = runs.load_checkpoint(stage.dir / "checkpoint.pt")
     if state:
         policy.load_state_dict(state["policy"])
         averaged.load_state_dict(state["averaged"])
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
-    common.keep_rows(metrics, lambda row: row["step"] <= step)
+    runs.keep_rows(metrics, lambda row: row["step"] <= step)
 
     # ---------------------------------------------------------------------------------------------- one loop, all in sight
     bar = common.progress(range(step, cfg.steps), initial=step, total=cfg.steps, desc="sft", unit="step")
     for step in bar:
         g = common.stream(cfg.seed, "sft", step)
-        obs, actions = batch_of(train, batch_index(step, len(train["chunk"]), cfg))
+        obs, actions = batch_of(train, common.shuffled(cfg.seed, "sft", step, cfg.batch_size, len(train["chunk"])))
         if cfg.blank_images:
             obs = common.blank_images(obs)
         for camera in ("agentview", "wrist"):
@@ -209,10 +204,12 @@ def main(cfg: Config) -> None:
 
         policy.train()
         loss = policy.sft_loss(policy.encode(obs), chunk, draws)
+        if not loss.isfinite():
+            raise common.UserError(f"the loss is {loss.item()} at step {step}: lower sft.lr")
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, cfg)
+            group["lr"] = common.learning_rate(step, cfg)
         optimizer.step()
         optimizer.zero_grad()
         decay = min(cfg.ema, (step + 1) / (step + 10))  # early on, the average follows closely
@@ -221,21 +218,20 @@ def main(cfg: Config) -> None:
 
         done = step + 1
         if done % cfg.log_every == 0 or done == cfg.steps:
-            row = {"step": done, "loss": loss.item(), "grad_norm": grad_norm.item(), "lr": learning_rate(step, cfg)}
-            if done % (4 * cfg.log_every) == 0 or done == cfg.steps:
+            row = {"step": done, "loss": loss.item(), "grad_norm": grad_norm.item(), "lr": common.learning_rate(step, cfg)}
+            if val and (done % (4 * cfg.log_every) == 0 or done == cfg.steps):
                 row["val_loss"] = validation_loss(averaged, val, cfg)
-                bar.set_postfix(loss=f"{row['loss']:.3f}", val=f"{row['val_loss']:.3f}")
-            common.append_jsonl(metrics, row)
+            bar.set_postfix({key: f"{row[key]:.3f}" for key in ("loss", "val_loss") if key in row})
+            runs.append_jsonl(metrics, row)
         if done in cfg.snapshots:
-            common.save_tensors(stage.dir / f"model-{done}.safetensors", merged(averaged, cfg).state_dict())
+            runs.save_tensors(stage.dir / f"model-{done}.safetensors", merged(averaged, cfg).state_dict())
         if done % cfg.checkpoint_every == 0:
             modules = {"policy": policy, "averaged": averaged, "optimizer": optimizer}
-            common.save_checkpoint(
+            runs.save_checkpoint(
                 stage.dir / "checkpoint.pt", {"step": done} | {key: m.state_dict() for key, m in modules.items()}
             )
 
     merged(averaged, cfg).save(stage.dir)
-    (stage.dir / "checkpoint.pt").unlink(missing_ok=True)
     stage.finish(parameters=sum(p.numel() for p in policy.parameters()), observations=len(train["chunk"]))
 
 

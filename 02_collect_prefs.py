@@ -18,14 +18,17 @@ Left out: temperature for autoregressive sampling, learned reward models, relabe
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
 import common
+import runs
 import sim
 import workers
 
@@ -41,6 +44,11 @@ class Config(common.RunConfig):
     branches: int = 3  # branch: decision points per failed episode
     max_steps: int = 0  # play-outs end here at the latest; 0 = the suite's own limit
     last_decision: int = 6  # branch: decision points are drawn from the first so many of an episode, up to about the grasp
+
+    def __post_init__(self):
+        super().__post_init__()
+        common.at_least(self, n_pairs=1, max_playouts=1, candidates=1, noise_low=0, noise_high=0, branches=1)
+        common.at_least(self, max_steps=0, last_decision=1)
 
 
 # -------------------------------------------------------------------------------------------------------------- play-outs
@@ -152,7 +160,10 @@ def collect(job: tuple):
     states = common.init_states("prefs", cfg.n_init)
     while pairs < quota and playouts < budget:
         init, attempt = states[units % len(states)], units // len(states)
-        found, n, outcome = RECIPES[cfg.pairs](env, policy, cfg, init, attempt)
+        try:
+            found, n, outcome = RECIPES[cfg.pairs](env, policy, cfg, init, attempt)
+        except sim.CRASHES as error:  # the simulator diverged: nobody's success or failure
+            found, n, outcome = [], 1, f"crash: {type(error).__name__}"
         found = found[: quota - pairs]
         row = {"suite": suite, "task": task, "unit": units, "init_state": init, "playouts": n, "outcome": outcome}
         yield row | {"pairs": [facts for _, facts in found]}, [tensors for tensors, _ in found]
@@ -165,54 +176,40 @@ def share(total: int, parts: int, part: int) -> int:
     return total * (part + 1) // parts - total * part // parts
 
 
-def main(cfg: Config) -> None:
-    if cfg.pairs not in RECIPES:
-        raise common.UserError(f"unknown recipe pairs={cfg.pairs!r}; {common.did_you_mean(cfg.pairs, RECIPES)}")
-    common.init_states("prefs", cfg.n_init)  # fails where they would reach into another group
-    sft = common.require(cfg.seed_dir / "sft", "sft")
-    shared = "suites tasks backbone seed image_size render blank_images start pairs execute denoise_steps"
-    stage = common.open_stage(__file__, cfg, cfg.variant("prefs"), shared, [sft], ["sim.py", *cfg.policy_code])
-    if stage is None:
-        return
-    attempts = stage.dir / "units.jsonl"
-    parts = stage.dir / "parts"
-    parts.mkdir(exist_ok=True)
-    done = common.read_jsonl(attempts)
-    tasks = sim.tasks(cfg)
-    jobs = []
+def gather(cfg: Config, tasks: list, attempts: Path, parts: Path) -> None:
+    """Make the attempts that are not there yet: their pairs as files of `parts`, then a line in `attempts`."""
+    done, jobs = runs.read_jsonl(attempts), []
     for i, (suite, task) in enumerate(tasks):
         mine = [row for row in done if (row["suite"], row["task"]) == (suite, task)]
         counts = (sum(len(row["pairs"]) for row in mine), sum(row["playouts"] for row in mine), len(mine))
         jobs.append((cfg, suite, task, *counts, share(cfg.n_pairs, len(tasks), i), share(cfg.max_playouts, len(tasks), i)))
-
     bar = common.progress(total=cfg.max_playouts, initial=sum(row["playouts"] for row in done), desc="prefs", unit="play-out")
     found = sum(len(row["pairs"]) for row in done)
     for _, (row, tensors) in workers.parallel(collect, jobs, cfg.workers):
         for i, pair in enumerate(tensors):
-            name = f"{row['suite']}-{row['task']:02d}-{row['unit']:04d}-{i}.safetensors"
-            common.save_tensors(parts / name, {key: torch.as_tensor(value) for key, value in pair.items()})
-        common.append_jsonl(attempts, row)  # the attempt counts from here on
+            runs.save_tensors(part(parts, row, i), {key: torch.as_tensor(value) for key, value in pair.items()})
+        runs.append_jsonl(attempts, row)  # the attempt counts from here on
         found += len(tensors)
         bar.update(row["playouts"])
         bar.set_postfix(pairs=f"{found}/{cfg.n_pairs}")
 
-    rows = sorted(common.read_jsonl(attempts), key=lambda row: (row["suite"], row["task"], row["unit"]))
-    lines, pairs = [], []
-    for row in rows:
-        where = {key: row[key] for key in ("suite", "task", "unit", "init_state")}
-        for i, facts in enumerate(row["pairs"]):
-            lines.append(where | facts)
-            pairs.append(common.load_tensors(parts / f"{row['suite']}-{row['task']:02d}-{row['unit']:04d}-{i}.safetensors"))
-    if not pairs:
-        raise common.UserError(f"no pair found in {cfg.max_playouts} play-outs; raise prefs.max_playouts (see {attempts})")
-    common.save_tensors(stage.dir / "pairs.safetensors", {key: torch.stack([p[key] for p in pairs]) for key in pairs[0]})
-    common.write_rows(stage.dir / "pairs.jsonl", lines)
-    common.write_rows(attempts, rows)
-    for path in parts.iterdir():
-        path.unlink()
-    parts.rmdir()
-    print(summary(rows))
-    stage.finish(pairs=len(pairs), playouts=sum(row["playouts"] for row in rows))
+
+def part(parts: Path, row: dict, i: int) -> Path:
+    """File of the i-th pair of an attempt."""
+    return parts / f"{row['suite']}-{row['task']:02d}-{row['unit']:04d}-{i}.safetensors"
+
+
+def assemble(attempts: Path, parts: Path, folder: Path) -> None:
+    """All pairs in one file, in the order of tasks and attempts and not of their making; pairs.jsonl last."""
+    rows = sorted(runs.read_jsonl(attempts), key=lambda row: (row["suite"], row["task"], row["unit"]))
+    found = [(row, i, facts) for row in rows for i, facts in enumerate(row["pairs"])]
+    if not found:
+        raise common.UserError(f"{len(rows)} attempts gave no pair (see {attempts}); raise prefs.max_playouts")
+    pairs = [runs.load_tensors(part(parts, row, i)) for row, i, _ in found]
+    runs.save_tensors(folder / "pairs.safetensors", {key: torch.stack([p[key] for p in pairs]) for key in pairs[0]})
+    runs.write_rows(attempts, rows)
+    where = ("suite", "task", "unit", "init_state")
+    runs.write_rows(folder / "pairs.jsonl", [{key: row[key] for key in where} | facts for row, _, facts in found])
 
 
 def summary(rows: list[dict]) -> str:
@@ -225,6 +222,25 @@ def summary(rows: list[dict]) -> str:
         cells = [f"{suite} {task}", sum(len(row["pairs"]) for row in mine), sum(row["playouts"] for row in mine)]
         lines.append(" | ".join(str(c) for c in cells + [counts[o] for o in outcomes]))
     return "\n".join(lines)
+
+
+def main(cfg: Config) -> None:
+    common.init_states("prefs", cfg.n_init)  # fails where they would reach into another group
+    tasks = sim.tasks(cfg)
+    sft = runs.require(cfg.seed_dir / "sft", "sft")
+    shared = "suites tasks backbone seed image_size render blank_images start pairs execute denoise_steps"
+    stage = runs.open_stage(__file__, cfg, cfg.variant("prefs"), shared, [sft], ["sim.py", "workers.py", *cfg.policy_code])
+    if stage is None:
+        return
+    attempts, parts = stage.dir / "units.jsonl", stage.dir / "parts"
+    if not (stage.dir / "pairs.jsonl").is_file():  # written when all else is there
+        parts.mkdir(exist_ok=True)
+        gather(cfg, tasks, attempts, parts)
+        assemble(attempts, parts, stage.dir)
+    shutil.rmtree(parts, ignore_errors=True)
+    rows = runs.read_jsonl(attempts)
+    print(summary(rows))
+    stage.finish(pairs=sum(len(row["pairs"]) for row in rows), playouts=sum(row["playouts"] for row in rows))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ Left out: IPO and other losses, label smoothing, data parallelism, reward models
 
 from __future__ import annotations
 
-import math
 import sys
 from dataclasses import dataclass
 
@@ -24,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 import common
+import runs
 
 
 @dataclass
@@ -43,7 +43,15 @@ class Config(common.RunConfig):
     targets: str = ""  # regex of the adapted linear layers; empty = the backbone's q, k, v, o projections
     log_every: int = 10
     checkpoint_every: int = 50
-    threads: int = 2
+    threads: int = 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        common.at_least(self, steps=1, batch_size=1, draws=1, lr=0, warmup=0, rank=1, sft_coef=0, log_every=1, checkpoint_every=1)
+        common.at_least(self, threads=1)
+        common.time_weight(torch.zeros(1), self.weight)  # fails for an unknown one
+        if self.beta != "auto" and not (self.beta.replace(".", "", 1).replace("e-", "", 1).isdigit() and float(self.beta) > 0):
+            raise common.UserError(f'dpo.beta must be "auto" or a positive number, not {self.beta!r}')
 
 
 # ------------------------------------------------------------------------------------------------------------ the method
@@ -68,9 +76,12 @@ def log_probs(policy, obs: dict, chosen: torch.Tensor, rejected: torch.Tensor, m
 
 
 def auto_beta(policy, pairs: dict, cfg: Config) -> float:
-    """1 / std of the reference's own log-ratio over (at most 64) pairs: with it the logits start on the scale where DPO's
+    """1 / std of the reference's own log-ratio over (about 64 of) the pairs: with it the logits are on the scale where DPO's
     sigmoid bends. Known before training, as it needs the reference only."""
-    index = torch.arange(min(64, len(pairs["mask"])))
+    n = len(pairs["mask"])
+    if n < 2:
+        raise common.UserError("dpo.beta=auto needs two pairs or more; give it a number")
+    index = torch.arange(0, n, max(1, n // 64))
     obs, chosen, rejected, mask = batch_of(pairs, index)
     draws = policy.draws(len(index), cfg.draws, common.stream(cfg.seed, "beta"), "stratified")
     with policy.reference():
@@ -81,8 +92,8 @@ def auto_beta(policy, pairs: dict, cfg: Config) -> float:
 # ------------------------------------------------------------------------------------------------------------------ data
 def load_pairs(cfg: Config) -> dict:
     folder = cfg.variant("prefs")
-    pairs = common.load_tensors(folder / "pairs.safetensors")
-    pairs["instruction"] = [row["instruction"] for row in common.read_jsonl(folder / "pairs.jsonl")]
+    pairs = runs.load_tensors(folder / "pairs.safetensors")
+    pairs["instruction"] = [row["instruction"] for row in runs.read_jsonl(folder / "pairs.jsonl")]
     if cfg.blank_images:
         pairs = common.blank_images(pairs)
     return pairs
@@ -95,26 +106,12 @@ def batch_of(pairs: dict, index: torch.Tensor):
     return obs, pairs["chosen"][index], pairs["rejected"][index], pairs["mask"][index]
 
 
-def batch_index(step: int, n: int, cfg: Config) -> torch.Tensor:
-    """Pairs of a step: epoch after epoch of fresh permutations, a function of (seed, step) alone."""
-    places = torch.arange(step * cfg.batch_size, (step + 1) * cfg.batch_size)
-    epochs = {e: torch.randperm(n, generator=common.stream(cfg.seed, "dpo epoch", e)) for e in (places // n).unique().tolist()}
-    return torch.stack([epochs[p // n][p % n] for p in places.tolist()])
-
-
-def learning_rate(step: int, cfg: Config) -> float:
-    if step < cfg.warmup:
-        return cfg.lr * (step + 1) / cfg.warmup
-    done = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
-    return cfg.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
-
-
 # -------------------------------------------------------------------------------------------------------------- training
 def main(cfg: Config) -> None:
-    sft = common.require(cfg.seed_dir / "sft", "sft")
-    prefs = common.require(cfg.variant("prefs"), "prefs", f" pairs={cfg.pairs}")
+    sft = runs.require(cfg.seed_dir / "sft", "sft")
+    prefs = runs.require(cfg.variant("prefs"), "prefs", f" pairs={cfg.pairs} start={cfg.start}")
     shared = "backbone seed blank_images start pairs adapter"
-    stage = common.open_stage(__file__, cfg, cfg.variant("dpo"), shared, [sft, prefs], cfg.policy_code)
+    stage = runs.open_stage(__file__, cfg, cfg.variant("dpo"), shared, [sft, prefs], cfg.policy_code)
     if stage is None:
         return
     torch.set_num_threads(cfg.threads)
@@ -128,52 +125,53 @@ def main(cfg: Config) -> None:
     optimizer = torch.optim.AdamW(trainable.values(), lr=cfg.lr, weight_decay=cfg.weight_decay)
 
     step, metrics = 0, stage.dir / "metrics.jsonl"
-    state = common.load_checkpoint(stage.dir / "checkpoint.pt")
+    state = runs.load_checkpoint(stage.dir / "checkpoint.pt")
     if state:
         policy.load_state_dict(state["adapter"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
-    common.keep_rows(metrics, lambda row: row["step"] <= step)
+    runs.keep_rows(metrics, lambda row: row["step"] <= step)
 
     bar = common.progress(range(step, cfg.steps), initial=step, total=cfg.steps, desc=f"dpo {cfg.adapter}", unit="step")
     for step in bar:
-        obs, chosen, rejected, mask = batch_of(pairs, batch_index(step, n, cfg))
+        obs, chosen, rejected, mask = batch_of(pairs, common.shuffled(cfg.seed, "dpo", step, cfg.batch_size, n))
         draws = policy.draws(len(mask), cfg.draws, common.stream(cfg.seed, "dpo", step), "stratified")
         with policy.reference():  # the same weights, adapter off, no gradients
             ref_w, ref_l = log_probs(policy, obs, chosen, rejected, mask, draws, cfg.weight)
         pi_w, pi_l = log_probs(policy, obs, chosen, rejected, mask, draws, cfg.weight)
         loss, rewards = dpo_loss(pi_w, pi_l, ref_w, ref_l, beta)
         total = loss - cfg.sft_coef * beta * pi_w.mean()  # the anchor, in units of the reward
+        if not total.isfinite():
+            raise common.UserError(f"the loss is {total.item()} at step {step}: lower dpo.lr")
         total.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(trainable.values(), cfg.grad_clip)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, cfg)
+            group["lr"] = common.learning_rate(step, cfg)
         optimizer.step()
         optimizer.zero_grad()
 
         done = step + 1
         if step == 0 or done % cfg.log_every == 0 or done == cfg.steps:
             row = {key: value.mean().item() for key, value in rewards.items()}
-            row |= {"step": done, "loss": loss.item(), "grad_norm": grad_norm.item(), "lr": learning_rate(step, cfg)}
+            row |= {"step": done, "loss": loss.item(), "grad_norm": grad_norm.item(), "lr": common.learning_rate(step, cfg)}
             row |= {"rewards/accuracies": (rewards["rewards/margins"] > 0).float().mean().item()}
             row |= {"rewards/margin_std": rewards["rewards/margins"].std(correction=0).item()}
             row |= {"logps/chosen": pi_w.mean().item(), "logps/rejected": pi_l.mean().item()}
-            common.append_jsonl(metrics, row)
+            runs.append_jsonl(metrics, row)
             bar.set_postfix(loss=f"{row['loss']:.3f}", margin=f"{row['rewards/margins']:.2f}")
         if done % cfg.checkpoint_every == 0:
             state = {"step": done, "adapter": trainable, "optimizer": optimizer.state_dict()}
-            common.save_checkpoint(stage.dir / "checkpoint.pt", state)
+            runs.save_checkpoint(stage.dir / "checkpoint.pt", state)
 
-    warn_about_scale(common.read_jsonl(metrics))
+    warn_about_scale(runs.read_jsonl(metrics))
     adapted.save_pretrained(str(stage.dir))
     (stage.dir / "README.md").unlink(missing_ok=True)  # peft's empty model card
-    (stage.dir / "checkpoint.pt").unlink(missing_ok=True)
     stage.finish(beta=beta, trainable=k, pairs=n)
 
 
 def warn_about_scale(rows: list[dict]) -> None:
     """DPO learns where its logit is of order 1. Far below, sigmoid is a constant and the reference drops out of the gradient."""
-    late = max(abs(row["rewards/margins"]) for row in rows[len(rows) // 2 :])
+    late = max(abs(row["rewards/margins"]) + row["rewards/margin_std"] for row in rows[len(rows) // 2 :])
     if late < 0.05:
         print(f"[03_dpo] warning: logits stayed below 0.05 (largest {late:.3g}): raise beta or use beta=auto", flush=True)
     if late > 20:

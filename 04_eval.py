@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 import common
+import runs
 import sim
 import workers
 
@@ -33,6 +34,12 @@ class Config(common.RunConfig):
     group: str = "test"  # init states: "test" (40-49, reported) or "val" (35-39, for every choice)
     n_init: int = 10  # init states per task
     videos: int = 0  # episodes per task of which a GIF is kept
+
+    def __post_init__(self):
+        super().__post_init__()
+        common.at_least(self, videos=0)
+        common.one_of("policy", self.policy, ("sft", "dpo"))
+        common.one_of("eval.group", self.group, ("val", "test"))  # nothing else is for evaluation
 
 
 def policy_name(cfg: Config) -> str:
@@ -100,7 +107,7 @@ def summarise(rows: list[dict]) -> dict:
         "successes": wins,
         "crashes": len(rows) - len(valid),
         "ci95": common.wilson(wins, len(valid)),
-        "ci95_tasks": common.cluster_bootstrap(np.concatenate(of_task).astype(float), clusters) if tasks else (0.0, 1.0),
+        "ci95_tasks": common.cluster_bootstrap(np.concatenate(of_task).astype(float), clusters) if len(tasks) > 1 else (0.0, 1.0),
         "tasks": {f"{suite}/{task}": [sum(s), len(s)] for (suite, task), s in zip(tasks, of_task, strict=True)},
         "mean_steps": float(np.mean([row["steps"] for row in valid])) if valid else 0.0,
     }
@@ -122,24 +129,40 @@ def paired(rows: list[dict], base: list[dict]) -> dict:
     }
 
 
+PROTOCOL = ("suites", "image_size", "render", "execute", "denoise_steps", "group", "start")  # what a pair of rows must share
+
+
 def results_table(cfg: Config) -> list[dict]:
-    """A row per finished evaluation of this seed and group of init states, paired with the SFT policy it started from."""
-    suffix = "" if cfg.group == "test" else f"-{cfg.group}"
-    rows = []
+    """A row per finished evaluation of this seed and group of init states, paired with the SFT policy it started from.
+
+    Evaluations of weights that have been made anew since are left out.
+    """
+
+    def fingerprint(name: str) -> str | None:
+        path = cfg.seed_dir.parents[1] / name / "done.json"
+        return runs.read_json(path)["fingerprint"] if path.is_file() else None
+
+    found = {}
     for done in sorted(cfg.seed_dir.glob("eval-*/done.json"), key=lambda p: ("dpo" in p.parent.name, p.parent.name)):
-        facts, timing = common.read_json(done), common.read_json(done.with_name("timing.json"))
+        facts = runs.read_json(done)
+        current = all(fingerprint(name) == made_from for name, made_from in facts["inputs"].items())
+        if facts["config"]["group"] == cfg.group and current:
+            found[facts["policy"]] = (
+                facts,
+                runs.read_jsonl(done.parent / "episodes.jsonl"),
+                runs.read_json(done.with_name("timing.json")),
+            )
+    rows = []
+    for name, (facts, episodes, timing) in found.items():
         used = facts["config"]
-        if used["group"] != cfg.group:
-            continue
-        episodes, is_dpo = common.read_jsonl(done.parent / "episodes.jsonl"), used["policy"] == "dpo"
-        start = "sft" if used["start"] == "final" else f"sft-at{used['start']}"
-        row = {"suite": " ".join(used["suites"]), "backbone": cfg.backbone, "policy": used["policy"], "name": facts["policy"]}
+        is_dpo, start = used["policy"] == "dpo", "sft" if used["start"] == "final" else f"sft-at{used['start']}"
+        row = {"suite": " ".join(used["suites"]), "backbone": cfg.backbone, "policy": used["policy"], "name": name}
         row |= {"adapter": used["adapter"] if is_dpo else "none", "pairs": used["pairs"] if is_dpo else "none"}
         row |= {"start": used["start"], "blank_images": used["blank_images"], "group": cfg.group, "train_seeds": [used["seed"]]}
         row |= summarise(episodes) | {"command": timing["command"], "commit": timing["commit"]}
-        base = cfg.seed_dir / f"eval-{start}{suffix}" / "episodes.jsonl"
-        if facts["policy"] != start and base.is_file():
-            row |= paired(episodes, common.read_jsonl(base))
+        base = found.get(start)
+        if name != start and base and all(base[0]["config"][key] == used[key] for key in PROTOCOL):
+            row |= paired(episodes, base[1])
         rows.append(row)
     return rows
 
@@ -159,42 +182,38 @@ def markdown(rows: list[dict]) -> str:
 
 
 def main(cfg: Config) -> None:
-    if cfg.policy not in ("sft", "dpo"):
-        raise common.UserError(f"unknown policy={cfg.policy!r}; {common.did_you_mean(cfg.policy, ('sft', 'dpo'))}")
-    if cfg.group not in ("val", "test"):
-        raise common.UserError(f"eval.group={cfg.group!r}: policies are evaluated on init states of 'val' or 'test' only")
-    inits = common.init_states(cfg.group, cfg.n_init)
-    inputs = [common.require(cfg.seed_dir / "sft", "sft")]
+    inits, tasks = common.init_states(cfg.group, cfg.n_init), sim.tasks(cfg)
+    inputs = [runs.require(cfg.seed_dir / "sft", "sft")]
     if cfg.policy == "dpo":
-        inputs.append(common.require(cfg.variant("dpo"), "dpo", f" adapter={cfg.adapter} pairs={cfg.pairs}"))
+        inputs.append(runs.require(cfg.variant("dpo"), "dpo", f" adapter={cfg.adapter} pairs={cfg.pairs} start={cfg.start}"))
     shared = "suites tasks backbone seed image_size render blank_images start execute denoise_steps"
     shared += " adapter pairs" if cfg.policy == "dpo" else ""
     name = policy_name(cfg)
     folder = cfg.seed_dir / f"eval-{name}{'' if cfg.group == 'test' else '-' + cfg.group}"
-    stage = common.open_stage(__file__, cfg, folder, shared, inputs, ["sim.py", *cfg.policy_code])
+    stage = runs.open_stage(__file__, cfg, folder, shared, inputs, ["sim.py", "workers.py", *cfg.policy_code])
     if stage is not None:
         path = stage.dir / "episodes.jsonl"
-        done = {(row["suite"], row["task"], row["init_state"]) for row in common.read_jsonl(path)}
-        todo = [(s, t, [i for i in inits if (s, t, i) not in done]) for s, t in sim.tasks(cfg)]
+        done = {(row["suite"], row["task"], row["init_state"]) for row in runs.read_jsonl(path)}
+        todo = [(s, t, [i for i in inits if (s, t, i) not in done]) for s, t in tasks]
         jobs = [(cfg, stage.dir, suite, task, rest) for suite, task, rest in todo if rest]
         total = len(inits) * len(todo)
         bar = common.progress(total=total, initial=len(done), desc=f"eval {name}", unit="episode")
-        wins = sum(row["success"] for row in common.read_jsonl(path))
+        wins = sum(row["success"] for row in runs.read_jsonl(path))
         for _, row in workers.parallel(evaluate, jobs, cfg.workers):
-            common.append_jsonl(path, row)
+            runs.append_jsonl(path, row)
             wins += row["success"]
             bar.update()
             bar.set_postfix(successes=f"{wins}/{bar.n}")
-        rows = sorted(common.read_jsonl(path), key=lambda r: (r["suite"], r["task"], r["init_state"]))
-        walls = {f"{r['suite']}-{r['task']}-{r['init_state']}": r.pop("wall_s") for r in rows}
-        common.write_rows(path, rows)
-        common.write_json(stage.dir / "summary.json", {"policy": name, "seed": cfg.seed} | summarise(rows))
+        rows = sorted(runs.read_jsonl(path), key=lambda r: (r["suite"], r["task"], r["init_state"]))
+        walls = {f"{r['suite']}-{r['task']}-{r['init_state']}": r.pop("wall_s", None) for r in rows}
+        runs.write_rows(path, rows)
+        runs.write_json(stage.dir / "summary.json", {"policy": name, "seed": cfg.seed} | summarise(rows))
         stage.finish(policy=name)
-        common.write_json(stage.dir / "timing.json", common.read_json(stage.dir / "timing.json") | {"episodes_s": walls})
+        runs.write_json(stage.dir / "timing.json", runs.read_json(stage.dir / "timing.json") | {"episodes_s": walls})
     rows = results_table(cfg)
     stem = "results" if cfg.group == "test" else f"results-{cfg.group}"
-    common.write_json(cfg.seed_dir / f"{stem}.json", rows)
-    common.write_atomic(cfg.seed_dir / f"{stem}.md", markdown(rows) + "\n")
+    runs.write_json(cfg.seed_dir / f"{stem}.json", rows)
+    runs.write_atomic(cfg.seed_dir / f"{stem}.md", markdown(rows) + "\n")
     print(markdown(rows), flush=True)
 
 

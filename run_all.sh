@@ -21,6 +21,9 @@ for argument in "$@"; do
     *) STAGES=$argument ;;
   esac
 done
+for number in $STAGES; do
+  [[ $number =~ ^(0[0-4]|setup)$ ]] || { echo "error: no stage $number; STAGES is a list such as \"02 03 04\"" >&2; exit 2; }
+done
 
 if [[ -z ${PYTHON:-} ]]; then
   PYTHON=.venv/bin/python
@@ -42,10 +45,15 @@ stage() { # number, script and its arguments
 }
 
 "$PYTHON" common.py "$CONFIG" ${OVERRIDES[@]+"${OVERRIDES[@]}"} # a wrong key shows now, not in an hour
+if [[ " $STAGES " == *" 00 "* && ! -d runs/$(basename "$CONFIG" .yaml) ]]; then # once: is this simulator everyone's simulator?
+  echo "[setup] \$ python preflight.py"
+  "$PYTHON" preflight.py
+fi
 stage 00 00_demos.py
 stage 01 01_sft.py
 stage 02 02_collect_prefs.py
 for adapter in $ADAPTERS; do stage 03 03_dpo.py adapter="$adapter"; done
+stage 04 04_eval.py policy=sft start=final
 stage 04 04_eval.py policy=sft
 for adapter in $ADAPTERS; do stage 04 04_eval.py policy=dpo adapter="$adapter"; done
 echo

@@ -47,10 +47,12 @@ def parallel(fn, jobs: list, workers: int) -> Iterator[tuple[int, object]]:
     def next_job(connection, process) -> None:
         index, job = next(todo, (None, None))
         busy.pop(connection, None)
-        if index is not None:
-            busy[connection] = index, process
-            with contextlib.suppress(ConnectionError):  # a dead worker, noticed at recv
-                connection.send(job)
+        if index is None:
+            connection.close()  # the worker reads the end of its work, and cleans up
+            return
+        busy[connection] = index, process
+        with contextlib.suppress(ConnectionError):  # a dead worker, noticed at recv
+            connection.send(job)
 
     try:
         for _ in range(min(workers, len(jobs))):
@@ -76,6 +78,8 @@ def parallel(fn, jobs: list, workers: int) -> Iterator[tuple[int, object]]:
                     raise UserError(value)
                 else:
                     raise RuntimeError(f"{name} failed:\n{value}")
+        for process in processes:
+            process.join(10)
     finally:
         for process in processes:
             process.kill()

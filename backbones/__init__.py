@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import common
+import runs
 from common import UserError
 
 BACKBONES = {"openvla": "OpenVLA", "pi05": "Pi05"}  # module of this package -> its class
@@ -57,7 +58,7 @@ def horizon(name: str, model_cfg: dict) -> int:
 
 def config_of(folder: str | Path) -> dict:
     """The model's config as it was saved beside its weights."""
-    return {key: value for key, value in common.read_json(Path(folder) / "config.json").items() if key != "backbone"}
+    return {key: value for key, value in runs.read_json(Path(folder) / "config.json").items() if key != "backbone"}
 
 
 def load_policy(folder: str | Path, weights: str = "model.safetensors") -> Policy:
@@ -69,9 +70,9 @@ def load_policy(folder: str | Path, weights: str = "model.safetensors") -> Polic
     for file in ("config.json", "norm_stats.json", weights):
         if not (folder / file).is_file():
             raise UserError(f"{folder} holds no {file}; run 01_sft.py first")
-    policy = build(common.read_json(folder / "config.json")["backbone"], config_of(folder))
+    policy = build(runs.read_json(folder / "config.json")["backbone"], config_of(folder))
     policy.load_weights(load_file(folder / weights), str(folder / weights))
-    policy.norm_stats = common.read_json(folder / "norm_stats.json")
+    policy.norm_stats = runs.read_json(folder / "norm_stats.json")
     if (folder / "tokenizer.json").is_file():
         policy.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     return policy.eval()
@@ -119,11 +120,11 @@ class Policy(nn.Module):
             raise UserError("an adapter is attached: save it with peft's save_pretrained, or merge it first")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        common.write_json(folder / "config.json", {"backbone": self.backbone} | asdict(self.cfg))
-        common.write_json(folder / "norm_stats.json", self.norm_stats)
+        runs.write_json(folder / "config.json", {"backbone": self.backbone} | asdict(self.cfg))
+        runs.write_json(folder / "norm_stats.json", self.norm_stats)
         if self.tokenizer is not None:
-            common.write_atomic(folder / "tokenizer.json", self.tokenizer.to_str(pretty=True))
-        common.save_tensors(folder / "model.safetensors", state)
+            runs.write_atomic(folder / "tokenizer.json", self.tokenizer.to_str(pretty=True))
+        runs.save_tensors(folder / "model.safetensors", state)
 
     def load_weights(self, tensors: dict[str, Tensor], source: str) -> None:
         """Strict: every key of the model, no other, each in its shape.

@@ -15,26 +15,19 @@ Shapes: B observations, N chunks, S prefix tokens, H actions of a chunk, n = 7 H
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
-from transformers import (
-    Dinov2WithRegistersConfig,
-    Dinov2WithRegistersModel,
-    LlamaConfig,
-    SiglipVisionConfig,
-    SiglipVisionModel,
-)
+from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel, LlamaConfig, SiglipVisionConfig, SiglipVisionModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
 import common
 from backbones import Policy, config_from
+from backbones.openvla_published import center_crop, jpeg, resize_bicubic, resize_lanczos3
 from backbones.pi05 import Prefix, conv_stem, project_kv, rotary, rotate
 from common import ACTION_DIM, UserError
 
@@ -116,27 +109,24 @@ class OpenVLAConfig:
 
 
 # --------------------------------------------------------------------------------------------------------------- modules
-def make_dino(cfg: OpenVLAConfig) -> nn.Module:
-    """DINOv2 with 4 registers, without what the features at the last block but one leave unused."""
-    size = cfg.dino
-    tower = Dinov2WithRegistersModel(
-        Dinov2WithRegistersConfig(
-            hidden_size=size.hidden_size,
-            num_hidden_layers=size.num_hidden_layers,
-            num_attention_heads=size.num_attention_heads,
-            mlp_ratio=size.intermediate_size // size.hidden_size,
-            hidden_act=GELU,
-            layer_norm_eps=EPS,
-            image_size=cfg.image_size,
-            patch_size=cfg.patch_size,
-            num_register_tokens=4,
-        )
-    )
-    if cfg.conv_stem:
-        tower.embeddings.patch_embeddings.projection = conv_stem(size.hidden_size, cfg.patch_size)
+def make_tower(name: str, cfg: OpenVLAConfig) -> nn.Module:
+    """A vision tower without the parts that nobody reads: the last norm, the head, the mask token."""
+    size = asdict(getattr(cfg, name))
+    width, shared = size["hidden_size"], {"hidden_act": GELU, "layer_norm_eps": EPS}
+    shared |= {"image_size": cfg.image_size, "patch_size": cfg.patch_size}
+    if name == "siglip":
+        tower = SiglipVisionModel(SiglipVisionConfig(**size, **shared, vision_use_head=False))
+        tower.post_layernorm = None
+        if cfg.conv_stem:
+            tower.embeddings.patch_embedding = conv_stem(width, cfg.patch_size)
+        return tower
+    size["mlp_ratio"] = size.pop("intermediate_size") // width
+    tower = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**size, **shared, num_register_tokens=4))
+    tower.layernorm = tower.embeddings.mask_token = None
     # timm's position embedding covers the patches alone, not the cls token
     tower.embeddings.position_embeddings = nn.Parameter(tower.embeddings.position_embeddings.detach()[:, 1:].clone())
-    tower.embeddings.mask_token, tower.layernorm = None, None
+    if cfg.conv_stem:
+        tower.embeddings.patch_embeddings.projection = conv_stem(width, cfg.patch_size)
     return tower
 
 
@@ -151,28 +141,6 @@ def dino_features(tower: nn.Module, pixels: Tensor) -> Tensor:
     return x[:, first.shape[1] :]
 
 
-def make_siglip(cfg: OpenVLAConfig) -> nn.Module:
-    """SigLIP, without what the features at the last block but one leave unused."""
-    size = cfg.siglip
-    tower = SiglipVisionModel(
-        SiglipVisionConfig(
-            hidden_size=size.hidden_size,
-            num_hidden_layers=size.num_hidden_layers,
-            num_attention_heads=size.num_attention_heads,
-            intermediate_size=size.intermediate_size,
-            hidden_act=GELU,
-            layer_norm_eps=EPS,
-            image_size=cfg.image_size,
-            patch_size=cfg.patch_size,
-            vision_use_head=False,
-        )
-    )
-    if cfg.conv_stem:
-        tower.embeddings.patch_embedding = conv_stem(size.hidden_size, cfg.patch_size)
-    tower.post_layernorm = None
-    return tower
-
-
 def siglip_features(tower: nn.Module, pixels: Tensor) -> Tensor:
     """(B, 3, s, s) -> (B, patches, hidden): no final norm."""
     x = tower.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2) + tower.embeddings.position_embedding.weight
@@ -181,7 +149,6 @@ def siglip_features(tower: nn.Module, pixels: Tensor) -> Tensor:
     return x
 
 
-MAKE = {"dino": make_dino, "siglip": make_siglip}
 FEATURES = {"dino": dino_features, "siglip": siglip_features}
 
 
@@ -216,7 +183,7 @@ class OpenVLA(Policy):
     def __init__(self, cfg: OpenVLAConfig):
         super().__init__(cfg)
         width, vision = cfg.llm.width, sum(getattr(cfg, name).hidden_size for name in cfg.towers)
-        self.vision = nn.ModuleDict({name: MAKE[name](cfg) for name in cfg.towers})
+        self.vision = nn.ModuleDict({name: make_tower(name, cfg) for name in cfg.towers})
         sizes = {"fc1": (vision, 4 * vision), "fc2": (4 * vision, width), "fc3": (width, width)}
         self.projector = nn.ModuleDict({name: nn.Linear(*size) for name, size in sizes.items()})
         self.language_model = Llama(cfg.llm, cfg.action_end + cfg.vocab_padding)
@@ -343,15 +310,14 @@ class OpenVLA(Policy):
 
     def encode_actions(self, x: Tensor) -> Tensor:
         """Values in [-1, 1], clipped to it -> token ids of the same shape: V - digitize(x)."""
-        bins = torch.linspace(-1, 1, self.cfg.n_bins, dtype=torch.float64, device=x.device)
-        return self.cfg.action_end - torch.bucketize(x.double().clamp(-1, 1), bins, right=True)
+        edges = torch.from_numpy(np.linspace(-1, 1, self.cfg.n_bins)).to(x.device)  # numpy's: torch's differ in the last bit
+        return self.cfg.action_end - torch.bucketize(x.double().clamp(-1, 1), edges, right=True)
 
     def decode_actions(self, ids: Tensor) -> Tensor:
         """Token ids, clipped to those of actions -> centres of their bins, float64. n_bins edges have n_bins - 1 centres:
-        the last, which is x = 1 exactly, shares the one of its neighbour."""
-        bins = torch.linspace(-1, 1, self.cfg.n_bins, dtype=torch.float64, device=ids.device)
-        centers = (bins[:-1] + bins[1:]) / 2
-        return centers[(self.cfg.action_end - ids - 1).clamp(0, len(centers) - 1)]
+        the last token, which is x = 1 exactly, shares the one of its neighbour."""
+        edges = torch.from_numpy(np.linspace(-1, 1, self.cfg.n_bins)).to(ids.device)
+        return ((edges[:-1] + edges[1:]) / 2)[(self.cfg.action_end - ids - 1).clamp(0, self.cfg.n_bins - 2)]
 
     # --------------------------------------------------------------------------------------------------- the protocol
     def draws(self, batch: int, k: int, generator: torch.Generator, scheme: str) -> None:
@@ -374,7 +340,7 @@ class OpenVLA(Policy):
         scored as the highest, which is the one that saturated values and open grippers are trained as.
         """
         top = 1 - 1 / (self.cfg.n_bins - 1)  # the last centre
-        chunk = torch.where(chunk > top - 1e-5, 1.0, chunk)
+        chunk = torch.where(chunk > top - 1e-4, 1.0, chunk)
         ids = self.encode_actions(chunk).flatten(1).to(prefix.valid.device)  # (B, 7 H)
         scores = self.token_log_probs(prefix, ids, ids.shape[1]).gather(-1, ids[..., None])[..., 0]
         return (scores * mask.to(ids.device).repeat_interleave(ACTION_DIM, dim=1)).sum(1)
@@ -436,110 +402,3 @@ def smoothing(n_bins: int, std: float, device: torch.device) -> Tensor:
         return torch.eye(n_bins, device=device)
     place = torch.arange(n_bins, device=device)
     return (-0.5 * ((place[:, None] - place) / std) ** 2).softmax(-1)
-
-
-# ------------------------------------------------------------------------------------------------- published checkpoints
-PUBLISHED_PREFIXES = (  # key of the published file -> key here; the first match counts
-    ("vision_backbone.featurizer.blocks.", "vision.dino.encoder.layer."),
-    ("vision_backbone.featurizer.cls_token", "vision.dino.embeddings.cls_token"),
-    ("vision_backbone.featurizer.reg_token", "vision.dino.embeddings.register_tokens"),
-    ("vision_backbone.featurizer.pos_embed", "vision.dino.embeddings.position_embeddings"),
-    ("vision_backbone.featurizer.patch_embed.proj.", "vision.dino.embeddings.patch_embeddings.projection."),
-    ("vision_backbone.fused_featurizer.blocks.", "vision.siglip.encoder.layers."),
-    ("vision_backbone.fused_featurizer.pos_embed", "vision.siglip.embeddings.position_embedding.weight"),
-    ("vision_backbone.fused_featurizer.patch_embed.proj.", "vision.siglip.embeddings.patch_embedding."),
-    ("vision_backbone.", None),  # final norms, SigLIP's pooling head
-    ("language_model.model.", "language_model."),
-)
-BLOCK_PARTS = {  # inside a tower's block
-    "dino": (("attn.qkv.", "attention.{}_proj."), ("attn.proj.", "attention.o_proj."))
-    + tuple((f"ls{i}.scale_factor", f"layer_scale{i}.lambda1") for i in (1, 2)),
-    "siglip": (("attn.qkv.", "self_attn.{}_proj."), ("attn.proj.", "self_attn.out_proj."))
-    + tuple((f"norm{i}.", f"layer_norm{i}.") for i in (1, 2)),
-}
-
-
-def native_key(key: str, cfg: OpenVLAConfig) -> str | None:
-    """The name here of a tensor of OpenVLA's files; None where nothing uses it; with {} for q, k, v where they are fused."""
-    for theirs, ours in PUBLISHED_PREFIXES:
-        if key.startswith(theirs):
-            key = None if ours is None else ours + key.removeprefix(theirs)
-            break
-    for tower in TOWERS:
-        if key is not None and key.startswith(f"vision.{tower}.encoder."):
-            if int(key.split(".")[4]) >= getattr(cfg, tower).num_hidden_layers:
-                return None  # the last block
-            for theirs, ours in BLOCK_PARTS[tower]:
-                key = key.replace(theirs, ours)
-    return key
-
-
-def native_tensors(tensors: dict[str, Tensor], cfg: OpenVLAConfig) -> dict[str, Tensor]:
-    """OpenVLA's published tensors under the names here, as load_weights takes them: q, k, v apart, unused ones left out."""
-    named = {}
-    for key, tensor in tensors.items():
-        name = native_key(key, cfg)
-        if name is not None and "{}" in name:
-            named |= {name.format(part): t for part, t in zip("qkv", tensor.chunk(3), strict=True)}
-        elif name is not None:
-            named[name] = tensor[0] if name == "vision.siglip.embeddings.position_embedding.weight" else tensor
-    return named
-
-
-def suite_stats(published: dict, suite: str) -> dict:
-    """norm_stats of one suite from a published config.json or dataset_statistics.json."""
-    for name in (suite, f"{suite}_no_noops"):
-        if name in published:
-            return {"action": published[name]["action"]}
-    raise UserError(f"the checkpoint has no statistics of {suite!r}; {common.did_you_mean(suite, published)}")
-
-
-# ---------------------------------------------------------------------------------------------------------------- images
-# experiments/robot/openvla_utils.py and robot/libero/libero_utils.py of openvla, which use TensorFlow; uint8 (h, w, 3) each.
-def jpeg(image: np.ndarray) -> np.ndarray:
-    """JPEG round trip at quality 95, 4:2:0, as the training data had. TensorFlow decodes with a less exact inverse cosine
-    transform than PIL: the same bits, read up to 17 grey levels (1.3 on average) differently."""
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "JPEG", quality=95, subsampling=2)
-    return np.asarray(Image.open(file))
-
-
-def lanczos3_weights(n_in: int, n_out: int) -> np.ndarray:
-    """(n_out, n_in) float32 rows of the antialiased kernel sinc(x) sinc(x / 3), normalised; zero outside the image."""
-    scale = n_in / n_out
-    x = (np.arange(n_in) - ((np.arange(n_out)[:, None] + 0.5) * scale - 0.5)) / max(scale, 1.0)
-    weights = np.where(np.abs(x) < 3, np.sinc(x) * np.sinc(x / 3), 0.0)
-    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
-
-
-def resize_lanczos3(image: np.ndarray, size: int) -> np.ndarray:
-    """tf.image.resize(..., "lanczos3", antialias=True) to (size, size, 3): rounded once, at the end."""
-    rows, columns = lanczos3_weights(image.shape[0], size), lanczos3_weights(image.shape[1], size)
-    x = np.einsum("ij,jkc->ikc", rows, image.astype(np.float32), optimize=True)
-    x = np.einsum("lk,ikc->ilc", columns, x, optimize=True)
-    return np.rint(x).clip(0, 255).astype(np.uint8)
-
-
-def center_crop(image: np.ndarray, area: float = 0.9) -> np.ndarray:
-    """tf.image.crop_and_resize of the central 90 % of the area, to the same size: bilinear, corners on corners, float32.
-
-    Only because the published checkpoints were trained with random crops of this area.
-    """
-    n, one = len(image), np.float32(1)
-    side = np.sqrt(np.float32(area))
-    low, high = (one - side) / 2, (one + side) / 2
-    at = low * np.float32(n - 1) + np.arange(n, dtype=np.float32) * ((high - low) * np.float32(n - 1) / np.float32(n - 1))
-    first = np.floor(at).astype(int)
-    second, part = np.minimum(first + 1, n - 1), (at - first).astype(np.float32)
-    x = image.astype(np.float32) / np.float32(255)
-    top, bottom = x[first], x[second]
-    across = part[None, :, None]
-    top = top[:, first] + (top[:, second] - top[:, first]) * across
-    bottom = bottom[:, first] + (bottom[:, second] - bottom[:, first]) * across
-    x = top + (bottom - top) * part[:, None, None]
-    return np.floor(x.clip(0, 1) * np.float32(255.5)).astype(np.uint8)
-
-
-def resize_bicubic(image: np.ndarray, size: int) -> np.ndarray:
-    """The processor's resize: PIL, antialiased, whatever the aspect."""
-    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))

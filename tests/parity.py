@@ -93,7 +93,8 @@ def pi05_image(x: dict[str, Tensor], sizes: dict) -> Iterator[Row]:
 # --------------------------------------------------------------------------------------------------------------- OpenVLA
 def openvla_policy(tensors: dict[str, Tensor], sizes: dict):
     """The fixture's weights in our model, through the key map that serves published checkpoints."""
-    from backbones.openvla import LlamaSize, OpenVLA, OpenVLAConfig, TowerSize, native_tensors, suite_stats
+    from backbones.openvla import LlamaSize, OpenVLA, OpenVLAConfig, TowerSize
+    from backbones.openvla_published import native_tensors, suite_stats
 
     def tower(size: dict) -> TowerSize:
         width = size["embed_dim"]
@@ -120,6 +121,8 @@ def openvla_policy(tensors: dict[str, Tensor], sizes: dict):
 
 @torch.no_grad()
 def openvla(x: dict[str, Tensor], sizes: dict) -> Iterator[Row]:
+    from backbones.openvla import layers_of
+
     policy = openvla_policy(x, sizes)
     cfg, ids, mask = policy.cfg, x["in.input_ids"], x["in.attention_mask"]
     yield "pixel_values", policy.pixels(x["in.image_uint8"]), x["in.pixel_values"], 1e-6
@@ -140,8 +143,8 @@ def openvla(x: dict[str, Tensor], sizes: dict) -> Iterator[Row]:
     prompt = mask & (labels == -100) & (ids != cfg.space)
     prefix = policy.prefill(*policy.embed_prefix(images, ids.where(prompt, cfg.eos), prompt))[0]
     taught = labels[(labels != -100) & (labels != cfg.eos)].view(len(ids), -1)
-    log_p = policy.token_log_probs(prefix, taught, 1)[0, 0]
-    yield "logits_full_last", log_p, x["out.logits_full_last"].log_softmax(-1), 5e-5
+    last = policy.follow(layers_of(prefix), prefix.valid, torch.full((len(ids), 1), cfg.space))[0]
+    yield "logits_full_last", last[0, -1], x["out.logits_full_last"], 5e-5
     chunk = policy.decode_actions(taught).view(len(ids), 1, -1)
     yield "loss", policy.sft_loss(prefix, chunk)[None], x["out.loss"], 1e-5
     tokens = x["in.single_prompt_ids"].expand(2, -1)
@@ -156,7 +159,7 @@ def openvla(x: dict[str, Tensor], sizes: dict) -> Iterator[Row]:
 
 def openvla_image(x: dict[str, Tensor], sizes: dict) -> Iterator[Row]:
     """Frames from TensorFlow's pipeline, step by step. Its JPEG decoder is not PIL's: 17 grey levels at most, 1.5 on average."""
-    from backbones.openvla import center_crop, jpeg, resize_lanczos3
+    from backbones.openvla_published import center_crop, jpeg, resize_lanczos3
 
     turned = x["in.agentview_uint8"].flip(0, 1).contiguous()  # LIBERO frames are shown turned by 180 degrees
     read = torch.from_numpy(jpeg(turned.numpy()).copy())

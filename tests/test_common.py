@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import common
+import runs
 
 
 # ---------------------------------------------------------------------------------------------------------------- LIBERO
@@ -173,15 +174,15 @@ def test_missing_config_names_the_nearest():
 # ----------------------------------------------------------------------------------------------------------- run folders
 def test_jsonl_survives_a_line_cut_short(tmp_path):
     path = tmp_path / "rows.jsonl"
-    common.append_jsonl(path, {"a": 1})
+    runs.append_jsonl(path, {"a": 1})
     with open(path, "a") as file:
         file.write('{"a": 2')
-    assert common.read_jsonl(path) == [{"a": 1}]
-    common.append_jsonl(path, {"a": 3})
-    assert common.read_jsonl(path) == [{"a": 1}, {"a": 3}]
+    assert runs.read_jsonl(path) == [{"a": 1}]
+    runs.append_jsonl(path, {"a": 3})
+    assert runs.read_jsonl(path) == [{"a": 1}, {"a": 3}]
     path.write_text('{"a": 1}\nnonsense\n{"a": 2}\n')
     with pytest.raises(common.UserError, match="damaged"):
-        common.read_jsonl(path)
+        runs.read_jsonl(path)
 
 
 def test_source_hash_ignores_comments_and_docstrings_only(tmp_path):
@@ -194,7 +195,7 @@ def test_source_hash_ignores_comments_and_docstrings_only(tmp_path):
     hashes = []
     for text in versions:
         path.write_text(text)
-        hashes.append(common.source_hash(path))
+        hashes.append(runs.source_hash(path))
     assert hashes[0] == hashes[1] != hashes[2]
 
 
@@ -203,11 +204,15 @@ def test_stage_is_skipped_resumed_refused_and_redone(tmp_path, capsys):
         return Config(name="exp", root=str(tmp_path), **kwargs)
 
     def open_stage(**kwargs):
-        return common.open_stage("01_sft.py", cfg(**kwargs), tmp_path / "exp" / "sft", "seed", [], ["backbones/pi05.py"])
+        return runs.open_stage("01_sft.py", cfg(**kwargs), tmp_path / "exp" / "sft", "seed", [], ["backbones/pi05.py"])
 
     stage = open_stage()
     (stage.dir / "model.txt").write_text("half")
-    assert open_stage().dir == stage.dir and (stage.dir / "model.txt").exists()  # killed and started again: goes on
+    with pytest.raises(common.UserError, match="another process"):
+        open_stage()
+    stage.lock.close()  # its owner has died
+    stage = open_stage()
+    assert (stage.dir / "model.txt").exists()  # goes on
     stage.finish(fact=1)
     assert open_stage() is None  # done
     assert open_stage(workers=7) is None  # workers never change a result
@@ -218,14 +223,36 @@ def test_stage_is_skipped_resumed_refused_and_redone(tmp_path, capsys):
     assert not (stage.dir / "model.txt").exists() and not (stage.dir / "done.json").exists()
 
 
+def test_files_that_no_stage_has_signed_are_not_removed(tmp_path):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "precious.hdf5").write_text("x")
+    with pytest.raises(common.UserError, match="no stage has signed"):
+        runs.open_stage("01_sft.py", Config(root=str(tmp_path)), tmp_path / "s", "seed", [], [])
+    assert (tmp_path / "s" / "precious.hdf5").exists()
+
+
+def test_what_was_made_from_an_older_input_is_refused(tmp_path):
+    def made(name, inputs, **kwargs):
+        cfg = Config(name="exp", root=str(tmp_path), overwrite=True, **kwargs)
+        stage = runs.open_stage("01_sft.py", cfg, tmp_path / "exp" / name, "seed", [tmp_path / "exp" / i for i in inputs], [])
+        stage.finish()
+
+    made("sft", [])
+    made("dpo", ["sft"])
+    made("eval", ["sft", "dpo"])
+    made("sft", [], steps=9)
+    with pytest.raises(common.UserError, match="dpo was made from another sft"):
+        made("eval", ["sft", "dpo"])
+
+
 def test_done_json_lists_the_hash_of_every_file(tmp_path):
-    stage = common.open_stage("01_sft.py", Config(root=str(tmp_path)), tmp_path / "s", "seed", [], ["backbones/pi05.py"])
+    stage = runs.open_stage("01_sft.py", Config(root=str(tmp_path)), tmp_path / "s", "seed", [], ["backbones/pi05.py"])
     (stage.dir / "a.txt").write_text("x")
     stage.finish()
     done = json.loads((tmp_path / "s" / "done.json").read_text())
-    assert done["outputs"] == {"a.txt": common.sha256(tmp_path / "s" / "a.txt")}
+    assert done["outputs"] == {"a.txt": runs.sha256(tmp_path / "s" / "a.txt")}
 
 
 def test_missing_input_names_the_stage_to_run(tmp_path):
     with pytest.raises(common.UserError, match=r"python 01_sft\.py"):
-        common.require(tmp_path / "sft", "sft")
+        runs.require(tmp_path / "sft", "sft")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-import common
+import runs
 
 KIT = Path(__file__).resolve().parent.parent
 SEED_DIR = "runs/micro/pi05/seed42"
@@ -42,7 +42,7 @@ def stage(kit: Path, name: str, *more: str) -> subprocess.CompletedProcess:
 
 
 def outputs(kit: Path, folder: str) -> dict:
-    done = common.read_json(kit / folder / "done.json")
+    done = runs.read_json(kit / folder / "done.json")
     return {"outputs": done["outputs"], "fingerprint": done["fingerprint"]}
 
 

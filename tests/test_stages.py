@@ -53,8 +53,9 @@ def test_chunks_are_the_actions_that_follow_and_then_stand_still():
 
 
 def test_every_observation_is_seen_once_per_epoch():
-    cfg = sft.Config(batch_size=4)
-    seen = torch.cat([sft.batch_index(step, 10, cfg) for step in range(5)])  # two epochs of 10, batches run across the border
+    seen = torch.cat(
+        [common.shuffled(42, "sft", step, 4, 10) for step in range(5)]
+    )  # two epochs of 10, batches run across the border
     assert sorted(seen[:10].tolist()) == sorted(seen[10:].tolist()) == list(range(10))
     assert seen[:10].tolist() != seen[10:].tolist()
 
@@ -71,6 +72,19 @@ def test_random_shift_moves_and_repeats_the_border():
     assert len(set(which)) > 15  # of 25 shifts
 
 
+@pytest.mark.parametrize("bad", ["batch_size=0", "draws=0", "log_every=0", "train=half", "execute=0", "pairs=brnch", "ema=-1"])
+def test_values_that_make_no_sense_are_refused_before_anything_is_touched(bad):
+    with pytest.raises(common.UserError) as error:
+        common.load_config(sft.Config, "sft", ["configs/micro.yaml", bad])
+    assert bad.split("=")[0] in str(error.value)
+
+
+@pytest.mark.parametrize("bad", ["beta=high", "beta=-1", "weight=velocty", "steps=0"])
+def test_dpo_refuses_them_too(bad):
+    with pytest.raises(common.UserError, match="beta|weight|steps"):
+        common.load_config(dpo.Config, "dpo", ["configs/micro.yaml", bad])
+
+
 def test_statistics_do_not_blow_up_what_hardly_varies():
     x = np.random.default_rng(0).normal(size=(1000, 2)) * [1.0, 1e-6]
     stats = sft.statistics(x)
@@ -80,7 +94,7 @@ def test_statistics_do_not_blow_up_what_hardly_varies():
 
 def test_learning_rate_warms_up_to_the_peak_and_ends_at_one_percent():
     cfg = sft.Config(steps=1000, warmup=100, lr=1e-3)
-    rates = [sft.learning_rate(step, cfg) for step in range(1001)]
+    rates = [common.learning_rate(step, cfg) for step in range(1001)]
     assert max(rates) == pytest.approx(1e-3) and rates.index(max(rates)) in (99, 100) and rates[1000] == pytest.approx(1e-5)
 
 

