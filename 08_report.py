@@ -1,0 +1,154 @@
+"""08 - Tables and plots of everything that has run under a config.
+
+reads   <run>/<backbone>/seed<k>/: results.json, results-val.json (04), sft/metrics.jsonl (01), dpo-*/metrics.jsonl (03)
+writes  <run>/report/: report.md, table.json (a flat row per evaluation), success.png, learning_curve.png, dpo.png
+cost    seconds; may be run at any time, it shows what is there and says what is not
+try     python 08_report.py configs/tiny.yaml
+
+It computes nothing: every number stands in a file of an earlier stage.
+Left out: the HTML page, the comparison with the paper's claims.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import common
+import runs
+
+
+@dataclass
+class Config(common.RunConfig):
+    pass
+
+
+INK, GRID, COLOURS = "#222222", "#dddddd", {"sft": "#8c8c8c", "lora": "#1f77b4", "dora": "#d9822b"}
+
+
+def axes(title: str, xlabel: str, ylabel: str):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, ax = plt.subplots(figsize=(6.4, 3.8), dpi=150, layout="constrained")
+    ax.set_title(title, loc="left", fontsize=11, color=INK)
+    ax.set_xlabel(xlabel)
+    ax.set_ylabel(ylabel)
+    ax.grid(color=GRID, linewidth=0.6)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+    return figure, ax
+
+
+def rate_and_bars(rows: list[dict]) -> tuple[list[float], list[list[float]]]:
+    """Success rates in percent, and the distances to both ends of their intervals."""
+    rates = [100 * r["successes"] / max(1, r["n"]) for r in rows]
+    bars = [[rate - 100 * r["ci95"][0] for rate, r in zip(rates, rows, strict=True)]]
+    return rates, [*bars, [100 * r["ci95"][1] - rate for rate, r in zip(rates, rows, strict=True)]]
+
+
+def plot_success(rows: list[dict], path: Path) -> None:
+    figure, ax = axes(f"Success on held-out init states, {rows[0]['suite']}", "", "success, % (Wilson 95 %)")
+    rates, bars = rate_and_bars(rows)
+    colours = [COLOURS[r["adapter"] if r["policy"] == "dpo" else "sft"] for r in rows]
+    ax.bar(range(len(rows)), rates, 0.62, color=colours, yerr=bars, capsize=3, ecolor=INK, error_kw={"linewidth": 1})
+    for i, (rate, r) in enumerate(zip(rates, rows, strict=True)):
+        ax.text(i, 3, f"{r['successes']}/{r['n']}", ha="center", color="white", fontsize=8 if rate > 10 else 0)
+    ax.set_xticks(range(len(rows)), [r["name"].replace("-", "\n", 1).replace("-at", "\nat ") for r in rows], fontsize=8)
+    ax.set_ylim(0, 100)
+    ax.grid(axis="x", visible=False)
+    figure.savefig(path)
+
+
+def training_step(row: dict, last: int) -> int:
+    return last if row["start"] == "final" else int(row["start"])
+
+
+def plot_learning_curve(rows: list[dict], losses: list[dict], path: Path) -> None:
+    """Success on validation init states, and the validation loss, against SFT steps."""
+    figure, ax = axes("What more training buys", "SFT step", "success on validation init states, %")
+    last = losses[-1]["step"]
+    rows = sorted(rows, key=lambda r: training_step(r, last))
+    rates, bars = rate_and_bars(rows)
+    steps = [training_step(r, last) for r in rows]
+    ax.errorbar(steps, rates, bars, fmt="o-", color=COLOURS["lora"], capsize=3, label="success (left), Wilson 95 %")
+    ax.set_ylim(0, 100)
+    right = ax.twinx()
+    with_loss = [row for row in losses if "val_loss" in row]
+    right.plot(
+        [r["step"] for r in with_loss], [r["val_loss"] for r in with_loss], color=COLOURS["dora"], label="validation loss (right)"
+    )
+    right.set_yscale("log")
+    right.spines["top"].set_visible(False)
+    handles = [*ax.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
+    ax.legend(handles, [h.get_label() for h in handles], frameon=False, loc="center right", fontsize=8)
+    figure.savefig(path)
+
+
+def plot_dpo(folders: list[Path], path: Path) -> None:
+    """Implicit rewards of chosen (solid) and rejected (dashed) chunks during DPO."""
+    figure, ax = axes(
+        "DPO: implicit rewards, chosen (solid) and rejected (dashed)", "DPO step", "beta x log-ratio to the reference"
+    )
+    for folder in folders:
+        rows, kind = runs.read_jsonl(folder / "metrics.jsonl"), folder.name.split("-")[1]
+        steps = [row["step"] for row in rows]
+        ax.plot(steps, [row["rewards/chosen"] for row in rows], color=COLOURS[kind], label=folder.name)
+        ax.plot(steps, [row["rewards/rejected"] for row in rows], "--", color=COLOURS[kind])
+    ax.axhline(0, color=INK, linewidth=0.8)
+    ax.legend(frameon=False, fontsize=8)
+    figure.savefig(path)
+
+
+def table(rows: list[dict]) -> str:
+    lines = ["| policy | success | 95 % interval | over tasks | crashes | against its SFT start | gained / lost | p |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for r in rows:
+        (low, high), (tlow, thigh) = r["ci95"], r["ci95_tasks"]
+        cells = [
+            r["name"],
+            f"{r['successes']} / {r['n']}",
+            f"{low:.1%} to {high:.1%}",
+            f"{tlow:.0%} to {thigh:.0%}",
+            r["crashes"],
+        ]
+        paired = [f"{100 * r['diff_vs_sft']:+.1f} points", f"{r['gained']} / {r['lost']}", f"{r['p_vs_sft']:.2g}"]
+        lines.append("| " + " | ".join(map(str, cells + (paired if "diff_vs_sft" in r else ["", "", ""]))) + " |")
+    return "\n".join(lines)
+
+
+def main(cfg: Config) -> None:
+    folder = Path(cfg.root) / cfg.name / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    said = [f"# {cfg.name}, {cfg.backbone}, seed {cfg.seed}"]
+    rows = {}
+    for group, file, words in (("test", "results.json", "held-out (40-49)"), ("val", "results-val.json", "validation (35-39)")):
+        path = cfg.seed_dir / file
+        rows[group] = runs.read_json(path) if path.is_file() else []
+        said.append(f"## Success on {words} init states\n\n{table(rows[group]) if rows[group] else 'not run'}")
+    said[1] += "\n\nExact McNemar on the same episodes; `over tasks` is a bootstrap that draws whole tasks."
+    runs.write_json(folder / "table.json", rows["test"] + rows["val"])
+    if rows["test"]:
+        plot_success(rows["test"], folder / "success.png")
+        said[1] += "\n\n![success](success.png)"
+    losses = runs.read_jsonl(cfg.seed_dir / "sft" / "metrics.jsonl")
+    curve = [row for row in rows["val"] if row["policy"] == "sft" and not row["blank_images"]]
+    if len(curve) > 1 and losses:
+        plot_learning_curve(curve, losses, folder / "learning_curve.png")
+        said.append("## Learning curve\n\n![learning curve](learning_curve.png)")
+    trained = [p.parent for p in sorted(cfg.seed_dir.glob("dpo-*/done.json"))]
+    if trained:
+        plot_dpo(trained, folder / "dpo.png")
+        said.append("## DPO training\n\n![dpo](dpo.png)")
+    commands = sorted({f"`{row['command']}` at {row['commit']}" for row in rows["test"] + rows["val"]})
+    said.append("## Commands\n\n" + "\n".join(f"- {line}" for line in commands))
+    runs.write_atomic(folder / "report.md", "\n\n".join(said) + "\n")
+    print(table(rows["test"] or rows["val"]) if rows["test"] or rows["val"] else "no evaluation has run yet (04_eval.py)")
+    print(f"\nreport: {folder / 'report.md'}")
+
+
+if __name__ == "__main__":
+    common.run(lambda: main(common.load_config(Config, "report", sys.argv[1:])))
