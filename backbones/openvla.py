@@ -10,12 +10,11 @@ output predicts the first action token: every later call begins with it, and the
 Differs from the original: sampling can only give action tokens, so EOS and words are suppressed (the original takes the argmax
 over all 32064 rows and reads whatever comes; log-probabilities are over all rows, here as there); batches; Gumbel sampling.
 
-Shapes: B observations, N chunks, S prefix tokens, H actions of a chunk, n = 7 H action tokens, V words, W width, L layers.
+Shapes: B observations, N chunks, S prefix tokens, H actions of a chunk, n = 7 H of their tokens, W width, L layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -25,7 +24,6 @@ from torch import Tensor, nn
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel, LlamaConfig, SiglipVisionConfig, SiglipVisionModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
-import common
 from backbones import Policy, config_from
 from backbones.openvla_published import center_crop, jpeg, resize_bicubic, resize_lanczos3
 from backbones.pi05 import Prefix, conv_stem, project_kv, rotary, rotate
@@ -36,7 +34,7 @@ TOWERS = {  # channel means and standard deviations of the images, in the order 
     "dino": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
-KeyValues = Sequence[tuple[Tensor, Tensor]]  # of each layer, (N, heads, S, head_dim), keys rotated
+KeyValues = list[tuple[Tensor, Tensor]]  # of each layer, (N, heads, S, head_dim), keys rotated
 
 
 # ---------------------------------------------------------------------------------------------------------------- config
@@ -87,8 +85,7 @@ class OpenVLAConfig:
         for name, kind in (("llm", LlamaSize), ("dino", TowerSize), ("siglip", TowerSize)):
             setattr(self, name, config_from(kind, getattr(self, name), f"model.{name}"))
         if self.image_pipeline not in ("openvla", "none"):
-            known = common.did_you_mean(self.image_pipeline, ("openvla", "none"))
-            raise UserError(f"model.image_pipeline is {self.image_pipeline!r}; {known}")
+            raise UserError(f"model.image_pipeline is {self.image_pipeline!r}; known: openvla, none")
         for name, known in (("towers", list(TOWERS)), ("cameras", ["agentview", "wrist"])):
             chosen = getattr(self, name)
             if not chosen or [k for k in known if k in chosen] != list(chosen):
@@ -286,15 +283,15 @@ class OpenVLA(Policy):
 
         Also returns past and valid with these tokens included.
         """
-        n, total = len(ids), ids.shape[1]
-        positions = valid.sum(1, keepdim=True) + torch.arange(total, device=ids.device)
-        causal = torch.ones(total, total, dtype=torch.bool, device=ids.device).tril()
-        mask = torch.cat([valid[:, None].expand(n, total, -1), causal.expand(n, -1, -1)], dim=2)[:, None]  # (N, 1, n, S + n)
+        n = ids.shape[1]
+        positions = valid.sum(1, keepdim=True) + torch.arange(n, device=ids.device)
+        causal = valid.new_ones(n, n).tril().expand(len(ids), -1, -1)
+        mask = torch.cat([valid[:, None].expand(-1, n, -1), causal], dim=2)[:, None]  # (N, 1, n, S + n)
         hidden, past = self._layers(self.language_model.embed_tokens(ids), positions, mask, past)
-        return self.language_model.lm_head(hidden).float(), past, F.pad(valid, (0, total), value=True)
+        return self.language_model.lm_head(hidden).float(), past, F.pad(valid, (0, n), value=True)
 
     def token_log_probs(self, prefix: Prefix, ids: Tensor, count: int) -> Tensor:
-        """Log-softmax over all rows (N, count, rows) at the first `count` tokens behind "▁", given the tokens ids (N, n)."""
+        """Log-softmax over all rows (N, count, rows) of the `count` tokens behind "▁", the tokens ids (N, n) being given."""
         ids = F.pad(ids, (1, 0), value=self.cfg.space)[:, :count]
         return self.follow(layers_of(prefix), prefix.valid, ids)[0].log_softmax(-1)
 
@@ -336,11 +333,11 @@ class OpenVLA(Policy):
     def log_prob(self, prefix: Prefix, chunk: Tensor, draws: None, mask: Tensor, weight: str = "") -> Tensor:
         """Log-probability (B,) of normalised chunks (B, H, 7): the sum over the tokens of the actions where mask (B, H) is True.
 
-        float32, softmax over the full vocabulary as in training. The two highest tokens decode to the same action: it is
-        scored as the highest, which is the one that saturated values and open grippers are trained as.
+        float32, softmax over the full vocabulary as in training. The two highest tokens decode to the same value: it is
+        scored as the highest, which is what saturated values and open grippers are trained as.
         """
         top = 1 - 1 / (self.cfg.n_bins - 1)  # the last centre
-        chunk = torch.where(chunk > top - 1e-4, 1.0, chunk)
+        chunk = torch.where((chunk - top).abs() < 1e-4, 1.0, chunk)
         ids = self.encode_actions(chunk).flatten(1).to(prefix.valid.device)  # (B, 7 H)
         scores = self.token_log_probs(prefix, ids, ids.shape[1]).gather(-1, ids[..., None])[..., 0]
         return (scores * mask.to(ids.device).repeat_interleave(ACTION_DIM, dim=1)).sum(1)
@@ -398,7 +395,5 @@ def layers_of(prefix: Prefix) -> KeyValues:
 
 def smoothing(n_bins: int, std: float, device: torch.device) -> Tensor:
     """(bins, bins): row i is the target distribution for bin i, a Gaussian over its neighbours; one-hot at std 0."""
-    if std == 0:
-        return torch.eye(n_bins, device=device)
     place = torch.arange(n_bins, device=device)
-    return (-0.5 * ((place[:, None] - place) / std) ** 2).softmax(-1)
+    return (-0.5 * ((place[:, None] - place) / max(std, 1e-3)) ** 2).softmax(-1)
