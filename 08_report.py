@@ -115,8 +115,11 @@ def table(rows: list[dict]) -> str:
             f"{tlow:.0%} to {thigh:.0%}",
             r["crashes"],
         ]
-        paired = [f"{100 * r['diff_vs_sft']:+.1f} points", f"{r['gained']} / {r['lost']}", f"{r['p_vs_sft']:.2g}"]
-        lines.append("| " + " | ".join(map(str, cells + (paired if "diff_vs_sft" in r else ["", "", ""]))) + " |")
+        if "diff_vs_sft" in r:
+            cells += [f"{100 * r['diff_vs_sft']:+.1f} points", f"{r['gained']} / {r['lost']}", f"{r['p_vs_sft']:.2g}"]
+        else:
+            cells += ["", "", ""]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 

@@ -106,13 +106,17 @@ def test_an_edited_script_is_rerun_with_what_depends_on_it_and_nothing_else(fini
     script.write_text(text.replace("beta * (pi_w - ref_w)", "beta * 1.5 * (pi_w - ref_w)"))
     refused = stage(kit, "dpo")
     assert refused.returncode == 2 and "source 03_dpo.py" in refused.stderr and "overwrite=true" in refused.stderr
-    run = ["bash", "run_all.sh", "configs/micro.yaml", "00 01 02 03 04", "adapters=lora"]
+    run = ["bash", "run_all.sh", "configs/micro.yaml", "00 01 02 03 04 08", "adapters=lora"]
     result = subprocess.run(run, cwd=kit, capture_output=True, text=True, env=os.environ | {"PYTHON": sys.executable})
     assert result.returncode == 0, result.stdout + result.stderr
     redone = [line.split(",")[0] for line in result.stdout.splitlines() if "] redone, because of" in line]
     assert redone == ["[03_dpo] redone", "[04_eval] redone"], result.stdout
     for untouched in ("00_demos", "01_sft", "02_collect_prefs"):
         assert f"[{untouched}] already done" in result.stdout
+    report = kit / "runs" / "micro" / "report"
+    assert {p.name for p in report.iterdir()} >= {"report.md", "table.json", "success.png", "dpo.png"}
+    names = [row["name"] for row in runs.read_json(report / "table.json")]
+    assert names == ["sft", "dpo-lora-episode"] and str(report.relative_to(kit)) in result.stdout
     assert outputs(kit, STAGES["dpo"][1])["outputs"] != outputs(finished, STAGES["dpo"][1])["outputs"]
 
 
