@@ -149,7 +149,7 @@ def test_unknown_task_and_wrong_source_are_user_errors(record, tmp_path):
     with pytest.raises(common.UserError, match="files"):
         record(source=tmp_path)
     with pytest.raises(common.UserError, match="add a row"):
-        demos.record(demos.Config(root=str(tmp_path)), [("libero_goal", 0)])
+        demos.main(demos.Config(name="goal", root=str(tmp_path), suites=["libero_goal"], tasks=[0]))
 
 
 def test_official_files_are_adopted(file, record, tmp_path):

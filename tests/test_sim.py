@@ -1,6 +1,7 @@
 """The simulator layer against LIBERO itself: run with `python -m pytest tests/test_sim.py` (real LIBERO, about a minute)."""
 
 import contextlib
+import functools
 import os
 import pickle
 import signal
@@ -340,7 +341,8 @@ def test_parallel_finds_functions_of_a_file_loaded_by_path(script, monkeypatch):
 def test_no_worker_survives_its_parent(script, how):
     path, env = script
     command, pipe, null = [sys.executable, path, "hang"], subprocess.PIPE, subprocess.DEVNULL
-    parent = subprocess.Popen(command, env=env, stdout=pipe, stderr=null, text=True)
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a test run in the background ignores SIGINT
+    parent = subprocess.Popen(command, env=env, stdout=pipe, stderr=null, text=True, preexec_fn=heed)
     children = [int(parent.stdout.readline()) for _ in range(2)]
     parent.send_signal(how)
     parent.wait(60)
