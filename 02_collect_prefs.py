@@ -13,7 +13,7 @@ chunk as executed (noise added, clipped), which is what training uses since it e
 `pairs: branch` is what DPO's derivation asks for: at decision points of a failed episode the simulator's state is restored, other
 chunks are sampled from the same observation and played out to the end by the policy *with the same later noise*.
 Differs from the paper: init states 20-34, which no demonstration and no evaluation uses; fail-against-fail is not a pair.
-Left out: temperature for autoregressive sampling, learned reward models, relabelling.
+Left out: learned reward models, relabelling.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ def main(cfg: Config) -> None:
     common.init_states("prefs", cfg.n_init)  # fails where they would reach into another group
     tasks = sim.tasks(cfg)
     sft = runs.require(cfg.seed_dir / "sft", "sft")
-    shared = "suites tasks backbone seed image_size render blank_images start pairs execute denoise_steps"
+    shared = "suites tasks backbone seed image_size render blank_images start pairs execute denoise_steps noise_scale"
     stage = runs.open_stage(__file__, cfg, cfg.variant("prefs"), shared, [sft], ["sim.py", "workers.py", *cfg.policy_code])
     if stage is None:
         return

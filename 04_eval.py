@@ -129,7 +129,8 @@ def paired(rows: list[dict], base: list[dict]) -> dict:
     }
 
 
-PROTOCOL = ("suites", "image_size", "render", "execute", "denoise_steps", "group", "start")  # what a pair of rows must share
+# What the rows of a paired comparison must share:
+PROTOCOL = ("suites", "image_size", "render", "execute", "denoise_steps", "noise_scale", "group", "start")
 
 
 def results_table(cfg: Config) -> list[dict]:
@@ -186,7 +187,7 @@ def main(cfg: Config) -> None:
     inputs = [runs.require(cfg.seed_dir / "sft", "sft")]
     if cfg.policy == "dpo":
         inputs.append(runs.require(cfg.variant("dpo"), "dpo", f" adapter={cfg.adapter} pairs={cfg.pairs} start={cfg.start}"))
-    shared = "suites tasks backbone seed image_size render blank_images start execute denoise_steps"
+    shared = "suites tasks backbone seed image_size render blank_images start execute denoise_steps noise_scale"
     shared += " adapter pairs" if cfg.policy == "dpo" else ""
     name = policy_name(cfg)
     folder = cfg.seed_dir / f"eval-{name}{'' if cfg.group == 'test' else '-' + cfg.group}"

@@ -303,7 +303,7 @@ def propose(policy, obs: dict, cfg: RunConfig, generators: list[torch.Generator]
     if cfg.execute > policy.horizon:
         raise UserError(f"execute={cfg.execute} actions of a chunk, but the policy's chunks have {policy.horizon}")
     prefix = policy.encode(obs).select(torch.zeros(len(generators), dtype=torch.long))
-    noise = torch.cat([policy.noise(1, g) for g in generators])
+    noise = cfg.noise_scale * torch.cat([policy.noise(1, g) for g in generators])
     return policy.sample_actions(prefix, noise, cfg.denoise_steps)
 
 
@@ -364,12 +364,13 @@ class RunConfig:
     pairs: str = "branch"  # preference recipe: "branch" or "episode"
     adapter: str = "lora"  # "lora" or "dora"
     execute: int = 8  # actions of a chunk that are carried out before the policy looks again
-    denoise_steps: int = 10  # Euler steps of sample_actions
+    denoise_steps: int = 10  # Euler steps of sample_actions, for flow matching
+    noise_scale: float = 1.0  # of the noise that a chunk is sampled from; for action tokens the temperature, 0 = greedy
     workers: int = 2  # simulator processes; never changes a result
     overwrite: bool = False  # redo a stage whose config, inputs or code have changed
 
     def __post_init__(self):
-        at_least(self, execute=1, denoise_steps=1, workers=1, image_size=16)
+        at_least(self, execute=1, denoise_steps=1, noise_scale=0, workers=1, image_size=16)
         for key, known in {"render": ("fast", "default"), "pairs": ("branch", "episode"), "adapter": ("lora", "dora")}.items():
             one_of(key, getattr(self, key), known)
 

@@ -71,7 +71,6 @@ class OpenVLAConfig:
     n_bins: int = 256  # edges of the bins of [-1, 1], one token each
     prompt: str = "In: What action should the robot take to {task}?\nOut:"
     image_pipeline: str = "openvla"  # "openvla": JPEG, lanczos3, centre crop, as its LIBERO evaluation; "none": resize only
-    temperature: float = 0.0  # scale of the Gumbel noise that is added to the logits; 0 = greedy, as published
     # Off in the published shapes: what lets a tiny policy learn from few demonstrations on a CPU
     horizon: int = 1  # actions per inference, 7 tokens each
     cameras: list[str] = field(default_factory=lambda: ["agentview"])  # "wrist" too: its patches follow the agentview's
@@ -321,9 +320,10 @@ class OpenVLA(Policy):
         """Token log-probabilities are exact: there is nothing to draw."""
 
     def noise(self, batch: int, generator: torch.Generator) -> Tensor:
-        """Gumbel noise times the temperature: argmax(logits + T gumbel) is a sample of softmax(logits / T); 0 is greedy."""
+        """Gumbel noise: argmax(logits + T gumbel) is a sample of softmax(logits / T), and greedy for T = 0 (as published).
+        T is the config key `noise_scale`."""
         shape = batch, self.cfg.horizon, ACTION_DIM, self.cfg.n_bins
-        return -torch.empty(shape).exponential_(generator=generator).log() * self.cfg.temperature
+        return -torch.empty(shape).exponential_(generator=generator).log()
 
     def sample_actions(self, prefix: Prefix, noise: Tensor, steps: int = 0) -> Tensor:
         """A normalised chunk (N, H, 7), on the device of the noise (N, H, 7, bins). steps: of no meaning here."""

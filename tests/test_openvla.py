@@ -283,7 +283,7 @@ def test_checks_detect_a_planted(name, wrong, check, monkeypatch, shared_policy)
 def test_greedy_decoding_is_an_argmax_over_full_passes(shared_policy):
     policy, obs = shared_policy, observations()
     start = policy.cfg.action_end - policy.cfg.n_bins
-    noise = policy.noise(3, torch.Generator())
+    noise = 0 * policy.noise(3, torch.Generator())
     assert noise.shape == (3, 3, 7, 16) and not noise.any()
     got = policy.generate(policy.encode(obs), noise)
     for i in range(3):
@@ -298,9 +298,9 @@ def test_greedy_decoding_is_an_argmax_over_full_passes(shared_policy):
 
 @torch.no_grad()
 def test_gumbel_noise_samples_the_softmax():
-    policy, n = make_policy(temperature=0.7, horizon=1), 4000
+    policy, n = make_policy(horizon=1), 4000
     prefix = policy.encode(observations(1)).select(torch.zeros(n, dtype=torch.long))
-    first = policy.generate(prefix, policy.noise(n, torch.Generator().manual_seed(0))[:, :, :1])[:, 0]
+    first = policy.generate(prefix, 0.7 * policy.noise(n, torch.Generator().manual_seed(0))[:, :, :1])[:, 0]
     logits = policy.follow(layers_of(prefix.select(torch.tensor([0]))), prefix.valid[:1], torch.tensor([[policy.cfg.space]]))[0]
     start = policy.cfg.action_end - policy.cfg.n_bins
     want = (logits[0, -1, start:] / 0.7).softmax(-1)
@@ -312,7 +312,7 @@ def test_gumbel_noise_samples_the_softmax():
 @torch.no_grad()
 def test_sampled_chunks_are_scored_as_the_tokens_they_were(shared_policy):
     policy, prefix = shared_policy, shared_policy.encode(observations())
-    noise = 3 * make_policy(temperature=1.0).noise(3, torch.Generator().manual_seed(4))
+    noise = 3 * make_policy().noise(3, torch.Generator().manual_seed(4))
     noise[0, 0, :, 0] = 1e4  # the highest token, which decodes to its neighbour's centre
     noise[1:, :, :, 1] = -1e4  # never that neighbour
     noise[0, 1:, :, 1] = -1e4
@@ -377,12 +377,16 @@ def test_gradients_reach_every_part_through_the_prefix():
 
 
 def test_stages_propose_as_with_any_backbone():
-    policy = make_policy(temperature=1.0)
+    policy = make_policy()
     obs = {k: v[0] if k == "instruction" else v[0].numpy() for k, v in observations(1).items()}
     generators = [torch.Generator().manual_seed(s) for s in (0, 1, 0)]
     with torch.no_grad():
-        chunk = common.propose(policy, obs, SimpleNamespace(blank_images=False, denoise_steps=10, execute=3), generators)
+        cfg = SimpleNamespace(blank_images=False, denoise_steps=10, execute=3, noise_scale=1.0)
+        chunk = common.propose(policy, obs, cfg, generators)
+        cfg.noise_scale = 0.0  # greedy: the noise makes no difference
+        greedy = common.propose(policy, obs, cfg, generators)
     assert chunk.shape == (3, 3, 7) and torch.equal(chunk[0], chunk[2]) and not torch.equal(chunk[0], chunk[1])
+    assert torch.equal(greedy[0], greedy[1])
     actions = np.asarray(policy.unnormalise(chunk[0]))
     assert actions.shape == (3, 7) and set(np.abs(actions[:, 6])) == {1.0}
     assert backbones.horizon("openvla", MODEL) == 3 and backbones.horizon("openvla", {}) == 1
@@ -412,7 +416,7 @@ def test_normalise_round_trip_and_formulas():
 
 @torch.no_grad()
 def test_saved_policy_is_the_same_policy(tmp_path):
-    policy = make_policy(temperature=0.5)
+    policy = make_policy()
     policy.save(tmp_path)
     loaded, obs, noise = backbones.load_policy(tmp_path), observations(), policy.noise(3, torch.Generator().manual_seed(0))
     assert loaded.cfg == policy.cfg and loaded.norm_stats == policy.norm_stats and not loaded.training
@@ -482,5 +486,5 @@ def test_a_tiny_policy_learns_chunks_by_heart():
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():
-        error = (policy.sample_actions(policy.encode(obs), policy.noise(6, torch.Generator())) - chunk).square().mean().sqrt()
+        error = (policy.sample_actions(policy.encode(obs), 0 * policy.noise(6, torch.Generator())) - chunk).square().mean().sqrt()
     assert error < 0.2, error  # the chunks' own spread is 0.58
