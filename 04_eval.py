@@ -169,13 +169,20 @@ def results_table(cfg: Config) -> list[dict]:
 
 
 def markdown(rows: list[dict]) -> str:
-    lines = ["| policy | success | 95 % interval | crashes | difference to its SFT start | gained / lost | p (McNemar) |"]
-    lines += ["|---|---|---|---|---|---|---|"]
+    """`over tasks`: the interval that a bootstrap of whole tasks gives. p: exact McNemar on the same episodes."""
+    lines = ["| policy | success | 95 % interval | over tasks | crashes | against its SFT start | gained / lost | p |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
     for r in rows:
-        rate, (low, high) = r["successes"] / max(1, r["n"]), r["ci95"]
-        cells = [r["name"], f"{r['successes']} / {r['n']} = {rate:.0%}", f"{low:.1%} to {high:.1%}", r["crashes"]]
+        (low, high), (tlow, thigh) = r["ci95"], r["ci95_tasks"]
+        cells = [
+            r["name"],
+            f"{r['successes']} / {r['n']}",
+            f"{low:.1%} to {high:.1%}",
+            f"{tlow:.0%} to {thigh:.0%}",
+            r["crashes"],
+        ]
         if "diff_vs_sft" in r:
-            cells += [f"{100 * r['diff_vs_sft']:+.1f} points", f"{r['gained']} / {r['lost']}", f"{r['p_vs_sft']:.3f}"]
+            cells += [f"{100 * r['diff_vs_sft']:+.1f} points", f"{r['gained']} / {r['lost']}", f"{r['p_vs_sft']:.2g}"]
         else:
             cells += ["", "", ""]
         lines.append("| " + " | ".join(map(str, cells)) + " |")

@@ -1,7 +1,7 @@
 """08 - Tables and plots of everything that has run under a config.
 
-reads   <run>/<backbone>/seed<k>/: results.json, results-val.json (04), sft/metrics.jsonl (01), dpo-*/metrics.jsonl (03)
-writes  <run>/report/: report.md, table.json (a flat row per evaluation), success.png, learning_curve.png, dpo.png
+reads   of each backbone <run>/<backbone>/seed<k>/: results{,-val}.{json,md} (04), {sft,dpo-*}/metrics.jsonl (01, 03)
+writes  <run>/report/: report.md, table.json (a flat row per evaluation), {success,learning_curve,dpo}-<backbone>.png
 cost    seconds; may be run at any time, it shows what is there and says what is not
 try     python 08_report.py configs/tiny.yaml
 
@@ -12,11 +12,12 @@ Left out: the HTML page, the comparison with the paper's claims.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import common
 import runs
+from backbones import BACKBONES
 
 
 @dataclass
@@ -103,54 +104,44 @@ def plot_dpo(folders: list[Path], path: Path) -> None:
     figure.savefig(path)
 
 
-def table(rows: list[dict]) -> str:
-    lines = ["| policy | success | 95 % interval | over tasks | crashes | against its SFT start | gained / lost | p |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
-    for r in rows:
-        (low, high), (tlow, thigh) = r["ci95"], r["ci95_tasks"]
-        cells = [
-            r["name"],
-            f"{r['successes']} / {r['n']}",
-            f"{low:.1%} to {high:.1%}",
-            f"{tlow:.0%} to {thigh:.0%}",
-            r["crashes"],
-        ]
-        if "diff_vs_sft" in r:
-            cells += [f"{100 * r['diff_vs_sft']:+.1f} points", f"{r['gained']} / {r['lost']}", f"{r['p_vs_sft']:.2g}"]
-        else:
-            cells += ["", "", ""]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+def section(cfg: Config, backbone: str, folder: Path) -> tuple[list[str], list[dict]]:
+    """What the report says of one backbone, and its rows; plots go to `folder`, named after the backbone."""
+    cfg = replace(cfg, backbone=backbone)
+    said, rows = [f"# {cfg.name}, {backbone}, seed {cfg.seed}"], {}
+    for group, stem, words in (("test", "results", "held-out (40-49)"), ("val", "results-val", "validation (35-39)")):
+        path = cfg.seed_dir / f"{stem}.json"
+        rows[group] = runs.read_json(path) if path.is_file() else []
+        said.append(f"## Success on {words} init states\n\n{path.with_suffix('.md').read_text() if rows[group] else 'not run'}")
+    said[1] += "\nExact McNemar on the same episodes; `over tasks` is a bootstrap that draws whole tasks."
+    if rows["test"]:
+        plot_success(rows["test"], folder / f"success-{backbone}.png")
+        said[1] += f"\n\n![success](success-{backbone}.png)"
+    losses = runs.read_jsonl(cfg.seed_dir / "sft" / "metrics.jsonl")
+    curve = [row for row in rows["val"] if row["policy"] == "sft" and not row["blank_images"]]
+    if len(curve) > 1 and losses:
+        plot_learning_curve(curve, losses, folder / f"learning_curve-{backbone}.png")
+        said.append(f"## Learning curve\n\n![learning curve](learning_curve-{backbone}.png)")
+    trained = [p.parent for p in sorted(cfg.seed_dir.glob("dpo-*/done.json"))]
+    if trained:
+        plot_dpo(trained, folder / f"dpo-{backbone}.png")
+        said.append(f"## DPO training\n\n![dpo](dpo-{backbone}.png)")
+    return said, rows["test"] + rows["val"]
 
 
 def main(cfg: Config) -> None:
     folder = Path(cfg.root) / cfg.name / "report"
     folder.mkdir(parents=True, exist_ok=True)
-    said = [f"# {cfg.name}, {cfg.backbone}, seed {cfg.seed}"]
-    rows = {}
-    for group, file, words in (("test", "results.json", "held-out (40-49)"), ("val", "results-val.json", "validation (35-39)")):
-        path = cfg.seed_dir / file
-        rows[group] = runs.read_json(path) if path.is_file() else []
-        said.append(f"## Success on {words} init states\n\n{table(rows[group]) if rows[group] else 'not run'}")
-    said[1] += "\n\nExact McNemar on the same episodes; `over tasks` is a bootstrap that draws whole tasks."
-    runs.write_json(folder / "table.json", rows["test"] + rows["val"])
-    if rows["test"]:
-        plot_success(rows["test"], folder / "success.png")
-        said[1] += "\n\n![success](success.png)"
-    losses = runs.read_jsonl(cfg.seed_dir / "sft" / "metrics.jsonl")
-    curve = [row for row in rows["val"] if row["policy"] == "sft" and not row["blank_images"]]
-    if len(curve) > 1 and losses:
-        plot_learning_curve(curve, losses, folder / "learning_curve.png")
-        said.append("## Learning curve\n\n![learning curve](learning_curve.png)")
-    trained = [p.parent for p in sorted(cfg.seed_dir.glob("dpo-*/done.json"))]
-    if trained:
-        plot_dpo(trained, folder / "dpo.png")
-        said.append("## DPO training\n\n![dpo](dpo.png)")
-    commands = sorted({f"`{row['command']}` at {row['commit']}" for row in rows["test"] + rows["val"]})
-    said.append("## Commands\n\n" + "\n".join(f"- {line}" for line in commands))
+    said, rows = [], []
+    for backbone in [b for b in BACKBONES if replace(cfg, backbone=b).seed_dir.is_dir()]:
+        words, found = section(cfg, backbone, folder)
+        said, rows = said + words, rows + found
+        results = replace(cfg, backbone=backbone).seed_dir / "results.md"
+        print(f"{backbone}\n\n{results.read_text() if results.is_file() else 'no evaluation has run yet (04_eval.py)'}")
+    runs.write_json(folder / "table.json", rows)
+    commands = sorted({f"`{row['command']}` at {row['commit']}" for row in rows})
+    said.append("# Commands\n\n" + "\n".join(f"- {line}" for line in commands))
     runs.write_atomic(folder / "report.md", "\n\n".join(said) + "\n")
-    print(table(rows["test"] or rows["val"]) if rows["test"] or rows["val"] else "no evaluation has run yet (04_eval.py)")
-    print(f"\nreport: {folder / 'report.md'}")
+    print(f"report: {folder / 'report.md'}")
 
 
 if __name__ == "__main__":

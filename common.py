@@ -433,15 +433,8 @@ def _cast(value, kind, key: str):
     raise UserError(f"config key {key!r} must be {name}, not {value!r}")
 
 
-def load_config(cls: type, section: str, argv: list[str]):
-    """Config of one stage from `CONFIG.yaml [key=value ...]`: defaults < YAML < command line.
-
-    YAML: shared keys at the top level, the stage's own under `section`. On the command line a key may carry its section
-    (`dpo.beta=0.2`); those of other stages are passed over. Raises UserError for unknown keys and wrong types.
-    """
-    if not argv or "=" in argv[0]:
-        raise UserError("usage: python SCRIPT.py configs/NAME.yaml [key=value ...]")
-    path = Path(argv[0])
+def read_yaml(path: Path) -> dict:
+    """A config file, laid over the one of its folder that it names as `base`."""
     if not path.is_file():
         near = did_you_mean(path.stem, [p.stem for p in (HERE / "configs").glob("*.yaml")])
         raise UserError(f"no config file {path}; {near}")
@@ -451,6 +444,41 @@ def load_config(cls: type, section: str, argv: list[str]):
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise UserError(f"{path} must hold `key: value` lines")
+    base = data.pop("base", None)
+    if base == path.name or not isinstance(base, str | None):
+        raise UserError(f"{path}: base must name another YAML of its folder, not {base!r}")
+    return laid_over(read_yaml(path.parent / base), data) if base else data
+
+
+def laid_over(below: dict, above: dict) -> dict:
+    """`above` wins, key by key; sections are merged."""
+    both_dicts = [key for key in above if isinstance(below.get(key), dict) and isinstance(above[key], dict)]
+    return below | above | {key: laid_over(below[key], above[key]) for key in both_dicts}
+
+
+def for_backbone(data: dict, backbone: str) -> dict:
+    """A config as one backbone sees it: the section of its name laid over the rest, the others' left out."""
+    from backbones import BACKBONES
+
+    for name in BACKBONES:
+        if not isinstance(data.get(name) or {}, dict):
+            raise UserError(f"section {name!r} must hold `key: value` lines")
+    return laid_over({key: value for key, value in data.items() if key not in BACKBONES}, data.get(backbone) or {})
+
+
+def load_config(cls: type, section: str, argv: list[str]):
+    """Config of one stage from `CONFIG.yaml [key=value ...]`: defaults < YAML < command line.
+
+    YAML: shared keys at the top level, the stage's own under `section`, what holds for one backbone alone under its name;
+    `base: OTHER.yaml` in a file that only says what differs from another one. On the command line a key may carry its
+    section (`dpo.beta=0.2`); those of other stages are passed over. Raises UserError for unknown keys and wrong types.
+    """
+    if not argv or "=" in argv[0]:
+        raise UserError("usage: python SCRIPT.py configs/NAME.yaml [key=value ...]")
+    path = Path(argv[0])
+    data = read_yaml(path)
+    backbone = [item.partition("=")[2] for item in argv[1:] if item.startswith("backbone=")]
+    data = for_backbone(data, str([data.get("backbone", RunConfig.backbone), *backbone][-1]))
 
     shared, fields = typing.get_type_hints(RunConfig), typing.get_type_hints(cls)
     values = {"name": path.stem}

@@ -6,16 +6,19 @@
 #   bash run_all.sh configs/smoke.yaml                    the same in a few minutes, to see that everything works
 #   bash run_all.sh configs/tiny.yaml "03 04" dpo.beta=2  only DPO and the evaluations, with another beta
 #   bash run_all.sh configs/tiny.yaml adapters=dora       without the LoRA variant
+#   bash run_all.sh configs/tiny.yaml backbones=both      both paradigms, one after the other
 #
 # Finished stages are skipped; a stage whose config, inputs or code have changed is redone, and so is what depends on it.
 # Stopped at any moment, the same command goes on where it was. Set PYTHON to use an environment of your own instead of .venv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-CONFIG=configs/tiny.yaml STAGES="00 01 02 03 04 08" ADAPTERS="lora dora" OVERRIDES=()
+CONFIG=configs/tiny.yaml STAGES="00 01 02 03 04 08" ADAPTERS="lora dora" BACKBONES="" OVERRIDES=()
 for argument in "$@"; do
   case $argument in
     adapters=*) ADAPTERS=${argument#*=} ;;
+    backbones=both) BACKBONES="pi05 openvla" ;;
+    backbones=*) BACKBONES=${argument#*=} ;;
     *=*) OVERRIDES+=("$argument") ;;
     *.yaml) CONFIG=$argument ;;
     *) STAGES=$argument ;;
@@ -39,23 +42,28 @@ began=$SECONDS
 stage() { # number, script and its arguments
   [[ " $STAGES " == *" $1 "* ]] || return 0
   shift
+  local arguments=("$CONFIG" ${backbone:+backbone="$backbone"} "${@:2}" overwrite=true ${OVERRIDES[@]+"${OVERRIDES[@]}"})
   echo
-  echo "[$(((SECONDS - began) / 60)) min] \$ python $1 $CONFIG ${*:2} ${OVERRIDES[*]:-}"
-  "$PYTHON" "$1" "$CONFIG" "${@:2}" overwrite=true ${OVERRIDES[@]+"${OVERRIDES[@]}"}
+  echo "[$(((SECONDS - began) / 60)) min] \$ python $1 ${arguments[*]}"
+  "$PYTHON" "$1" "${arguments[@]}"
 }
 
-"$PYTHON" common.py "$CONFIG" ${OVERRIDES[@]+"${OVERRIDES[@]}"} # a wrong key shows now, not in an hour
+for backbone in ${BACKBONES:-""}; do # a wrong key shows now, not in an hour
+  "$PYTHON" common.py "$CONFIG" ${backbone:+backbone="$backbone"} ${OVERRIDES[@]+"${OVERRIDES[@]}"}
+done
 if [[ " $STAGES " == *" 00 "* && ! -d runs/$(basename "$CONFIG" .yaml) ]]; then # once: is this simulator everyone's simulator?
   echo "[setup] \$ python preflight.py"
   "$PYTHON" preflight.py
 fi
 stage 00 00_demos.py
-stage 01 01_sft.py
-stage 02 02_collect_prefs.py
-for adapter in $ADAPTERS; do stage 03 03_dpo.py adapter="$adapter"; done
-stage 04 04_eval.py policy=sft start=final
-stage 04 04_eval.py policy=sft
-for adapter in $ADAPTERS; do stage 04 04_eval.py policy=dpo adapter="$adapter"; done
+for backbone in ${BACKBONES:-""}; do
+  stage 01 01_sft.py
+  stage 02 02_collect_prefs.py
+  for adapter in $ADAPTERS; do stage 03 03_dpo.py adapter="$adapter"; done
+  stage 04 04_eval.py policy=sft start=final
+  stage 04 04_eval.py policy=sft
+  for adapter in $ADAPTERS; do stage 04 04_eval.py policy=dpo adapter="$adapter"; done
+done
 stage 08 08_report.py
 echo
 echo "[$(((SECONDS - began) / 60)) min] all stages done: $STAGES"

@@ -119,7 +119,13 @@ class Stage:
     lock: typing.IO
 
     def finish(self, **facts) -> None:
-        """Declare the stage done: hashes of its files, then done.json, last and by rename. Times go to timing.json."""
+        """Declare the stage done: hashes of its files, then done.json, last and by rename. Times go to timing.json.
+
+        Raises:
+            UserError: a script was edited meanwhile; worker processes started since then have run the new code.
+        """
+        if edited := [name for name, source in self.identity["source"].items() if source != source_hash(HERE / name)]:
+            raise UserError(f"{edited[0]} was edited while the stage ran, so {self.dir} may mix both; run it again")
         files = {str(p.relative_to(self.dir)): p for p in sorted(self.dir.rglob("*")) if p.is_file()}
         for name in [n for n in files if Path(n).name.startswith(".")]:
             files.pop(name).unlink()  # what a kill in the middle of a write left

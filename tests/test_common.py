@@ -166,6 +166,26 @@ def test_bad_config_is_one_line_that_names_the_key(tmp_path, text, override, hin
     assert "\n" not in str(error.value)
 
 
+def test_a_backbones_section_holds_for_it_alone(tmp_path):
+    text = "seed: 1\nsft: {steps: 5, lr: 1e-4}\npi05: {sft: {steps: 6}, execute: 3}\nopenvla: {sft: {steps: 7}, nonsense: 1}"
+    cfg = load(tmp_path, text)
+    assert (cfg.backbone, cfg.steps, cfg.lr, cfg.execute, cfg.seed) == ("pi05", 6, 1e-4, 3, 1)
+    assert load(tmp_path, text, "sft.steps=8").steps == 8  # the command line wins
+    with pytest.raises(common.UserError, match="nonsense"):
+        load(tmp_path, text, "backbone=openvla")
+    with pytest.raises(common.UserError, match="key: value"):
+        load(tmp_path, "pi05: [1]")
+
+
+def test_a_config_laid_over_another(tmp_path):
+    (tmp_path / "below.yaml").write_text("seed: 1\nsft: {steps: 5, lr: 1e-4}\npi05: {sft: {lr: 2e-4}}")
+    cfg = load(tmp_path, "base: below.yaml\nexecute: 2\nsft: {steps: 6}")
+    assert (cfg.seed, cfg.steps, cfg.lr, cfg.execute, cfg.name) == (1, 6, 2e-4, 2, "exp")
+    for base in ("exp.yaml", "[1]", "nowhere.yaml"):
+        with pytest.raises(common.UserError, match=r"base|no config file"):
+            load(tmp_path, f"base: {base}")
+
+
 def test_missing_config_names_the_nearest():
     with pytest.raises(common.UserError, match="did you mean 'tiny'"):
         common.load_config(Config, "sft", ["configs/tinny.yaml"])
@@ -221,6 +241,15 @@ def test_stage_is_skipped_resumed_refused_and_redone(tmp_path, capsys):
     assert (stage.dir / "model.txt").exists()
     assert open_stage(steps=4, overwrite=True) is not None
     assert not (stage.dir / "model.txt").exists() and not (stage.dir / "done.json").exists()
+
+
+def test_an_edit_while_a_stage_runs_does_not_pass_for_one_version(tmp_path, monkeypatch):
+    stage = runs.open_stage("01_sft.py", Config(root=str(tmp_path)), tmp_path / "s", "seed", [], ["backbones/pi05.py"])
+    monkeypatch.setattr(runs, "source_hash", lambda path: "edited" if path.name == "pi05.py" else "")
+    stage.identity["source"] = dict.fromkeys(stage.identity["source"], "")
+    with pytest.raises(common.UserError, match=r"backbones/pi05\.py was edited"):
+        stage.finish()
+    assert not (tmp_path / "s" / "done.json").exists()
 
 
 def test_files_that_no_stage_has_signed_are_not_removed(tmp_path):
