@@ -18,7 +18,6 @@ from __future__ import annotations
 import copy
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,8 +29,7 @@ import runs
 
 @dataclass
 class Config(common.RunConfig):
-    model: dict = field(default_factory=dict)  # sizes and knobs of the backbone, see backbones/
-    init_from: str = ""  # folder of a checkpoint to start from; empty = from scratch
+    init_from: str = ""  # folder of a checkpoint to start from, the kit's or a published one; empty = from scratch
     train: str = "full"  # "full", or an adapter: "lora" | "dora"
     steps: int = 3000
     batch_size: int = 32  # observations
@@ -48,6 +46,7 @@ class Config(common.RunConfig):
     snapshots: list[int] = field(default_factory=list)  # steps whose averaged weights are kept (learning curve, early start)
     log_every: int = 50
     checkpoint_every: int = 200
+    recompute: bool = False  # keep no activations of the layers, compute them again: less memory, a third more time
     threads: int = 1  # torch threads; part of the result's last bits. For a tiny model a second one gains little
 
     def __post_init__(self):
@@ -132,16 +131,15 @@ def random_shift(images: torch.Tensor, pixels: int, generator: torch.Generator) 
 
 
 # -------------------------------------------------------------------------------------------------------------- training
-def make_policy(cfg: Config, train: dict, instructions: list[str]):
-    """A policy to be trained: from scratch on these demonstrations' statistics and words, or from `init_from` on its own."""
-    if cfg.init_from:
-        policy = backbones.load_policy(cfg.init_from)
-    else:
+def make_policy(cfg: Config, policy, train: dict, instructions: list[str]):
+    """The policy to be trained: the given one, or (None) from scratch on these demonstrations' statistics and words."""
+    if policy is None:
         with torch.random.fork_rng():
             torch.manual_seed(cfg.seed)
             policy = backbones.build(cfg.backbone, cfg.model, instructions)
         policy.norm_stats = {"action": statistics(train["all_actions"]), "state": statistics(train["all_states"])}
-    policy.train()
+    policy.cast("float32" if cfg.train == "full" else cfg.dtype).to(cfg.device).train()
+    policy.recompute = cfg.recompute
     if cfg.train != "full":
         common.attach_adapter(policy, cfg.train, cfg.rank, cfg.alpha, policy.adapter_targets, cfg.seed)
     return policy
@@ -165,18 +163,16 @@ def validation_loss(policy, data: dict, cfg: Config) -> float:
 
 def main(cfg: Config) -> None:
     runs.require(cfg.data_dir, "demos")
-    weights = Path(cfg.init_from) / "model.safetensors"
-    if cfg.init_from and (cfg.model or not weights.is_file()):
-        raise common.UserError(f"sft.init_from: {weights} must exist, and brings its own `model` section")
-    horizon = backbones.horizon(cfg.backbone, backbones.config_of(cfg.init_from) if cfg.init_from else cfg.model)
-    inputs = [cfg.data_dir, *(sorted(p for p in weights.parent.iterdir() if p.is_file()) if cfg.init_from else [])]
-    shared = "suites tasks backbone seed blank_images"
+    inputs = [cfg.data_dir, *(common.checkpoint_files(cfg.init_from) if cfg.init_from else [])]
+    horizon = 0 if cfg.init_from else backbones.horizon(cfg.backbone, cfg.model)
+    shared = "suites tasks backbone model seed blank_images device dtype"
     stage = runs.open_stage(__file__, cfg, cfg.seed_dir / "sft", shared, inputs, cfg.policy_code)
     if stage is None:
         return
     torch.set_num_threads(cfg.threads)
-    train, val, instructions = load_data(cfg, horizon)
-    policy = make_policy(cfg, train, instructions)
+    policy = backbones.load_policy(cfg.init_from, model=cfg.model, suites=cfg.suites) if cfg.init_from else None
+    train, val, instructions = load_data(cfg, policy.horizon if policy else horizon)
+    policy = make_policy(cfg, policy, train, instructions)
     averaged = copy.deepcopy(policy)
     parameters = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)

@@ -227,9 +227,11 @@ def summary(rows: list[dict]) -> str:
 def main(cfg: Config) -> None:
     common.init_states("prefs", cfg.n_init)  # fails where they would reach into another group
     tasks = sim.tasks(cfg)
-    sft = runs.require(cfg.seed_dir / "sft", "sft")
-    shared = "suites tasks backbone seed image_size render blank_images start pairs execute denoise_steps noise_scale"
-    stage = runs.open_stage(__file__, cfg, cfg.variant("prefs"), shared, [sft], ["sim.py", "workers.py", *cfg.policy_code])
+    shared = (
+        f"suites tasks backbone seed image_size render blank_images pairs execute denoise_steps noise_scale {common.SFT_KEYS}"
+    )
+    code = ["sim.py", "workers.py", *cfg.policy_code]
+    stage = runs.open_stage(__file__, cfg, cfg.variant("prefs"), shared, common.sft_inputs(cfg), code)
     if stage is None:
         return
     attempts, parts = stage.dir / "units.jsonl", stage.dir / "parts"

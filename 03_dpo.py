@@ -41,6 +41,7 @@ class Config(common.RunConfig):
     rank: int = 32
     alpha: int = 64
     targets: str = ""  # regex of the adapted linear layers; empty = the backbone's q, k, v, o projections
+    recompute: bool = False  # keep no activations of the layers, compute them again: less memory, a third more time
     log_every: int = 10
     checkpoint_every: int = 50
     threads: int = 1
@@ -108,16 +109,17 @@ def batch_of(pairs: dict, index: torch.Tensor):
 
 # -------------------------------------------------------------------------------------------------------------- training
 def main(cfg: Config) -> None:
-    sft = runs.require(cfg.seed_dir / "sft", "sft")
+    sft = common.sft_inputs(cfg)
     prefs = runs.require(cfg.variant("prefs"), "prefs", f" pairs={cfg.pairs} start={cfg.start}")
-    shared = "backbone seed blank_images start pairs adapter"
-    stage = runs.open_stage(__file__, cfg, cfg.variant("dpo"), shared, [sft, prefs], cfg.policy_code)
+    shared = f"suites backbone seed blank_images pairs adapter {common.SFT_KEYS}"
+    stage = runs.open_stage(__file__, cfg, cfg.variant("dpo"), shared, [*sft, prefs], cfg.policy_code)
     if stage is None:
         return
     torch.set_num_threads(cfg.threads)
     pairs = load_pairs(cfg)
     policy = common.load_sft(cfg)  # eval mode throughout: no dropout in any log-probability
     adapted = common.attach_adapter(policy, cfg.adapter, cfg.rank, cfg.alpha, cfg.targets or policy.adapter_targets, cfg.seed)
+    policy.recompute = cfg.recompute
     trainable = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     beta = auto_beta(policy, pairs, cfg) if cfg.beta == "auto" else float(cfg.beta)
     n, k = len(pairs["mask"]), sum(p.numel() for p in trainable.values())

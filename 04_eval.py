@@ -139,14 +139,14 @@ def results_table(cfg: Config) -> list[dict]:
     Evaluations of weights that have been made anew since are left out.
     """
 
-    def fingerprint(name: str) -> str | None:
+    def unchanged(name: str, made_from: str) -> bool:
         path = cfg.seed_dir.parents[1] / name / "done.json"
-        return runs.read_json(path)["fingerprint"] if path.is_file() else None
+        return Path(name).is_file() or (path.is_file() and runs.read_json(path)["fingerprint"] == made_from)
 
     found = {}
     for done in sorted(cfg.seed_dir.glob("eval-*/done.json"), key=lambda p: ("dpo" in p.parent.name, p.parent.name)):
         facts = runs.read_json(done)
-        current = all(fingerprint(name) == made_from for name, made_from in facts["inputs"].items())
+        current = all(unchanged(*each) for each in facts["inputs"].items())
         if facts["config"]["group"] == cfg.group and current:
             found[facts["policy"]] = (
                 facts,
@@ -191,10 +191,10 @@ def markdown(rows: list[dict]) -> str:
 
 def main(cfg: Config) -> None:
     inits, tasks = common.init_states(cfg.group, cfg.n_init), sim.tasks(cfg)
-    inputs = [runs.require(cfg.seed_dir / "sft", "sft")]
+    inputs = common.sft_inputs(cfg)
     if cfg.policy == "dpo":
         inputs.append(runs.require(cfg.variant("dpo"), "dpo", f" adapter={cfg.adapter} pairs={cfg.pairs} start={cfg.start}"))
-    shared = "suites tasks backbone seed image_size render blank_images start execute denoise_steps noise_scale"
+    shared = f"suites tasks backbone seed image_size render blank_images execute denoise_steps noise_scale {common.SFT_KEYS}"
     shared += " adapter pairs" if cfg.policy == "dpo" else ""
     name = policy_name(cfg)
     folder = cfg.seed_dir / f"eval-{name}{'' if cfg.group == 'test' else '-' + cfg.group}"

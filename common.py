@@ -170,6 +170,9 @@ class Draws:
     t: torch.Tensor  # (K, B) times
     eps: torch.Tensor  # (K, B, H, D) noise
 
+    def to(self, device: torch.device) -> Draws:
+        return Draws(self.t.to(device), self.eps.to(device))
+
     def repeat(self, n: int) -> Draws:
         """The same draws for n batches laid end to end, e.g. [chosen; rejected]."""
         return Draws(self.t.repeat(1, n), self.eps.repeat(1, n, 1, 1))
@@ -284,16 +287,44 @@ def merged_copy(policy):
 
 
 # ---------------------------------------------------------------------------------------------------- policy and simulator
+SFT_KEYS = "start checkpoint model device dtype"  # the shared config keys that decide which policy load_sft gives
+
+
+def sft_inputs(cfg: RunConfig) -> list[Path]:
+    """What load_sft reads, as inputs of a stage: the folder of stage 01, or the files of a published checkpoint."""
+    return checkpoint_files(cfg.checkpoint) if cfg.checkpoint else [require(cfg.seed_dir / "sft", "sft")]
+
+
+def checkpoint_files(path: str) -> list[Path]:
+    """The files of a checkpoint that decide what it is; UserError when it is not there."""
+    if not Path(path).exists():
+        raise UserError(f"no checkpoint {path}; give the folder that holds its model.safetensors")
+    files = sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]
+    return [p for p in files if p.suffix in (".json", ".safetensors")]
+
+
 def load_sft(cfg: RunConfig):
-    """The policy of stage 01 in evaluation mode: its final weights, or the snapshot that `start` names."""
+    """The policy that everything starts from, in evaluation mode: a published checkpoint where the config names one,
+    else that of stage 01, its final weights or the snapshot that `start` names."""
+    return load_weights(cfg).cast(cfg.dtype).to(cfg.device).eval()
+
+
+def load_weights(cfg: RunConfig):
     import backbones
 
+    if cfg.checkpoint:
+        if cfg.start != "final":
+            raise UserError(f"start={cfg.start} names a snapshot of 01_sft.py, but checkpoint={cfg.checkpoint} is given")
+        policy = backbones.load_policy(cfg.checkpoint, model=cfg.model, suites=cfg.suites)
+        if policy.backbone != cfg.backbone:
+            raise UserError(f"{cfg.checkpoint} is a checkpoint of {policy.backbone}; set backbone={policy.backbone}")
+        return policy
     folder = require(cfg.seed_dir / "sft", "sft")
     weights = "model.safetensors" if cfg.start == "final" else f"model-{cfg.start}.safetensors"
     if not (folder / weights).is_file():
         kept = ", ".join(sorted(p.stem.partition("-")[2] for p in folder.glob("model-*.safetensors"))) or "none"
         raise UserError(f"no SFT snapshot of step {cfg.start!r} (kept: {kept}); see sft.snapshots")
-    return backbones.load_policy(folder, weights).eval()
+    return backbones.load_policy(folder, weights)
 
 
 @torch.no_grad()
@@ -304,7 +335,7 @@ def propose(policy, obs: dict, cfg: RunConfig, generators: list[torch.Generator]
         raise UserError(f"execute={cfg.execute} actions of a chunk, but the policy's chunks have {policy.horizon}")
     prefix = policy.encode(obs).select(torch.zeros(len(generators), dtype=torch.long))
     noise = cfg.noise_scale * torch.cat([policy.noise(1, g) for g in generators])
-    return policy.sample_actions(prefix, noise, cfg.denoise_steps)
+    return policy.sample_actions(prefix, noise, cfg.denoise_steps).cpu()
 
 
 def carry_out(env, actions: np.ndarray) -> int:
@@ -356,6 +387,10 @@ class RunConfig:
     suites: list[str] = field(default_factory=lambda: ["libero_object"])
     tasks: list[int] = field(default_factory=list)  # task numbers within a suite; empty = all ten
     backbone: str = "pi05"
+    model: dict = field(default_factory=dict)  # sizes and knobs of the backbone, see backbones/
+    checkpoint: str = ""  # folder of published weights that 02 to 04 start from; empty = what 01_sft.py makes
+    device: str = "cpu"  # or "cuda"
+    dtype: str = "float32"  # of the large weights: "float32" or "bfloat16"; log-probabilities and flow stay float32
     seed: int = 42  # of training, of the policy's noise
     image_size: int = 64  # pixels rendered, both cameras
     render: str = "fast"  # "fast" or "default" (what published checkpoints must be shown)
@@ -371,8 +406,12 @@ class RunConfig:
 
     def __post_init__(self):
         at_least(self, execute=1, denoise_steps=1, noise_scale=0, workers=1, image_size=16)
-        for key, known in {"render": ("fast", "default"), "pairs": ("branch", "episode"), "adapter": ("lora", "dora")}.items():
+        choices = {"render": ("fast", "default"), "pairs": ("branch", "episode"), "adapter": ("lora", "dora")}
+        choices |= {"device": ("cpu", "cuda"), "dtype": ("float32", "bfloat16")}
+        for key, known in choices.items():
             one_of(key, getattr(self, key), known)
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("device=cuda, but PyTorch sees no GPU; use device=cpu, or install a CUDA build of PyTorch")
 
     @property
     def data_dir(self) -> Path:
@@ -495,8 +534,8 @@ def load_config(cls: type, section: str, argv: list[str]):
             if key == section:
                 for inner, v in (value or {}).items():
                     put(inner, v, f"{path}, section {section}")
-            elif key == "model" and "model" in fields:
-                put(key, value, str(path))
+            elif key == "model":
+                put(key, value or {}, str(path))
         elif key in shared:
             put(key, value, str(path))
         else:
@@ -539,7 +578,7 @@ def main() -> None:
     sys.path.insert(0, str(HERE))
     for section, script in STAGES.items():
         cfg = load_config(importlib.import_module(script).Config, section, sys.argv[1:])
-        if getattr(cfg, "model", None):
+        if cfg.model:
             importlib.import_module("backbones").horizon(cfg.backbone, cfg.model)
         own = {f.name for f in dataclasses.fields(cfg)} - {f.name for f in dataclasses.fields(RunConfig)}
         print(f"{section}: " + " ".join(f"{key}={getattr(cfg, key)}" for key in sorted(own)))

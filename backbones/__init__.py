@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 import common
@@ -61,17 +63,32 @@ def config_of(folder: str | Path) -> dict:
     return {key: value for key, value in runs.read_json(Path(folder) / "config.json").items() if key != "backbone"}
 
 
-def load_policy(folder: str | Path, weights: str = "model.safetensors") -> Policy:
-    """What `policy.save(folder)` wrote, in eval mode. weights: another file of the folder, e.g. a snapshot of the training."""
-    from safetensors.torch import load_file
+def is_own(folder: str | Path) -> bool:
+    """Whether `policy.save` wrote this folder (or wrote a part of it, or nobody anything), and not someone else."""
+    config = Path(folder) / "config.json"
+    return not Path(folder).exists() or (config.is_file() and "backbone" in runs.read_json(config))
+
+
+def load_policy(
+    folder: str | Path, weights: str = "model.safetensors", model: dict | None = None, suites: Sequence[str] = ()
+) -> Policy:
+    """What `policy.save(folder)` wrote, or a published checkpoint (backbones/published.py), in eval mode.
+
+    weights: another file of the folder, e.g. a snapshot of the training. model: keys that override the checkpoint's own.
+    suites: whose statistics are taken where a published checkpoint has several.
+    """
     from tokenizers import Tokenizer
 
+    if not is_own(folder):
+        from backbones import published
+
+        return published.load(folder, model or {}, list(suites))
     folder = Path(folder)
     for file in ("config.json", "norm_stats.json", weights):
         if not (folder / file).is_file():
             raise UserError(f"{folder} holds no {file}; run 01_sft.py first")
-    policy = build(runs.read_json(folder / "config.json")["backbone"], config_of(folder))
-    policy.load_weights(load_file(folder / weights), str(folder / weights))
+    policy = build(runs.read_json(folder / "config.json")["backbone"], config_of(folder) | (model or {}))
+    policy.load_weights(runs.load_tensors(folder / weights), str(folder / weights))
     policy.norm_stats = runs.read_json(folder / "norm_stats.json")
     if (folder / "tokenizer.json").is_file():
         policy.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -84,6 +101,8 @@ class Policy(nn.Module):
     backbone: str  # its name in BACKBONES
     config_class: type
     adapter_targets: str  # regex of the linear layers that an adapter goes into
+    keep_float32 = "$^"  # regex of the weights that stay float32 whatever the rest is
+    recompute = False  # trade time for memory: layers are run again in the backward pass instead of kept
 
     def __init__(self, cfg):
         super().__init__()
@@ -112,6 +131,18 @@ class Policy(nn.Module):
                 layer.enable_adapters(not off)
             for p, flag in trainable:  # enable_adapters sets the flags of the adapter's parameters as it sees fit
                 p.requires_grad_(flag)
+
+    def cast(self, dtype: str) -> Policy:
+        """Weights to "float32" or "bfloat16", in place, but for those of `keep_float32`."""
+        for name, p in self.named_parameters():
+            p.data = p.data.to(torch.float32 if re.search(self.keep_float32, name) else getattr(torch, dtype))
+        return self
+
+    def run(self, layer, *arguments):
+        """layer(*arguments), with `recompute` without what its backward pass would need."""
+        if self.recompute and torch.is_grad_enabled():
+            return torch.utils.checkpoint.checkpoint(layer, *arguments, use_reentrant=False)
+        return layer(*arguments)
 
     def save(self, folder: Path) -> None:
         """model.safetensors, config.json, norm_stats.json, tokenizer.json; each appears complete or not at all."""

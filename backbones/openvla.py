@@ -25,7 +25,7 @@ from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel, Ll
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
 from backbones import Policy, config_from
-from backbones.openvla_published import center_crop, jpeg, resize_bicubic, resize_lanczos3
+from backbones.openvla_images import center_crop, jpeg, resize_bicubic, resize_lanczos3
 from backbones.pi05 import Prefix, conv_stem, project_kv, rotary, rotate
 from common import ACTION_DIM, UserError
 
@@ -171,6 +171,12 @@ def attend(attn: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor], k: Tensor, v
     return attn.o_proj(out.transpose(1, 2).flatten(2))
 
 
+def decoder_layer(layer: nn.Module, x: Tensor, h: Tensor, rope: tuple, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """The rest of a layer on tokens x (N, n, W), once their keys and values are projected; h is x, normed."""
+    x = x + attend(layer.self_attn, h, rope, k, v, mask)
+    return x + layer.mlp(layer.post_attention_layernorm(x))
+
+
 # ---------------------------------------------------------------------------------------------------------------- policy
 class OpenVLA(Policy):
     backbone, config_class = "openvla", OpenVLAConfig
@@ -272,8 +278,7 @@ class OpenVLA(Policy):
             cache.append((k, v))
             if len(cache) == len(layers) and not to_end:
                 return None, cache
-            x = x + attend(layer.self_attn, h, rope, k, v, mask)
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            x = self.run(decoder_layer, layer, x, h, rope, k, v, mask)
         return self.language_model.norm(x), cache
 
     # ----------------------------------------------------------------------------------------------------- action tokens

@@ -166,6 +166,21 @@ def attend(attn: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor], k: Tensor, v
     return attn.o_proj(out.view(b, kv, s, -1, dim).transpose(1, 2).reshape(b, s, -1))
 
 
+def prefix_layer(layer: nn.Module, x: Tensor, h: Tensor, rope: tuple, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """The rest of a VLM layer on tokens x (B, S, width), once their keys and values are projected; h is x, normed."""
+    x = x + attend(layer.self_attn, h, rope, k, v, bias)
+    return x + layer.mlp(layer.post_attention_layernorm(x))
+
+
+def expert_layer(layer: nn.Module, x: Tensor, cond: Tensor, rope: tuple, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """A layer of the action expert on tokens x (N, H, W), which see the prefix's k, v (N, kv heads, S, head_dim) as well."""
+    normed, gate = layer.input_layernorm(x, cond)
+    own_k, own_v = project_kv(layer.self_attn, normed, rope)
+    x = x + gate * attend(layer.self_attn, normed, rope, torch.cat([k, own_k], dim=2), torch.cat([v, own_v], dim=2), bias)
+    normed, gate = layer.post_attention_layernorm(x, cond)
+    return x + gate * layer.mlp(normed)
+
+
 def key_bias(valid: Tensor, dtype: torch.dtype) -> Tensor:
     """(B, keys) bool -> additive attention bias (B, 1, 1, keys)."""
     return torch.zeros_like(valid, dtype=dtype).masked_fill(~valid, -math.inf)[:, None, None]
@@ -204,6 +219,7 @@ class Prefix:
 class Pi05(Policy):
     backbone, config_class = "pi05", Pi05Config
     adapter_targets = r".*(language_model|expert)\.layers\.\d+\.self_attn\.[qkvo]_proj"  # 144 layers in pi-0.5
+    keep_float32 = r"embeddings\.|(input|post_attention)_layernorm|\.norm\.|action_|time_mlp|state_proj"  # as openpi does
 
     def __init__(self, cfg: Pi05Config):
         super().__init__(cfg)
@@ -278,8 +294,8 @@ class Pi05(Policy):
     def image_features(self, pixels: Tensor) -> Tensor:
         """(B, 3, size, size) -> (B, tokens, VLM width). Not scaled, unlike the text."""
         tower = self.vision_tower
-        x = tower.embeddings.patch_embedding(pixels.to(tower.post_layernorm.weight.dtype)).flatten(2).transpose(1, 2)
-        x = x + tower.embeddings.position_embedding.weight
+        x = tower.embeddings.patch_embedding(pixels.float()).flatten(2).transpose(1, 2)
+        x = (x + tower.embeddings.position_embedding.weight).to(tower.post_layernorm.weight.dtype)
         for layer in tower.encoder.layers:
             x = layer(x, None)
         return self.multi_modal_projector["linear"](tower.post_layernorm(x))
@@ -289,7 +305,8 @@ class Pi05(Policy):
         features = self.image_features(images.flatten(0, 1)).unflatten(0, images.shape[:2])  # (B, cameras, tokens, width)
         text = self.language_model.embed_tokens(tokens) * math.sqrt(self.cfg.vlm.width)
         if self.cfg.state_token:
-            text, token_valid = torch.cat([self.state_proj(state)[:, None], text], dim=1), F.pad(token_valid, (1, 0), value=True)
+            text = torch.cat([self.state_proj(state)[:, None].to(text.dtype), text], dim=1)
+            token_valid = F.pad(token_valid, (1, 0), value=True)
         valid = torch.cat([present.repeat_interleave(features.shape[2], dim=1), token_valid], dim=1)
         return torch.cat([features.flatten(1, 2), text], dim=1), valid
 
@@ -308,8 +325,7 @@ class Pi05(Policy):
             values.append(v)
             if len(keys) == len(layers) and not to_end:
                 break
-            x = x + attend(layer.self_attn, h, rope, k, v, bias)
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            x = self.run(prefix_layer, layer, x, h, rope, k, v, bias)
         return Prefix(torch.stack(keys, 1), torch.stack(values, 1), valid), self.language_model.norm(x) if to_end else None
 
     # ----------------------------------------------------------------------------------------------------------- expert
@@ -333,12 +349,7 @@ class Pi05(Policy):
         rope, bias = rotary(positions, self.cfg.expert.head_dim), key_bias(valid, prefix.keys.dtype)
         x = self.action_in_proj(x_t.float()).to(prefix.keys.dtype)  # (N, H, W)
         for i, layer in enumerate(self.expert.layers):
-            normed, gate = layer.input_layernorm(x, cond)
-            k, v = project_kv(layer.self_attn, normed, rope)
-            k, v = torch.cat([prefix.keys[:, i], k], dim=2), torch.cat([prefix.values[:, i], v], dim=2)
-            x = x + gate * attend(layer.self_attn, normed, rope, k, v, bias)
-            normed, gate = layer.post_attention_layernorm(x, cond)
-            x = x + gate * layer.mlp(normed)
+            x = self.run(expert_layer, layer, x, cond, rope, prefix.keys[:, i], prefix.values[:, i], bias)
         return self.action_out_proj(self.expert.norm(x, cond)[0].float())
 
     # --------------------------------------------------------------------------------------------------- the protocol
@@ -354,7 +365,7 @@ class Pi05(Policy):
 
         times: another sequence of t, e.g. openpi's, which is accumulated in float32.
         """
-        x, times = noise.float(), times or [1 - i / steps for i in range(steps)]
+        x, times = noise.float().to(prefix.valid.device), times or [1 - i / steps for i in range(steps)]
         for t in times:
             x = x - self.velocity(prefix, x, torch.full((1,), t, device=x.device)) / len(times)
         return x
@@ -368,12 +379,14 @@ class Pi05(Policy):
 
     def log_prob(self, prefix: Prefix, chunk: Tensor, draws: Draws, mask: Tensor, weight: str = "velocity") -> Tensor:
         """Surrogate log-probability (B,) of normalised chunks (B, H, 7), over the actions where mask (B, H) is True."""
-        return common.surrogate_log_prob(partial(self._velocity_at, prefix), self.pad(chunk), draws, mask, weight)
+        chunk, draws, mask = (x.to(prefix.valid.device) for x in (self.pad(chunk), draws, mask))
+        return common.surrogate_log_prob(partial(self._velocity_at, prefix), chunk, draws, mask, weight)
 
     def sft_loss(self, prefix: Prefix, chunk: Tensor, draws: Draws, mask: Tensor | None = None) -> Tensor:
         """Flow-matching loss: mean squared velocity error over draws, unmasked actions and real dimensions."""
         mask = chunk.new_ones(chunk.shape[:2], dtype=torch.bool) if mask is None else mask
-        error = common.flow_matching_error(partial(self._velocity_at, prefix), self.pad(chunk), draws, mask)  # (K, B) sums
+        chunk, draws, mask = (x.to(prefix.valid.device) for x in (self.pad(chunk), draws, mask))
+        error = common.flow_matching_error(partial(self._velocity_at, prefix), chunk, draws, mask)  # (K, B) sums
         return error.sum() / (len(error) * mask.sum() * ACTION_DIM)
 
     # ---------------------------------------------------------------------------------------------------- normalisation
@@ -391,35 +404,19 @@ class Pi05(Policy):
         """(low, span, offset) of normalised = (x - low) / span + offset, as arrays of the kind that `like` is."""
         if kind not in self.norm_stats:
             raise UserError("the policy has no normalisation statistics (norm_stats); train it with 01_sft.py")
-        mean, std, q01, q99 = (np.asarray(self.norm_stats[kind][k]) for k in ("mean", "std", "q01", "q99"))
-        lerobot = self.cfg.norm_eps == "lerobot"
+        lerobot, names = self.cfg.norm_eps == "lerobot", {"mean_std": ("mean", "std"), "quantile": ("q01", "q99")}
+        if absent := [k for k in names[self.cfg.normalisation] if k not in self.norm_stats[kind]]:
+            raise UserError(f"norm_stats has no {absent[0]} of the {kind}; set model.normalisation to what it has")
+        low, high = (np.asarray(self.norm_stats[kind][k]) for k in names[self.cfg.normalisation])
         if self.cfg.normalisation == "mean_std":  # (x - mean) / (std + eps)
-            low, span, offset = mean, std + (1e-8 if lerobot else 1e-6), 0.0
+            span, offset = high + (1e-8 if lerobot else 1e-6), 0.0
         else:  # (x - q01) / (q99 - q01 + eps) * 2 - 1; lerobot adds no eps, and puts it where the quantiles coincide
-            width = np.where(q99 == q01, 1e-8, q99 - q01) if lerobot else q99 - q01 + 1e-6
-            low, span, offset = q01, width / 2, -1.0
+            width = np.where(high == low, 1e-8, high - low) if lerobot else high - low + 1e-6
+            span, offset = width / 2, -1.0
         low, span = low.astype(np.float32), span.astype(np.float32)
         if isinstance(like, Tensor):
             low, span = torch.from_numpy(low).to(like.device), torch.from_numpy(span).to(like.device)
         return low, span, offset
-
-
-PUBLISHED_PREFIXES = (  # key of the published file -> key here; the first match counts
-    ("paligemma_with_expert.paligemma.model.vision_tower.vision_model.", "vision_tower."),
-    ("paligemma_with_expert.paligemma.lm_head.", "language_model.embed_tokens."),  # tied: the files hold only this copy
-    ("paligemma_with_expert.paligemma.model.", ""),
-    ("paligemma_with_expert.gemma_expert.lm_head.", None),  # 263 million parameters that nothing uses
-    ("paligemma_with_expert.gemma_expert.model.", "expert."),
-)
-
-
-def native_key(key: str) -> str | None:
-    """The name here of a tensor of openpi's or lerobot's pi-0.5 files; None where nothing uses it."""
-    key = key.removeprefix("model.")  # lerobot's
-    for theirs, ours in PUBLISHED_PREFIXES:
-        if key.startswith(theirs):
-            return None if ours is None else ours + key.removeprefix(theirs)
-    return key
 
 
 # -------------------------------------------------------------------------------------------------------- images and text

@@ -25,7 +25,8 @@ Row = tuple[str, Tensor, Tensor, float]  # name, ours, theirs, tolerance
 # ---------------------------------------------------------------------------------------------------------------- pi-0.5
 def pi05_policy(tensors: dict[str, Tensor], sizes: dict):
     """The fixture's weights in our model, through the key map that serves published checkpoints."""
-    from backbones.pi05 import Pi05, Pi05Config, native_key
+    from backbones.pi05 import Pi05, Pi05Config
+    from backbones.published import pi05_tensors
 
     cfg = Pi05Config(
         vocab_size=sizes["vocab"],
@@ -34,8 +35,7 @@ def pi05_policy(tensors: dict[str, Tensor], sizes: dict):
         max_tokens=sizes["L"],
         **{part: sizes[part] for part in ("vlm", "expert", "vision")},
     )
-    named = {native_key(key[3:]): value for key, value in tensors.items() if key.startswith("sd.")}
-    named.pop(None, None)
+    named = pi05_tensors({key[3:]: value for key, value in tensors.items() if key.startswith("sd.")}, cfg)
     policy = Pi05(cfg)
     policy.load_weights(named, "fixture")
     return policy.eval()
@@ -94,7 +94,7 @@ def pi05_image(x: dict[str, Tensor], sizes: dict) -> Iterator[Row]:
 def openvla_policy(tensors: dict[str, Tensor], sizes: dict):
     """The fixture's weights in our model, through the key map that serves published checkpoints."""
     from backbones.openvla import LlamaSize, OpenVLA, OpenVLAConfig, TowerSize
-    from backbones.openvla_published import native_tensors, suite_stats
+    from backbones.published import openvla_tensors, suite_stats
 
     def tower(size: dict) -> TowerSize:
         width = size["embed_dim"]
@@ -114,7 +114,7 @@ def openvla_policy(tensors: dict[str, Tensor], sizes: dict):
     )
     policy = OpenVLA(cfg)
     published = {key[3:]: value.float() for key, value in tensors.items() if key.startswith("sd.")}
-    policy.load_weights(native_tensors(published, cfg), "fixture")
+    policy.load_weights(openvla_tensors(published, cfg), "fixture")
     policy.norm_stats = suite_stats(sizes["norm_stats"], sizes["unnorm_key"])
     return policy.eval()
 
@@ -159,7 +159,7 @@ def openvla(x: dict[str, Tensor], sizes: dict) -> Iterator[Row]:
 
 def openvla_image(x: dict[str, Tensor], sizes: dict) -> Iterator[Row]:
     """Frames from TensorFlow's pipeline, step by step. Its JPEG decoder is not PIL's: 17 grey levels at most, 1.5 on average."""
-    from backbones.openvla_published import center_crop, jpeg, resize_lanczos3
+    from backbones.openvla_images import center_crop, jpeg, resize_lanczos3
 
     turned = x["in.agentview_uint8"].flip(0, 1).contiguous()  # LIBERO frames are shown turned by 180 degrees
     read = torch.from_numpy(jpeg(turned.numpy()).copy())

@@ -285,3 +285,10 @@ def test_done_json_lists_the_hash_of_every_file(tmp_path):
 def test_missing_input_names_the_stage_to_run(tmp_path):
     with pytest.raises(common.UserError, match=r"python 01_sft\.py"):
         runs.require(tmp_path / "sft", "sft")
+
+
+@pytest.mark.parametrize("path", sorted((runs.HERE / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_config_is_one_for_every_stage(path):
+    for section, script in runs.STAGES.items():
+        cfg = common.load_config(importlib.import_module(script).Config, section, [str(path), "device=cpu"])
+        assert cfg.name and cfg.backbone in path.read_text() + "pi05"

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 import backbones
 import common
-from backbones import openvla, openvla_published
+from backbones import openvla, openvla_images
 from backbones.openvla import OpenVLA, OpenVLAConfig, layers_of
-from backbones.openvla_published import native_key, native_tensors, suite_stats
 from backbones.pi05 import Prefix
+from backbones.published import openvla_key, openvla_tensors, suite_stats
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TINY = FIXTURES / "openvla_tiny_public.safetensors"
@@ -143,8 +143,8 @@ def test_parity_detects_a_planted(mistake, monkeypatch):
 
 
 def test_parity_detects_another_crop(monkeypatch):
-    crop = openvla_published.center_crop
-    monkeypatch.setattr(openvla_published, "center_crop", lambda image: crop(image, area=0.91))
+    crop = openvla_images.center_crop
+    monkeypatch.setattr(openvla_images, "center_crop", lambda image: crop(image, area=0.91))
     assert [name for name, *_, ok in parity.compare(FIXTURES / "openvla_image_public.safetensors") if not ok] == [
         "center_crop224"
     ]
@@ -161,8 +161,8 @@ def test_published_shapes_and_keys(published):
     ours = {key: list(tensor.shape) for key, tensor in published.state_dict().items()}
     lines = [line.split("\t") for line in (FIXTURES / "keys-openvla-7b.txt").read_text().splitlines()]
     tensors = {key: torch.empty(json.loads(shape), device="meta") for key, shape in lines}
-    assert len(tensors) == 982 and ours == {k: list(t.shape) for k, t in native_tensors(tensors, published.cfg).items()}
-    unused = {key for key in tensors if native_key(key, published.cfg) is None}
+    assert len(tensors) == 982 and ours == {k: list(t.shape) for k, t in openvla_tensors(tensors, published.cfg).items()}
+    unused = {key for key in tensors if openvla_key(key, published.cfg) is None}
     last = ("vision_backbone.featurizer.blocks.23.", "vision_backbone.fused_featurizer.blocks.26.")
     rest = (*last, "vision_backbone.featurizer.norm.", "vision_backbone.fused_featurizer.norm.")
     assert unused == {k for k in tensors if k.startswith((*rest, "vision_backbone.fused_featurizer.attn_pool."))}

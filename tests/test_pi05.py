@@ -16,7 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import backbones
 import common
 from backbones import pi05
-from backbones.pi05 import Pi05, Pi05Config, Prefix, native_key
+from backbones.pi05 import Pi05, Pi05Config, Prefix
+from backbones.published import pi05_key
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TINY = FIXTURES / "pi05_tiny_public.safetensors"
@@ -169,10 +170,10 @@ def test_published_shapes_and_keys():
         policy = Pi05(Pi05Config())
     ours = {key: list(tensor.shape) for key, tensor in policy.state_dict().items()}
     lines = [line.split("\t") for line in (FIXTURES / "keys-pi05.txt").read_text().splitlines()]
-    theirs = {native_key(key): json.loads(shape) for key, shape in lines}
+    theirs = {pi05_key(key): json.loads(shape) for key, shape in lines}
     assert theirs.pop(None) == [257152, 1024]  # the expert's unused head
     assert ours == theirs
-    assert {native_key("model." + key) for key, _ in lines} == {*ours, None}  # lerobot's files
+    assert {pi05_key("model." + key) for key, _ in lines} == {*ours, None}  # lerobot's files
     adapted = [n for n, m in policy.named_modules() if isinstance(m, torch.nn.Linear) and re.fullmatch(Pi05.adapter_targets, n)]
     assert len(adapted) == 144
 
@@ -377,7 +378,7 @@ def test_wrong_configs_are_named_in_one_line(tmp_path):
     with pytest.raises(common.UserError, match="pi05"):
         backbones.build("pi0", {})
     with pytest.raises(common.UserError, match="01_sft"):
-        backbones.load_policy(tmp_path)
+        backbones.load_policy(tmp_path / "nowhere")
     assert backbones.horizon("pi05", {}) == 10 and backbones.horizon("pi05", MODEL) == 5
 
 
