@@ -8,7 +8,8 @@ try     python 01_sft.py configs/tiny.yaml sft.steps=200 sft.lr=5e-4
 
 The loss is flow matching (or next-token cross-entropy: the backbone's own `sft_loss`). An observation is encoded once and
 scored with several draws of (t, eps): on a small model the encoder is the dear part.
-Left out: mixed precision, data parallelism, streaming of data that does not fit into memory.
+With torchrun, each process takes its rows of every batch (ranks.py).
+Left out: mixed precision, streaming of data that does not fit into memory.
 Differs from the paper: it publishes no SFT stage. Here `train: full` learns everything, from scratch or from `init_from`;
 `train: lora | dora` trains an adapter and merges it, so that the reference policy of stage 03 is one set of weights.
 """
@@ -24,6 +25,8 @@ import torch
 
 import backbones
 import common
+import memory
+import ranks
 import runs
 
 
@@ -54,6 +57,7 @@ class Config(common.RunConfig):
         common.at_least(self, steps=1, batch_size=1, draws=1, lr=0, warmup=0, shift=0, holdout=0, rank=1, ema=0)
         common.at_least(self, log_every=1, checkpoint_every=1, threads=1)
         common.one_of("sft.train", self.train, ("full", "lora", "dora"))
+        common.divisible("sft.batch_size", self.batch_size)
 
 
 # ------------------------------------------------------------------------------------------------------------------ data
@@ -162,6 +166,8 @@ def validation_loss(policy, data: dict, cfg: Config) -> float:
 
 
 def main(cfg: Config) -> None:
+    if cfg.dry_run:
+        return memory.report(cfg, "sft")
     runs.require(cfg.data_dir, "demos")
     inputs = [cfg.data_dir, *(common.checkpoint_files(cfg.init_from) if cfg.init_from else [])]
     horizon = 0 if cfg.init_from else backbones.horizon(cfg.backbone, cfg.model)
@@ -184,7 +190,8 @@ def main(cfg: Config) -> None:
         averaged.load_state_dict(state["averaged"])
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
-    runs.keep_rows(metrics, lambda row: row["step"] <= step)
+    if ranks.first():
+        runs.keep_rows(metrics, lambda row: row["step"] <= step)
 
     # ---------------------------------------------------------------------------------------------- one loop, all in sight
     bar = common.progress(range(step, cfg.steps), initial=step, total=cfg.steps, desc="sft", unit="step")
@@ -197,12 +204,14 @@ def main(cfg: Config) -> None:
             obs[camera] = random_shift(obs[camera], cfg.shift, g)
         chunk = policy.normalise(actions)  # (B, H, 7)
         draws = policy.draws(len(chunk), cfg.draws, g, "beta")
+        obs, chunk, draws = common.own_rows(obs, chunk, draws)
 
         policy.train()
         loss = policy.sft_loss(policy.encode(obs), chunk, draws)
         if not loss.isfinite():
             raise common.UserError(f"the loss is {loss.item()} at step {step}: lower sft.lr")
         loss.backward()
+        ranks.average_gradients(parameters)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip)
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(step, cfg)
@@ -212,9 +221,11 @@ def main(cfg: Config) -> None:
         with torch.no_grad():
             torch._foreach_lerp_(list(averaged.parameters()), list(policy.parameters()), 1 - decay)
 
-        done = step + 1
+        done, said = step + 1, ranks.mean({"loss": loss.item()})
+        if not ranks.first():
+            continue
         if done % cfg.log_every == 0 or done == cfg.steps:
-            row = {"step": done, "loss": loss.item(), "grad_norm": grad_norm.item(), "lr": common.learning_rate(step, cfg)}
+            row = said | {"step": done, "grad_norm": grad_norm.item(), "lr": common.learning_rate(step, cfg)}
             if val and (done % (4 * cfg.log_every) == 0 or done == cfg.steps):
                 row["val_loss"] = validation_loss(averaged, val, cfg)
             bar.set_postfix({key: f"{row[key]:.3f}" for key in ("loss", "val_loss") if key in row})
@@ -227,6 +238,8 @@ def main(cfg: Config) -> None:
                 stage.dir / "checkpoint.pt", {"step": done} | {key: m.state_dict() for key, m in modules.items()}
             )
 
+    if not ranks.first():
+        return
     merged(averaged, cfg).save(stage.dir)
     stage.finish(parameters=sum(p.numel() for p in policy.parameters()), observations=len(train["chunk"]))
 

@@ -28,6 +28,8 @@ import numpy as np
 import torch
 
 import common
+import memory
+import ranks
 import runs
 import sim
 import workers
@@ -179,13 +181,14 @@ def share(total: int, parts: int, part: int) -> int:
 def gather(cfg: Config, tasks: list, attempts: Path, parts: Path) -> None:
     """Make the attempts that are not there yet: their pairs as files of `parts`, then a line in `attempts`."""
     done, jobs = runs.read_jsonl(attempts), []
+    ranks.wait()  # all have read before any writes
     for i, (suite, task) in enumerate(tasks):
         mine = [row for row in done if (row["suite"], row["task"]) == (suite, task)]
         counts = (sum(len(row["pairs"]) for row in mine), sum(row["playouts"] for row in mine), len(mine))
         jobs.append((cfg, suite, task, *counts, share(cfg.n_pairs, len(tasks), i), share(cfg.max_playouts, len(tasks), i)))
     bar = common.progress(total=cfg.max_playouts, initial=sum(row["playouts"] for row in done), desc="prefs", unit="play-out")
     found = sum(len(row["pairs"]) for row in done)
-    for _, (row, tensors) in workers.parallel(collect, jobs, cfg.workers):
+    for _, (row, tensors) in workers.parallel(collect, ranks.share(jobs), cfg.workers):
         for i, pair in enumerate(tensors):
             runs.save_tensors(part(parts, row, i), {key: torch.as_tensor(value) for key, value in pair.items()})
         runs.append_jsonl(attempts, row)  # the attempt counts from here on
@@ -225,6 +228,8 @@ def summary(rows: list[dict]) -> str:
 
 
 def main(cfg: Config) -> None:
+    if cfg.dry_run:
+        return memory.report(cfg, "prefs")
     common.init_states("prefs", cfg.n_init)  # fails where they would reach into another group
     tasks = sim.tasks(cfg)
     shared = (
@@ -238,7 +243,11 @@ def main(cfg: Config) -> None:
     if not (stage.dir / "pairs.jsonl").is_file():  # written when all else is there
         parts.mkdir(exist_ok=True)
         gather(cfg, tasks, attempts, parts)
-        assemble(attempts, parts, stage.dir)
+        ranks.wait()
+        if ranks.first():
+            assemble(attempts, parts, stage.dir)
+    if not ranks.first():
+        return
     shutil.rmtree(parts, ignore_errors=True)
     rows = runs.read_jsonl(attempts)
     print(summary(rows))

@@ -11,7 +11,8 @@ closed form; for flow matching the paper puts the surrogate in their place: the 
 Differs from the paper's code: one set of draws (t, eps) per pair serves chosen, rejected, policy and reference (theirs draws
 afresh in each of 16 forwards), the prefix is computed once per observation, errors are summed over the chunk, dropout and
 augmentation are off, and the reference is the same weights with the adapter switched off.
-Left out: IPO and other losses, label smoothing, data parallelism, reward models.
+With torchrun, each process takes its rows of every batch (ranks.py).
+Left out: IPO and other losses, label smoothing, reward models.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ import torch
 import torch.nn.functional as F
 
 import common
+import memory
+import ranks
 import runs
 
 
@@ -51,6 +54,7 @@ class Config(common.RunConfig):
         common.at_least(self, steps=1, batch_size=1, draws=1, lr=0, warmup=0, rank=1, sft_coef=0, log_every=1, checkpoint_every=1)
         common.at_least(self, threads=1)
         common.time_weight(torch.zeros(1), self.weight)  # fails for an unknown one
+        common.divisible("dpo.batch_size", self.batch_size)
         if self.beta != "auto" and not (self.beta.replace(".", "", 1).replace("e-", "", 1).isdigit() and float(self.beta) > 0):
             raise common.UserError(f'dpo.beta must be "auto" or a positive number, not {self.beta!r}')
 
@@ -109,6 +113,8 @@ def batch_of(pairs: dict, index: torch.Tensor):
 
 # -------------------------------------------------------------------------------------------------------------- training
 def main(cfg: Config) -> None:
+    if cfg.dry_run:
+        return memory.report(cfg, "dpo")
     sft = common.sft_inputs(cfg)
     prefs = runs.require(cfg.variant("prefs"), "prefs", f" pairs={cfg.pairs} start={cfg.start}")
     shared = f"suites backbone seed blank_images pairs adapter {common.SFT_KEYS}"
@@ -132,12 +138,14 @@ def main(cfg: Config) -> None:
         policy.load_state_dict(state["adapter"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
-    runs.keep_rows(metrics, lambda row: row["step"] <= step)
+    if ranks.first():
+        runs.keep_rows(metrics, lambda row: row["step"] <= step)
 
     bar = common.progress(range(step, cfg.steps), initial=step, total=cfg.steps, desc=f"dpo {cfg.adapter}", unit="step")
     for step in bar:
         obs, chosen, rejected, mask = batch_of(pairs, common.shuffled(cfg.seed, "dpo", step, cfg.batch_size, n))
         draws = policy.draws(len(mask), cfg.draws, common.stream(cfg.seed, "dpo", step), "stratified")
+        obs, chosen, rejected, mask, draws = common.own_rows(obs, chosen, rejected, mask, draws)
         with policy.reference():  # the same weights, adapter off, no gradients
             ref_w, ref_l = log_probs(policy, obs, chosen, rejected, mask, draws, cfg.weight)
         pi_w, pi_l = log_probs(policy, obs, chosen, rejected, mask, draws, cfg.weight)
@@ -146,6 +154,7 @@ def main(cfg: Config) -> None:
         if not total.isfinite():
             raise common.UserError(f"the loss is {total.item()} at step {step}: lower dpo.lr")
         total.backward()
+        ranks.average_gradients(trainable.values())
         grad_norm = torch.nn.utils.clip_grad_norm_(trainable.values(), cfg.grad_clip)
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(step, cfg)
@@ -154,17 +163,20 @@ def main(cfg: Config) -> None:
 
         done = step + 1
         if step == 0 or done % cfg.log_every == 0 or done == cfg.steps:
-            row = {key: value.mean().item() for key, value in rewards.items()}
-            row |= {"step": done, "loss": loss.item(), "grad_norm": grad_norm.item(), "lr": common.learning_rate(step, cfg)}
+            row = {key: value.mean().item() for key, value in rewards.items()} | {"loss": loss.item()}
             row |= {"rewards/accuracies": (rewards["rewards/margins"] > 0).float().mean().item()}
             row |= {"rewards/margin_std": rewards["rewards/margins"].std(correction=0).item()}
             row |= {"logps/chosen": pi_w.mean().item(), "logps/rejected": pi_l.mean().item()}
-            runs.append_jsonl(metrics, row)
+            row = ranks.mean(row) | {"step": done, "grad_norm": grad_norm.item(), "lr": common.learning_rate(step, cfg)}
+            if ranks.first():
+                runs.append_jsonl(metrics, row)
             bar.set_postfix(loss=f"{row['loss']:.3f}", margin=f"{row['rewards/margins']:.2f}")
-        if done % cfg.checkpoint_every == 0:
+        if done % cfg.checkpoint_every == 0 and ranks.first():
             state = {"step": done, "adapter": trainable, "optimizer": optimizer.state_dict()}
             runs.save_checkpoint(stage.dir / "checkpoint.pt", state)
 
+    if not ranks.first():
+        return
     warn_about_scale(runs.read_jsonl(metrics))
     adapted.save_pretrained(str(stage.dir))
     (stage.dir / "README.md").unlink(missing_ok=True)  # peft's empty model card

@@ -23,6 +23,8 @@ from pathlib import Path
 import numpy as np
 
 import common
+import memory
+import ranks
 import runs
 import sim
 import workers
@@ -190,6 +192,8 @@ def markdown(rows: list[dict]) -> str:
 
 
 def main(cfg: Config) -> None:
+    if cfg.dry_run:
+        return memory.report(cfg, "eval")
     inits, tasks = common.init_states(cfg.group, cfg.n_init), sim.tasks(cfg)
     inputs = common.sft_inputs(cfg)
     if cfg.policy == "dpo":
@@ -202,22 +206,28 @@ def main(cfg: Config) -> None:
     if stage is not None:
         path = stage.dir / "episodes.jsonl"
         done = {(row["suite"], row["task"], row["init_state"]) for row in runs.read_jsonl(path)}
+        ranks.wait()  # all have read before any writes
         todo = [(s, t, [i for i in inits if (s, t, i) not in done]) for s, t in tasks]
         jobs = [(cfg, stage.dir, suite, task, rest) for suite, task, rest in todo if rest]
         total = len(inits) * len(todo)
         bar = common.progress(total=total, initial=len(done), desc=f"eval {name}", unit="episode")
         wins = sum(row["success"] for row in runs.read_jsonl(path))
-        for _, row in workers.parallel(evaluate, jobs, cfg.workers):
+        for _, row in workers.parallel(evaluate, ranks.share(jobs), cfg.workers):
             runs.append_jsonl(path, row)
             wins += row["success"]
             bar.update()
             bar.set_postfix(successes=f"{wins}/{bar.n}")
+        ranks.wait()
+        if not ranks.first():
+            return
         rows = sorted(runs.read_jsonl(path), key=lambda r: (r["suite"], r["task"], r["init_state"]))
         walls = {f"{r['suite']}-{r['task']}-{r['init_state']}": r.pop("wall_s", None) for r in rows}
         runs.write_rows(path, rows)
         runs.write_json(stage.dir / "summary.json", {"policy": name, "seed": cfg.seed} | summarise(rows))
         stage.finish(policy=name)
         runs.write_json(stage.dir / "timing.json", runs.read_json(stage.dir / "timing.json") | {"episodes_s": walls})
+    if not ranks.first():
+        return
     rows = results_table(cfg)
     stem = "results" if cfg.group == "test" else f"results-{cfg.group}"
     runs.write_json(cfg.seed_dir / f"{stem}.json", rows)

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import yaml
 
+import ranks
 from runs import HERE, STAGES, UserError, require
 
 # ---------------------------------------------------------------------------------------------------------------- LIBERO
@@ -143,6 +144,23 @@ def np_stream(seed: int, *names: int | str) -> np.random.Generator:
     return np.random.default_rng(_entropy(seed, names))
 
 
+def own_rows(*batch):
+    """This rank's rows (ranks.py; alone, all) of a batch's parts: tensors, dicts of tensors and lists, draws, or None."""
+
+    def own(x):
+        if isinstance(x, dict):
+            return {key: own(value) for key, value in x.items()}
+        return x.rows(ranks.share(torch.arange(x.t.shape[1]))) if isinstance(x, Draws) else x if x is None else ranks.share(x)
+
+    return tuple(own(x) for x in batch)
+
+
+def divisible(key: str, batch_size: int) -> None:
+    """UserError unless the ranks can take as many rows each."""
+    if batch_size % ranks.size():
+        raise UserError(f"{key}={batch_size} can't be split over {ranks.size()} processes; make it a multiple")
+
+
 def shuffled(seed: int, name: str, step: int, batch_size: int, n: int) -> torch.Tensor:
     """Indices (batch_size,) of a training step: fresh permutations of n, epoch after epoch, a function of (seed, step) alone."""
     places = torch.arange(step * batch_size, (step + 1) * batch_size)
@@ -172,6 +190,10 @@ class Draws:
 
     def to(self, device: torch.device) -> Draws:
         return Draws(self.t.to(device), self.eps.to(device))
+
+    def rows(self, index: torch.Tensor) -> Draws:
+        """Those of some of the chunks."""
+        return Draws(self.t[:, index], self.eps[:, index])
 
     def repeat(self, n: int) -> Draws:
         """The same draws for n batches laid end to end, e.g. [chosen; rejected]."""
@@ -389,7 +411,7 @@ class RunConfig:
     backbone: str = "pi05"
     model: dict = field(default_factory=dict)  # sizes and knobs of the backbone, see backbones/
     checkpoint: str = ""  # folder of published weights that 02 to 04 start from; empty = what 01_sft.py makes
-    device: str = "cpu"  # or "cuda"
+    device: str = "cpu"  # or "cuda", with torchrun a GPU per rank
     dtype: str = "float32"  # of the large weights: "float32" or "bfloat16"; log-probabilities and flow stay float32
     seed: int = 42  # of training, of the policy's noise
     image_size: int = 64  # pixels rendered, both cameras
@@ -402,6 +424,7 @@ class RunConfig:
     denoise_steps: int = 10  # Euler steps of sample_actions, for flow matching
     noise_scale: float = 1.0  # of the noise that a chunk is sampled from; for action tokens the temperature, 0 = greedy
     workers: int = 2  # simulator processes; never changes a result
+    dry_run: bool = False  # or --dry-run: print how much memory a stage would take (memory.py), and do nothing
     overwrite: bool = False  # redo a stage whose config, inputs or code have changed
 
     def __post_init__(self):
@@ -410,7 +433,7 @@ class RunConfig:
         choices |= {"device": ("cpu", "cuda"), "dtype": ("float32", "bfloat16")}
         for key, known in choices.items():
             one_of(key, getattr(self, key), known)
-        if self.device == "cuda" and not torch.cuda.is_available():
+        if self.device == "cuda" and not self.dry_run and not torch.cuda.is_available():
             raise UserError("device=cuda, but PyTorch sees no GPU; use device=cpu, or install a CUDA build of PyTorch")
 
     @property
@@ -512,6 +535,7 @@ def load_config(cls: type, section: str, argv: list[str]):
     `base: OTHER.yaml` in a file that only says what differs from another one. On the command line a key may carry its
     section (`dpo.beta=0.2`); those of other stages are passed over. Raises UserError for unknown keys and wrong types.
     """
+    argv = ["dry_run=true" if item == "--dry-run" else item for item in argv]
     if not argv or "=" in argv[0]:
         raise UserError("usage: python SCRIPT.py configs/NAME.yaml [key=value ...]")
     path = Path(argv[0])

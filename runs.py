@@ -26,6 +26,8 @@ from pathlib import Path
 
 import torch
 
+import ranks
+
 HERE = Path(__file__).resolve().parent
 STAGES = {
     "demos": "00_demos",
@@ -64,7 +66,9 @@ def read_json(path: Path) -> dict:
 
 
 def append_jsonl(path: Path, row: dict) -> None:
+    """One more line; several processes may append to one file."""
     with open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
         file.write(json.dumps(row, sort_keys=True, allow_nan=False) + "\n")
 
 
@@ -116,7 +120,7 @@ class Stage:
     dir: Path
     identity: dict
     began: float
-    lock: typing.IO
+    lock: typing.IO | None  # held by the first rank
 
     def finish(self, **facts) -> None:
         """Declare the stage done: hashes of its files, then done.json, last and by rename. Times go to timing.json.
@@ -154,6 +158,23 @@ def _difference(old: dict, new: dict) -> str:
 
 
 def open_stage(script: str, cfg, folder: Path, shared: str, inputs: list[Path], uses: list[str]) -> Stage | None:
+    """The first rank opens the stage (see open_folder), the others learn what came of it."""
+    ranks.join()
+    if not ranks.first():
+        outcome = ranks.told("")
+        if outcome == "refused":
+            ranks.leave(2)
+        return None if outcome == "done" else Stage(folder, {}, time.time(), None)
+    try:
+        stage = open_folder(script, cfg, folder, shared, inputs, uses)
+    except UserError:
+        ranks.told("refused")
+        raise
+    ranks.told("open" if stage else "done")
+    return stage
+
+
+def open_folder(script: str, cfg, folder: Path, shared: str, inputs: list[Path], uses: list[str]) -> Stage | None:
     """Open a stage's folder, or return None when the same stage has been finished there.
 
     cfg: the stage's Config; its base class holds the keys that stages share.

@@ -113,6 +113,15 @@ class Policy(nn.Module):
     horizon = property(lambda self: self.cfg.horizon)
     action_dim = common.ACTION_DIM
 
+    def encode(self, obs: dict):
+        """obs: a batch of common.collate -> Prefix. Runs the vision-language part, once per observation."""
+        device = next(self.parameters()).device
+        return self.prefix(*(None if x is None else x.to(device) for x in self.inputs(obs)))
+
+    def prefix(self, *inputs: Tensor | None):
+        """What `inputs(obs)` gives, on the weights' device -> Prefix."""
+        return self.prefill(*self.embed_prefix(*inputs))[0]
+
     @contextlib.contextmanager
     def reference(self) -> Iterator[Policy]:
         """The weights that the adapter started from: every peft layer off, no gradients. Restored on the way out."""

@@ -171,10 +171,16 @@ def attend(attn: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor], k: Tensor, v
     return attn.o_proj(out.transpose(1, 2).flatten(2))
 
 
-def decoder_layer(layer: nn.Module, x: Tensor, h: Tensor, rope: tuple, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """The rest of a layer on tokens x (N, n, W), once their keys and values are projected; h is x, normed."""
+def decoder_layer(layer: nn.Module, x: Tensor, rope: tuple, past: tuple | None, mask: Tensor | None, kv_only: bool):
+    """A layer on tokens x (N, n, W) behind `past`: its output (None with kv_only), and the keys and values of them all."""
+    h = layer.input_layernorm(x)
+    k, v = project_kv(layer.self_attn, h, rope)
+    if past is not None:
+        k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+    if kv_only:
+        return None, k, v
     x = x + attend(layer.self_attn, h, rope, k, v, mask)
-    return x + layer.mlp(layer.post_attention_layernorm(x))
+    return x + layer.mlp(layer.post_attention_layernorm(x)), k, v
 
 
 # ---------------------------------------------------------------------------------------------------------------- policy
@@ -229,13 +235,11 @@ class OpenVLA(Policy):
         return ((x[:, None] - means) / stds).flatten(1, 2)
 
     # ----------------------------------------------------------------------------------------------------------- prefix
-    def encode(self, obs: dict) -> Prefix:
-        """obs: a batch of common.collate. Runs the towers and the language model's prompt part, once per observation."""
-        device = self.language_model.lm_head.weight.device
-        tokens, valid = (x.to(device) for x in self.tokenize(obs["instruction"]))
-        images = torch.stack([self.pixels(obs[c].to(device)) for c in self.cfg.cameras], dim=1)  # (B, cameras, 3 T, s, s)
-        state = self.normalise(obs["state"].to(device), "state") if self.cfg.state_token else None  # (B, 8)
-        return self.prefill(*self.embed_prefix(images, tokens, valid, state))[0]
+    def inputs(self, obs: dict) -> tuple[Tensor | None, ...]:
+        """What embed_prefix takes, of a batch of common.collate, where the batch is."""
+        images = torch.stack([self.pixels(obs[c]) for c in self.cfg.cameras], dim=1)  # (B, cameras, 3 T, s, s)
+        state = self.normalise(obs["state"], "state") if self.cfg.state_token else None  # (B, 8)
+        return images, *self.tokenize(obs["instruction"]), state
 
     def patch_features(self, pixels: Tensor) -> Tensor:
         """(B, 3 per tower, s, s) -> (B, patches, sum of the towers' sizes), DINO's features first."""
@@ -271,15 +275,10 @@ class OpenVLA(Policy):
         """The decoder's layers on tokens x (N, n, W) behind `past`. -> hidden states (N, n, W), keys and values of them all."""
         rope, layers, cache = rotary(positions, self.cfg.llm.width // self.cfg.llm.num_heads), self.language_model.layers, []
         for i, layer in enumerate(layers):
-            h = layer.input_layernorm(x)
-            k, v = project_kv(layer.self_attn, h, rope)
-            if past is not None:
-                k, v = torch.cat([past[i][0], k], dim=2), torch.cat([past[i][1], v], dim=2)
-            cache.append((k, v))
-            if len(cache) == len(layers) and not to_end:
-                return None, cache
-            x = self.run(decoder_layer, layer, x, h, rope, k, v, mask)
-        return self.language_model.norm(x), cache
+            kv_only = i == len(layers) - 1 and not to_end
+            x, *kv = self.run(decoder_layer, layer, x, rope, past and past[i], mask, kv_only)
+            cache.append(kv)
+        return self.language_model.norm(x) if to_end else None, cache
 
     # ----------------------------------------------------------------------------------------------------- action tokens
     def follow(self, past: KeyValues, valid: Tensor, ids: Tensor) -> tuple[Tensor, KeyValues, Tensor]:

@@ -166,10 +166,14 @@ def attend(attn: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor], k: Tensor, v
     return attn.o_proj(out.view(b, kv, s, -1, dim).transpose(1, 2).reshape(b, s, -1))
 
 
-def prefix_layer(layer: nn.Module, x: Tensor, h: Tensor, rope: tuple, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """The rest of a VLM layer on tokens x (B, S, width), once their keys and values are projected; h is x, normed."""
+def prefix_layer(layer: nn.Module, x: Tensor, rope: tuple, bias: Tensor, kv_only: bool) -> tuple[Tensor | None, Tensor, Tensor]:
+    """A VLM layer on tokens x (B, S, width): its output (None with kv_only), and its keys and values."""
+    h = layer.input_layernorm(x)
+    k, v = project_kv(layer.self_attn, h, rope)
+    if kv_only:
+        return None, k, v
     x = x + attend(layer.self_attn, h, rope, k, v, bias)
-    return x + layer.mlp(layer.post_attention_layernorm(x))
+    return x + layer.mlp(layer.post_attention_layernorm(x)), k, v
 
 
 def expert_layer(layer: nn.Module, x: Tensor, cond: Tensor, rope: tuple, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
@@ -281,15 +285,13 @@ class Pi05(Policy):
         return images.permute(0, 3, 1, 2).float() / 255 * 2 - 1
 
     # ----------------------------------------------------------------------------------------------------------- prefix
-    def encode(self, obs: dict) -> Prefix:
-        """obs: a batch of common.collate. Runs the vision tower and the language model, once per observation."""
-        device = self.action_in_proj.weight.device
-        state = self.normalise(obs["state"].to(device), "state")  # (B, 8)
+    def inputs(self, obs: dict) -> tuple[Tensor, ...]:
+        """What embed_prefix takes, of a batch of common.collate, where the batch is."""
+        state = self.normalise(obs["state"], "state")  # (B, 8)
         prompts = [self.prompt(i, s) for i, s in zip(obs["instruction"], state.cpu().numpy(), strict=True)]
-        tokens, valid = (x.to(device) for x in self.tokenize(prompts))
-        images = torch.stack([self.pixels(obs[c].to(device)) for c in self.cfg.cameras], dim=1)  # (B, cameras, 3, s, s)
-        present = torch.ones(images.shape[:2], dtype=torch.bool, device=device)
-        return self.prefill(*self.embed_prefix(images, present, tokens, valid, state))[0]
+        tokens, valid = self.tokenize(prompts)
+        images = torch.stack([self.pixels(obs[c]) for c in self.cfg.cameras], dim=1)  # (B, cameras, 3, s, s)
+        return images, torch.ones(images.shape[:2], dtype=torch.bool), tokens, valid, state
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """(B, 3, size, size) -> (B, tokens, VLM width). Not scaled, unlike the text."""
@@ -317,15 +319,12 @@ class Pi05(Policy):
         reads the last layer beyond its keys and values: it is computed only when asked for.
         """
         rope, bias = rotary(valid.cumsum(1) - 1, self.cfg.vlm.head_dim), key_bias(valid, x.dtype)
-        layers, keys, values = self.language_model.layers, [], []
-        for layer in layers:
-            h = layer.input_layernorm(x)
-            k, v = project_kv(layer.self_attn, h, rope)
-            keys.append(k)
-            values.append(v)
-            if len(keys) == len(layers) and not to_end:
-                break
-            x = self.run(prefix_layer, layer, x, h, rope, k, v, bias)
+        *layers, last = self.language_model.layers
+        cache = []
+        for layer in [*layers, last]:
+            x, *kv = self.run(prefix_layer, layer, x, rope, bias, layer is last and not to_end)
+            cache.append(kv)
+        keys, values = zip(*cache, strict=True)
         return Prefix(torch.stack(keys, 1), torch.stack(values, 1), valid), self.language_model.norm(x) if to_end else None
 
     # ----------------------------------------------------------------------------------------------------------- expert

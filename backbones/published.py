@@ -312,6 +312,14 @@ def fill(policy, c: Checkpoint, native) -> None:
             module.position_ids = torch.arange(module.position_ids.shape[-1])[None]
 
 
+def sizes(path: Path) -> dict:
+    """The `model` section that a published checkpoint amounts to, or that the kit's own folder has."""
+    if backbones.is_own(path):
+        return backbones.config_of(path)
+    c = open_checkpoint(path)
+    return FORMATS[format_of(c)][1](c)
+
+
 def load(path: str | Path, model: dict, suites: list[str]):
     """The policy of a published checkpoint, in eval mode. model: overrides what its files say; suites: whose statistics.
 
@@ -321,9 +329,9 @@ def load(path: str | Path, model: dict, suites: list[str]):
     from tokenizers import Tokenizer
 
     c = open_checkpoint(Path(path))
-    backbone, sizes, stats, native = FORMATS[format_of(c)]
+    backbone, shapes, stats, native = FORMATS[format_of(c)]
     with torch.device("meta"):
-        policy = backbones.build(backbone, common.laid_over(sizes(c), model))
+        policy = backbones.build(backbone, common.laid_over(shapes(c), model))
     fill(policy, c, native)
     policy.norm_stats = stats(c, suites)
     words = c.folder / "tokenizer.json"

@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import runs
 
@@ -118,6 +120,40 @@ def test_an_edited_script_is_rerun_with_what_depends_on_it_and_nothing_else(fini
     names = [row["name"] for row in runs.read_json(report / "table.json")]
     assert names == ["sft", "dpo-lora-episode"] and str(report.relative_to(kit)) in result.stdout
     assert outputs(kit, STAGES["dpo"][1])["outputs"] != outputs(finished, STAGES["dpo"][1])["outputs"]
+
+
+def torchrun(kit: Path, *arguments: str) -> subprocess.CompletedProcess:
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return subprocess.run([*run, *arguments], cwd=kit, capture_output=True, text=True)
+
+
+def test_two_ranks_train_what_one_process_trains(finished, tmp_path):
+    kit = copy_of_the_kit(tmp_path / "kit")
+    shutil.copytree(finished / "runs", kit / "runs")
+    for name, file in (("dpo", "adapter_model.safetensors"), ("sft", "model.safetensors")):
+        folder = STAGES[name][1]
+        shutil.rmtree(kit / folder)
+        result = torchrun(kit, STAGES[name][0][0], "configs/micro.yaml")
+        assert result.returncode == 0 and "done in" in result.stdout, result.stdout + result.stderr
+        got, want = load_file(kit / folder / file), load_file(finished / folder / file)
+        assert got.keys() == want.keys()
+        for key in want:
+            torch.testing.assert_close(got[key], want[key], atol=1e-5, rtol=0)
+        assert len(runs.read_jsonl(kit / folder / "metrics.jsonl")) == len(runs.read_jsonl(finished / folder / "metrics.jsonl"))
+    refused = torchrun(kit, "03_dpo.py", "configs/micro.yaml", "dpo.batch_size=3", "overwrite=true")
+    assert refused.returncode != 0 and "dpo.batch_size=3 can't be split" in refused.stderr
+
+
+def test_two_ranks_play_the_episodes_of_one_process(finished, tmp_path):
+    episodes = []
+    for number in range(2):
+        kit = copy_of_the_kit(tmp_path / f"kit{number}")
+        shutil.copytree(finished / SEED_DIR / "sft", kit / SEED_DIR / "sft")
+        arguments = ["04_eval.py", "configs/micro.yaml", "tasks=[0, 3]", "eval.n_init=1", "eval.videos=0"]
+        result = torchrun(kit, *arguments) if number else subprocess.run([sys.executable, *arguments], cwd=kit)
+        assert result.returncode == 0, getattr(result, "stderr", "")
+        episodes.append((kit / SEED_DIR / "eval-sft" / "episodes.jsonl").read_text())
+    assert episodes[0] == episodes[1] and episodes[0].count("\n") == 2
 
 
 def test_init_states_of_the_test_group_cannot_be_trained_on(finished):

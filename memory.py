@@ -1,0 +1,136 @@
+"""How much memory a stage will take, before anything is loaded: `python 03_dpo.py configs/openvla_7b.yaml --dry-run`.
+
+The policy is built on PyTorch's meta device, where tensors have a shape and no content. Weights, gradients and the optimiser's
+state are counted off it; so are the activations, by running the stage's own forward pass there and adding up what autograd keeps.
+With `recompute` the layer that the backward pass is at comes on top. Not in it: PyTorch itself (0.4 GB on a CPU, about 1 GB with
+CUDA), the allocator's slack, kernels' workspaces, the data.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import backbones
+import common
+
+SIMULATOR_GB = 2.4  # of one LIBERO process, measured
+INSTRUCTION = "put both the alphabet soup and the tomato sauce in the basket"  # one of the longest
+
+
+def size(tensors) -> int:
+    """Bytes of tensors."""
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def make_policy(cfg, trained: str) -> nn.Module:
+    """The config's policy without content, in the dtype it would have. trained: "full", "lora", "dora" or "" (nothing)."""
+    model = cfg.model
+    if cfg.checkpoint:
+        from pathlib import Path
+
+        from backbones import published
+
+        model = published.sizes(Path(cfg.checkpoint)) | cfg.model
+    words = None if "vocab_size" in model or not model else [INSTRUCTION]  # from scratch: about as many as LIBERO's
+    with torch.device("meta"):
+        policy = backbones.build(cfg.backbone, model, words)
+        policy.cast("float32" if trained == "full" else cfg.dtype)
+        policy.requires_grad_(trained == "full")
+        if trained in ("lora", "dora"):
+            common.attach_adapter(policy, trained, cfg.rank, cfg.alpha, policy.adapter_targets, cfg.seed)
+    policy.recompute = getattr(cfg, "recompute", False)
+    policy.tokenizer = backbones.build_tokenizer([INSTRUCTION])
+    policy.norm_stats = {
+        kind: {"q01": [-1.0] * n, "q99": [1.0] * n, "mean": [0.0] * n, "std": [1.0] * n}
+        for kind, n in (("action", 7), ("state", 8))
+    }
+    return policy
+
+
+def make_batch(policy, cfg, n: int, device: str) -> tuple[tuple, Tensor, Tensor]:
+    """Prefix inputs of n observations, chunks (n, H, 7) and mask (n, H), on `device`."""
+    image = torch.zeros(n, cfg.image_size, cfg.image_size, 3, dtype=torch.uint8)
+    obs = {"agentview": image, "wrist": image, "state": torch.zeros(n, 8), "instruction": [INSTRUCTION] * n}
+    inputs = tuple(None if x is None else x.to(device) for x in policy.inputs(obs))
+    return (
+        inputs,
+        torch.zeros(n, policy.horizon, 7, device=device),
+        torch.ones(n, policy.horizon, dtype=torch.bool, device=device),
+    )
+
+
+def sft_forward(policy, cfg, device: str = "meta") -> Tensor:
+    """What 01_sft.py differentiates."""
+    inputs, chunk, mask = make_batch(policy, cfg, cfg.batch_size, device)
+    draws = policy.draws(len(chunk), cfg.draws, torch.Generator(), "beta")
+    return policy.sft_loss(policy.prefix(*inputs), chunk, draws, mask)
+
+
+def dpo_forward(policy, cfg, device: str = "meta") -> Tensor:
+    """What 03_dpo.py differentiates: both chunks of each pair."""
+    inputs, chunk, mask = make_batch(policy, cfg, cfg.batch_size, device)
+    draws = policy.draws(len(chunk), cfg.draws, torch.Generator(), "stratified")
+    prefix = policy.prefix(*inputs).select(torch.arange(len(chunk), device=device).repeat(2))
+    both = None if draws is None else draws.repeat(2)
+    return policy.log_prob(prefix, chunk.repeat(2, 1, 1), both, mask.repeat(2, 1), "velocity").sum()
+
+
+def kept_for_backward(policy, forward) -> int:
+    """Bytes of the distinct storages that autograd keeps of forward(), weights apart."""
+    weights = {t.untyped_storage()._cdata for t in [*policy.parameters(), *policy.buffers()]}
+    kept = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage  # held, so that no other takes its place
+        return tensor
+
+    def counted(layer, *arguments):  # a layer that is run again keeps its arguments instead
+        for tensor in arguments:
+            if policy.recompute and isinstance(tensor, Tensor):
+                pack(tensor)
+        return type(policy).run(policy, layer, *arguments)
+
+    policy.run = counted
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = forward()
+    del policy.run
+    return sum(storage.nbytes() for storage in kept.values()) + size([out])
+
+
+def estimate(cfg, stage: str) -> dict:
+    """Bytes by part, and what there is to count. stage: "sft", "dpo", or another one, which only runs the policy."""
+    trained = {"sft": getattr(cfg, "train", ""), "dpo": cfg.adapter}.get(stage, "")
+    policy = make_policy(cfg, trained)
+    trainable = [p for p in policy.parameters() if p.requires_grad]
+    parts = {"weights": size(policy.parameters())}
+    if trained:
+        forward = {"sft": sft_forward, "dpo": dpo_forward}[stage]
+        parts |= {"gradients": size(trainable), "AdamW's moments": 2 * size(trainable)}
+        parts |= {"averaged copy": size(policy.parameters())} if stage == "sft" else {}
+        parts["activations"] = kept_for_backward(policy, lambda: forward(policy, cfg))
+    else:
+        with torch.no_grad():
+            inputs, _, _ = make_batch(policy, cfg, 1, "meta")
+            prefix = policy.prefix(*inputs)
+        parts["keys and values of the prefix"] = size([prefix.keys, prefix.values])
+    layers = sum("lora_A" in name and name.endswith("weight") for name, _ in policy.named_parameters())
+    counts = {"parameters": sum(p.numel() for p in policy.parameters()), "trainable": sum(p.numel() for p in trainable)}
+    return {"parts": parts, "adapted_layers": layers} | counts
+
+
+def report(cfg, stage: str) -> None:
+    """Print the estimate."""
+    found = estimate(cfg, stage)
+    print(f"{stage}, {cfg.backbone}, {cfg.dtype}: {found['parameters']:,} parameters, {found['trainable']:,} of them trained")
+    if found["adapted_layers"]:
+        print(f"adapter in {found['adapted_layers']} layers")
+    processes = cfg.workers if stage in ("prefs", "eval") else 1
+    for part, n in found["parts"].items():
+        print(f"{part:>30}  {n / 2**30:9.3f} GiB")
+    total = sum(found["parts"].values())
+    print(f"{'together':>30}  {total / 2**30:9.3f} GiB{f', in each of {processes} processes' if processes > 1 else ''}")
+    if stage in ("demos", "prefs", "eval"):
+        print(f"and {SIMULATOR_GB:.1f} GB of main memory for each of {cfg.workers} simulators")

@@ -1,0 +1,82 @@
+"""Several processes for one stage, started by torchrun; alone where nothing is said of others.
+
+    torchrun --nproc_per_node 2 03_dpo.py configs/tiny.yaml
+
+Training (01, 03): every rank takes its rows of the same batch and gradients are averaged, so the result is that of one process
+but for rounding. Rollouts (02, 04): every rank takes its share of the tasks and appends to the same file; the result is the
+same. Only the first rank opens and finishes a stage. gloo on CPUs, nccl on GPUs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+
+
+def size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def first() -> bool:
+    return rank() == 0
+
+
+def join() -> None:
+    """Meet the others, once per process."""
+    if size() > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def wait() -> None:
+    if size() > 1:
+        dist.barrier()
+
+
+def share(x):
+    """This rank's part of a list or of a tensor's rows."""
+    return x[rank() :: size()]
+
+
+def told(message: str) -> str:
+    """What the first rank says."""
+    box = [message]
+    if size() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Gradients of the mean over all rows, given that each rank has those of the mean over as many."""
+    if size() == 1:
+        return
+    grads = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten().float() for g in grads])
+    dist.all_reduce(flat)
+    for grad, total in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+        grad.copy_(total.view_as(grad) / size())
+
+
+def mean(values: dict[str, float]) -> dict[str, float]:
+    """Numbers averaged over the ranks."""
+    if size() == 1:
+        return values
+    total = torch.tensor(list(values.values()), dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(total)
+    return dict(zip(values, (total / size()).tolist(), strict=True))
+
+
+def leave(code: int) -> None:
+    """End a rank that has nothing to say: the first one has said it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(code)

@@ -1,0 +1,83 @@
+"""The dry run's estimate against real policies and the paper's adapter table. pytest tests/test_memory.py"""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import backbones
+import common
+import memory
+import runs
+
+TINY = str(runs.HERE / "configs" / "tiny.yaml")
+
+
+def config(script: str, section: str, *overrides: str, path: str = TINY):
+    return common.load_config(importlib.import_module(script).Config, section, [path, "--dry-run", *overrides])
+
+
+def real_policy(cfg, like):
+    """A policy on the CPU with the sizes, statistics and tokenizer of one on the meta device."""
+    policy = backbones.build(cfg.backbone, cfg.model, [memory.INSTRUCTION])
+    policy.norm_stats, policy.tokenizer = like.norm_stats, like.tokenizer
+    return policy
+
+
+@pytest.mark.parametrize("recompute", ["false", "true"])
+@pytest.mark.parametrize("backbone", ["pi05", "openvla"])
+def test_sft_counts_what_a_real_step_holds(backbone, recompute):
+    cfg = config("01_sft", "sft", f"backbone={backbone}", "sft.batch_size=3", f"sft.recompute={recompute}")
+    parts = memory.estimate(cfg, "sft")["parts"]
+    policy = real_policy(cfg, memory.make_policy(cfg, "full"))
+    policy.recompute = cfg.recompute
+    kept = memory.kept_for_backward(policy, lambda: memory.sft_forward(policy, cfg, "cpu"))
+    assert kept <= parts["activations"] < 1.15 * kept  # fused kernels of the CPU keep a little less
+    optimizer = torch.optim.AdamW(policy.parameters())
+    memory.sft_forward(policy, cfg, "cpu").backward()
+    optimizer.step()
+    moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+    with_gradient = [p for p in policy.parameters() if p.grad is not None]
+    assert parts["weights"] == parts["averaged copy"] == memory.size(policy.parameters())
+    unused = parts["weights"] - memory.size(with_gradient)  # of the last VLM layer, see backbones/
+    assert parts["gradients"] - unused == memory.size(p.grad for p in with_gradient)
+    assert parts["AdamW's moments"] - 2 * unused == memory.size(moments) and unused < parts["weights"] / 8
+
+
+@pytest.mark.parametrize("backbone", ["pi05", "openvla"])
+def test_dpo_counts_both_chunks_of_each_pair_and_recomputation_saves(backbone):
+    counts = {}
+    for recompute in ("false", "true"):
+        cfg = config("03_dpo", "dpo", f"backbone={backbone}", "dpo.batch_size=2", f"dpo.recompute={recompute}")
+        counts[recompute] = memory.estimate(cfg, "dpo")["parts"]["activations"]
+        policy = real_policy(cfg, memory.make_policy(cfg, ""))
+        common.attach_adapter(policy, "lora", cfg.rank, cfg.alpha, policy.adapter_targets, 0)
+        policy.recompute = cfg.recompute
+        kept = memory.kept_for_backward(policy, lambda p=policy, c=cfg: memory.dpo_forward(p, c, "cpu"))
+        assert kept <= counts[recompute] < 1.15 * kept
+    assert counts["true"] < 0.6 * counts["false"]
+
+
+@pytest.mark.parametrize(
+    ("name", "adapter", "layers", "trainable"),
+    [
+        ("openvla_7b", "lora", 128, 33_554_432),
+        ("openvla_7b", "dora", 128, 34_078_720),
+        ("pi05", "lora", 144, 12_386_304),
+        ("pi05", "dora", 144, 12_533_760),
+    ],
+)
+def test_the_papers_adapter_table(name, adapter, layers, trainable):
+    cfg = config("03_dpo", "dpo", f"adapter={adapter}", path=str(runs.HERE / "configs" / f"{name}.yaml"))
+    policy = memory.make_policy(cfg, adapter)
+    sizes = {n: p.numel() for n, p in policy.named_parameters() if p.requires_grad}
+    assert sum(sizes.values()) == trainable and sum("lora_A" in n for n in sizes) == layers
+
+
+def test_a_dry_run_prints_and_writes_nothing(tmp_path):
+    command = [sys.executable, str(runs.HERE / "03_dpo.py"), TINY, "--dry-run", f"root={tmp_path}"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0 and "activations" in result.stdout
+    assert list(tmp_path.iterdir()) == []
