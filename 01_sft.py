@@ -57,6 +57,8 @@ class Config(common.RunConfig):
         common.at_least(self, steps=1, batch_size=1, draws=1, lr=0, warmup=0, shift=0, holdout=0, rank=1, ema=0)
         common.at_least(self, log_every=1, checkpoint_every=1, threads=1)
         common.one_of("sft.train", self.train, ("full", "lora", "dora"))
+        if self.train == "full" and self.dtype != "float32":
+            raise common.UserError(f"sft.train=full needs dtype=float32, not {self.dtype}: AdamW's small steps get lost in it")
         common.divisible("sft.batch_size", self.batch_size)
 
 
@@ -142,7 +144,7 @@ def make_policy(cfg: Config, policy, train: dict, instructions: list[str]):
             torch.manual_seed(cfg.seed)
             policy = backbones.build(cfg.backbone, cfg.model, instructions)
         policy.norm_stats = {"action": statistics(train["all_actions"]), "state": statistics(train["all_states"])}
-    policy.cast("float32" if cfg.train == "full" else cfg.dtype).to(cfg.device).train()
+    policy.cast(cfg.dtype).to(cfg.device).train()
     policy.recompute = cfg.recompute
     if cfg.train != "full":
         common.attach_adapter(policy, cfg.train, cfg.rank, cfg.alpha, policy.adapter_targets, cfg.seed)

@@ -246,7 +246,7 @@ def flow_matching_error(
     t = draws.t[:, :, None, None]
     x_t = t * draws.eps + (1 - t) * chunk  # (K, B, H, D)
     u_t = draws.eps - chunk  # (K, B, H, D) the target: d x_t / dt
-    index = torch.arange(b).repeat(k)
+    index = torch.arange(b, device=chunk.device).repeat(k)
     v_t = velocity(index, x_t.flatten(0, 1), draws.t.flatten()).unflatten(0, (k, b))
     error = (v_t.float() - u_t)[..., :real_dim].square().sum(-1)  # (K, B, H)
     return (error * mask).sum(-1)
@@ -284,7 +284,11 @@ def attach_adapter(policy, kind: str, rank: int, alpha: int, targets: str, seed:
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets, use_dora=kind == "dora")
     with torch.random.fork_rng():  # peft draws A from the global generator
         torch.manual_seed(_entropy(seed, ("adapter", kind)) >> 1)
-        return get_peft_model(policy, config)
+        adapted = get_peft_model(policy, config)
+    for layer in policy.modules():  # peft takes DoRA's first magnitude in the weights' precision, every later norm in float32
+        for magnitude in getattr(layer, "lora_magnitude_vector", {}).values():
+            magnitude.weight.data = torch.linalg.norm(layer.get_base_layer().weight.data.float(), dim=1)
+    return adapted
 
 
 def merge_adapter(policy, folder: Path):
@@ -591,10 +595,10 @@ def run(main: Callable[[], None]) -> None:
 
 
 def progress(iterable=None, **kwargs):
-    """tqdm that stays quiet when the output is not a terminal."""
+    """tqdm that stays quiet when the output is not a terminal, and on all ranks but the first."""
     from tqdm import tqdm
 
-    return tqdm(iterable, disable=None, dynamic_ncols=True, **kwargs)
+    return tqdm(iterable, disable=None if ranks.first() else True, dynamic_ncols=True, **kwargs)
 
 
 def main() -> None:

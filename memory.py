@@ -9,7 +9,9 @@ CUDA), the allocator's slack, kernels' workspaces, the data.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import backbones
 import common
@@ -76,6 +78,18 @@ def dpo_forward(policy, cfg, device: str = "meta") -> Tensor:
     return policy.log_prob(prefix, chunk.repeat(2, 1, 1), both, mask.repeat(2, 1), "velocity").sum()
 
 
+class FusedAttention(TorchFunctionMode):
+    """On the meta device attention is the one that keeps all its weights; what runs on CPUs and GPUs keeps a row's sum."""
+
+    def __torch_function__(self, function, types, arguments=(), kwargs=None):
+        if function is not F.scaled_dot_product_attention or not arguments[0].is_meta:
+            return function(*arguments, **(kwargs or {}))
+        q, k, v = arguments
+        mask, causal = (kwargs or {}).get("attn_mask"), (kwargs or {}).get("is_causal", False)
+        mask = mask if mask is None or mask.is_floating_point() else torch.zeros_like(mask, dtype=q.dtype)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask)[0]
+
+
 def kept_for_backward(policy, forward) -> int:
     """Bytes of the distinct storages that autograd keeps of forward(), weights apart."""
     weights = {t.untyped_storage()._cdata for t in [*policy.parameters(), *policy.buffers()]}
@@ -94,7 +108,7 @@ def kept_for_backward(policy, forward) -> int:
         return type(policy).run(policy, layer, *arguments)
 
     policy.run = counted
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with FusedAttention(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out = forward()
     del policy.run
     return sum(storage.nbytes() for storage in kept.values()) + size([out])

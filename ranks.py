@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -29,12 +30,13 @@ def first() -> bool:
     return rank() == 0
 
 
-def join() -> None:
-    """Meet the others, once per process."""
+def join(device: str) -> None:
+    """Meet the others, once per process. On "cuda" every rank has a GPU of its own."""
     if size() > 1 and not dist.is_initialized():
-        if torch.cuda.is_available():
+        if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        # a rank's share of episodes may take hours longer than another's
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(days=7))
 
 
 def wait() -> None:

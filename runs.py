@@ -159,7 +159,7 @@ def _difference(old: dict, new: dict) -> str:
 
 def open_stage(script: str, cfg, folder: Path, shared: str, inputs: list[Path], uses: list[str]) -> Stage | None:
     """The first rank opens the stage (see open_folder), the others learn what came of it."""
-    ranks.join()
+    ranks.join(cfg.device)
     if not ranks.first():
         outcome = ranks.told("")
         if outcome == "refused":
@@ -264,7 +264,7 @@ def save_checkpoint(path: Path, state: dict) -> None:
 
 def load_checkpoint(path: Path) -> dict | None:
     try:
-        return torch.load(path, weights_only=True) if path.is_file() else None
+        return torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else None
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"{path} is damaged; remove it to train from the start") from error
 

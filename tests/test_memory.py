@@ -34,7 +34,7 @@ def test_sft_counts_what_a_real_step_holds(backbone, recompute):
     policy = real_policy(cfg, memory.make_policy(cfg, "full"))
     policy.recompute = cfg.recompute
     kept = memory.kept_for_backward(policy, lambda: memory.sft_forward(policy, cfg, "cpu"))
-    assert kept <= parts["activations"] < 1.15 * kept  # fused kernels of the CPU keep a little less
+    assert kept <= parts["activations"] < 1.02 * kept  # fused kernels of the CPU keep a little less
     optimizer = torch.optim.AdamW(policy.parameters())
     memory.sft_forward(policy, cfg, "cpu").backward()
     optimizer.step()
@@ -56,7 +56,7 @@ def test_dpo_counts_both_chunks_of_each_pair_and_recomputation_saves(backbone):
         common.attach_adapter(policy, "lora", cfg.rank, cfg.alpha, policy.adapter_targets, 0)
         policy.recompute = cfg.recompute
         kept = memory.kept_for_backward(policy, lambda p=policy, c=cfg: memory.dpo_forward(p, c, "cpu"))
-        assert kept <= counts[recompute] < 1.15 * kept
+        assert kept <= counts[recompute] < 1.02 * kept
     assert counts["true"] < 0.6 * counts["false"]
 
 
