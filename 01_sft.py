@@ -144,7 +144,7 @@ def make_policy(cfg: Config, policy, train: dict, instructions: list[str]):
             torch.manual_seed(cfg.seed)
             policy = backbones.build(cfg.backbone, cfg.model, instructions)
         policy.norm_stats = {"action": statistics(train["all_actions"]), "state": statistics(train["all_states"])}
-    policy.cast(cfg.dtype).to(cfg.device).train()
+    policy.cast(cfg.dtype).to(ranks.place(cfg.device)).train()
     policy.recompute = cfg.recompute
     if cfg.train != "full":
         common.attach_adapter(policy, cfg.train, cfg.rank, cfg.alpha, policy.adapter_targets, cfg.seed)

@@ -332,7 +332,7 @@ def checkpoint_files(path: str) -> list[Path]:
 def load_sft(cfg: RunConfig):
     """The policy that everything starts from, in evaluation mode: a published checkpoint where the config names one,
     else that of stage 01, its final weights or the snapshot that `start` names."""
-    return load_weights(cfg).cast(cfg.dtype).to(cfg.device).eval()
+    return load_weights(cfg).cast(cfg.dtype).to(ranks.place(cfg.device)).eval()
 
 
 def load_weights(cfg: RunConfig):

@@ -39,6 +39,11 @@ def join(device: str) -> None:
         dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(days=7))
 
 
+def place(device: str) -> str:
+    """Where this process, or a worker that it started, puts its policy."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
+
+
 def wait() -> None:
     if size() > 1:
         dist.barrier()
