@@ -33,7 +33,7 @@ def make_policy(cfg, trained: str) -> nn.Module:
 
         from backbones import published
 
-        model = published.sizes(Path(cfg.checkpoint)) | cfg.model
+        model = common.laid_over(published.sizes(Path(cfg.checkpoint)), cfg.model)
     words = None if "vocab_size" in model or not model else [INSTRUCTION]  # from scratch: about as many as LIBERO's
     with torch.device("meta"):
         policy = backbones.build(cfg.backbone, model, words)

@@ -228,16 +228,18 @@ def openpi_model(c: Checkpoint) -> dict:
 
 # -------------------------------------------------------------------------------------------------------------- statistics
 def suite_stats(published: dict, suite: str) -> dict:
-    """norm_stats of one suite from OpenVLA's config.json or dataset_statistics.json."""
+    """norm_stats of one suite from OpenVLA's config.json or dataset_statistics.json. Without a mask all is normalised."""
     for name in (suite, f"{suite}_no_noops"):
         if name in published:
-            return {"action": published[name]["action"]}
+            return {"action": {"mask": [True] * common.ACTION_DIM} | published[name]["action"]}
     raise UserError(f"the checkpoint has no statistics of {suite!r}; {common.did_you_mean(suite, published)}")
 
 
 def openvla_stats(c: Checkpoint, suites: list[str]) -> dict:
     own = c.folder / "dataset_statistics.json"  # of a fine-tuning run: counts more than what the config has
     published = runs.read_json(own) if own.is_file() else c.config.get("norm_stats", {})
+    if not suites:
+        raise UserError(f"{c.folder} has statistics of {', '.join(published) or 'no suite'}; say whose are wanted (suites)")
     first, *others = (suite_stats(published, suite) for suite in suites)
     if any(other != first for other in others):
         raise UserError(f"{c.folder} normalises {', '.join(suites)} differently; run one suite at a time")

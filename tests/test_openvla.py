@@ -181,9 +181,12 @@ def test_published_adapter(published, kind, count):
 
 
 def test_statistics_of_a_suite():
-    files = {"libero_goal": {"action": {"q01": [0]}, "proprio": {}}, "libero_object_no_noops": {"action": {"q01": [1]}}}
-    assert suite_stats(files, "libero_goal") == {"action": {"q01": [0]}}
-    assert suite_stats(files, "libero_object")["action"]["q01"] == [1]
+    files = {
+        "libero_goal": {"action": {"q01": [0]}, "proprio": {}},
+        "libero_object_no_noops": {"action": {"q01": [1], "mask": [False]}},
+    }
+    assert suite_stats(files, "libero_goal") == {"action": {"q01": [0], "mask": [True] * 7}}  # as the original without a mask
+    assert suite_stats(files, "libero_object")["action"] == {"q01": [1], "mask": [False]}
     with pytest.raises(common.UserError, match="libero_10"):
         suite_stats(files, "libero_10")
 

@@ -121,6 +121,8 @@ def test_switches_are_read_and_overridden(folders, tmp_path):
     assert (cfg.prompt, cfg.normalisation, cfg.horizon, cfg.flow_dim, cfg.vision.image_size) == ("openpi", "quantile", 10, 32, 16)
     cfg = load(folders["openvla"][0], "openvla").cfg
     assert (cfg.vocab_size, cfg.llm.num_heads, cfg.dino.num_hidden_layers, cfg.image_size) == (832, 4, 2, 16)
+    with pytest.raises(common.UserError, match="libero_object_no_noops"):
+        backbones.load_policy(folders["openvla"][0], model=MODEL["openvla"])
     with pytest.raises(common.UserError, match="no q01"):
         policy = load(folders["lerobot"][0], "lerobot", normalisation="quantile")
         policy.normalise(np.zeros(7, np.float32))
