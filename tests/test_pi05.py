@@ -11,6 +11,7 @@ import parity
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from samples import INSTRUCTIONS, close, observations, part, stats
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import backbones
@@ -40,16 +41,6 @@ MODEL = {
     "state_token": True,
     "gate_bias": 1.0,
 }
-INSTRUCTIONS = [
-    "pick up the black bowl and place it on the plate",
-    "open the drawer",
-    "turn on the stove and put the moka pot on top of it",
-]
-
-
-def stats(n: int, generator: np.random.Generator) -> dict:
-    mean, std = generator.normal(size=n), generator.uniform(0.5, 2, size=n)
-    return {k: v.tolist() for k, v in {"mean": mean, "std": std, "q01": mean - 2 * std, "q99": mean + 2 * std}.items()}
 
 
 def make_policy(**changes) -> Pi05:
@@ -67,23 +58,8 @@ def shared_policy() -> Pi05:
     return make_policy()
 
 
-def observations(n: int = 3, size: int = 32) -> dict:
-    g = torch.Generator().manual_seed(1)
-    images = torch.randint(0, 256, (2, n, size, size, 3), dtype=torch.uint8, generator=g)
-    instructions = [INSTRUCTIONS[i % 3] for i in range(n)]
-    return {"agentview": images[0], "wrist": images[1], "state": torch.randn(n, 8, generator=g), "instruction": instructions}
-
-
-def part(obs: dict, rows: list[int]) -> dict:
-    return {k: [v[i] for i in rows] if isinstance(v, list) else v[rows] for k, v in obs.items()}
-
-
 def chunks(n: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.rand(n, 5, 7, generator=torch.Generator().manual_seed(2)) * 2 - 1, torch.ones(n, 5, dtype=torch.bool)
-
-
-def close(a, b, tolerance=2e-6):
-    torch.testing.assert_close(a, b, atol=tolerance, rtol=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------- parity
