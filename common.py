@@ -332,10 +332,6 @@ def checkpoint_files(path: str) -> list[Path]:
 def load_sft(cfg: RunConfig):
     """The policy that everything starts from, in evaluation mode: a published checkpoint where the config names one,
     else that of stage 01, its final weights or the snapshot that `start` names."""
-    return load_weights(cfg).cast(cfg.dtype).to(ranks.place(cfg.device)).eval()
-
-
-def load_weights(cfg: RunConfig):
     import backbones
 
     if cfg.checkpoint:
@@ -344,13 +340,14 @@ def load_weights(cfg: RunConfig):
         policy = backbones.load_policy(cfg.checkpoint, model=cfg.model, suites=cfg.suites)
         if policy.backbone != cfg.backbone:
             raise UserError(f"{cfg.checkpoint} is a checkpoint of {policy.backbone}; set backbone={policy.backbone}")
-        return policy
-    folder = require(cfg.seed_dir / "sft", "sft")
-    weights = "model.safetensors" if cfg.start == "final" else f"model-{cfg.start}.safetensors"
-    if not (folder / weights).is_file():
-        kept = ", ".join(sorted(p.stem.partition("-")[2] for p in folder.glob("model-*.safetensors"))) or "none"
-        raise UserError(f"no SFT snapshot of step {cfg.start!r} (kept: {kept}); see sft.snapshots")
-    return backbones.load_policy(folder, weights)
+    else:
+        folder = require(cfg.seed_dir / "sft", "sft")
+        weights = "model.safetensors" if cfg.start == "final" else f"model-{cfg.start}.safetensors"
+        if not (folder / weights).is_file():
+            kept = ", ".join(sorted(p.stem.partition("-")[2] for p in folder.glob("model-*.safetensors"))) or "none"
+            raise UserError(f"no SFT snapshot of step {cfg.start!r} (kept: {kept}); see sft.snapshots")
+        policy = backbones.load_policy(folder, weights)
+    return policy.cast(cfg.dtype).to(ranks.place(cfg.device)).eval()
 
 
 @torch.no_grad()
@@ -451,7 +448,8 @@ class RunConfig:
     @property
     def policy_code(self) -> list[str]:
         """The files that make this policy what it is."""
-        return ["backbones/__init__.py", f"backbones/{self.backbone}.py"]
+        names = ["__init__", "layers", *sorted(p.stem for p in (HERE / "backbones").glob(f"{self.backbone}*.py"))]
+        return [f"backbones/{name}.py" for name in names + ["published"] * bool(self.checkpoint)]
 
     def variant(self, kind: str) -> Path:
         """Folder of a stage that depends on `pairs`, `start`, `adapter`: prefs, dpo."""

@@ -25,8 +25,8 @@ from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel, Ll
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
 from backbones import Policy, config_from
+from backbones.layers import Prefix, conv_stem, project_kv, rotary, rotate
 from backbones.openvla_images import center_crop, jpeg, resize_bicubic, resize_lanczos3
-from backbones.pi05 import Prefix, conv_stem, project_kv, rotary, rotate
 from common import ACTION_DIM, UserError
 
 EPS, GELU = 1e-6, "gelu"  # of every norm; exact erf in both towers and the projector (transformers' SigLIP: tanh)

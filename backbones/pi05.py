@@ -27,6 +27,7 @@ from transformers.models.gemma.modeling_gemma import GemmaDecoderLayer, GemmaRMS
 
 import common
 from backbones import Policy, config_from
+from backbones.layers import Prefix, conv_stem, project_kv, rotary, rotate
 from common import ACTION_DIM, Draws, UserError
 
 PAD, BOS = 0, 2  # PaliGemma's token ids
@@ -122,36 +123,6 @@ class Gemma(nn.Module):
             layer.input_layernorm, layer.post_attention_layernorm = AdaRMSNorm(size.width), AdaRMSNorm(size.width)
 
 
-def conv_stem(width: int, patch_size: int) -> nn.Sequential:
-    """log2(patch_size) convolutions of stride 2, channels doubling up to the width: the token grid of a patch embedding."""
-    steps = int(math.log2(patch_size))
-    channels = [3] + [max(width >> (steps - 1 - i) & ~7, 16) for i in range(steps)]
-    layers = []
-    for i in range(steps):
-        conv = nn.Conv2d(channels[i], channels[i + 1], 3, stride=2, padding=1)
-        nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-        layers += [conv, nn.GroupNorm(8, channels[i + 1]), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
-
-
-def rotary(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """cos and sin (B, S, 1, head_dim / 2) of the rotary embedding, base 10000."""
-    inv_freq = 1.0 / 10000.0 ** (torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
-    angle = positions[..., None, None].float() * inv_freq
-    return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # x (B, S, heads, head_dim)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
-
-
-def project_kv(attn: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Rotated keys and values (B, kv heads, S, head_dim) of the normed tokens x (B, S, width)."""
-    k, v = (proj(x).unflatten(-1, (-1, attn.head_dim)) for proj in (attn.k_proj, attn.v_proj))
-    return rotate(k, *rope).transpose(1, 2), v.transpose(1, 2)
-
-
 def attend(attn: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor], k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """Attention of the tokens x (B, S, width) to keys and values (B, kv heads, keys, head_dim), output projection included.
 
@@ -188,35 +159,6 @@ def expert_layer(layer: nn.Module, x: Tensor, cond: Tensor, rope: tuple, k: Tens
 def key_bias(valid: Tensor, dtype: torch.dtype) -> Tensor:
     """(B, keys) bool -> additive attention bias (B, 1, 1, keys)."""
     return torch.zeros_like(valid, dtype=dtype).masked_fill(~valid, -math.inf)[:, None, None]
-
-
-# ---------------------------------------------------------------------------------------------------------------- prefix
-@dataclass
-class Prefix:
-    """What the vision-language part hands to the expert: its keys and values. Plain tensors, observations first."""
-
-    keys: Tensor  # (B, L, kv heads, S, head_dim), rotated
-    values: Tensor  # (B, L, kv heads, S, head_dim)
-    valid: Tensor  # (B, S) bool; False where the prompt is padded
-
-    def select(self, index: Tensor) -> Prefix:
-        return Prefix(self.keys[index], self.values[index], self.valid[index])
-
-    def detach(self) -> Prefix:
-        return Prefix(self.keys.detach(), self.values.detach(), self.valid)
-
-    def __len__(self) -> int:
-        return len(self.valid)
-
-    def widen(self, length: int) -> Prefix:
-        """Padded to `length` tokens, which changes no result: prefixes of several batches can then be laid end to end."""
-        n = length - self.valid.shape[1]
-        return Prefix(F.pad(self.keys, (0, 0, 0, n)), F.pad(self.values, (0, 0, 0, n)), F.pad(self.valid, (0, n)))
-
-    @staticmethod
-    def cat(parts: Sequence[Prefix]) -> Prefix:
-        parts = [p.widen(max(p.valid.shape[1] for p in parts)) for p in parts]
-        return Prefix(*(torch.cat([getattr(p, name) for p in parts]) for name in ("keys", "values", "valid")))
 
 
 # ---------------------------------------------------------------------------------------------------------------- policy

@@ -15,8 +15,8 @@ from samples import INSTRUCTIONS, close, observations, part, stats
 import backbones
 import common
 from backbones import openvla, openvla_images
+from backbones.layers import Prefix
 from backbones.openvla import OpenVLA, OpenVLAConfig, layers_of
-from backbones.pi05 import Prefix
 from backbones.published import openvla_key, openvla_tensors, suite_stats
 
 FIXTURES = Path(__file__).parent / "fixtures"

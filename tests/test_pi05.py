@@ -17,7 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import backbones
 import common
 from backbones import pi05
-from backbones.pi05 import Pi05, Pi05Config, Prefix
+from backbones.layers import Prefix
+from backbones.pi05 import Pi05, Pi05Config
 from backbones.published import pi05_key
 
 FIXTURES = Path(__file__).parent / "fixtures"
