@@ -31,6 +31,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 import common
+import memory
 import runs
 import sim
 import workers
@@ -385,6 +386,8 @@ def adopt(cfg: Config, tasks: list[tuple[str, int]]) -> list[dict]:
 
 
 def main(cfg: Config) -> None:
+    if cfg.dry_run:
+        return memory.report(cfg, "demos")
     common.init_states("demos", cfg.n_init)  # fails where they would reach into another group
     tasks = sim.tasks(cfg)
     if unknown := [] if cfg.source else [pair for pair in tasks if pair not in TASKS]:

@@ -129,6 +129,8 @@ def section(cfg: Config, backbone: str, folder: Path) -> tuple[list[str], list[d
 
 
 def main(cfg: Config) -> None:
+    if cfg.dry_run:
+        return
     folder = Path(cfg.root) / cfg.name / "report"
     folder.mkdir(parents=True, exist_ok=True)
     said, rows = [], []

@@ -137,6 +137,10 @@ def estimate(cfg, stage: str) -> dict:
 
 def report(cfg, stage: str) -> None:
     """Print the estimate."""
+    if stage in ("demos", "prefs", "eval"):
+        print(f"{stage}: {SIMULATOR_GB:.1f} GB of main memory for each of {cfg.workers} simulators")
+    if stage == "demos":
+        return
     found = estimate(cfg, stage)
     print(f"{stage}, {cfg.backbone}, {cfg.dtype}: {found['parameters']:,} parameters, {found['trainable']:,} of them trained")
     if found["adapted_layers"]:
@@ -146,5 +150,3 @@ def report(cfg, stage: str) -> None:
         print(f"{part:>30}  {n / 2**30:9.3f} GiB")
     total = sum(found["parts"].values())
     print(f"{'together':>30}  {total / 2**30:9.3f} GiB{f', in each of {processes} processes' if processes > 1 else ''}")
-    if stage in ("demos", "prefs", "eval"):
-        print(f"and {SIMULATOR_GB:.1f} GB of main memory for each of {cfg.workers} simulators")
