@@ -28,20 +28,23 @@ class Config(common.RunConfig):
 INK, GRID, COLOURS = "#222222", "#dddddd", {"sft": "#8c8c8c", "lora": "#1f77b4", "dora": "#d9822b"}
 
 
-def axes(title: str, xlabel: str, ylabel: str):
+def axes(title: str, xlabel: str, ylabel: str, panels: int = 1):
+    """A figure and its `panels` axes side by side (one alone is no list)."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, ax = plt.subplots(figsize=(6.4, 3.8), dpi=150, layout="constrained")
-    ax.set_title(title, loc="left", fontsize=11, color=INK)
-    ax.set_xlabel(xlabel)
-    ax.set_ylabel(ylabel)
-    ax.grid(color=GRID, linewidth=0.6)
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
-    return figure, ax
+    size = (max(6.4, 3.4 * panels), 3.8)
+    figure, grid = plt.subplots(1, panels, figsize=size, dpi=150, layout="constrained", sharey=True, squeeze=False)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
+    grid[0][0].set_ylabel(ylabel)
+    for ax in grid[0]:
+        ax.set_xlabel(xlabel)
+        ax.grid(color=GRID, linewidth=0.6)
+        ax.set_axisbelow(True)
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure, grid[0] if panels > 1 else grid[0][0]
 
 
 def rate_and_bars(rows: list[dict]) -> tuple[list[float], list[list[float]]]:
@@ -53,12 +56,13 @@ def rate_and_bars(rows: list[dict]) -> tuple[list[float], list[list[float]]]:
 
 def plot_success(rows: list[dict], path: Path) -> None:
     figure, ax = axes(f"Success on held-out init states, {rows[0]['suite']}", "", "success, % (Wilson 95 %)")
+    rows = sorted(rows, key=lambda r: (r["start"] == "final", r["start"], r["policy"] == "dpo", r["name"]))
     rates, bars = rate_and_bars(rows)
     colours = [COLOURS[r["adapter"] if r["policy"] == "dpo" else "sft"] for r in rows]
     ax.bar(range(len(rows)), rates, 0.62, color=colours, yerr=bars, capsize=3, ecolor=INK, error_kw={"linewidth": 1})
     for i, (rate, r) in enumerate(zip(rates, rows, strict=True)):
         ax.text(i, 3, f"{r['successes']}/{r['n']}", ha="center", color="white", fontsize=8 if rate > 10 else 0)
-    ax.set_xticks(range(len(rows)), [r["name"].replace("-", "\n", 1).replace("-at", "\nat ") for r in rows], fontsize=8)
+    ax.set_xticks(range(len(rows)), [r["name"].replace("-at", "\nat ").replace("-", "\n", 1) for r in rows], fontsize=8)
     ax.set_ylim(0, 100)
     ax.grid(axis="x", visible=False)
     figure.savefig(path)
@@ -90,17 +94,20 @@ def plot_learning_curve(rows: list[dict], losses: list[dict], path: Path) -> Non
 
 
 def plot_dpo(folders: list[Path], path: Path) -> None:
-    """Implicit rewards of chosen (solid) and rejected (dashed) chunks during DPO."""
-    figure, ax = axes(
-        "DPO: implicit rewards, chosen (solid) and rejected (dashed)", "DPO step", "beta x log-ratio to the reference"
-    )
-    for folder in folders:
-        rows, kind = runs.read_jsonl(folder / "metrics.jsonl"), folder.name.split("-")[1]
-        steps = [row["step"] for row in rows]
-        ax.plot(steps, [row["rewards/chosen"] for row in rows], color=COLOURS[kind], label=folder.name)
-        ax.plot(steps, [row["rewards/rejected"] for row in rows], "--", color=COLOURS[kind])
-    ax.axhline(0, color=INK, linewidth=0.8)
-    ax.legend(frameon=False, fontsize=8)
+    """Implicit rewards of chosen (solid) and rejected (dashed) chunks during DPO; a panel for each set of pairs."""
+    variants = sorted({folder.name.split("-", 2)[2] for folder in folders})
+    title = "DPO: implicit rewards, chosen (solid) and rejected (dashed)"
+    figure, panels = axes(title, "DPO step", "beta x log-ratio to the reference", len(variants))
+    for variant, ax in zip(variants, panels if len(variants) > 1 else [panels], strict=True):
+        recipe, _, step = variant.partition("-at")
+        ax.set_title(f"{recipe} pairs, from {f'step {step}' if step else 'the final policy'}", fontsize=9, color=INK)
+        for folder in [f for f in folders if f.name.split("-", 2)[2] == variant]:
+            rows, kind = runs.read_jsonl(folder / "metrics.jsonl"), folder.name.split("-")[1]
+            steps = [row["step"] for row in rows]
+            ax.plot(steps, [row["rewards/chosen"] for row in rows], color=COLOURS[kind], label=kind)
+            ax.plot(steps, [row["rewards/rejected"] for row in rows], "--", color=COLOURS[kind])
+        ax.axhline(0, color=INK, linewidth=0.8)
+        ax.legend(frameon=False, fontsize=8)
     figure.savefig(path)
 
 
