@@ -10,6 +10,8 @@ A pair is one observation, a chosen and a rejected chunk, and the mask of the ac
 `pairs: episode` is the paper's recipe as its text can be read: K episodes from one initial state, with noise on the executed
 actions ramping from 0.1 to 0.4; the first chunk of a successful and of a failed one share the first observation. Stored are the
 chunk as executed (noise added, clipped), which is what training uses since it earned the label, and the one that was proposed.
+`pairs: whole` is a control, what the paper's public code does for OpenVLA: the same two episodes to their ends, every chunk of
+them scored under the *first* observation.
 `pairs: branch` is what DPO's derivation asks for: at decision points of a failed episode the simulator's state is restored, other
 chunks are sampled from the same observation and played out to the end by the policy *with the same later noise*.
 Differs from the paper: init states 20-34, which no demonstration and no evaluation uses; fail-against-fail is not a pair.
@@ -21,7 +23,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -112,16 +114,18 @@ def episode_pairs(env, policy, cfg: Config, init: int, attempt: int) -> tuple[li
     wins = 0
     for i, sigma in enumerate(sigmas):
         env.reset(init)
-        first = play(env, policy, cfg, (*source, i), sigma=float(sigma))[0]
+        decisions = play(env, policy, cfg, (*source, i), sigma=float(sigma))
         wins += env.success
         if env.success and best is None:  # the least noisy success ...
-            best = (first, float(sigma))
+            best = (decisions, float(sigma))
         if not env.success:  # ... against the noisiest failure
-            worst = (first, float(sigma))
+            worst = (decisions, float(sigma))
     if best is None or worst is None:
         return [], len(sigmas), "all succeeded" if best else "all failed"
-    pair = make_pair(best[0], worst[0], chosen_sigma=best[1], rejected_sigma=worst[1], wins=wins)
-    return [pair], len(sigmas), "mixed outcomes"
+    chunks = list(zip(best[0], worst[0], strict=False))[: None if cfg.pairs == "whole" else 1]
+    seen = best[0][0].obs  # the first observation, which both share
+    facts = {"chosen_sigma": best[1], "rejected_sigma": worst[1], "wins": wins}
+    return [make_pair(replace(good, obs=seen), bad, **facts) for good, bad in chunks], len(sigmas), "mixed outcomes"
 
 
 def branch_pairs(env, policy, cfg: Config, init: int, attempt: int) -> tuple[list, int, str]:
@@ -149,7 +153,7 @@ def branch_pairs(env, policy, cfg: Config, init: int, attempt: int) -> tuple[lis
     return pairs, playouts, f"failed, {len(pairs)} pairs"
 
 
-RECIPES = {"episode": episode_pairs, "branch": branch_pairs}
+RECIPES = {"episode": episode_pairs, "whole": episode_pairs, "branch": branch_pairs}
 
 
 # ------------------------------------------------------------------------------------------------------------- collection

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import common
 import memory
@@ -36,10 +37,12 @@ class Config(common.RunConfig):
     group: str = "test"  # init states: "test" (40-49, reported) or "val" (35-39, for every choice)
     n_init: int = 10  # init states per task
     videos: int = 0  # episodes per task of which a GIF is kept
+    noise_seed: int = 0  # of the policy's noise; 0 = the training seed. Others give more episodes per initial state
+    dropout: float = 0.0  # control: LoRA's dropout left on while the policy acts, as in the paper's public code (0.05)
 
     def __post_init__(self):
         super().__post_init__()
-        common.at_least(self, videos=0)
+        common.at_least(self, videos=0, noise_seed=0, dropout=0)
         common.one_of("policy", self.policy, ("sft", "dpo"))
         common.one_of("eval.group", self.group, ("val", "test"))  # nothing else is for evaluation
 
@@ -47,24 +50,26 @@ class Config(common.RunConfig):
 def policy_name(cfg: Config) -> str:
     """Name of what is evaluated, e.g. sft, sft-at1500, sft-blank, dpo-lora-branch: its folder, without eval- or -val."""
     sft = "sft" if cfg.start == "final" else f"sft-at{cfg.start}"
-    return (cfg.variant("dpo").name if cfg.policy == "dpo" else sft) + ("-blank" if cfg.blank_images else "")
+    name = (cfg.variant("dpo").name if cfg.policy == "dpo" else sft) + ("-blank" if cfg.blank_images else "")
+    return name + (f"-dropout{cfg.dropout:g}" if cfg.dropout else "") + (f"-noise{cfg.noise_seed}" if cfg.noise_seed else "")
 
 
 def load_policy(cfg: Config):
     policy = common.load_sft(cfg)
-    return common.merge_adapter(policy, cfg.variant("dpo")).eval() if cfg.policy == "dpo" else policy
+    return common.load_adapter(policy, cfg.variant("dpo"), cfg.dropout) if cfg.policy == "dpo" else policy
 
 
 # -------------------------------------------------------------------------------------------------------------- episodes
 def episode(env, policy, cfg: Config, init: int, frames: list | None) -> dict:
     """One episode from init state `init`. `frames` collects what the policy saw."""
-    began, k = time.time(), 0
+    began, k, seed = time.time(), 0, cfg.noise_seed or cfg.seed
     env.reset(init)
     while not env.success and env.steps < env.max_steps:
         obs = env.observe()
         if frames is not None:
             frames.append(np.concatenate([obs["agentview"], obs["wrist"]], axis=1))
-        noise = common.stream(cfg.seed, "eval", env.suite, env.task_id, init, k)
+        noise = common.stream(seed, "eval", env.suite, env.task_id, init, k)
+        torch.manual_seed(noise.initial_seed())  # read by dropout alone, where it is on
         chunk = common.propose(policy, obs, cfg, [noise])[0]
         common.carry_out(env, np.asarray(policy.unnormalise(chunk))[: cfg.execute])
         k += 1
@@ -85,7 +90,7 @@ def evaluate(job: tuple):
             save_gif(
                 folder / "videos" / f"{suite}-{task:02d}-init{init}-{'success' if row['success'] else 'failure'}.gif", frames
             )
-        yield {"suite": suite, "task": task, "init_state": init, "seed": cfg.seed} | row
+        yield {"suite": suite, "task": task, "init_state": init, "seed": cfg.noise_seed or cfg.seed} | row
     env.close()
 
 
@@ -159,9 +164,11 @@ def results_table(cfg: Config) -> list[dict]:
     for name, (facts, episodes, timing) in found.items():
         used = facts["config"]
         is_dpo, start = used["policy"] == "dpo", "sft" if used["start"] == "final" else f"sft-at{used['start']}"
+        start += f"-noise{used['noise_seed']}" if used["noise_seed"] else ""
         row = {"suite": " ".join(used["suites"]), "backbone": cfg.backbone, "policy": used["policy"], "name": name}
         row |= {"adapter": used["adapter"] if is_dpo else "none", "pairs": used["pairs"] if is_dpo else "none"}
         row |= {"start": used["start"], "blank_images": used["blank_images"], "group": cfg.group, "train_seeds": [used["seed"]]}
+        row |= {"noise_seed": used["noise_seed"] or used["seed"]}
         row |= summarise(episodes) | {"command": timing["command"], "commit": timing["commit"]}
         base = found.get(start)
         if name != start and base and all(base[0]["config"][key] == used[key] for key in PROTOCOL):

@@ -291,13 +291,22 @@ def attach_adapter(policy, kind: str, rank: int, alpha: int, targets: str, seed:
     return adapted
 
 
-def merge_adapter(policy, folder: Path):
-    """The policy with the adapter of `folder` (peft's own format) merged into its weights."""
+def load_adapter(policy, folder: Path, dropout: float = 0.0):
+    """The policy with the adapter of `folder` (peft's own format) merged into its weights, in evaluation mode.
+
+    dropout: not merged, and its dropout is on (a control; nothing else of the policy drops anything).
+    """
     from peft import PeftModel
 
     if not (folder / "adapter_model.safetensors").is_file():
         raise UserError(f"{folder} holds no adapter_model.safetensors; run 03_dpo.py first")
-    return PeftModel.from_pretrained(policy, str(folder)).merge_and_unload()
+    adapted = PeftModel.from_pretrained(policy, str(folder))
+    if not dropout:
+        return adapted.merge_and_unload().eval()
+    for layer in policy.eval().modules():
+        if hasattr(layer, "lora_dropout"):
+            layer.lora_dropout["default"] = torch.nn.Dropout(dropout)  # in training mode, as it is made
+    return policy
 
 
 def merged_copy(policy):
@@ -419,7 +428,7 @@ class RunConfig:
     render: str = "fast"  # "fast" or "default" (what published checkpoints must be shown)
     blank_images: bool = False  # control: black images, in whichever stage it is set
     start: str = "final"  # SFT weights that prefs, dpo and eval start from: "final", or a snapshot's step such as "1500"
-    pairs: str = "branch"  # preference recipe: "branch" or "episode"
+    pairs: str = "branch"  # preference recipe: "branch", "episode" or "whole", see 02
     adapter: str = "lora"  # "lora" or "dora"
     execute: int = 8  # actions of a chunk that are carried out before the policy looks again
     denoise_steps: int = 10  # Euler steps of sample_actions, for flow matching
@@ -430,7 +439,7 @@ class RunConfig:
 
     def __post_init__(self):
         at_least(self, execute=1, denoise_steps=1, noise_scale=0, workers=1, image_size=16)
-        choices = {"render": ("fast", "default"), "pairs": ("branch", "episode"), "adapter": ("lora", "dora")}
+        choices = {"render": ("fast", "default"), "pairs": ("branch", "episode", "whole"), "adapter": ("lora", "dora")}
         choices |= {"device": ("cpu", "cuda"), "dtype": ("float32", "bfloat16")}
         for key, known in choices.items():
             one_of(key, getattr(self, key), known)

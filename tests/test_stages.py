@@ -199,12 +199,58 @@ def test_a_saved_adapter_merges_to_what_was_trained(kind, tmp_path):
     noise = policy.noise(4, common.stream(0, "noise"))
     trained = policy.sample_actions(policy.encode(obs), noise)
     adapted.save_pretrained(str(tmp_path))
-    merged = common.merge_adapter(tiny_policy(), tmp_path)
+    merged = common.load_adapter(tiny_policy(), tmp_path)
     torch.testing.assert_close(merged.sample_actions(merged.encode(obs), noise), trained, rtol=1e-4, atol=1e-5)
     copied = common.merged_copy(policy)
     torch.testing.assert_close(copied.sample_actions(copied.encode(obs), noise), trained, rtol=1e-4, atol=1e-5)
     assert copied.state_dict().keys() == tiny_policy().state_dict().keys()
     assert not torch.allclose(tiny_policy().sample_actions(merged.encode(obs), noise), trained, atol=1e-3)
+
+
+def test_dropout_left_on_while_acting_changes_what_is_done(tmp_path):
+    policy, pairs = tiny_policy(), random_pairs(4)
+    adapted = common.attach_adapter(policy, "lora", 4, 8, policy.adapter_targets, seed=1)
+    with torch.no_grad():
+        for name, p in policy.named_parameters():
+            if "lora_B" in name:
+                p.add_(0.05 * torch.randn(p.shape, generator=common.stream(0, name)))
+    adapted.save_pretrained(str(tmp_path))
+    obs, noise = dpo.batch_of(pairs, torch.arange(4))[0], policy.noise(4, common.stream(0, "noise"))
+
+    def chunk(dropout: float, seed: int) -> torch.Tensor:
+        acting = common.load_adapter(tiny_policy(), tmp_path, dropout)
+        torch.manual_seed(seed)
+        return acting.sample_actions(acting.encode(obs), noise)
+
+    torch.testing.assert_close(chunk(1e-9, 0), chunk(0.0, 0), rtol=1e-4, atol=1e-5)  # nothing is dropped: as merged
+    assert torch.equal(chunk(0.05, 1), chunk(0.05, 1)) and not torch.allclose(chunk(0.05, 1), chunk(0.05, 2), atol=1e-4)
+    assert torch.equal(chunk(0.0, 1), chunk(0.0, 2))
+
+
+def test_whole_episodes_are_scored_under_the_first_observation(monkeypatch):
+    """Recipe `whole`: as many pairs as both episodes have chunks, all with the first observation; `episode` is its first pair."""
+    from types import SimpleNamespace
+
+    env = SimpleNamespace(suite="s", task_id=0, success=False, reset=lambda init: None)
+
+    def play(env, policy, cfg, source, sigma):
+        env.success = sigma == 0.0
+        value = 0.1 if env.success else 0.2
+        obs = [{"agentview": k, "wrist": k, "state": k, "instruction": "i"} for k in range(5 if env.success else 3)]
+        chunks = [np.full((10, 7), value + k) for k in range(len(obs))]
+        return [prefs.Decision(k, None, o, c, c, 8) for k, (o, c) in enumerate(zip(obs, chunks, strict=True))]
+
+    monkeypatch.setattr(prefs, "play", play)
+    made = {}
+    for recipe in ("whole", "episode"):
+        cfg = prefs.Config(pairs=recipe, candidates=2, noise_low=0.0, noise_high=0.4)
+        made[recipe], playouts, _ = prefs.RECIPES[recipe](env, None, cfg, 20, 0)
+        assert playouts == 2
+    assert len(made["whole"]) == 3 and len(made["episode"]) == 1
+    for k, (tensors, facts) in enumerate(made["whole"]):
+        assert tensors["agentview"] == 0 and tensors["chosen"][0, 0] == 0.1 + k and tensors["rejected"][0, 0] == 0.2 + k
+        assert facts["decision"] == k
+    assert np.array_equal(made["episode"][0][0]["chosen"], made["whole"][0][0]["chosen"])
 
 
 # -------------------------------------------------------------------------------------------------------------------- 04
