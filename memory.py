@@ -1,9 +1,13 @@
-"""How much memory a stage will take, before anything is loaded: `python 03_dpo.py configs/openvla_7b.yaml --dry-run`.
+"""What a stage will take, in memory and hours, before anything is loaded: `python 03_dpo.py configs/openvla_7b.yaml --dry-run`.
 
 The policy is built on PyTorch's meta device, where tensors have a shape and no content. Weights, gradients and the optimiser's
 state are counted off it; so are the activations, by running the stage's own forward pass there and adding up what autograd keeps.
 With `recompute` the layer that the backward pass is at comes on top. Not in it: PyTorch itself (0.4 GB on a CPU, about 1 GB with
 CUDA), the allocator's slack, kernels' workspaces, the data.
+
+Hours are a roofline's: operations and bytes of weights of the linear layers and of attention, counted in the same way, against
+a named GPU's rates. Training is bound by the first, acting on one observation by the second. Not in it: the simulator, and the
+launching of kernels, which dominates eager code at batch 1. It says what the hardware allows, not what a first run will take.
 """
 
 from __future__ import annotations
@@ -17,6 +21,8 @@ import backbones
 import common
 
 SIMULATOR_GB = 2.4  # of one LIBERO process, measured
+GPU, FLOPS, BANDWIDTH = "H100", 989e12, 3.35e12  # NVIDIA's data sheet: dense bfloat16 per second, bytes per second
+UTILISATION = 0.4  # of FLOPS, which well-run training reaches
 INSTRUCTION = "put both the alphabet soup and the tomato sauce in the basket"  # one of the longest
 
 
@@ -135,6 +141,59 @@ def estimate(cfg, stage: str) -> dict:
     return {"parts": parts, "adapted_layers": layers} | counts
 
 
+class Work(TorchFunctionMode):
+    """Counts what linear layers and attention do: operations, and bytes of weights read."""
+
+    def __init__(self):
+        super().__init__()
+        self.flops = self.bytes = 0
+
+    def __torch_function__(self, function, types, arguments=(), kwargs=None):
+        if function is F.linear:
+            x, weight = arguments[:2]
+            self.flops += 2 * x.numel() * weight.shape[0]
+            self.bytes += weight.numel() * weight.element_size()
+        if function is F.scaled_dot_product_attention:
+            q, k = arguments[:2]
+            self.flops += 4 * q.numel() * k.shape[-2]  # scores, then the sum of the values
+        return function(*arguments, **(kwargs or {}))
+
+
+def work_of_training(cfg, stage: str) -> tuple[float, str]:
+    """Operations of all steps, and how they come about."""
+    policy = make_policy(cfg, cfg.train if stage == "sft" else cfg.adapter)
+    with torch.no_grad(), Work() as work:
+        {"sft": sft_forward, "dpo": dpo_forward}[stage](policy, cfg)
+    full = stage == "sft" and cfg.train == "full"
+    passes = {"forward": 1, "backward": 2 if full else 1, "again": int(cfg.recompute), "reference": int(stage == "dpo")}
+    said = " + ".join(f"{n} {name}" for name, n in passes.items() if n)
+    return cfg.steps * sum(passes.values()) * work.flops, f"{cfg.steps} steps x ({said}) x {work.flops / 1e12:.3g} TFLOP"
+
+
+def work_of_a_look(cfg) -> tuple[float, float]:
+    """Operations, and bytes of weights, from one observation to one chunk."""
+    policy = make_policy(cfg, "")
+    noise = policy.noise(1, torch.Generator())
+    with torch.no_grad(), Work() as work:
+        inputs, _, _ = make_batch(policy, cfg, 1, "meta")
+        policy.sample_actions(policy.prefix(*inputs), noise.to("meta"), cfg.denoise_steps)
+    return work.flops, work.bytes
+
+
+def time_needed(cfg, stage: str) -> str:
+    """One line: the least hours on the named GPU."""
+    if stage in ("sft", "dpo"):
+        flops, said = work_of_training(cfg, stage)
+        return f"{said}: {flops / FLOPS / UTILISATION / 3600:.2g} hours on an {GPU} at {UTILISATION:.0%} of its peak"
+    flops, read = work_of_a_look(cfg)
+    seconds = max(flops / FLOPS / UTILISATION, read / BANDWIDTH)
+    steps = [common.MAX_STEPS[suite] for suite in cfg.suites]
+    episodes = cfg.max_playouts if stage == "prefs" else len(cfg.suites) * len(cfg.tasks or range(10)) * cfg.n_init
+    looks = episodes * sum(steps) / len(steps) / cfg.execute
+    said = f"{looks:.0f} looks at most x {1000 * seconds:.2g} ms ({flops / 1e12:.2g} TFLOP, {read / 1e9:.2g} GB of weights)"
+    return f"{said}: {looks * seconds / 3600:.2g} hours on an {GPU} at best, the simulator apart"
+
+
 def report(cfg, stage: str) -> None:
     """Print the estimate."""
     if stage in ("demos", "prefs", "eval"):
@@ -150,3 +209,6 @@ def report(cfg, stage: str) -> None:
         print(f"{part:>30}  {n / 2**30:9.3f} GiB")
     total = sum(found["parts"].values())
     print(f"{'together':>30}  {total / 2**30:9.3f} GiB{f', in each of {processes} processes' if processes > 1 else ''}")
+    print(time_needed(cfg, stage))
+    if not cfg.checkpoint and not cfg.model:  # the published shapes
+        print(f"to download: {found['parameters'] * 2 / 1e9:.0f} GB in bfloat16; a checkpoint in float32 has twice that")

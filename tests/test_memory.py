@@ -76,6 +76,41 @@ def test_the_papers_adapter_table(name, adapter, layers, trainable):
     assert sum(sizes.values()) == trainable and sum("lora_A" in n for n in sizes) == layers
 
 
+@pytest.mark.parametrize("backbone", ["pi05", "openvla"])
+def test_operations_are_those_that_pytorch_counts(backbone):
+    """Of a real forward pass; PyTorch's counter knows convolutions too, and not the fused attention of CPUs."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    cfg = config("03_dpo", "dpo", f"backbone={backbone}", "dpo.batch_size=2")
+    policy = real_policy(cfg, memory.make_policy(cfg, ""))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, memory.Work() as work:
+        memory.dpo_forward(policy, cfg, "cpu")
+    counts = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+    linear = sum(n for op, n in counts.items() if op in ("aten.mm", "aten.addmm", "aten.bmm"))
+    assert linear <= work.flops < 1.3 * linear
+
+
+def test_a_full_step_costs_three_forwards_and_a_dpo_step_also_the_reference():
+    for script, section, passes in (("01_sft", "sft", 3), ("03_dpo", "dpo", 3)):
+        cfg = config(script, section, f"{section}.steps=7", f"{section}.batch_size=2")
+        total, said = memory.work_of_training(cfg, section)
+        policy = memory.make_policy(cfg, "full" if section == "sft" else "lora")
+        with torch.no_grad(), memory.Work() as work:
+            getattr(memory, f"{section}_forward")(policy, cfg)
+        assert total == 7 * passes * work.flops and ("reference" in said) == (section == "dpo")
+
+
+def test_a_look_reads_the_weights_of_each_pass():
+    """pi-0.5: the expert's layers once per denoise step; OpenVLA: the language model once per token."""
+    for backbone, times in (("pi05", 10), ("openvla", 56)):
+        cfg = config("04_eval", "eval", f"backbone={backbone}")
+        policy = memory.make_policy(cfg, "")
+        _, read = memory.work_of_a_look(cfg)
+        stack = policy.expert if backbone == "pi05" else policy.language_model
+        matrices = sum(p.numel() * 4 for name, p in stack.layers.named_parameters() if name.endswith("proj.weight"))
+        assert times * matrices < read < times * memory.size(p for p in stack.parameters()) + memory.size(policy.parameters())
+
+
 def test_a_dry_run_prints_and_writes_nothing(tmp_path):
     command = [sys.executable, str(runs.HERE / "03_dpo.py"), TINY, "--dry-run", f"root={tmp_path}"]
     result = subprocess.run(command, capture_output=True, text=True)
