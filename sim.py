@@ -1,8 +1,9 @@
 """The simulator: LIBERO tasks with an exact quick reset, and rendering on request. `python sim.py` runs preflight.py.
 
-Physics, controller and success predicate are LIBERO's own (robosuite 1.4, OSC_POSE at 20 Hz, 25 substeps of 2 ms). What is left
-out of the loop changes no bit of the state: a reset restores saved arrays instead of compiling the model again, images are
-rendered when somebody looks, positions and velocities are evaluated once per substep instead of three times.
+Physics and success predicate are LIBERO's own (robosuite 1.4, OSC_POSE at 20 Hz, 25 substeps of 2 ms). What is left out of the
+loop changes no bit of the state: a reset restores saved arrays instead of compiling the model again, images are rendered when
+somebody looks, positions and velocities are evaluated once per substep instead of three times, and the controller (osc.py) is
+robosuite's arithmetic without its ceremony. `python tests/bench/simulator.py` measures both.
 """
 
 from __future__ import annotations
@@ -76,9 +77,11 @@ def libraries() -> types.SimpleNamespace:
             import mujoco
             from libero.libero import benchmark
             from libero.libero.envs.env_wrapper import ControlEnv
+
+            import osc
     except (ImportError, AttributeError, RuntimeError) as error:
         raise UserError(f"cannot import LIBERO with MUJOCO_GL={os.environ['MUJOCO_GL']} ({error}); {GL_REMEDY}") from error
-    return types.SimpleNamespace(mujoco=mujoco, benchmark=benchmark, ControlEnv=ControlEnv, assets=paths["assets"])
+    return types.SimpleNamespace(mujoco=mujoco, benchmark=benchmark, ControlEnv=ControlEnv, osc=osc, assets=paths["assets"])
 
 
 @functools.cache
@@ -132,7 +135,7 @@ class Snapshot:
     before: np.ndarray | None  # the same before the last substep, from which contacts and poses come
     controller: dict  # its arrays and numbers (OSC_POSE has no interpolators)
     gripper: np.ndarray  # its integrated action
-    counters: tuple  # robosuite's timestep, cur_time, done; our steps
+    steps: int
     seen: tuple  # what observe() shows: qpos of the geometry, qpos of arm and gripper, alpha of the sites
 
 
@@ -162,35 +165,14 @@ class TaskEnv:
         self.controller = self.robot.controller
         assert self.controller.interpolator_pos is None and self.controller.interpolator_ori is None
         self.env._observables.clear()
-        self.env.sim.forward, self.env.sim.step = self._sim_forward, self._sim_step
+        self._osc = libraries().osc.Controller(self.robot, self.model, self.data)
         self._substeps = int(self.env.control_timestep / self.env.model_timestep)  # 25
-        self._in_step, self._positions_known, self._before, self.steps = False, False, None, 0
+        self._before, self.steps = None, 0
         self._fixtures = np.concatenate([self.model.body_pos, self.model.body_quat], axis=1)
         self._see(self.data.qpos.copy())
         self._fresh = self.save()  # as the standard protocol has it right before set_init_state
 
     # ------------------------------------------------------------------------------------------------------- dynamics
-    def _sim_forward(self) -> None:
-        """robosuite calls this twice per substep before sim.step. The second call sees the same positions and velocities;
-        only the constraint solver runs again, from the first one's solution, since warm starts decide the last bits."""
-        if self._in_step and self._positions_known:
-            self._mj.mj_forwardSkip(self.model, self.data, self._mj.mjtStage.mjSTAGE_VEL, 1)
-        else:
-            self._mj.mj_forward(self.model, self.data)
-            self._positions_known = True
-
-    def _sim_step(self) -> None:
-        """mj_step without its first half, which `_sim_forward` has just computed. Remembers what robosuite would observe:
-        its observables' clock is 4 ms ahead after a reset, so in every control step they sample after substep 24 of 25."""
-        self._substep += 1
-        if self._substep == self._substeps:
-            self._before = self._state()
-        geometry = self.data.qpos.copy()  # poses are derived at the start of a substep
-        self._mj.mj_step2(self.model, self.data)
-        self._positions_known = False
-        if self._substep == self._substeps - 1:
-            self._see(geometry)
-
     def _see(self, geometry: np.ndarray) -> None:
         self._seen = geometry, self.data.qpos.copy(), self.model.site_rgba[:, 3].copy()
 
@@ -230,11 +212,19 @@ class TaskEnv:
         action = np.asarray(action, dtype=np.float64)
         if action.shape != (7,) or not np.isfinite(action).all():
             raise ValueError(f"an action is 7 finite numbers, not {action}")
-        self._substep, self._in_step, self._positions_known = 0, True, False
-        try:
-            success = self.env.step(action)[2]
-        finally:
-            self._in_step = False
+        for substep in range(1, self._substeps + 1):
+            self._mj.mj_forwardSkip(self.model, self.data, self._mj.mjtStage.mjSTAGE_NONE, 1)  # skips only the sensors
+            if substep == 1:
+                self._osc.begin(action)
+            self._osc.actuate()
+            if substep == self._substeps:
+                self._before = self._state()
+            geometry = self.data.qpos.copy()  # poses are derived at the start of a substep
+            self._mj.mj_step2(self.model, self.data)  # mj_step without its first half
+            if substep == self._substeps - 1:  # robosuite's observables' clock is 4 ms ahead after a reset, so they sample here
+                self._see(geometry)
+        self.env._post_action(action)
+        success = self.env._check_success()
         self.steps += 1
         if self.data.warning.number[4:7].any():  # BADQPOS, BADQVEL, BADQACC: mujoco has reset the state by itself
             raise Diverged(f"the physics of {self.suite} task {self.task_id} diverged at step {self.steps}")
@@ -257,9 +247,8 @@ class TaskEnv:
         kinds = (np.ndarray, np.generic, bool, int, float, type(None))
         controller = {name: np.copy(v) if isinstance(v, np.ndarray) else v for name, v in vars(self.controller).items()}
         controller = {name: value for name, value in controller.items() if isinstance(value, kinds)}
-        counters = self.env.timestep, self.env.cur_time, self.env.done, self.steps
         gripper, task = np.copy(self.robot.gripper.current_action), (self.suite, self.task_id)
-        return Snapshot(task, self._state(), self._before, controller, gripper, counters, self._seen)
+        return Snapshot(task, self._state(), self._before, controller, gripper, self.steps, self._seen)
 
     def restore(self, snap: Snapshot) -> None:
         """Return to a saved state of this task, whatever happened since, also in another process."""
@@ -282,7 +271,7 @@ class TaskEnv:
         for name, value in snap.controller.items():
             setattr(self.controller, name, np.copy(value) if isinstance(value, np.ndarray) else value)
         self.robot.gripper.current_action = snap.gripper.copy()
-        self.env.timestep, self.env.cur_time, self.env.done, self.steps = snap.counters
+        self.steps = snap.steps
 
     # ---------------------------------------------------------------------------------------------------- observation
     def _geometry(self):
@@ -345,7 +334,7 @@ class TaskEnv:
         if self._renderer is not None:
             self._renderer.close()
         if self._wrapper is not None:
-            del self.env.sim.forward, self.env.sim.step, self.env._initialize_sim  # they refer back to this object
+            del self.env._initialize_sim
             self._wrapper.close()
         self._renderer = self._wrapper = self.env = self.robot = self.controller = self.model = self.data = self._view = None
 

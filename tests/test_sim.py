@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib
 import os
 import pickle
 import signal
@@ -114,6 +115,43 @@ def test_quick_reset_step_pixels_and_proprio_are_the_standard_protocol_bit_for_b
             done = env.step(action)
         assert same(next(expected), moment(env, done)) == []
         assert env.steps == N_RANDOM
+
+
+def later(env: sim.TaskEnv, success: bool) -> list[np.ndarray]:
+    """All that a later step depends on: physics, controller, gripper, glow of the burner, sensors, goal predicate."""
+    state = [physics(env.model, env.data), env.robot.gripper.current_action, env.data.sensordata, np.array(success)]
+    return [np.copy(value) for value in state + [value for _, value in sorted(controller(env.controller).items())]]
+
+
+@pytest.mark.parametrize(("suite", "task", "init"), [("libero_object", 0, 9), ("libero_goal", 7, 3), ("libero_10", 3, 5)])
+def test_long_contact_rich_episodes_are_robosuites_own_loop_bit_for_bit(suite, task, init, request):
+    """Whole episodes: a grasp by the scripted expert, or the hand driven into the scene; then random actions beyond [-1, 1]."""
+    fixture = {"libero_object": "env", "libero_goal": "goal"}.get(suite)
+    env = request.getfixturevalue(fixture) if fixture else sim.TaskEnv(suite, task)
+    rng, steps = np.random.default_rng(init), []
+    assert "step" not in vars(env.env) and "forward" not in vars(env.env.sim)  # nobody has replaced robosuite's loop
+
+    def robosuite(action):
+        steps.append((action, later(env, env.env.step(action)[2])))
+
+    env.reset(init)
+    if suite == "libero_object":
+        demos = importlib.import_module("00_demos")
+        expert = demos.Expert(env, rng, 0.0)
+        for primitive, parameters in demos.TASKS[suite, task]:
+            for action in primitive(expert, **parameters):
+                robosuite(action)
+        assert env.success  # the object was grasped, carried and released
+    push = np.zeros(7)
+    for step in range(60):
+        push = 0.8 * push + 0.6 * rng.standard_normal(7)
+        robosuite(push - 0.7 * (step < 30) * np.eye(7)[2])  # down, then anywhere
+    env.reset(init)
+    for step, (action, theirs) in enumerate(steps):
+        ours = later(env, env.step(action))
+        assert all(np.array_equal(a, b) for a, b in zip(theirs, ours, strict=True)), step
+    if not fixture:
+        env.close()
 
 
 def test_restore_continues_bit_for_bit_whatever_happened_in_between(env):
