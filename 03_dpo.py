@@ -118,7 +118,7 @@ def main(cfg: Config) -> None:
     sft = common.sft_inputs(cfg)
     prefs = runs.require(cfg.variant("prefs"), "prefs", f" pairs={cfg.pairs} start={cfg.start}")
     shared = f"suites backbone seed blank_images pairs adapter {common.SFT_KEYS}"
-    stage = runs.open_stage(__file__, cfg, cfg.variant("dpo"), shared, [*sft, prefs], cfg.policy_code)
+    stage = runs.open_stage(__file__, cfg, cfg.variant("dpo"), shared, [*sft, prefs], ["dora.py", *cfg.policy_code])
     if stage is None:
         return
     torch.set_num_threads(cfg.threads)

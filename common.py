@@ -278,17 +278,17 @@ def attach_adapter(policy, kind: str, rank: int, alpha: int, targets: str, seed:
     """
     from peft import LoraConfig, get_peft_model
 
+    import dora
+
     one_of("adapter", kind, ("lora", "dora"))
     if not any(re.fullmatch(targets, layer) for layer, _ in policy.named_modules()):
         raise UserError(f"the regex {targets!r} matches no layer of the policy")
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets, use_dora=kind == "dora")
+    if kind == "dora":
+        config._register_custom_module({torch.nn.Linear: dora.DoraLinear})
     with torch.random.fork_rng():  # peft draws A from the global generator
         torch.manual_seed(_entropy(seed, ("adapter", kind)) >> 1)
-        adapted = get_peft_model(policy, config)
-    for layer in policy.modules():  # peft takes DoRA's first magnitude in the weights' precision, every later norm in float32
-        for magnitude in getattr(layer, "lora_magnitude_vector", {}).values():
-            magnitude.weight.data = torch.linalg.norm(layer.get_base_layer().weight.data.float(), dim=1)
-    return adapted
+        return get_peft_model(policy, config)
 
 
 def load_adapter(policy, folder: Path, dropout: float = 0.0):
