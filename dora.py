@@ -44,7 +44,7 @@ class Product(torch.autograd.Function):
 
 
 class FactoredDora(DoraLinearVariant):
-    """peft's variant (files, merging), but the first magnitude is what `row_norm` gives: m / norm = 1 exactly, in bfloat16 too."""
+    """peft's variant (files, merging), but `row_norm` gives the first magnitude: m / norm = 1 exactly, in bfloat16 too."""
 
     @staticmethod
     def init(module: DoraLinear, adapter_name: str, **kwargs) -> None:

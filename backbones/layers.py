@@ -27,15 +27,15 @@ def conv_stem(width: int, patch_size: int) -> nn.Sequential:
 
 
 def rotary(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """cos and sin (B, S, 1, head_dim / 2) of the rotary embedding, base 10000."""
+    """Tables (B, S, 1, head_dim) of the rotary embedding, base 10000, for `rotate`: cos twice, and sin with its two signs."""
     inv_freq = 1.0 / 10000.0 ** (torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
     angle = positions[..., None, None].float() * inv_freq
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # x (B, S, heads, head_dim)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
 
 
 def project_kv(attn: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

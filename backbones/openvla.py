@@ -266,14 +266,17 @@ class OpenVLA(Policy):
         Causal, patches included, so that the padding on the right is seen by no valid token. Nobody reads the last layer
         beyond its keys and values: it is computed only when asked for.
         """
-        positions = torch.arange(x.shape[1], device=x.device)[None]
-        hidden, past = self._layers(x, positions, None, None, to_end)
+        rope = self._rotary(torch.arange(x.shape[1], device=x.device)[None])
+        hidden, past = self._layers(x, rope, None, None, to_end)
         keys, values = (torch.stack(part, dim=1) for part in zip(*past, strict=True))  # (B, L, heads, S, head_dim)
         return Prefix(keys, values, valid), hidden
 
-    def _layers(self, x: Tensor, positions: Tensor, mask: Tensor | None, past: KeyValues | None, to_end: bool = True):
+    def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return rotary(positions, self.cfg.llm.width // self.cfg.llm.num_heads)
+
+    def _layers(self, x: Tensor, rope: tuple, mask: Tensor | None, past: KeyValues | None, to_end: bool = True):
         """The decoder's layers on tokens x (N, n, W) behind `past`. -> hidden states (N, n, W), keys and values of them all."""
-        rope, layers, cache = rotary(positions, self.cfg.llm.width // self.cfg.llm.num_heads), self.language_model.layers, []
+        layers, cache = self.language_model.layers, []
         for i, layer in enumerate(layers):
             kv_only = i == len(layers) - 1 and not to_end
             x, *kv = self.run(decoder_layer, layer, x, rope, past and past[i], mask, kv_only)
@@ -281,17 +284,22 @@ class OpenVLA(Policy):
         return self.language_model.norm(x) if to_end else None, cache
 
     # ----------------------------------------------------------------------------------------------------- action tokens
-    def follow(self, past: KeyValues, valid: Tensor, ids: Tensor) -> tuple[Tensor, KeyValues, Tensor]:
+    def surroundings(self, valid: Tensor, n: int) -> tuple[tuple, Tensor]:
+        """What n tokens find behind those that are valid (N, S), whatever they are: rotary tables, mask (N, 1, n, S + n)."""
+        positions = valid.sum(1, keepdim=True) + torch.arange(n, device=valid.device)
+        causal = valid.new_ones(n, n).tril().expand(len(valid), -1, -1)
+        return self._rotary(positions), torch.cat([valid[:, None].expand(-1, n, -1), causal], dim=2)[:, None]
+
+    def _logits(self, past: KeyValues, surroundings: tuple, ids: Tensor) -> tuple[Tensor, KeyValues]:
+        hidden, past = self._layers(self.language_model.embed_tokens(ids), *surroundings, past)
+        return self.language_model.lm_head(hidden).float(), past
+
+    def follow(self, past: KeyValues, valid: Tensor, ids: Tensor) -> tuple[Tensor, KeyValues]:
         """Logits (N, n, rows) in float32 behind each of the tokens ids (N, n), which follow `past`, valid where (N, S).
 
-        Also returns past and valid with these tokens included.
+        Also returns past with these tokens included.
         """
-        n = ids.shape[1]
-        positions = valid.sum(1, keepdim=True) + torch.arange(n, device=ids.device)
-        causal = valid.new_ones(n, n).tril().expand(len(ids), -1, -1)
-        mask = torch.cat([valid[:, None].expand(-1, n, -1), causal], dim=2)[:, None]  # (N, 1, n, S + n)
-        hidden, past = self._layers(self.language_model.embed_tokens(ids), positions, mask, past)
-        return self.language_model.lm_head(hidden).float(), past, F.pad(valid, (0, n), value=True)
+        return self._logits(past, self.surroundings(valid, ids.shape[1]), ids)
 
     def token_log_probs(self, prefix: Prefix, ids: Tensor, count: int) -> Tensor:
         """Log-softmax over all rows (N, count, rows) of the `count` tokens behind "▁", the tokens ids (N, n) being given."""
@@ -301,11 +309,15 @@ class OpenVLA(Policy):
     @torch.no_grad()
     def generate(self, prefix: Prefix, noise: Tensor) -> Tensor:
         """Action tokens (N, 7 H): the argmax over action tokens of logits + noise, one after the other. noise (N, H, 7, bins)."""
-        start, past, valid = self.cfg.action_end - self.cfg.n_bins, layers_of(prefix), prefix.valid
-        ids = [torch.full((len(prefix), 1), self.cfg.space, device=valid.device)]
-        for gumbel in noise.to(valid.device).flatten(1, 2).unbind(1):
-            logits, past, valid = self.follow(past, valid, ids[-1])
-            ids.append(start + (logits[:, -1, start : self.cfg.action_end] + gumbel).argmax(-1, keepdim=True))
+        start, end = self.cfg.action_end - self.cfg.n_bins, self.cfg.action_end
+        noise, past, known = noise.to(prefix.valid.device).flatten(1, 2), layers_of(prefix), prefix.valid.shape[1]
+        (cos, sin), mask = self.surroundings(prefix.valid, noise.shape[1])
+        ids = [torch.full((len(prefix), 1), self.cfg.space, device=noise.device)]
+        for i, gumbel in enumerate(noise.unbind(1)):
+            here = slice(i, i + 1)
+            its = (cos[:, here], sin[:, here]), mask[:, :, here, : known + i + 1]
+            logits, past = self._logits(past, its, ids[-1])
+            ids.append(start + (logits[:, -1, start:end] + gumbel).argmax(-1, keepdim=True))
         return torch.cat(ids[1:], dim=1)
 
     def encode_actions(self, x: Tensor) -> Tensor:

@@ -101,9 +101,12 @@ class AdaRMSNorm(nn.Module):
         super().__init__()
         self.dense = nn.Linear(width, 3 * width)
 
-    def forward(self, x: Tensor, cond: Tensor) -> tuple[Tensor, Tensor]:  # x (N, H, W), cond (N or 1, W)
-        scale, shift, gate = self.dense(cond.to(self.dense.weight.dtype))[:, None].chunk(3, dim=-1)  # (N, 1, W)
-        normed = F.rms_norm(x.float(), x.shape[-1:], eps=EPS) * (1 + scale) + shift
+    def modulation(self, cond: Tensor) -> Tensor:  # (N or 1, W) -> (N or 1, 1, 3 W)
+        return self.dense(cond.to(self.dense.weight.dtype))[:, None]
+
+    def forward(self, x: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:  # x (N, H, W)
+        scale, shift, gate = modulation.chunk(3, dim=-1)
+        normed = torch.addcmul(shift, F.rms_norm(x.float(), x.shape[-1:], eps=EPS), 1 + scale)
         return normed.to(x.dtype), gate.to(x.dtype)
 
 
@@ -147,13 +150,19 @@ def prefix_layer(layer: nn.Module, x: Tensor, rope: tuple, bias: Tensor, kv_only
     return x + layer.mlp(layer.post_attention_layernorm(x)), k, v
 
 
-def expert_layer(layer: nn.Module, x: Tensor, cond: Tensor, rope: tuple, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """A layer of the action expert on tokens x (N, H, W), which see the prefix's k, v (N, kv heads, S, head_dim) as well."""
-    normed, gate = layer.input_layernorm(x, cond)
+def expert_layer(
+    layer: nn.Module, x: Tensor, before: Tensor, after: Tensor, rope: tuple, k: Tensor, v: Tensor, bias: Tensor
+) -> Tensor:
+    """A layer of the action expert on tokens x (N, H, W), which see the prefix's k, v (N, kv heads, S, head_dim) as well.
+
+    before, after: modulations of the norms before attention and after it.
+    """
+    normed, gate = layer.input_layernorm(x, before)
     own_k, own_v = project_kv(layer.self_attn, normed, rope)
-    x = x + gate * attend(layer.self_attn, normed, rope, torch.cat([k, own_k], dim=2), torch.cat([v, own_v], dim=2), bias)
-    normed, gate = layer.post_attention_layernorm(x, cond)
-    return x + gate * layer.mlp(normed)
+    seen = attend(layer.self_attn, normed, rope, torch.cat([k, own_k], dim=2), torch.cat([v, own_v], dim=2), bias)
+    x = torch.addcmul(x, gate, seen)
+    normed, gate = layer.post_attention_layernorm(x, after)
+    return torch.addcmul(x, gate, layer.mlp(normed))
 
 
 def key_bias(valid: Tensor, dtype: torch.dtype) -> Tensor:
@@ -277,21 +286,33 @@ class Pi05(Policy):
         e = torch.cat([angle.sin(), angle.cos()], dim=-1).to(self.time_mlp_in.weight.dtype)
         return F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(e))))
 
-    def velocity(self, prefix: Prefix, x_t: Tensor, t: Tensor) -> Tensor:
-        """v(x_t, t, o), float32 (N, H, D), for x_t (N, H, D) and t (N,), or (1,) for one time common to all rows.
+    def modulations(self, t: Tensor) -> list[Tensor]:
+        """What each norm of the expert makes of the times t (N,), in the order of their use: 2 L + 1 times (N, 1, 3 W)."""
+        cond, layers = self.time_condition(t), self.expert.layers
+        norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+        return [norm.modulation(cond) for norm in [*norms, self.expert.norm]]
 
-        The actions see every valid prefix token and one another.
-        """
+    def surroundings(self, prefix: Prefix, h: int) -> tuple:
+        """What h actions behind a prefix find, whatever they and their times are: rotary tables, attention bias, and of
+        every layer the prefix's keys and values."""
+        valid = torch.cat([prefix.valid, prefix.valid.new_ones(len(prefix), h)], dim=1)
+        positions = prefix.valid.sum(1, keepdim=True) + torch.arange(h, device=valid.device)  # after the valid prefix tokens
+        rope, bias = rotary(positions, self.cfg.expert.head_dim), key_bias(valid, prefix.keys.dtype)
+        return rope, bias, list(zip(prefix.keys.unbind(1), prefix.values.unbind(1), strict=True))
+
+    def flow(self, surroundings: tuple, x_t: Tensor, modulations: Sequence[Tensor]) -> Tensor:
+        """The expert on x_t (N, H, D): the velocity, float32 (N, H, D). Actions see every valid prefix token and one another."""
+        (rope, bias, cache), (*pairs, last) = surroundings, modulations
+        x = self.action_in_proj(x_t.float()).to(bias.dtype)  # (N, H, W)
+        for i, layer in enumerate(self.expert.layers):
+            x = self.run(expert_layer, layer, x, pairs[2 * i], pairs[2 * i + 1], rope, *cache[i], bias)
+        return self.action_out_proj(self.expert.norm(x, last)[0].float())
+
+    def velocity(self, prefix: Prefix, x_t: Tensor, t: Tensor) -> Tensor:
+        """v(x_t, t, o), float32 (N, H, D), for x_t (N, H, D) and t (N,), or (1,) for one time common to all rows."""
         n, h, d = x_t.shape
         assert len(prefix) == n and d == self.cfg.flow_dim and t.shape in ((n,), (1,)), (len(prefix), x_t.shape, t.shape)
-        cond = self.time_condition(t)
-        valid = torch.cat([prefix.valid, prefix.valid.new_ones(n, h)], dim=1)
-        positions = prefix.valid.sum(1, keepdim=True) + torch.arange(h, device=x_t.device)  # after the valid prefix tokens
-        rope, bias = rotary(positions, self.cfg.expert.head_dim), key_bias(valid, prefix.keys.dtype)
-        x = self.action_in_proj(x_t.float()).to(prefix.keys.dtype)  # (N, H, W)
-        for i, layer in enumerate(self.expert.layers):
-            x = self.run(expert_layer, layer, x, cond, rope, prefix.keys[:, i], prefix.values[:, i], bias)
-        return self.action_out_proj(self.expert.norm(x, cond)[0].float())
+        return self.flow(self.surroundings(prefix, h), x_t, self.modulations(t))
 
     # --------------------------------------------------------------------------------------------------- the protocol
     def draws(self, batch: int, k: int, generator: torch.Generator, scheme: str) -> Draws:
@@ -307,8 +328,10 @@ class Pi05(Policy):
         times: another sequence of t, e.g. openpi's, which is accumulated in float32.
         """
         x, times = noise.float().to(prefix.valid.device), times or [1 - i / steps for i in range(steps)]
-        for t in times:
-            x = x - self.velocity(prefix, x, torch.full((1,), t, device=x.device)) / len(times)
+        surroundings = self.surroundings(prefix, x.shape[1])
+        of_norm = [m.split(1) for m in self.modulations(torch.tensor(times, device=x.device))]
+        for modulations in zip(*of_norm, strict=True):  # those of one time
+            x = x - self.flow(surroundings, x, modulations) / len(times)
         return x
 
     def _velocity_at(self, prefix: Prefix, index: Tensor, x_t: Tensor, t: Tensor) -> Tensor:

@@ -90,13 +90,13 @@ def identity(x):
     return x
 
 
-def wrong_order(self, x, cond):  # (shift, scale) for (scale, shift)
-    shift, scale, gate = self.dense(cond)[:, None].chunk(3, dim=-1)
+def wrong_order(self, x, modulation):  # (shift, scale) for (scale, shift)
+    shift, scale, gate = modulation.chunk(3, dim=-1)
     return torch.nn.functional.rms_norm(x, x.shape[-1:], eps=pi05.EPS) * (1 + scale) + shift, gate
 
 
-def no_gate(self, x, cond):
-    scale, shift, gate = self.dense(cond)[:, None].chunk(3, dim=-1)
+def no_gate(self, x, modulation):
+    scale, shift, gate = modulation.chunk(3, dim=-1)
     return torch.nn.functional.rms_norm(x, x.shape[-1:], eps=pi05.EPS) * (1 + scale) + shift, torch.ones_like(gate)
 
 
