@@ -9,8 +9,9 @@ try     python 03_dpo.py configs/tiny.yaml adapter=dora dpo.beta=auto
 The loss is that of Rafailov et al. (arXiv 2305.18290, Eq. 7) on four log-probabilities. Autoregressive backbones have them in
 closed form; for flow matching the paper puts the surrogate in their place: the negative flow-matching error.
 Differs from the paper's code: one set of draws (t, eps) per pair serves chosen, rejected, policy and reference (theirs draws
-afresh in each of 16 forwards), the prefix is computed once per observation, errors are summed over the chunk, dropout and
-augmentation are off, and the reference is the same weights with the adapter switched off.
+afresh in each of 16 forwards), the prefix is computed once per observation and what no adapter touches of it once for all
+epochs, errors are summed over the chunk, dropout and augmentation are off, and the reference is the same weights with the
+adapter switched off.
 With torchrun, each process takes its rows of every batch (ranks.py).
 Left out: IPO and other losses, label smoothing, reward models.
 """
@@ -71,13 +72,23 @@ def dpo_loss(pi_w, pi_l, ref_w, ref_l, beta: float) -> tuple[torch.Tensor, dict]
     return loss, {"rewards/chosen": reward_w, "rewards/rejected": reward_l, "rewards/margins": margin}
 
 
-def log_probs(policy, obs: dict, chosen: torch.Tensor, rejected: torch.Tensor, mask: torch.Tensor, draws, weight: str):
-    """log p of both chunks (B, H, 7) of each pair: the observation encoded once, chunks and draws in one batch. -> (B,), (B,)."""
+def log_probs(policy, obs, chosen: torch.Tensor, rejected: torch.Tensor, mask: torch.Tensor, draws, weight: str):
+    """log p of both chunks (B, H, 7) of each pair: the observation encoded once, chunks and draws in one batch. -> (B,), (B,).
+
+    obs: B observations, or what policy.begin made of them.
+    """
     b = len(chosen)
     prefix = policy.encode(obs).select(torch.arange(b).repeat(2))
     both = draws.repeat(2) if draws is not None else None  # common random numbers: the same (t, eps) for chosen and rejected
     scores = policy.log_prob(prefix, torch.cat([chosen, rejected]), both, mask.repeat(2, 1), weight)
     return scores[:b], scores[b:]
+
+
+def begin_all(policy, pairs: dict, batch_size: int):
+    """`policy.begin` of all pairs, None where nothing of the prefix stays as it is."""
+    rows = torch.arange(len(pairs["mask"])).split(batch_size)
+    parts = [policy.begin(batch_of(pairs, index)[0]) for index in rows]
+    return None if isinstance(parts[0], dict) else type(parts[0]).cat(parts)
 
 
 def auto_beta(policy, pairs: dict, cfg: Config) -> float:
@@ -131,6 +142,7 @@ def main(cfg: Config) -> None:
     n, k = len(pairs["mask"]), sum(p.numel() for p in trainable.values())
     print(f"[03_dpo] {n} pairs, {cfg.adapter} with {k:,} parameters, beta {beta:.4g}", flush=True)
     optimizer = torch.optim.AdamW(trainable.values(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    begun = begin_all(policy, pairs, cfg.batch_size)  # what no adapter touches, once for all epochs
 
     step, metrics = 0, stage.dir / "metrics.jsonl"
     state = runs.load_checkpoint(stage.dir / "checkpoint.pt")
@@ -143,9 +155,11 @@ def main(cfg: Config) -> None:
 
     bar = common.progress(range(step, cfg.steps), initial=step, total=cfg.steps, desc=f"dpo {cfg.adapter}", unit="step")
     for step in bar:
-        obs, chosen, rejected, mask = batch_of(pairs, common.shuffled(cfg.seed, "dpo", step, cfg.batch_size, n))
-        draws = policy.draws(len(mask), cfg.draws, common.stream(cfg.seed, "dpo", step), "stratified")
-        obs, chosen, rejected, mask, draws = common.own_rows(obs, chosen, rejected, mask, draws)
+        index = common.shuffled(cfg.seed, "dpo", step, cfg.batch_size, n)
+        draws = policy.draws(len(index), cfg.draws, common.stream(cfg.seed, "dpo", step), "stratified")
+        index, draws = common.own_rows(index, draws)
+        obs, chosen, rejected, mask = batch_of(pairs, index)
+        obs = obs if begun is None else begun.select(index.to(begun.valid.device))
         with policy.reference():  # the same weights, adapter off, no gradients
             ref_w, ref_l = log_probs(policy, obs, chosen, rejected, mask, draws, cfg.weight)
         pi_w, pi_l = log_probs(policy, obs, chosen, rejected, mask, draws, cfg.weight)

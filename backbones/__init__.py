@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 import common
 import runs
+from backbones.layers import Embedded, Prefix
 from common import UserError
 
 BACKBONES = {"openvla": "OpenVLA", "pi05": "Pi05"}  # module of this package -> its class
@@ -113,14 +114,31 @@ class Policy(nn.Module):
     horizon = property(lambda self: self.cfg.horizon)
     action_dim = common.ACTION_DIM
 
-    def encode(self, obs: dict):
-        """obs: a batch of common.collate -> Prefix. Runs the vision-language part, once per observation."""
-        device = next(self.parameters()).device
-        return self.prefix(*(None if x is None else x.to(device) for x in self.inputs(obs)))
+    def encode(self, obs: dict | Embedded | Prefix) -> Prefix:
+        """A batch of common.collate, or what `begin` made of one. Runs the vision-language part, once per observation."""
+        if isinstance(obs, Prefix):
+            return obs
+        embedded = obs if isinstance(obs, Embedded) else self.embed(obs)
+        return self.prefill(embedded.tokens, embedded.valid)[0]
 
-    def prefix(self, *inputs: Tensor | None):
+    def embed(self, obs: dict) -> Embedded:
+        """A batch of common.collate -> the tokens that the language model's layers take."""
+        device = next(self.parameters()).device
+        return Embedded(*self.embed_prefix(*(None if x is None else x.to(device) for x in self.inputs(obs))))
+
+    def prefix(self, *inputs: Tensor | None) -> Prefix:
         """What `inputs(obs)` gives, on the weights' device -> Prefix."""
         return self.prefill(*self.embed_prefix(*inputs))[0]
+
+    @torch.no_grad()
+    def begin(self, obs: dict) -> dict | Embedded | Prefix:
+        """As much of encode(obs) as the training of this policy does not change: all, all but the language model's layers, or
+        nothing. Computed once, it serves every epoch, and the reference as well."""
+        trained = [name for name, p in self.named_parameters() if p.requires_grad]
+        llm = "language_model.layers."
+        if any(not name.startswith((llm, "expert.")) for name in trained):
+            return obs
+        return self.embed(obs) if any(name.startswith(llm) for name in trained) else self.encode(obs)
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[Policy]:

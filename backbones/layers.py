@@ -70,3 +70,22 @@ class Prefix:
     def cat(parts: Sequence[Prefix]) -> Prefix:
         parts = [p.widen(max(p.valid.shape[1] for p in parts)) for p in parts]
         return Prefix(*(torch.cat([getattr(p, name) for p in parts]) for name in ("keys", "values", "valid")))
+
+
+@dataclass
+class Embedded:
+    """What goes into the language model's layers: the tokens of a prefix. Observations first, like a Prefix."""
+
+    tokens: Tensor  # (B, S, width)
+    valid: Tensor  # (B, S) bool
+
+    def select(self, index: Tensor) -> Embedded:
+        return Embedded(self.tokens[index], self.valid[index])
+
+    @staticmethod
+    def cat(parts: Sequence[Embedded]) -> Embedded:
+        length = max(p.valid.shape[1] for p in parts)
+        padded = [
+            (F.pad(p.tokens, (0, 0, 0, length - p.valid.shape[1])), F.pad(p.valid, (0, length - p.valid.shape[1]))) for p in parts
+        ]
+        return Embedded(*(torch.cat(part) for part in zip(*padded, strict=True)))
