@@ -396,7 +396,9 @@ def main(cfg: Config) -> None:
     if cfg.source and source.resolve() == cfg.data_dir.resolve():
         raise UserError(f"demos.source={source} is the folder that this stage writes")
     inputs = [source] if cfg.source and (source / "done.json").is_file() else []
-    stage = runs.open_stage(__file__, cfg, cfg.data_dir, "suites tasks image_size render", inputs, ["sim.py", "workers.py"])
+    stage = runs.open_stage(
+        __file__, cfg, cfg.data_dir, "suites tasks image_size render", inputs, ["sim.py", "osc.py", "workers.py"]
+    )
     if stage is None:
         return
     for suite in cfg.suites:

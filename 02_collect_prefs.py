@@ -239,7 +239,7 @@ def main(cfg: Config) -> None:
     shared = (
         f"suites tasks backbone seed image_size render blank_images pairs execute denoise_steps noise_scale {common.SFT_KEYS}"
     )
-    code = ["sim.py", "workers.py", *cfg.policy_code]
+    code = ["sim.py", "osc.py", "workers.py", *cfg.policy_code]
     stage = runs.open_stage(__file__, cfg, cfg.variant("prefs"), shared, common.sft_inputs(cfg), code)
     if stage is None:
         return

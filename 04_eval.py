@@ -209,7 +209,7 @@ def main(cfg: Config) -> None:
     shared += " adapter pairs" if cfg.policy == "dpo" else ""
     name = policy_name(cfg)
     folder = cfg.seed_dir / f"eval-{name}{'' if cfg.group == 'test' else '-' + cfg.group}"
-    stage = runs.open_stage(__file__, cfg, folder, shared, inputs, ["sim.py", "workers.py", *cfg.policy_code])
+    stage = runs.open_stage(__file__, cfg, folder, shared, inputs, ["sim.py", "osc.py", "workers.py", *cfg.policy_code])
     if stage is not None:
         path = stage.dir / "episodes.jsonl"
         done = {(row["suite"], row["task"], row["init_state"]) for row in runs.read_jsonl(path)}
