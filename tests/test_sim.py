@@ -241,6 +241,36 @@ def test_leaving_out_invisible_geoms_changes_no_pixel(env, monkeypatch):
     assert same(frames, {camera: env.frame(camera) for camera in sim.CAMERAS}) == []
 
 
+def test_a_layer_of_what_rests_changes_no_pixel(env, monkeypatch):
+    env._renderer.close()
+    env._renderer, env.render_mode, drawn = None, "fast", []
+    draw = sim.TaskEnv._draw
+    monkeypatch.setattr(
+        sim.TaskEnv, "_draw", lambda self, c, shown, **kw: drawn.append(shown.sum()) or draw(self, c, shown, **kw)
+    )
+    everything = np.ones(env.model.ngeom, bool)
+    for init in (8, 9):  # a new episode moves everything
+        env.reset(init)
+        for step, action in enumerate(actions(init, 7)):
+            env.step(action)
+            if step == 3:  # a resting object is displaced and tumbles
+                env.data.qpos[env.model.joint("basket_1_joint0").qposadr[0] + 2] += 0.02
+            drawn.clear()
+            frame, n = env.frame("agentview"), len(drawn)
+            whole = draw(env, env.model.camera("agentview").id, everything)[0][:, ::-1]
+            assert np.array_equal(frame, whole)
+        assert env._resting.sum() > 4 and not env._resting[env._of_robot].any()
+    for _ in range(3):
+        drawn.clear()
+        env.frame("agentview")
+    assert n <= 2 and len(drawn) == 1  # nothing moved: the layer is kept
+    env._layer = env._layer[0], draw(env, env.model.camera("agentview").id, everything)[1]  # plant ties
+    drawn.clear()
+    assert np.array_equal(env.frame("agentview"), whole) and len(drawn) == 2
+    env._renderer.close()
+    env._renderer, env.render_mode = None, "default"
+
+
 def test_the_fast_mode_shows_the_same_scene(goal):
     goal.reset(0)
     default = goal.frame("wrist").astype(int)
