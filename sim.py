@@ -326,11 +326,14 @@ class TaskEnv:
     def _layered(self, camera_id: int, visible: np.ndarray) -> np.ndarray:
         """Draw only what has moved over a kept layer of what has not, and show of each pixel the nearer one.
 
-        At rest means: the pose that the renderer gets (float32) is exactly that of the last frame. A tie in depth is decided
-        by the order of drawing, so then all is drawn.
+        At rest means: the pose that the renderer gets (float32), and the camera's, is exactly that of the last frame. A tie in
+        depth is decided by the order of drawing, so then all is drawn. Whoever edits colours or lights sets _resting to None.
         """
-        pose = np.concatenate([self._view.geom_xpos, self._view.geom_xmat], axis=1).astype(np.float32)
-        at_rest = (pose == self._pose).all(axis=1) & visible & ~self._of_robot
+        view = self._view
+        geoms, eye = np.hstack([view.geom_xpos, view.geom_xmat]), np.hstack([view.cam_xpos[camera_id], view.cam_xmat[camera_id]])
+        pose = np.vstack([geoms, eye]).astype(np.float32)
+        same = (pose == self._pose).all(axis=1)
+        at_rest = same[:-1] & same[-1] & visible & ~self._of_robot
         self._pose = pose
         if not np.array_equal(at_rest, self._resting):
             self._resting, self._layer = at_rest, self._draw(camera_id, at_rest, sites=False)
@@ -353,7 +356,7 @@ class TaskEnv:
         self._has_glass = any(g.objtype == self._mj.mjtObj.mjOBJ_GEOM and g.rgba[3] < 1 for g in shown)
         roots = self.model.body_rootid[self.model.geom_bodyid]
         self._of_robot = roots == self.model.body(self.robot.robot_model.root_body).rootid[0]  # it never rests
-        self._pose, self._resting, self._layer = np.zeros((self.model.ngeom, 12), np.float32), None, None
+        self._pose, self._resting, self._layer = np.zeros((self.model.ngeom + 1, 12), np.float32), None, None
         return renderer
 
     def _out_of_view(self, camera: int) -> np.ndarray:
