@@ -1,12 +1,12 @@
-"""What a folder of evaluation episodes holds: tables recomputed from single episodes, and findings. `python 08_report.py CONFIG audit=FOLDER`.
+"""What a folder of evaluation episodes holds: tables recomputed from single episodes, and findings.
 
-Reads every *.jsonl below the folder whose lines are episodes, in this kit's format (suite, task, init_state, seed, success, steps,
-crash) or that of the paper's repository (suite, task_id, init_idx, seed, success, n_steps), and the summaries that lie beside them:
-the kit's summary.json and table.json, the repository's `per_suite` and `sft_baseline` files. It changes nothing there.
+Reads every *.jsonl below the folder whose lines are episodes, in this kit's format (suite, task, init_state, seed, success,
+steps, crash) or that of the paper's repository (suite, task_id, init_idx, seed, success, n_steps), and the summaries beside them: the
+kit's summary.json and table.json, the repository's `per_suite` and `sft_baseline` files. It changes nothing there.
 
-Findings are facts about files, with counts. What caused them can't be seen from files, and is not said. A policy is a file's name without
-seed and suite: episodes of one policy, suite and seed may lie in several files. Policies whose name has no `sft` are paired with the
-`sft` one that shares most of their name.
+Findings are facts about files, with counts; what caused them can't be seen there, and is not said. A policy is a file's name
+without seed and suite, so its episodes may lie in several files. A policy without `sft` in its name is paired with the one with
+`sft` that shares most of its name.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 import common
 
 FEW = 100  # episodes below which an interval is wider than 20 points at a success rate of one half
-NOISE = r"(libero_(spatial|object|goal|10|90|long10)|5x10|\d+x\d+|multiseed|\d*seed\d*|episodes)"  # what does not name a policy
+NOISE = r"^eval-|libero_(spatial|object|goal|10|90|long10)|\d+x\d+|multiseed|seed\d+|^episodes$"  # in a file's name: no policy's
 Key = tuple[str, str, int]  # policy, suite, seed
 Place = tuple[int, int]  # task, init state
 
@@ -45,10 +45,11 @@ class Finding:
 
 def policy_of(path: Path, folder: Path) -> str:
     """The policy that a file's place names: openvla_dpo_libero_goal_dora_seed42.jsonl is openvla_dpo_dora."""
-    named = path.relative_to(folder).with_suffix("")
-    words = [re.sub(NOISE, "", part) for part in named.parts]
-    joined = "/".join(re.sub(r"[-_]{2,}", lambda m: m[0][0], word).strip("-_") for word in words)
-    return re.sub(r"/{2,}", "/", joined).strip("/") or named.name
+    *folders, name = path.relative_to(folder).with_suffix("").parts
+    parts = [part for part in folders if not re.fullmatch(r"seed\d+|episodes", part)]
+    parts += [] if name == "episodes" else [name]  # the kit's: a folder per evaluation
+    last = re.sub(r"[-_]{2,}", lambda m: m[0][0], re.sub(NOISE, "", parts[-1] if parts else name)).strip("-_")
+    return "/".join([*parts[:-1], last or name])
 
 
 def read_lines(path: Path) -> tuple[list[dict], int]:
@@ -95,13 +96,15 @@ def read(folder: Path) -> tuple[dict[Key, dict[Place, Episode]], list[Finding]]:
             findings.append(Finding("unreadable", file, f"{bad} of its lines are no complete episode and were left out"))
     for file, n in twice.items():
         if n:
-            findings.append(Finding("duplicate", file, f"{n} of its episodes (task, init state, seed) stand in an earlier line too"))
+            findings.append(
+                Finding("duplicate", file, f"{n} of its episodes (task, init state, seed) stand in an earlier line too")
+            )
     return {key: cell for key, cell in cells.items() if cell}, findings
 
 
 # ---------------------------------------------------------------------------------------------------------------- findings
 def same(a: dict[Place, Episode], b: dict[Place, Episode]) -> tuple[int, int, int]:
-    """Episodes that both have; those with the same success and steps; successes among these (a failure's steps are the limit's)."""
+    """Episodes that both have; those with the same success and steps; successes among these (failures all last to the limit)."""
     common_places = a.keys() & b.keys()
     alike = [p for p in common_places if (a[p].success, a[p].steps) == (b[p].success, b[p].steps)]
     return len(common_places), len(alike), sum(a[p].success for p in alike)
@@ -145,7 +148,7 @@ def incomplete(cells: dict) -> list[Finding]:
         failures = [e.steps for e in cell.values() if not e.success and not e.crash]
         early = sum(steps < max(failures) for steps in failures)
         if early:
-            text = f"{early} of {len(failures)} failures ended before the {max(failures)} steps of the others, and no crash is recorded"
+            text = f"{early} of {len(failures)} failures ended before the others' {max(failures)} steps, and no crash is recorded"
             findings.append(Finding("crash", f"{policy}, {suite}, seed {seed}", text))
     return findings
 
@@ -178,7 +181,12 @@ def unpaired(cells: dict) -> list[Finding]:
 
 def count(cells: dict, policy: str, suite: str, seeds=None) -> tuple[int, int, int]:
     """Successes, episodes that did not crash, and crashes."""
-    found = [e for (p, s, seed), cell in cells.items() if (p, s) == (policy, suite) and (not seeds or seed in seeds) for e in cell.values()]
+    found = [
+        e
+        for (p, s, seed), cell in cells.items()
+        if (p, s) == (policy, suite) and (not seeds or seed in seeds)
+        for e in cell.values()
+    ]
     valid = [e for e in found if not e.crash]
     return sum(e.success for e in valid), len(valid), len(found) - len(valid)
 
@@ -212,7 +220,8 @@ def summaries(folder: Path, cells: dict) -> list[Finding]:
             base = next((p for p in sorted(policies) if "sft" in p and where.split("_")[0] in p), None)
             won, n, _ = count(cells, base, data["suite"]) if base else (0, 0, 0)
             if n and abs(100 * won / n - data["sft_baseline"]) > 0.05:
-                text = f"its SFT baseline is {data['sft_baseline']:g} %, the episodes of {base} give {100 * won / n:g} % ({won} of {n})"
+                rate = f"{100 * won / n:g} % ({won} of {n})"
+                text = f"its SFT baseline is {data['sft_baseline']:g} %, the episodes of {base} give {rate}"
                 findings.append(Finding("baseline", where, text))
         elif isinstance(data, dict) and {"successes", "n", "crashes"} <= data.keys():  # the kit's summary.json
             rows = [r for r in (normalised(row, "") for row in read_lines(path.with_name("episodes.jsonl"))[0]) if r]
@@ -233,7 +242,7 @@ def table_findings(where: str, path: Path, rows: list[dict]) -> list[Finding]:
         mine, base = (path.parent / "episodes" / f"eval-{name}{suffix}.jsonl" for name in (row["name"], start))
         if not mine.is_file():
             continue
-        a, b = ({(s, seed, p): e for s, seed, p, e in map_rows(file)} for file in (mine, base))
+        a, b = ({(s, seed, p): e for s, seed, p, e in episodes_of(file)} for file in (mine, base))
         valid = [e.success for e in a.values() if not e.crash]
         if (sum(valid), len(valid)) != (row["successes"], row["n"]):
             text = f"it says {row['successes']} of {row['n']} successes, the episodes give {sum(valid)} of {len(valid)}"
@@ -242,12 +251,13 @@ def table_findings(where: str, path: Path, rows: list[dict]) -> list[Finding]:
             both = [k for k in a.keys() & b.keys() if not a[k].crash and not b[k].crash]
             gained, lost = (sum(x[k].success > y[k].success for k in both) for x, y in ((a, b), (b, a)))
             if (gained, lost) != (row["gained"], row["lost"]):
-                text = f"against {start} it says {row['gained']} gained and {row['lost']} lost, the episodes give {gained} and {lost}"
+                said = f"{row['gained']} gained and {row['lost']} lost"
+                text = f"against {start} it says {said}, the episodes give {gained} and {lost}"
                 findings.append(Finding("baseline", f"{where}, {row['name']}{suffix}", text))
     return findings
 
 
-def map_rows(file: Path):
+def episodes_of(file: Path):
     """Complete episodes of a file; none where there is no file."""
     rows = read_lines(file)[0] if file.is_file() else []
     return [found for found in (normalised(row, "") for row in rows) if found]
