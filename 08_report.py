@@ -1,8 +1,8 @@
 """08 - One page of all that has run: the paper's claims against it, tables, plots, rollouts. And an audit of episode files.
 
-reads   of a run, for each backbone and seed, <run>/<backbone>/seed<k>/: results{,-val}.json, eval-*/ (04),
-        {sft,dpo-*}/metrics.jsonl (01, 03), */table.json (05 to 07). With results=FOLDER the same of each folder at or below it
-        that holds a table.json, as the committed ones do: table.json, training/, episodes/, videos/.
+reads   of a run, for each backbone and seed, <run>/<backbone>/seed<k>/: {sft,dpo-*}/metrics.jsonl (01, 03), results{,-val}.json
+        and eval-*/ (04), */table.json (05 to 07). With results=FOLDER the same of each folder at or below it that holds a
+        table.json, as the committed ones do: table.json, training/, episodes/, videos/.
         configs/paper.yaml, the paper's claims, and what it looks up below results/
 writes  <run>/report/, or FOLDER/report/: index.html, one file with all in it; report.md and PNGs, the same for other readers;
         claims.json; of a run table.json, all its rows. With readme=FILE in that file the tables between <!-- table:NAME --> and
@@ -96,12 +96,8 @@ def success_table(rows: list[dict]) -> Table:
     table = Table([*head, "against its SFT start (95 %)", "gained / lost", "p"], [])
     for r in sorted(rows, key=plots.by_suite):
         cells = [r["name"], *[r["suite"]] * several, *[", ".join(map(str, r["train_seeds"]))] * seeds]
-        cells += [
-            f"{r['successes']} / {r['n']}",
-            percent(r["ci95"]),
-            r["ci95_tasks"] and percent(r["ci95_tasks"]) or "",
-            r["crashes"],
-        ]
+        cells += [f"{r['successes']} / {r['n']}", percent(r["ci95"])]
+        cells += [percent(r["ci95_tasks"]) if r["ci95_tasks"] else "", r["crashes"]]
         if "diff_vs_sft" in r:
             cells += [claims.said_difference(r), f"{r.get('gained', '')} / {r.get('lost', '')}", p_value(r["p_vs_sft"])]
         table.rows.append(cells + [""] * (len(table.head) - len(cells)))
@@ -253,8 +249,8 @@ def report(cfg: Config, experiments: list[Experiment], folder: Path) -> dict[str
         f"# CrossVLA kit: {cfg.results or cfg.name}",
         f"[{paper['title']}](https://arxiv.org/abs/{paper['arxiv']}), and what this kit finds of it. Claims: {counts}.",
         "## The paper's claims",
-        "*Here* is the kit's tiny size, in its committed results. A difference that is not significant is counted as *does not hold "
-        "here*: it was not shown, which does not make it zero.",
+        "*Here* is the kit's tiny size, in its committed results. A difference that is not significant is counted as *does not "
+        "hold here*: it was not shown, which does not make it zero.",
         tables["claims"],
         "## The paper's public logs",
         f"Counted in {source}. A seed is the evaluation's, not the training's. Intervals count once what two seeds share.",

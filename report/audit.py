@@ -1,8 +1,8 @@
 """What a folder of evaluation episodes holds: tables recomputed from single episodes, and findings.
 
 Reads every *.jsonl below the folder whose lines are episodes, in this kit's format (suite, task, init_state, seed, success,
-steps, crash) or that of the paper's repository (suite, task_id, init_idx, seed, success, n_steps), and the summaries beside them: the
-kit's summary.json and table.json, the repository's `per_suite` and `sft_baseline` files. It changes nothing there.
+steps, crash) or that of the paper's repository (suite, task_id, init_idx, seed, success, n_steps), and the summaries beside them:
+the kit's summary.json and table.json, the repository's `per_suite` and `sft_baseline` files. It changes nothing there.
 
 Findings are facts about files, with counts; what caused them can't be seen there, and is not said. A policy is a file's name
 without seed and suite, so its episodes may lie in several files. A policy without `sft` in its name is paired with the one with

@@ -56,6 +56,13 @@ def look_up(ours: dict) -> dict | None:
     return fits[0]
 
 
+def said_difference(row: dict) -> str:
+    """A row's difference to its SFT start, with an interval where the row says how many episodes were gained and lost."""
+    if "gained" not in row:
+        return f"{100 * row['diff_vs_sft']:+.1f} points"
+    return points(row["diff_vs_sft"], audit.paired_interval(row["gained"], row["lost"], row["paired_n"]))
+
+
 def said_by_row(row: dict, key: str = "") -> str:
     """A row's figure with its interval, in words."""
     if key:
@@ -64,11 +71,7 @@ def said_by_row(row: dict, key: str = "") -> str:
         mine, other = row["wins"]
         return f"{points(row['diff'], row['ci95'])}, {mine} against {other} of {row['paired_n']}, p = {p_value(row['p'])}"
     if "diff_vs_sft" in row:
-        interval, start = audit.paired_interval(row["gained"], row["lost"], row["paired_n"]), row["lost"] - row["gained"]
-        difference = points(row["diff_vs_sft"], interval)
-        return (
-            f"{difference}, {row['successes']} against {row['successes'] + start} of {row['n']}, p = {p_value(row['p_vs_sft'])}"
-        )
+        return f"{said_difference(row)}, {row['successes']}/{row['n']}, p = {p_value(row['p_vs_sft'])}"
     if "metric" in row:
         interval = f" ({row['ci95'][0]:.4g} to {row['ci95'][1]:.4g})" if row.get("ci95") else ""
         return f"{number(row['value'])}{interval} {row.get('unit', '')}".strip()
