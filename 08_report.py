@@ -17,6 +17,7 @@ differences, tests between two files of episodes (report/audit.py), and differen
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
@@ -51,35 +52,43 @@ TRAINING = {"01_sft.py": "sft", "03_dpo.py": "dpo-"}  # how their logs' names be
 @dataclass
 class Experiment:
     title: str
-    rows: list[dict]  # success rates and metrics, as in design's results files
+    rows: list[dict]  # of table.json: success rates and metrics
     training: dict[str, list[dict]] = field(default_factory=dict)  # metrics.jsonl of sft and of each dpo-*
     episodes: Path | None = None  # folder for the audit
+    drawn: list[Path] = field(default_factory=list)  # plots that other stages made
     videos: list[Path] = field(default_factory=list)
 
 
 def of_run(cfg: Config, backbone: str) -> Experiment:
     """All seeds of one backbone of a run."""
     folder = replace(cfg, backbone=backbone).seed_dir.parent
-    found = Experiment(f"{cfg.name} {backbone}", [], episodes=folder, videos=sorted(folder.glob("seed*/eval-*/videos/*.gif")))
+    found = Experiment(f"{cfg.name} {backbone}", [], episodes=folder)
     seeds = sorted(folder.glob("seed*"), key=lambda path: (len(path.name), path.name))
     for seed_dir in seeds:
-        tables = [seed_dir / "results.json", seed_dir / "results-val.json", *sorted(seed_dir.glob("*/table.json"))]
-        found.rows += [completed(row) for path in tables if path.is_file() for row in runs.read_json(path)]
+        for path in [*sorted(seed_dir.glob("*.json")), *sorted(seed_dir.glob("*/table.json"))]:
+            found.rows += [completed(row) for row in runs.read_json(path)]
         for path in sorted(seed_dir.glob("*/metrics.jsonl")):
             name = path.parent.name + (f", {seed_dir.name}" if len(seeds) > 1 else "")
             found.training[name] = audit.read_lines(path)[0]
+        found.drawn += [*sorted(seed_dir.glob("*.png")), *sorted(seed_dir.glob("*/*.png"))]
+        found.videos += sorted(seed_dir.glob("eval-*/videos/*.gif"))
     return found
 
 
 def of_results(table: Path, top: Path) -> Experiment:
     """One folder of committed results."""
     folder = table.parent
-    title = str(folder.relative_to(top)) if folder != top else folder.name
+    found = Experiment(
+        str(folder.relative_to(top)) if folder != top else folder.name, list(map(completed, runs.read_json(table)))
+    )
     logs = [path for path in sorted(folder.glob("training/*.jsonl")) if path.stem.startswith(("sft", "dpo-"))]
-    training = {path.stem: audit.read_lines(path)[0] for path in logs}
-    episodes = folder / "episodes" if (folder / "episodes").is_dir() else None
-    rows = [completed(row) for row in runs.read_json(table)]
-    return Experiment(title, rows, training, episodes, sorted(folder.glob("videos/*.gif")))
+    found.training = {path.stem: audit.read_lines(path)[0] for path in logs}
+    found.episodes = folder / "episodes" if (folder / "episodes").is_dir() else None
+    found.drawn = [
+        path for path in sorted(folder.glob("*.png")) if not re.match("success|differences|dpo|learning_curve", path.name)
+    ]
+    found.videos = sorted(folder.glob("videos/*.gif"))
+    return found
 
 
 def completed(row: dict) -> dict:
@@ -144,6 +153,11 @@ def script(row: dict) -> str:
     return next((word for word in row["command"].split() if word.endswith(".py")), "")
 
 
+def title(stage: str) -> str:
+    words = STAGES.get(stage, stage)
+    return words[:1].upper() + words[1:]
+
+
 def by_stage(rows: list[dict], key: str = "") -> dict[tuple[str, str], list[dict]]:
     """Metrics grouped by the stage that made them, and by `key` where one is given."""
     groups = defaultdict(list)
@@ -183,10 +197,15 @@ def images(experiment: Experiment, groups: dict[str, list[dict]], folder: Path) 
         words = f"DPO's implicit rewards, {recipe} pairs, from {f'SFT step {start}' if start else 'the final SFT policy'}"
         add(f"dpo-{slug(variant)}", words, plots.dpo, curves)
     for (stage, unit), rows in sorted(by_stage(experiment.rows, "unit").items()):
-        if len(rows) > 1:
-            words = f"{STAGES.get(stage, stage).capitalize()}, {unit}"
-            add(f"{slug(stage.removesuffix('.py'))}-{slug(unit)}", words, plots.metrics, rows[:24], metric_names(rows)[:24])
-    return made
+        if 1 < len(rows) <= 24:  # more say nothing as bars; their stage draws them
+            add(
+                f"{slug(stage.removesuffix('.py'))}-{slug(unit)}",
+                f"{title(stage)}, {unit}",
+                plots.metrics,
+                rows,
+                metric_names(rows),
+            )
+    return made + [Image(path.name, f"{path.parent.name}: {path.stem}", path.read_bytes()) for path in experiment.drawn]
 
 
 def clips(videos: list[Path], most: int = 12) -> list[Image]:
@@ -214,7 +233,7 @@ def chapter(experiment: Experiment, folder: Path) -> tuple[list[Block], dict[str
         add("Success on validation init states (35-39)", "/val", success_table(groups["val"]))
     blocks.append(images(experiment, groups, folder))
     for (stage, _), rows in sorted(by_stage(experiment.rows).items()):
-        add(STAGES.get(stage, stage).capitalize(), f"/{stage.removesuffix('.py')}", metrics_table(rows))
+        add(title(stage), f"/{stage.removesuffix('.py')}", metrics_table(rows))
     if experiment.episodes and rates:
         found = audit.audit(experiment.episodes)
         if found["pairs"]:
@@ -242,12 +261,12 @@ def report(cfg: Config, experiments: list[Experiment], folder: Path) -> dict[str
     """Write the report into `folder`; returns its tables by name."""
     paper = claims.read_paper()
     logs, judged = paper["logs"], [claims.judged(claim, paper["logs"]) for claim in paper["claims"]]
-    counts = ", ".join(f"{n} {verdict}" for verdict in PILLS if (n := sum(c["verdict"] == verdict for c in judged)))
+    counts = ", ".join(f"{verdict} {n}" for verdict in PILLS if (n := sum(c["verdict"] == verdict for c in judged)))
     tables = {"claims": claims.claims_table(judged), "public-logs": claims.logs_table(logs)}
     source = f"[the paper's repository]({logs['repository']}) at commit `{logs['commit'][:7]}`, folder `{logs['folder']}`"
     blocks = [
         f"# CrossVLA kit: {cfg.results or cfg.name}",
-        f"[{paper['title']}](https://arxiv.org/abs/{paper['arxiv']}), and what this kit finds of it. Claims: {counts}.",
+        f"[{paper['title']}](https://arxiv.org/abs/{paper['arxiv']}), and what this kit finds of it. Its claims: {counts}.",
         "## The paper's claims",
         "*Here* is the kit's tiny size, in its committed results. A difference that is not significant is counted as *does not "
         "hold here*: it was not shown, which does not make it zero.",

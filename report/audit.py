@@ -23,7 +23,7 @@ import numpy as np
 import common
 
 FEW = 100  # episodes below which an interval is wider than 20 points at a success rate of one half
-NOISE = r"^eval-|libero_(spatial|object|goal|10|90|long10)|\d+x\d+|multiseed|seed\d+|^episodes$"  # in a file's name: no policy's
+NOISE = r"^eval-|libero_(spatial|object|goal|10|90|long10)|\d+x\d+|multiseed|seed\d+"  # in a file's name: no policy's
 Key = tuple[str, str, int]  # policy, suite, seed
 Place = tuple[int, int]  # task, init state
 
@@ -342,7 +342,7 @@ def audit(folder: Path) -> dict:
     found, again = duplicates(cells)
     findings += found + incomplete(cells) + unpaired(cells) + summaries(folder, cells)
     table = rates(cells, again)
-    for row in [row for row in table if row["n"] < FEW]:
+    for row in [row for row in table if row["n"] + row["crashes"] < FEW]:
         low, high = row["ci95"]
         text = f"{row['n']} episodes that differ: the 95 % interval of its rate runs from {low:.0%} to {high:.0%}"
         findings.append(Finding("few", f"{row['policy']}, {row['suite']}", text))

@@ -110,6 +110,6 @@ def logs_table(logs: dict) -> Table:
             distinct = sum(k for _, k in once)
             says = logs["paper"].get(policy, {}).get(suite)
             by_seed = ", ".join(f"{seed}: {w}/{k}" for seed, (w, k) in cells.items())
-            row = [policy, suite, by_seed, f"{won} / {n}", f"{100 * won / n:.1f} %", "" if says is None else f"{says:g} %"]
+            row = [policy, suite, by_seed, f"{won} / {n}", f"{100 * won / n:.1f} %", "" if says is None else f"{says} %"]
             table.rows.append([*row, distinct, percent(common.wilson(sum(w for w, _ in once), distinct))])
     return table

@@ -90,7 +90,8 @@ def as_html(blocks: list[Block]) -> str:
             said.append(f'<div class="figures{clips}">{"".join(image.html() for image in block)}</div>')
         elif heading := re.fullmatch(r"(#+) (.*)", block):
             level, words = len(heading[1]), heading[2]
-            said.append(f'<h{level} id="{slug(words)}">{inline(words)}</h{level}>' + f"<nav>{links}</nav>" * (level == 1))
+            name = f' id="{slug(words)}"' * (level == 2)
+            said.append(f"<h{level}{name}>{inline(words)}</h{level}>" + f"<nav>{links}</nav>" * (level == 1))
         elif block.startswith("- "):
             said.append("<ul>" + "".join(f"<li>{inline(line[2:])}</li>" for line in block.splitlines()) + "</ul>")
         else:
