@@ -66,7 +66,8 @@ def of_run(cfg: Config, backbone: str) -> Experiment:
     seeds = sorted(folder.glob("seed*"), key=lambda path: (len(path.name), path.name))
     for seed_dir in seeds:
         for path in [*sorted(seed_dir.glob("*.json")), *sorted(seed_dir.glob("*/table.json"))]:
-            found.rows += [completed(row) for row in runs.read_json(path)]
+            table = runs.read_json(path)
+            found.rows += map(completed, table) if isinstance(table, list) else []
         for path in sorted(seed_dir.glob("*/metrics.jsonl")):
             name = path.parent.name + (f", {seed_dir.name}" if len(seeds) > 1 else "")
             found.training[name] = audit.read_lines(path)[0]
