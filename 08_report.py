@@ -78,16 +78,13 @@ def of_run(cfg: Config, backbone: str) -> Experiment:
 
 def of_results(table: Path, top: Path) -> Experiment:
     """One folder of committed results."""
-    folder = table.parent
-    found = Experiment(
-        str(folder.relative_to(top)) if folder != top else folder.name, list(map(completed, runs.read_json(table)))
-    )
+    folder, drawn_here = table.parent, re.compile("success|differences|dpo|learning_curve")
+    name = str(folder.relative_to(top)) if folder != top else folder.name
+    found = Experiment(name, [completed(row) for row in runs.read_json(table)])
     logs = [path for path in sorted(folder.glob("training/*.jsonl")) if path.stem.startswith(("sft", "dpo-"))]
     found.training = {path.stem: audit.read_lines(path)[0] for path in logs}
     found.episodes = folder / "episodes" if (folder / "episodes").is_dir() else None
-    found.drawn = [
-        path for path in sorted(folder.glob("*.png")) if not re.match("success|differences|dpo|learning_curve", path.name)
-    ]
+    found.drawn = [path for path in sorted(folder.glob("*.png")) if not drawn_here.match(path.name)]
     found.videos = sorted(folder.glob("videos/*.gif"))
     return found
 
@@ -249,7 +246,7 @@ def chapter(experiment: Experiment, folder: Path) -> tuple[list[Block], dict[str
 
 
 def what_has_run(experiments: list[Experiment]) -> Table:
-    table = Table(["stage", "", "what of it is here"], [])
+    table = Table(["stage", "what it does", "what of it is here"], [])
     for stage, words in STAGES.items():
         logs = sum(name.startswith(TRAINING.get(stage, "-")) for e in experiments for name in e.training)
         rows = sum(script(row) == stage for e in experiments for row in e.rows)
@@ -266,14 +263,15 @@ def report(cfg: Config, experiments: list[Experiment], folder: Path) -> dict[str
     tables = {"claims": claims.claims_table(judged), "public-logs": claims.logs_table(logs)}
     source = f"[the paper's repository]({logs['repository']}) at commit `{logs['commit'][:7]}`, folder `{logs['folder']}`"
     blocks = [
-        f"# CrossVLA kit: {cfg.results or cfg.name}",
+        f"# CrossVLA kit: {Path(cfg.results).name or cfg.name}",
         f"[{paper['title']}](https://arxiv.org/abs/{paper['arxiv']}), and what this kit finds of it. Its claims: {counts}.",
         "## The paper's claims",
         "*Here* is the kit's tiny size, in its committed results. A difference that is not significant is counted as *does not "
         "hold here*: it was not shown, which does not make it zero.",
         tables["claims"],
         "## The paper's public logs",
-        f"Counted in {source}. A seed is the evaluation's, not the training's. Intervals count once what two seeds share.",
+        f"Counted in {source}. A seed is the evaluation's, not the training's. Intervals are of the distinct episodes: "
+        "those that repeat another seed's count once.",
         tables["public-logs"],
         "## What has run",
         what_has_run(experiments),
@@ -317,7 +315,8 @@ def main(cfg: Config) -> None:
     if cfg.audit:
         sys.exit(0 if audited(Path(cfg.audit), folder) else 1)
     if cfg.results:
-        experiments = [of_results(path, top) for path in sorted(top.rglob("table.json")) if path.parent != folder]
+        experiments = [of_results(path, top) for path in top.rglob("table.json") if path.parent != folder]
+        experiments.sort(key=lambda e: (not any("successes" in row for row in e.rows), e.title))
     else:
         experiments = [of_run(cfg, b) for b in BACKBONES if replace(cfg, backbone=b).seed_dir.parent.is_dir()]
         runs.write_json(folder / "table.json", [row for experiment in experiments for row in experiment.rows])

@@ -100,7 +100,7 @@ def claims_table(claims: list[dict]) -> Table:
 
 def logs_table(logs: dict) -> Table:
     """The public logs cell by cell beside the paper's tables; episodes that repeat another seed's count once in intervals."""
-    head = ["policy", "suite", "successes by seed", "together", "rate", "paper's table", "episodes that differ", "95 % interval"]
+    head = ["policy", "suite", "successes by seed", "together", "rate", "paper's table", "distinct", "95 % interval"]
     table = Table(head, [])
     for policy, suites in logs["counts"].items():
         for suite, cells in suites.items():
