@@ -78,7 +78,7 @@ def by_suite(row: dict) -> tuple:
 def success(colours: dict, rows: list[dict]):
     """Success rates as horizontal bars, with their Wilson intervals."""
     rows = sorted(rows, key=by_suite)[::-1]
-    figure, ax = plt.subplots(figsize=(6.2, 0.8 + 0.36 * len(rows)))
+    figure, ax = plt.subplots(figsize=(5.4, 0.8 + 0.34 * len(rows)))
     rates = [100 * r["successes"] / max(1, r["n"]) for r in rows]
     bars = [[max(0, rate - 100 * r["ci95"][0]) for rate, r in zip(rates, rows, strict=True)]]
     bars += [[max(0, 100 * r["ci95"][1] - rate) for rate, r in zip(rates, rows, strict=True)]]
@@ -96,7 +96,7 @@ def success(colours: dict, rows: list[dict]):
 def forest(colours: dict, rows: list[dict]):
     """Differences to the SFT policy on the same episodes, in points, with their intervals and exact p-values."""
     rows = sorted(rows, key=by_suite)[::-1]
-    figure, ax = plt.subplots(figsize=(6.2, 0.85 + 0.36 * len(rows)))
+    figure, ax = plt.subplots(figsize=(5.4, 0.85 + 0.34 * len(rows)))
     for i, r in enumerate(rows):
         low, high = audit.paired_interval(r["gained"], r["lost"], r["paired_n"])
         ax.plot([100 * low, 100 * high], [i, i], color=colour(colours, r), linewidth=2.2, solid_capstyle="butt")
@@ -104,7 +104,7 @@ def forest(colours: dict, rows: list[dict]):
         ax.annotate(f"p = {r['p_vs_sft']:.2g}", (1.02, i), xycoords=("axes fraction", "data"), va="center", fontsize=9)
     ax.axvline(0, color=colours["ink"], linewidth=0.9)
     ax.set_yticks(range(len(rows)), labels(rows))
-    ax.set(ylim=(-0.6, len(rows) - 0.4), xlabel="points gained or lost against the SFT start, same episodes (95 %)")
+    ax.set(ylim=(-0.6, len(rows) - 0.4), xlabel="points against the SFT start, same episodes (95 %)")
     ax.grid(axis="x")
     ax.tick_params(axis="y", length=0)
     return figure
@@ -118,7 +118,7 @@ def learning_curve(colours: dict, rows: list[dict], losses: list[dict]):
     rates = [100 * r["successes"] / max(1, r["n"]) for r in rows]
     bars = [[rate - 100 * r["ci95"][0] for rate, r in zip(rates, rows, strict=True)]]
     bars += [[100 * r["ci95"][1] - rate for rate, r in zip(rates, rows, strict=True)]]
-    figure, ax = plt.subplots(figsize=(6.2, 3.5))
+    figure, ax = plt.subplots(figsize=(5.4, 3.3))
     ax.errorbar(steps, rates, bars, fmt="o-", color=colours["lora"], capsize=3, label="success (left), Wilson 95 %")
     ax.set(ylim=(0, 100), xlabel="SFT step", ylabel="success on validation states, %")
     ax.grid()
@@ -144,13 +144,13 @@ def dpo(colours: dict, curves: dict[str, list[dict]]):
     ax.axhline(0, color=colours["ink"], linewidth=0.8)
     ax.set(xlabel="DPO step", ylabel="beta x log-ratio to reference")
     ax.grid()
-    ax.legend(loc="upper left")
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(curves), borderaxespad=0.2)
     return figure
 
 
 def metrics(colours: dict, rows: list[dict], names: list[str]):
     """Figures of one unit as bars, with their intervals where they have some."""
-    figure, ax = plt.subplots(figsize=(6.2, 0.8 + 0.34 * len(rows)))
+    figure, ax = plt.subplots(figsize=(5.4, 0.8 + 0.32 * len(rows)))
     places = range(len(rows))[::-1]
     ax.barh(places, [row["value"] for row in rows], 0.62, color=colours["lora"])
     for y, row in zip(places, rows, strict=True):
