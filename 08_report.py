@@ -9,7 +9,7 @@ writes  <run>/report/, or FOLDER/report/: index.html, one file with all in it; r
         <!-- /table -->. With audit=FOLDER nothing but <run>/report/audit.md, and exit code 1 where the audit finds something.
 cost    10 s; may be run at any time, it shows what is there and says what is not
 try     python 08_report.py configs/tiny.yaml results=results
-        python 08_report.py configs/tiny.yaml audit=results/tiny_libero_object
+        python 08_report.py configs/tiny.yaml audit=results/tiny_libero_object/episodes
 
 Success rates and metrics stand in files of earlier stages. What is computed here, from these files: intervals of paired
 differences, tests between two files of episodes (report/audit.py), and differences of the paper's own counts (report/claims.py).

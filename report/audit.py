@@ -344,6 +344,6 @@ def audit(folder: Path) -> dict:
     table = rates(cells, again)
     for row in [row for row in table if row["n"] + row["crashes"] < FEW]:
         low, high = row["ci95"]
-        text = f"{row['n']} episodes that differ: the 95 % interval of its rate runs from {low:.0%} to {high:.0%}"
+        text = f"{row['n']} distinct episodes: the 95 % interval of its rate runs from {low:.0%} to {high:.0%}"
         findings.append(Finding("few", f"{row['policy']}, {row['suite']}", text))
     return {"rates": table, "pairs": pairs(cells, again), "findings": findings}

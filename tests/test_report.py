@@ -161,7 +161,7 @@ PLANTED = {  # what is done to a clean folder: the kinds of finding that must co
     baseline_without_a_seed: ({"missing"}, "openvla_sft has no episodes under seed 2026"),
     summary_alone: ({"missing"}, "a summary without episodes"),
     cut_line: ({"unreadable"}, "1 of its lines"),
-    too_few: ({"few"}, "50 episodes that differ"),
+    too_few: ({"few"}, "50 distinct episodes"),
 }
 
 
