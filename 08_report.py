@@ -1,156 +1,329 @@
-"""08 - Tables and plots of everything that has run under a config.
+"""08 - One page of all that has run: the paper's claims against it, tables, plots, rollouts. And an audit of episode files.
 
-reads   of each backbone <run>/<backbone>/seed<k>/: results{,-val}.{json,md} (04), {sft,dpo-*}/metrics.jsonl (01, 03)
-writes  <run>/report/: report.md, table.json (a flat row per evaluation), {success,learning_curve,dpo}-<backbone>.png
-cost    seconds; may be run at any time, it shows what is there and says what is not
-try     python 08_report.py configs/tiny.yaml
+reads   of a run, for each backbone and seed, <run>/<backbone>/seed<k>/: {sft,dpo-*}/metrics.jsonl (01, 03), results{,-val}.json
+        and eval-*/ (04), */table.json (05 to 07). With results=FOLDER the same of each folder at or below it that holds a
+        table.json, as the committed ones do: table.json, training/, episodes/, videos/.
+        configs/paper.yaml, the paper's claims, and what it looks up below results/
+writes  <run>/report/, or FOLDER/report/: index.html, one file with all in it; report.md and PNGs, the same for other readers;
+        claims.json; of a run table.json, all its rows. With readme=FILE in that file the tables between <!-- table:NAME --> and
+        <!-- /table -->. With audit=FOLDER nothing but <run>/report/audit.md, and exit code 1 where the audit finds something.
+cost    10 s; may be run at any time, it shows what is there and says what is not
+try     python 08_report.py configs/tiny.yaml results=results
+        python 08_report.py configs/tiny.yaml audit=results/tiny_libero_object/episodes
 
-It computes nothing: every number stands in a file of an earlier stage.
-Left out: the HTML page, the comparison with the paper's claims.
+Success rates and metrics stand in files of earlier stages. What is computed here, from these files: intervals of paired
+differences, tests between two files of episodes (report/audit.py), and differences of the paper's own counts (report/claims.py).
 """
 
 from __future__ import annotations
 
+import re
 import sys
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import common
 import runs
 from backbones import BACKBONES
+from report import audit, claims, plots
+from report.page import PILLS, Block, Image, Table, as_html, as_markdown, fill_in, number, p_value, percent, points, slug
 
 
 @dataclass
 class Config(common.RunConfig):
-    pass
+    results: str = ""  # folder of committed results to report on, in place of the run
+    audit: str = ""  # folder of episodes to audit, in place of a report
+    readme: str = ""  # Markdown file whose marked tables are renewed
 
 
-INK, GRID, COLOURS = "#222222", "#dddddd", {"sft": "#8c8c8c", "lora": "#1f77b4", "dora": "#d9822b"}
+STAGES = {  # what may have run: trainings by the name of their log, the rest by the script in a row's command
+    "01_sft.py": "supervised fine-tuning",
+    "03_dpo.py": "DPO",
+    "04_eval.py": "success rates",
+    "05_profile.py": "latency and caches",
+    "06_pretrain_head.py": "contrastive head and retrieval",
+    "07_validate.py": "surrogate against exact likelihood",
+}
+TRAINING = {"01_sft.py": "sft", "03_dpo.py": "dpo-"}  # how their logs' names begin
 
 
-def axes(title: str, xlabel: str, ylabel: str, panels: int = 1):
-    """A figure and its `panels` axes side by side (one alone is no list)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    size = (max(6.4, 3.4 * panels), 3.8)
-    figure, grid = plt.subplots(1, panels, figsize=size, dpi=150, layout="constrained", sharey=True, squeeze=False)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
-    grid[0][0].set_ylabel(ylabel)
-    for ax in grid[0]:
-        ax.set_xlabel(xlabel)
-        ax.grid(color=GRID, linewidth=0.6)
-        ax.set_axisbelow(True)
-        ax.spines[["top", "right"]].set_visible(False)
-    return figure, grid[0] if panels > 1 else grid[0][0]
+# ------------------------------------------------------------------------------------------------- what has run, and its tables
+@dataclass
+class Experiment:
+    title: str
+    rows: list[dict]  # of table.json: success rates and metrics
+    training: dict[str, list[dict]] = field(default_factory=dict)  # metrics.jsonl of sft and of each dpo-*
+    episodes: Path | None = None  # folder for the audit
+    drawn: list[Path] = field(default_factory=list)  # plots that other stages made
+    videos: list[Path] = field(default_factory=list)
 
 
-def rate_and_bars(rows: list[dict]) -> tuple[list[float], list[list[float]]]:
-    """Success rates in percent, and the distances to both ends of their intervals."""
-    rates = [100 * r["successes"] / max(1, r["n"]) for r in rows]
-    bars = [[rate - 100 * r["ci95"][0] for rate, r in zip(rates, rows, strict=True)]]
-    return rates, [*bars, [100 * r["ci95"][1] - rate for rate, r in zip(rates, rows, strict=True)]]
+def of_run(cfg: Config, backbone: str) -> Experiment:
+    """All seeds of one backbone of a run."""
+    folder = replace(cfg, backbone=backbone).seed_dir.parent
+    found = Experiment(f"{cfg.name} {backbone}", [], episodes=folder)
+    seeds = sorted(folder.glob("seed*"), key=lambda path: (len(path.name), path.name))
+    for seed_dir in seeds:
+        for path in [*sorted(seed_dir.glob("*.json")), *sorted(seed_dir.glob("*/table.json"))]:
+            table = runs.read_json(path)
+            found.rows += map(completed, table) if isinstance(table, list) else []
+        for path in sorted(seed_dir.glob("*/metrics.jsonl")):
+            name = path.parent.name + (f", {seed_dir.name}" if len(seeds) > 1 else "")
+            found.training[name] = audit.read_lines(path)[0]
+        found.drawn += [*sorted(seed_dir.glob("*.png")), *sorted(seed_dir.glob("*/*.png"))]
+        found.videos += sorted(seed_dir.glob("eval-*/videos/*.gif"))
+    return found
 
 
-def plot_success(rows: list[dict], path: Path) -> None:
-    figure, ax = axes(f"Success on held-out init states, {rows[0]['suite']}", "", "success, % (Wilson 95 %)")
-    rows = sorted(rows, key=lambda r: (r["start"] == "final", r["start"], r["policy"] == "dpo", r["name"]))
-    rates, bars = rate_and_bars(rows)
-    colours = [COLOURS[r["adapter"] if r["policy"] == "dpo" else "sft"] for r in rows]
-    ax.bar(range(len(rows)), rates, 0.62, color=colours, yerr=bars, capsize=3, ecolor=INK, error_kw={"linewidth": 1})
-    for i, (rate, r) in enumerate(zip(rates, rows, strict=True)):
-        ax.text(i, 3, f"{r['successes']}/{r['n']}", ha="center", color="white", fontsize=8 if rate > 10 else 0)
-    ax.set_xticks(range(len(rows)), [r["name"].replace("-at", "\nat ").replace("-", "\n", 1) for r in rows], fontsize=8)
-    ax.set_ylim(0, 100)
-    ax.grid(axis="x", visible=False)
-    figure.savefig(path)
+def of_results(table: Path, top: Path) -> Experiment:
+    """One folder of committed results."""
+    folder, drawn_here = table.parent, re.compile("success|differences|dpo|learning_curve")
+    name = str(folder.relative_to(top)) if folder != top else folder.name
+    found = Experiment(name, [completed(row) for row in runs.read_json(table)])
+    logs = [path for path in sorted(folder.glob("training/*.jsonl")) if path.stem.startswith(("sft", "dpo-"))]
+    found.training = {path.stem: audit.read_lines(path)[0] for path in logs}
+    found.episodes = folder / "episodes" if (folder / "episodes").is_dir() else None
+    found.drawn = [path for path in sorted(folder.glob("*.png")) if not drawn_here.match(path.name)]
+    found.videos = sorted(folder.glob("videos/*.gif"))
+    return found
 
 
-def training_step(row: dict, last: int) -> int:
-    return last if row["start"] == "final" else int(row["start"])
+def completed(row: dict) -> dict:
+    """A row of a table.json with the keys that not every stage writes."""
+    usual = {"suite": "", "name": row.get("policy", ""), "policy": "", "adapter": "none", "start": "final", "group": "test"}
+    return usual | {"train_seeds": [], "blank_images": False, "crashes": 0, "ci95_tasks": None, "command": "", "commit": ""} | row
 
 
-def plot_learning_curve(rows: list[dict], losses: list[dict], path: Path) -> None:
-    """Success on validation init states, and the validation loss, against SFT steps."""
-    figure, ax = axes("What more training buys", "SFT step", "success on validation init states, %")
-    last = losses[-1]["step"]
-    rows = sorted(rows, key=lambda r: training_step(r, last))
-    rates, bars = rate_and_bars(rows)
-    steps = [training_step(r, last) for r in rows]
-    ax.errorbar(steps, rates, bars, fmt="o-", color=COLOURS["lora"], capsize=3, label="success (left), Wilson 95 %")
-    ax.set_ylim(0, 100)
-    right = ax.twinx()
-    with_loss = [row for row in losses if "val_loss" in row]
-    right.plot(
-        [r["step"] for r in with_loss], [r["val_loss"] for r in with_loss], color=COLOURS["dora"], label="validation loss (right)"
-    )
-    right.set_yscale("log")
-    right.spines["top"].set_visible(False)
-    handles = [*ax.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
-    ax.legend(handles, [h.get_label() for h in handles], frameon=False, loc="center right", fontsize=8)
-    figure.savefig(path)
+def success_table(rows: list[dict]) -> Table:
+    """Success rates of one group of init states. `over tasks`: the interval of a bootstrap that draws whole tasks."""
+    several = len({row["suite"] for row in rows}) > 1
+    seeds = len({str(row["train_seeds"]) for row in rows}) > 1
+    head = ["policy", *["suite"] * several, *["seeds"] * seeds, "success", "95 % interval", "over tasks", "crashes"]
+    table = Table([*head, "against its SFT start (95 %)", "gained / lost", "p"], [])
+    for r in sorted(rows, key=plots.by_suite):
+        cells = [r["name"], *[r["suite"]] * several, *[", ".join(map(str, r["train_seeds"]))] * seeds]
+        cells += [f"{r['successes']} / {r['n']}", percent(r["ci95"])]
+        cells += [percent(r["ci95_tasks"]) if r["ci95_tasks"] else "", r["crashes"]]
+        if "diff_vs_sft" in r:
+            cells += [claims.said_difference(r), f"{r.get('gained', '')} / {r.get('lost', '')}", p_value(r["p_vs_sft"])]
+        table.rows.append(cells + [""] * (len(table.head) - len(cells)))
+    return table
 
 
-def plot_dpo(folders: list[Path], path: Path) -> None:
-    """Implicit rewards of chosen (solid) and rejected (dashed) chunks during DPO; a panel for each set of pairs."""
-    variants = sorted({folder.name.split("-", 2)[2] for folder in folders})
-    title = "DPO: implicit rewards, chosen (solid) and rejected (dashed)"
-    figure, panels = axes(title, "DPO step", "beta x log-ratio to the reference", len(variants))
-    for variant, ax in zip(variants, panels if len(variants) > 1 else [panels], strict=True):
-        recipe, _, step = variant.partition("-at")
-        ax.set_title(f"{recipe} pairs, from {f'step {step}' if step else 'the final policy'}", fontsize=9, color=INK)
-        for folder in [f for f in folders if f.name.split("-", 2)[2] == variant]:
-            rows, kind = runs.read_jsonl(folder / "metrics.jsonl"), folder.name.split("-")[1]
-            steps = [row["step"] for row in rows]
-            ax.plot(steps, [row["rewards/chosen"] for row in rows], color=COLOURS[kind], label=kind)
-            ax.plot(steps, [row["rewards/rejected"] for row in rows], "--", color=COLOURS[kind])
-        ax.axhline(0, color=INK, linewidth=0.8)
-        ax.legend(frameon=False, fontsize=8)
-    figure.savefig(path)
+def rates_table(rows: list[dict]) -> Table:
+    """The audit's rates: all seeds of a policy and suite together."""
+    table = Table(["policy", "suite", "seeds", "episodes", "success", "95 % interval", "over tasks", "crashes"], [])
+    for r in rows:
+        over_tasks = percent(r["ci95_tasks"]) if r["ci95_tasks"] else ""
+        cells = [r["policy"], r["suite"], ", ".join(map(str, r["seeds"])), r["episodes"], f"{r['successes']} / {r['n']}"]
+        table.rows.append([*cells, percent(r["ci95"]), over_tasks, r["crashes"]])
+    return table
 
 
-def section(cfg: Config, backbone: str, folder: Path) -> tuple[list[str], list[dict]]:
-    """What the report says of one backbone, and its rows; plots go to `folder`, named after the backbone."""
-    cfg = replace(cfg, backbone=backbone)
-    said, rows = [f"# {cfg.name}, {backbone}, seed {cfg.seed}"], {}
-    for group, stem, words in (("test", "results", "held-out (40-49)"), ("val", "results-val", "validation (35-39)")):
-        path = cfg.seed_dir / f"{stem}.json"
-        rows[group] = runs.read_json(path) if path.is_file() else []
-        said.append(f"## Success on {words} init states\n\n{path.with_suffix('.md').read_text() if rows[group] else 'not run'}")
-    said[1] += "\nExact McNemar on the same episodes; `over tasks` is a bootstrap that draws whole tasks."
-    if rows["test"]:
-        plot_success(rows["test"], folder / f"success-{backbone}.png")
-        said[1] += f"\n\n![success](success-{backbone}.png)"
-    losses = runs.read_jsonl(cfg.seed_dir / "sft" / "metrics.jsonl")
-    curve = [row for row in rows["val"] if row["policy"] == "sft" and not row["blank_images"]]
+def pairs_table(rows: list[dict]) -> Table:
+    """The audit's paired comparisons; the last column corrects p for all rows of the table."""
+    table = Table(["policy", "against", "suite", "pairs", "successes", "difference (95 %)", "gained / lost", "p", "p (Holm)"], [])
+    for r in rows:
+        cells = [r["policy"], r["against"], r["suite"], r["paired_n"], f"{r['wins'][0]} against {r['wins'][1]}"]
+        cells += [points(r["diff"], r["ci95"]), f"{r['gained']} / {r['lost']}", p_value(r["p"]), p_value(r["p_holm"])]
+        table.rows.append(cells)
+    return table
+
+
+def metrics_table(rows: list[dict]) -> Table:
+    table = Table(["metric", "value", "95 % interval", "unit", "n"], [])
+    for name, r in zip(metric_names(rows), rows, strict=True):
+        interval = f"{number(r['ci95'][0])} to {number(r['ci95'][1])}" if r.get("ci95") else ""
+        table.rows.append([name, number(r["value"]), interval, r.get("unit", ""), r.get("n", "")])
+    return table
+
+
+def metric_names(rows: list[dict]) -> list[str]:
+    """What tells the rows of metrics apart, in words: the metric, and every key in which they differ."""
+    keys = {key for row in rows for key in row} - {"metric", "value", "unit", "n", "ci95", "command", "commit"}
+    varies = [key for key in ["metric", *sorted(keys)] if len({str(row.get(key)) for row in rows}) > 1] or ["metric"]
+    return [" ".join(str(row[key]) for key in varies if row.get(key) not in (None, "", "none")).replace("_", " ") for row in rows]
+
+
+def script(row: dict) -> str:
+    """The stage that made a row: the script in its command."""
+    return next((word for word in row["command"].split() if word.endswith(".py")), "")
+
+
+def title(stage: str) -> str:
+    words = STAGES.get(stage, stage)
+    return words[:1].upper() + words[1:]
+
+
+def by_stage(rows: list[dict], key: str = "") -> dict[tuple[str, str], list[dict]]:
+    """Metrics grouped by the stage that made them, and by `key` where one is given."""
+    groups = defaultdict(list)
+    for row in [row for row in rows if "metric" in row]:
+        groups[script(row), row.get(key, "")].append(row)
+    return groups
+
+
+def findings_list(findings: list[audit.Finding]) -> str:
+    return "\n".join(f"- {found.kind}: {found.where}: {found.text}" for found in findings)
+
+
+# ------------------------------------------------------------------------------------------------------------------ the page
+def images(experiment: Experiment, groups: dict[str, list[dict]], folder: Path) -> list[Image]:
+    """All plots for which there are rows; the PNGs go to `folder`, named after the experiment."""
+    made, held_out = [], groups["test"]
+
+    def add(name: str, alt: str, draw, *arguments):
+        path = folder / f"{name}-{slug(experiment.title)}.png"
+        made.append(Image(path.name, alt, *plots.dressed(draw, *arguments, path=path)))
+
+    if held_out:
+        add("success", "Success on held-out init states", plots.success, held_out)
+    if differences := [row for row in held_out if "gained" in row]:
+        add("differences", "Difference to the SFT policy that each started from, on the same episodes", plots.forest, differences)
+    curve = [row for row in groups["val"] if row["policy"] == "sft" and not row["blank_images"]]
+    losses = next((rows for name, rows in experiment.training.items() if name.startswith("sft") and rows), [])
     if len(curve) > 1 and losses:
-        plot_learning_curve(curve, losses, folder / f"learning_curve-{backbone}.png")
-        said.append(f"## Learning curve\n\n![learning curve](learning_curve-{backbone}.png)")
-    trained = [p.parent for p in sorted(cfg.seed_dir.glob("dpo-*/done.json"))]
-    if trained:
-        plot_dpo(trained, folder / f"dpo-{backbone}.png")
-        said.append(f"## DPO training\n\n![dpo](dpo-{backbone}.png)")
-    return said, rows["test"] + rows["val"]
+        add("learning_curve", "What more training buys, on validation init states", plots.learning_curve, curve, losses)
+    variants = defaultdict(dict)  # by pairs and start, then by adapter
+    for name, rows in experiment.training.items():
+        if name.startswith("dpo-") and rows:
+            _, adapter, variant = name.split("-", 2)
+            variants[variant][adapter] = rows
+    for variant, curves in sorted(variants.items()):
+        recipe, _, start = variant.partition("-at")
+        words = f"DPO's implicit rewards, {recipe} pairs, from {f'SFT step {start}' if start else 'the final SFT policy'}"
+        add(f"dpo-{slug(variant)}", words, plots.dpo, curves)
+    for (stage, unit), rows in sorted(by_stage(experiment.rows, "unit").items()):
+        if 1 < len(rows) <= 24:  # more say nothing as bars; their stage draws them
+            add(
+                f"{slug(stage.removesuffix('.py'))}-{slug(unit)}",
+                f"{title(stage)}, {unit}",
+                plots.metrics,
+                rows,
+                metric_names(rows),
+            )
+    return made + [Image(path.name, f"{path.parent.name}: {path.stem}", path.read_bytes()) for path in experiment.drawn]
+
+
+def clips(videos: list[Path], most: int = 12) -> list[Image]:
+    """Rollouts: of each suite a few successes and a few failures, in turn."""
+    groups = defaultdict(list)
+    for path in videos:
+        groups[path.name.split("-")[0], path.stem.rpartition("-")[2]].append(path)
+    in_turn = [path for rank in range(most) for group in groups.values() for path in group[rank : rank + 1]]
+    return [Image(path.name, f"{path.parent.parent.name}: {path.stem}", path.read_bytes(), clip=True) for path in in_turn[:most]]
+
+
+def chapter(experiment: Experiment, folder: Path) -> tuple[list[Block], dict[str, Table]]:
+    """The page's blocks on one experiment, and its tables by the name that a README calls them."""
+    name, rates = experiment.title, [row for row in experiment.rows if "successes" in row]
+    groups = {group: [row for row in rates if row["group"] == group] for group in ("test", "val")}
+    blocks, tables = [f"## {name}"], {}
+
+    def add(heading: str, suffix: str, table: Table):
+        tables[name + suffix] = table
+        blocks.extend([f"### {heading}", table])
+
+    if groups["test"]:
+        add("Success on held-out init states (40-49)", "", success_table(groups["test"]))
+    if groups["val"]:
+        add("Success on validation init states (35-39)", "/val", success_table(groups["val"]))
+    blocks.append(images(experiment, groups, folder))
+    for (stage, _), rows in sorted(by_stage(experiment.rows).items()):
+        add(title(stage), f"/{stage.removesuffix('.py')}", metrics_table(rows))
+    if experiment.episodes and rates:
+        found = audit.audit(experiment.episodes)
+        if found["pairs"]:
+            add("From single episodes, all seeds together", "/pairs", pairs_table(found["pairs"]))
+        blocks.append(findings_list(found["findings"]) or "The audit of these episodes found nothing.")
+    if not experiment.rows:
+        blocks.append("Nothing has been evaluated yet.")
+    if shown := clips(experiment.videos):
+        blocks += ["### Rollouts", shown]
+    commands = sorted({f"- `{row['command']}` at {row['commit'] or 'no commit'}" for row in experiment.rows})
+    return blocks + (["### Commands", "\n".join(commands)] if commands else []), tables
+
+
+def what_has_run(experiments: list[Experiment]) -> Table:
+    table = Table(["stage", "what it does", "what of it is here"], [])
+    for stage, words in STAGES.items():
+        logs = sum(name.startswith(TRAINING.get(stage, "-")) for e in experiments for name in e.training)
+        rows = sum(script(row) == stage for e in experiments for row in e.rows)
+        counted = [f"{n} {what}{'s' * (n > 1)}" for n, what in ((logs, "training log"), (rows, "row")) if n]
+        table.rows.append([f"`{stage}`", words, ", ".join(counted) or "not run"])
+    return table
+
+
+def report(cfg: Config, experiments: list[Experiment], folder: Path) -> dict[str, Table]:
+    """Write the report into `folder`; returns its tables by name."""
+    paper = claims.read_paper()
+    logs, judged = paper["logs"], [claims.judged(claim, paper["logs"]) for claim in paper["claims"]]
+    counts = ", ".join(f"{verdict} {n}" for verdict in PILLS if (n := sum(c["verdict"] == verdict for c in judged)))
+    tables = {"claims": claims.claims_table(judged), "public-logs": claims.logs_table(logs)}
+    source = f"[the paper's repository]({logs['repository']}) at commit `{logs['commit'][:7]}`, folder `{logs['folder']}`"
+    blocks = [
+        f"# CrossVLA kit: {Path(cfg.results).name or cfg.name}",
+        f"[{paper['title']}](https://arxiv.org/abs/{paper['arxiv']}), and what this kit finds of it. Its claims: {counts}.",
+        "## The paper's claims",
+        "*Here* is the kit's tiny size, in its committed results. A difference that is not significant is counted as *does not "
+        "hold here*: it was not shown, which does not make it zero.",
+        tables["claims"],
+        "## The paper's public logs",
+        f"Counted in {source}. A seed is the evaluation's, not the training's. Intervals are of the distinct episodes: "
+        "those that repeat another seed's count once.",
+        tables["public-logs"],
+        "## What has run",
+        what_has_run(experiments),
+    ]
+    for experiment in experiments:
+        found, named = chapter(experiment, folder)
+        blocks, tables = blocks + found, tables | named
+    runs.write_atomic(folder / "index.html", as_html(blocks))
+    runs.write_atomic(folder / "report.md", as_markdown(blocks))
+    runs.write_json(folder / "claims.json", judged)
+    print(f"claims: {counts}\nreport: {folder / 'index.html'}")
+    return tables
+
+
+def audited(folder: Path, out: Path) -> bool:
+    """Print the audit of a folder and keep it in `out`; True if it found nothing."""
+    found = audit.audit(folder)
+    blocks = [f"# Audit of {folder}", "## Success rates", rates_table(found["rates"])]
+    if found["pairs"]:
+        blocks += ["## Paired with the SFT policy", pairs_table(found["pairs"])]
+    if found["findings"]:
+        blocks += [
+            "## Findings",
+            findings_list(found["findings"]),
+            "Facts about files; what caused them is not established here.",
+        ]
+    runs.write_atomic(out / "audit.md", as_markdown(blocks))
+    print(as_markdown(blocks), end="")
+    return not found["findings"]
 
 
 def main(cfg: Config) -> None:
     if cfg.dry_run:
         return
-    folder = Path(cfg.root) / cfg.name / "report"
+    run = Path(cfg.root) / cfg.name
+    top = Path(cfg.results) if cfg.results and not cfg.audit else run
+    if cfg.results and not any(top.rglob("table.json")):
+        raise common.UserError(f"no table.json at or below {top}; name a folder of results, or leave results= out")
+    folder = top / "report"
     folder.mkdir(parents=True, exist_ok=True)
-    said, rows = [], []
-    for backbone in [b for b in BACKBONES if replace(cfg, backbone=b).seed_dir.is_dir()]:
-        words, found = section(cfg, backbone, folder)
-        said, rows = said + words, rows + found
-        results = replace(cfg, backbone=backbone).seed_dir / "results.md"
-        print(f"{backbone}\n\n{results.read_text() if results.is_file() else 'no evaluation has run yet (04_eval.py)'}")
-    runs.write_json(folder / "table.json", rows)
-    commands = sorted({f"`{row['command']}` at {row['commit']}" for row in rows})
-    said.append("# Commands\n\n" + "\n".join(f"- {line}" for line in commands))
-    runs.write_atomic(folder / "report.md", "\n\n".join(said) + "\n")
-    print(f"report: {folder / 'report.md'}")
+    if cfg.audit:
+        sys.exit(0 if audited(Path(cfg.audit), folder) else 1)
+    if cfg.results:
+        experiments = [of_results(path, top) for path in top.rglob("table.json") if path.parent != folder]
+        experiments.sort(key=lambda e: (not any("successes" in row for row in e.rows), e.title))
+    else:
+        experiments = [of_run(cfg, b) for b in BACKBONES if replace(cfg, backbone=b).seed_dir.parent.is_dir()]
+        runs.write_json(folder / "table.json", [row for experiment in experiments for row in experiment.rows])
+    tables = report(cfg, experiments, folder)
+    if cfg.readme:
+        path = Path(cfg.readme)
+        runs.write_atomic(path, fill_in(path.read_text(), tables))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,471 @@
+"""Stage 08: the audit finds what was planted and nothing else, the claims' look-ups are true, the page stands alone.
+
+pytest tests/test_report.py
+"""
+
+import base64
+import importlib
+import itertools
+import json
+import math
+import random
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+import common
+import runs
+from report import audit, claims, page
+
+stage = importlib.import_module("08_report")
+RESULTS = runs.HERE / "results"
+LIMIT = 300  # steps after which an episode has failed
+
+
+# ------------------------------------------------------------------------------------------------------- folders of episodes
+def outcomes(rate: float, seed: int, crashes: int = 0) -> list[dict]:
+    """100 episodes of 10 tasks x 10 init states."""
+    rng, rows = random.Random(seed), []
+    for task, init in itertools.product(range(10), range(10)):
+        success = rng.random() < rate
+        row = {"task": task, "init": init, "success": success, "steps": rng.randint(80, 250) if success else LIMIT, "crash": ""}
+        rows.append(row | ({"success": False, "steps": 31, "crash": "MujocoException"} if len(rows) < crashes else {}))
+    return rows
+
+
+def write_public(folder: Path, name: str, seed: int, rows: list[dict], suite: str = "libero_goal") -> None:
+    """Episodes and summary in the format of the paper's repository, which has no column for crashes."""
+    lines = [
+        {"suite": suite, "task_id": r["task"], "task": "words", "trial": r["init"], "seed": seed, "init_idx": r["init"]}
+        | {"success": r["success"], "n_steps": r["steps"], "elapsed_s": 1.5 + i}
+        for i, r in enumerate(rows)
+    ]
+    runs.write_rows(folder / f"{name}_seed{seed}.jsonl", lines)
+    won = sum(r["success"] for r in rows)
+    facts = {"rate": won / len(rows), "success": won, "trials": len(rows)}
+    runs.write_json(folder / f"{name}_seed{seed}.json", {"per_suite": {suite: facts}, "meta": {"seeds": [seed]}})
+
+
+def public_folder(folder: Path) -> Path:
+    """Two policies, three seeds, nothing wrong."""
+    folder.mkdir()
+    for seed in (42, 1337, 2026):
+        write_public(folder, "openvla_sft_libero_goal_5x10", seed, outcomes(0.6, seed))
+        write_public(folder, "openvla_dpo_libero_goal_dora", seed, outcomes(0.7, seed + 1))
+    won, n, _ = audit.count(audit.read(folder)[0], "openvla_sft", "libero_goal")
+    merged = {"suite": "libero_goal", "sft_baseline": 100 * won / n, "merged_3seed": {}}
+    runs.write_json(folder / "openvla_dpo_libero_goal_3seed_merged.json", merged)
+    return folder
+
+
+def kit_folder(folder: Path) -> Path:
+    """The kit's own format: episodes/ and the table.json made from it, with a crash."""
+    (folder / "episodes").mkdir(parents=True)
+    of = {"sft": outcomes(0.6, 1), "dpo-lora-branch": outcomes(0.7, 2, crashes=1)}
+    for name, rows in of.items():
+        lines = [{"suite": "libero_goal", "seed": 42, "init_state": r["init"]} | r for r in rows]
+        runs.write_rows(folder / "episodes" / f"eval-{name}.jsonl", lines)
+    valid = of["dpo-lora-branch"][1:], of["sft"][1:]
+    gained, lost = (sum(a["success"] > b["success"] for a, b in zip(*both, strict=True)) for both in (valid, valid[::-1]))
+    row = {"group": "test", "start": "final"}
+    sft = row | {"name": "sft", "n": 100, "successes": sum(r["success"] for r in of["sft"])}
+    dpo = row | {"name": "dpo-lora-branch", "n": 99, "successes": sum(r["success"] for r in valid[0])}
+    runs.write_json(folder / "table.json", [sft, dpo | {"gained": gained, "lost": lost}])
+    return folder
+
+
+def edit_lines(path: Path, change) -> None:
+    runs.write_rows(path, [row for row in map(change, audit.read_lines(path)[0]) if row is not None])
+
+
+def edit_json(path: Path, change) -> None:
+    data = json.loads(path.read_text())
+    change(data)
+    runs.write_json(path, data)
+
+
+DORA = "openvla_dpo_libero_goal_dora_seed{}"
+SFT = "openvla_sft_libero_goal_5x10_seed{}"
+
+
+def duplicate_seeds(f):  # the same episodes under another seed, with other wall times
+    shutil.copy(f / f"{DORA.format(42)}.json", f / f"{DORA.format(1337)}.json")
+    shutil.copy(f / f"{DORA.format(42)}.jsonl", f / f"{DORA.format(1337)}.jsonl")
+    edit_lines(f / f"{DORA.format(1337)}.jsonl", lambda row: row | {"seed": 1337, "elapsed_s": row["elapsed_s"] + 7})
+
+
+def copied_policy(f):
+    shutil.copy(f / f"{SFT.format(42)}.json", f / f"{DORA.format(42)}.json")
+    shutil.copy(f / f"{SFT.format(42)}.jsonl", f / f"{DORA.format(42)}.jsonl")
+
+
+def repeated_lines(f):
+    path = f / f"{DORA.format(42)}.jsonl"
+    first = path.read_text().splitlines()[0]
+    path.with_name("openvla_dpo_libero_goal_dora_5x10_seed42.jsonl").write_text(f"{first}\n")
+
+
+def swapped_baseline(f):
+    edit_json(f / "openvla_dpo_libero_goal_3seed_merged.json", lambda d: d.update(sft_baseline=d["sft_baseline"] - 6))
+
+
+def other_summary(f):
+    edit_json(f / f"{SFT.format(42)}.json", lambda d: d["per_suite"]["libero_goal"].update(success=99))
+
+
+def dropped_crashes(f):  # four failures left out of the episodes, and the summary made from what is left
+    path, dropped = f / f"{DORA.format(2026)}.jsonl", iter(range(100))
+    edit_lines(path, lambda row: None if not row["success"] and next(dropped) < 4 else row)
+    won = sum(row["success"] for row in audit.read_lines(path)[0])
+    edit_json(path.with_suffix(".json"), lambda d: d["per_suite"]["libero_goal"].update(success=won, trials=96))
+
+
+def crash_as_failure(f):
+    first = iter([True])
+    edit_lines(f / f"{DORA.format(42)}.jsonl", lambda r: r | {"n_steps": 57} if not r["success"] and next(first, 0) else r)
+
+
+def baseline_without_a_seed(f):
+    for kind in ("json", "jsonl"):
+        (f / f"{SFT.format(2026)}.{kind}").unlink()
+    won, n, _ = audit.count(audit.read(f)[0], "openvla_sft", "libero_goal")
+    edit_json(f / "openvla_dpo_libero_goal_3seed_merged.json", lambda d: d.update(sft_baseline=100 * won / n))
+
+
+def summary_alone(f):
+    shutil.copy(f / f"{SFT.format(42)}.json", f / "pi05_sft_libero_goal_5x10_seed42.json")
+
+
+def cut_line(f):
+    path = f / f"{DORA.format(42)}.jsonl"
+    path.write_text(path.read_text() + '{"suite": "libero_goal", "task_id": 3')
+
+
+def too_few(f):
+    write_public(f, "pi05_sft_libero_goal_5x10", 42, outcomes(0.9, 5)[:50])
+
+
+PLANTED = {  # what is done to a clean folder: the kinds of finding that must come of it, and words of one
+    duplicate_seeds: ({"duplicate"}, "100 of 100 episodes have the same success and number of steps under seeds 42 and 1337"),
+    copied_policy: ({"duplicate"}, "all 100 episodes of seed 42 have the success and number of steps of openvla_sft"),
+    repeated_lines: ({"duplicate"}, "1 of its episodes"),
+    swapped_baseline: ({"baseline"}, "its SFT baseline is"),
+    other_summary: ({"summary"}, "it says 99 of 100 successes"),
+    dropped_crashes: ({"missing"}, "4 of 100 episodes (tasks x init states) are not there"),
+    crash_as_failure: ({"crash"}, "ended before the others' 300 steps"),
+    baseline_without_a_seed: ({"missing"}, "openvla_sft has no episodes under seed 2026"),
+    summary_alone: ({"missing"}, "a summary without episodes"),
+    cut_line: ({"unreadable"}, "1 of its lines"),
+    too_few: ({"few"}, "50 distinct episodes"),
+}
+
+
+@pytest.mark.parametrize("make", [public_folder, kit_folder], ids=["public format", "kit's format"])
+def test_the_audit_is_silent_on_a_clean_folder(make, tmp_path):
+    assert audit.audit(make(tmp_path / "clean"))["findings"] == []
+
+
+@pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__)
+def test_the_audit_finds_a_planted_defect_and_nothing_else(plant, tmp_path):
+    folder = public_folder(tmp_path / "episodes")
+    plant(folder)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    findings = audit.audit(folder)["findings"]
+    kinds, words = PLANTED[plant]
+    assert {found.kind for found in findings} == kinds, findings
+    assert any(words in found.text for found in findings), findings
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before, "an audit changes nothing"
+
+
+def test_the_audit_checks_the_kits_tables(tmp_path):
+    folder = kit_folder(tmp_path / "kit")
+    edit_json(folder / "table.json", lambda rows: rows[1].update(gained=rows[1]["gained"] + 2))
+    assert [found.kind for found in audit.audit(folder)["findings"]] == ["baseline"]
+    edit_json(folder / "table.json", lambda rows: rows[0].update(successes=rows[0]["successes"] + 1))
+    assert sorted(found.kind for found in audit.audit(folder)["findings"]) == ["baseline", "summary"]
+
+
+def test_episodes_that_agree_under_two_seeds_count_once(tmp_path):
+    folder = public_folder(tmp_path / "episodes")
+    n = {row["policy"]: row["n"] for row in audit.audit(folder)["rates"]}
+    duplicate_seeds(folder)
+    found = audit.audit(folder)
+    once = {row["policy"]: (row["episodes"], row["n"]) for row in found["rates"]}
+    assert n == {"openvla_sft": 300, "openvla_dpo_dora": 300}
+    assert once == {"openvla_sft": (300, 300), "openvla_dpo_dora": (300, 200)}
+    assert [row["paired_n"] for row in found["pairs"]] == [200]
+
+
+def test_the_audit_recomputes_the_committed_table():
+    found = audit.audit(RESULTS / "tiny_libero_object" / "episodes")
+    table = {row["name"]: row for row in runs.read_json(RESULTS / "tiny_libero_object" / "table.json")}
+    assert found["findings"] == [] and len(found["rates"]) == len(table)
+    for row in found["rates"]:
+        assert (row["successes"], row["n"]) == (table[row["policy"]]["successes"], table[row["policy"]]["n"])
+    for row in found["pairs"]:
+        want = table[row["policy"]]
+        assert (row["gained"], row["lost"], row["paired_n"]) == (want["gained"], want["lost"], want["paired_n"])
+        assert row["p"] == pytest.approx(want["p_vs_sft"]) and row["diff"] == pytest.approx(want["diff_vs_sft"])
+    assert all(row["p"] <= row["p_holm"] <= min(1, len(found["pairs"]) * row["p"]) + 1e-12 for row in found["pairs"])
+
+
+def test_a_folder_without_episodes_is_one_line(tmp_path):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(common.UserError, match="audit: "):
+            audit.audit(folder)
+
+
+# -------------------------------------------------------------------------------------------------------------- statistics
+def test_holm_by_hand():
+    assert audit.holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
+    assert audit.holm([0.9, 0.8]) == [1.0, 1.0] and audit.holm([]) == []
+
+
+@pytest.mark.parametrize("up, down", [(0.1, 0.1), (0.02, 0.02), (0.3, 0.1), (0.0, 0.05)])
+def test_the_paired_interval_covers_the_truth(up, down):
+    """Its coverage, summed over all outcomes of 40 paired episodes."""
+    n, covered = 40, 0.0
+    for gained in range(n + 1):
+        for lost in range(n + 1 - gained):
+            ways = math.comb(n, gained) * math.comb(n - gained, lost)
+            low, high = audit.paired_interval(gained, lost, n)
+            same = 1 - up - down
+            covered += ways * up**gained * down**lost * same ** (n - gained - lost) * (low <= up - down <= high)
+    assert covered >= 0.94
+    low, high = audit.paired_interval(7, 3, 40)
+    assert audit.paired_interval(3, 7, 40) == pytest.approx((-high, -low)) and low < 0.1 < high
+
+
+# ------------------------------------------------------------------------------------------------------------------ claims
+PAPER = claims.read_paper()
+
+
+@pytest.mark.parametrize("claim", PAPER["claims"], ids=lambda claim: claim["id"])
+def test_a_claim_is_complete_and_its_figures_are_in_the_files_it_names(claim):
+    judged = claims.judged(claim, PAPER["logs"])
+    assert all(judged[key] for key in ("section", "claim", "paper", "logs", "verdict", "command")), judged
+    assert judged["verdict"] in page.PILLS
+    assert ("verdict" in claim) != ("ours" in claim and "holds" in claim)
+    if "ours" in claim:
+        row = claims.look_up(claim["ours"])  # raises when the file is there and the row is not
+        assert (row is None) == (judged["verdict"] == "not run here")
+        assert row is None or all(key in row for key in [*claim["holds"], claim["ours"].get("key", next(iter(claim["holds"])))])
+        assert row is None or judged["ours"]
+
+
+def test_verdicts_of_the_committed_results():
+    verdicts = {claim["id"]: claims.judged(claim, PAPER["logs"])["verdict"] for claim in PAPER["claims"]}
+    assert verdicts["interface"] == verdicts["adapter-size"] == "holds here"
+    assert verdicts["flow-dpo"] == verdicts["flow-dpo-episode"] == "does not hold here"
+    assert verdicts["openvla-sft"] == "not testable here"
+
+
+def test_a_look_up_that_finds_no_row_or_two_is_an_error():
+    file = "tiny_libero_object/table.json"
+    for where in ({"name": "nobody"}, {"policy": "dpo"}):
+        with pytest.raises(common.UserError, match="a claim needs one"):
+            claims.look_up({"file": file, "where": where})
+    assert claims.look_up({"file": "not_there/table.json", "where": {}}) is None
+
+
+def test_a_rule_decides_by_its_numbers(monkeypatch, tmp_path):
+    monkeypatch.setattr(claims, "RESULTS", tmp_path)
+    runs.write_json(tmp_path / "t.json", [{"metric": "x", "value": 0.5, "unit": "share", "ci95": [0.4, 0.6]}])
+    claim = dict.fromkeys(("id", "section", "claim", "paper", "command"), "words") | {"logs": {"text": "none"}}
+    claim |= {"ours": {"file": "t.json", "where": {"metric": "x"}}}
+    for rule, verdict in ((">= 0.5", "holds here"), ("> 0.5", "does not hold here"), ("< 0.6", "holds here")):
+        judged = claims.judged(claim | {"holds": {"value": rule}}, PAPER["logs"])
+        assert (judged["verdict"], judged["ours"]) == (verdict, "0.5 (0.4 to 0.6) share")
+
+
+def test_the_public_logs_add_up():
+    """Against the totals that the paper and the repository give themselves."""
+    logs, suites = PAPER["logs"], ["libero_spatial", "libero_object", "libero_goal", "libero_10"]
+    assert claims.logged(logs, "openvla_dpo_dora", suites) == (439, 600)
+    assert claims.logged(logs, "openvla_dpo_lora", suites) == (421, 600)
+    assert claims.logged(logs, "openvla_sft", suites) == (138, 200)
+    for suite, rate in logs["paper"]["openvla_dpo_dora"].items():
+        won, n = claims.logged(logs, "openvla_dpo_dora", [suite])
+        assert n == 150 and round(100 * won / n, 1) == rate
+    rows = {(row[0], row[1]): row for row in claims.logs_table(logs).rows}
+    assert rows["openvla_dpo_dora", "libero_object"][3:] == [
+        "114 / 150",
+        "76.0 %",
+        "76 %",
+        50,
+        page.percent(common.wilson(38, 50)),
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------- README's tables
+TABLES = {"one": page.Table(["a", "b|c"], [[1, "x|y"]]), "two": page.Table(["z"], [])}
+MARKED = "before\n<!-- table:one -->\nold\n<!-- /table -->\nbetween\n<!-- table:two --><!-- /table -->\nafter"
+
+
+def test_marked_tables_are_renewed_and_the_rest_stays():
+    once = page.fill_in(MARKED, TABLES)
+    assert page.fill_in(once, TABLES) == once and "old" not in once
+    outside = re.sub(r"(<!-- table:\S+ -->).*?(<!-- /table -->)", r"\1\2", once, flags=re.DOTALL)
+    assert outside == MARKED.replace("\nold\n", "")
+    assert "| a | b\\|c |\n| --- | --- |\n| 1 | x\\|y |" in once
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("<!-- table:onne --><!-- /table -->", "did you mean 'one'"),
+        ("<!-- table:one -->", "needs its"),
+        ("<!-- /table --><!-- table:one -->", "needs its"),
+        ("<!-- table:one --><!-- table:two --><!-- /table --><!-- /table -->", "needs its"),
+    ],
+)
+def test_a_wrong_marker_is_one_line(text, words):
+    with pytest.raises(common.UserError, match=words):
+        page.fill_in(text, TABLES)
+
+
+# ---------------------------------------------------------------------------------------------------------------- the page
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> Path:
+    """The report of all committed results, and a README with a marker for every table that the repository's has."""
+    folder = tmp_path_factory.mktemp("report")
+    shutil.copytree(RESULTS, folder / "results", ignore=shutil.ignore_patterns("report"))
+    shutil.copy(runs.HERE / "README.md", folder / "README.md")
+    cfg = common.load_config(stage.Config, "report", [str(runs.HERE / "configs" / "tiny.yaml"), f"results={folder / 'results'}"])
+    stage.main(replace(cfg, readme=str(folder / "README.md")))
+    return folder / "results" / "report"
+
+
+class Seen(HTMLParser):
+    def __init__(self, text: str):
+        super().__init__()
+        self.sources, self.links, self.ids, self.tags = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.tags.append(tag)
+        self.sources += [attributes[key] for key in ("src", "srcset") if attributes.get(key)]
+        self.links += [attributes["href"]] if tag == "a" else []
+        self.ids += [attributes["id"]] if "id" in attributes else []
+
+
+def test_the_page_holds_everything_itself(report):
+    seen = Seen((report / "index.html").read_text())
+    assert len(seen.sources) >= 10
+    for source in seen.sources:
+        kind, data = re.fullmatch(r"data:image/(png|gif);base64,(.+)", source).groups()
+        assert base64.b64decode(data).startswith({"png": b"\x89PNG", "gif": b"GIF8"}[kind])
+    assert all(link[1:] in seen.ids for link in seen.links if link.startswith("#")) and len(set(seen.ids)) == len(seen.ids)
+    assert seen.tags.count("table") >= 6
+
+
+def test_the_page_says_all_that_the_results_hold(report):
+    text = (report / "report.md").read_text()
+    for path in RESULTS.rglob("table.json"):
+        for row in runs.read_json(path):
+            figure = f"| {row['successes']} / {row['n']} |" if "successes" in row else page.number(row["value"])
+            assert figure in text, (path, row)
+    judged = runs.read_json(report / "claims.json")
+    assert [claim["id"] for claim in judged] == [claim["id"] for claim in PAPER["claims"]]
+    for image in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text):
+        assert (report / image).is_file()
+
+
+def test_the_readmes_tables_are_those_of_the_committed_results(report):
+    renewed = "python 08_report.py configs/tiny.yaml results=results readme=README.md"
+    assert (report.parents[1] / "README.md").read_text() == (runs.HERE / "README.md").read_text(), f"run {renewed}"
+
+
+def test_a_run_is_reported_as_far_as_it_has_come(tmp_path):
+    cfg = common.load_config(stage.Config, "report", [str(runs.HERE / "configs" / "tiny.yaml"), f"root={tmp_path}"])
+    stage.main(cfg)
+    text = (tmp_path / "tiny" / "report" / "report.md").read_text()
+    assert text.count("| not run |") == len(stage.STAGES)
+    rows = [
+        row for row in runs.read_json(RESULTS / "tiny_libero_object" / "table.json") if row["name"] in ("sft", "dpo-lora-branch")
+    ]
+    for seed in (42, 1337):
+        folder = tmp_path / "tiny" / "pi05" / f"seed{seed}"
+        (folder / "profile").mkdir(parents=True)
+        runs.write_json(folder / "results.json", [row | {"train_seeds": [seed]} for row in rows])
+        metrics = [
+            {"metric": f"{part}_ms", "value": v, "unit": "ms", "n": 9, "ci95": [v - 1, v + 1]}
+            for part, v in (("a", 3.5), ("b", 8))
+        ]
+        runs.write_json(
+            folder / "profile" / "table.json", [m | {"command": "python 05_profile.py x", "commit": ""} for m in metrics]
+        )
+        for row in rows:
+            (folder / f"eval-{row['name']}").mkdir()
+            source = RESULTS / "tiny_libero_object" / "episodes" / f"eval-{row['name']}.jsonl"
+            target = folder / f"eval-{row['name']}" / "episodes.jsonl"
+            runs.write_rows(target, [episode | {"seed": seed} for episode in runs.read_jsonl(source)])
+    (folder / "eval-sft" / "videos").mkdir()
+    (folder / "eval-sft" / "videos" / "libero_object-00-init40-success.gif").write_bytes(b"GIF89a")
+    stage.main(cfg)
+    text = (tmp_path / "tiny" / "report" / "report.md").read_text()
+    assert "| `05_profile.py` | latency and caches | 4 rows |" in text and text.count("| not run |") == len(stage.STAGES) - 2
+    assert "under seeds 42 and 1337" in text, "the copied seed is found"
+    seen = Seen((tmp_path / "tiny" / "report" / "index.html").read_text())
+    assert sum(source.startswith("data:image/gif") for source in seen.sources) == 1
+    assert len(runs.read_json(tmp_path / "tiny" / "report" / "table.json")) == 8
+
+
+def test_an_audit_by_command(tmp_path, capsys):
+    arguments = [str(runs.HERE / "configs" / "tiny.yaml"), f"root={tmp_path / 'runs'}"]
+    for plant, code in ((None, 0), (duplicate_seeds, 1)):
+        folder = public_folder(tmp_path / f"episodes{code}")
+        if plant:
+            plant(folder)
+        with pytest.raises(SystemExit) as done:
+            stage.main(common.load_config(stage.Config, "report", [*arguments, f"audit={folder}"]))
+        said = capsys.readouterr().out
+        assert done.value.code == code and ("## Findings" in said) == bool(plant) and "openvla_dpo_dora" in said
+
+
+# ------------------------------------------------------------------------------------------------------------- in a browser
+PROBE = """<script>
+addEventListener("error", event => console.error("uncaught " + event.message));
+addEventListener("load", () => {
+  const heads = [...document.querySelector("table:not(.cards)").querySelectorAll("th")], column = 3;  // "k / n"
+  const cells = () => [...heads[0].closest("table").tBodies[0].rows].map(row => parseFloat(row.cells[column].innerText));
+  heads[column].click();
+  const up = cells();
+  heads[column].click();
+  const pictures = [...document.images];
+  parent.postMessage({width: innerWidth, up, down: cells(), images: pictures.length,
+    broken: pictures.filter(image => !image.complete || !image.naturalWidth).length,
+    overflow: document.documentElement.scrollWidth - innerWidth}, "*");
+});
+</script>"""
+FRAMES = """<!doctype html><iframe src="probed.html" width="1280" height="800"></iframe>
+<iframe src="probed.html" width="390" height="844"></iframe><pre id="said"></pre><script>
+const said = [];
+const show = event => { said.push(event.data); document.getElementById("said").textContent = JSON.stringify(said); };
+addEventListener("message", show);
+</script>"""
+
+
+def test_the_page_in_a_browser(report, tmp_path):
+    """At a laptop's and a phone's width: no error, every image shown, tables sort, nothing runs out of the page."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("Chromium is not installed (Debian, Ubuntu: apt-get install chromium)")
+    text = (report / "index.html").read_text()
+    (tmp_path / "probed.html").write_text(text.replace("</body>", PROBE + "</body>"))
+    (tmp_path / "frames.html").write_text(FRAMES)
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--virtual-time-budget=20000"]
+    command = [browser, *flags, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"file://{tmp_path / 'frames.html'}"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert "CONSOLE" not in result.stderr, result.stderr
+    found = json.loads(re.search(r'<pre id="said">(.*?)</pre>', result.stdout)[1])
+    assert sorted(one["width"] for one in found) == [390, 1280]
+    for one in found:
+        assert one["images"] >= 5 and one["broken"] == 0 and one["overflow"] <= 0, one
+        assert one["up"] == sorted(one["up"]) and one["down"] == sorted(one["down"], reverse=True) and len(set(one["up"])) > 3
