@@ -1,23 +1,26 @@
-"""06 - Multi-view and temporal InfoNCE on the frozen vision tower, and what retrieval by the embedding is worth (paper: pretraining).
+"""06 - Multi-view and temporal InfoNCE on the frozen vision tower, and what retrieval by it is worth.
 
 reads   <run>/data/ (00), <run>/<backbone>/seed<k>/sft/ (01) or `checkpoint`
-writes  <run>/<backbone>/seed<k>/head[-at<step>][-random]/: heads/*.safetensors (`all` is the paper's), agentview.npy and
-        wrist.npy (pooled features), metrics.jsonl, retrieval.json, table.{json,md}, {loss,neighbours,map}.png, done.json
-cost    configs/tiny.yaml: see README. The tower sees each image once; 24 heads are trained on what it gave
+writes  <run>/<backbone>/seed<k>/head[-at<step>][-random]/: heads/<trained on>-<variant>.safetensors, agentview.npy
+        and wrist.npy (pooled features), metrics.jsonl, rows.json, table.{json,md}, {loss,neighbours,map}.png, done.json
+cost    configs/tiny.yaml: see README. The tower sees each image once; 36 heads are trained on what it gave
 try     python 06_pretrain_head.py configs/tiny.yaml start=final
         python 06_pretrain_head.py configs/tiny.yaml start=final encoder=random
 
-An image becomes the mean of the tower's patches, and the head maps it to a unit vector. The loss asks the agent view at t to find,
-among the batch, the wrist view at t, and the agent view at t + 5 steps. Retrieval is by the agent view alone, in four protocols:
+The paper's pretraining. An image becomes the mean of the tower's patches, the head maps it to a unit vector. The loss asks the
+agent view at t to find, among the batch, the wrist view at t, and the agent view at t + 5 steps. Retrieval is by the agent view
+alone, in four protocols:
 
-    all frames          the head saw every frame; a frame's neighbour may be the one beside it in the same episode (the paper's)
+    all frames          the head saw every frame, and the best neighbour may be the next frame of the same episode (the paper's)
     other episodes      the same head; neighbours come from other episodes
-    held-out episodes   the head never saw the query's episode, nor did 01_sft.py (the last init states); neighbours are what it saw
+    held-out episodes   neither the head nor 01_sft.py saw the query's episode (the last init states); neighbours from the rest
     held-out tasks      the head never saw the query's task; neighbours come from other episodes of all tasks
 
-Beside the head stand: the same loss without near frames of one episode as negatives ("masked"), the head before training, the
-tower's features as they are, 8 x 8 pixels, proprioception (both standardised), and chance, exactly. recall@k is the share of queries with
-a right frame among the k nearest; right is one of the same task, the same episode, or the same moment (same task, |dt| <= near).
+The head comes in three variants: "paper"; "masked", where near frames of one episode are no negatives; "corrected", which also
+standardises what comes in (over the training frames; folded into the first layer afterwards, so it is the same head). Beside
+them: the head before training, the tower's features as they are and standardised, 8 x 8 pixels and proprioception (both
+standardised), and chance, exactly. recall@k is the share of queries with a right frame among the k nearest; right is one of the
+same task, of the same episode, or of the same moment (same task, |dt| <= near).
 In "held-out tasks" only the head is new to the task: the tower was fine-tuned on all of them, unless encoder=random.
 
 t + 5: the paper's frames are LIBERO's, one per step of 0.05 s. Here t counts steps too, and the partner is the image nearest to
@@ -41,10 +44,12 @@ import common
 import memory
 import ranks
 import runs
-from contrastive import Head, info_nce, load_head, pooled, tower_of
+from contrastive import Head, info_nce, load_head, pooled, shuffle_weights, tower_of
+from head_report import markdown, plot_losses, plot_map, plot_neighbours
+from retrieval import AT, hits, nearest
 
 CAMERAS = ("agentview", "wrist")
-AT = (1, 5, 10)  # the k of recall@k
+VARIANTS = {"paper": (False, False), "masked": (True, False), "corrected": (True, True)}  # (negatives masked, input standardised)
 
 
 @dataclass
@@ -56,7 +61,7 @@ class Config(common.RunConfig):
     dim: int = 128
     temperature: float = 0.07
     temporal: float = 0.5  # weight of the temporal term; the views have the rest
-    mask: int = 10  # masked heads: frames of the same episode within so many steps are no negatives
+    mask: int = 10  # in masked and corrected: frames of the same episode within so many steps are no negatives
     epochs: int = 10
     batch_size: int = 128  # anchors
     lr: float = 3e-4  # cosine to 0
@@ -178,12 +183,6 @@ def encode(cfg: Config, folder: Path, frames: Frames) -> dict[str, np.memmap]:
     return {camera: np.load(folder / f"{camera}.npy", mmap_mode="r") for camera in CAMERAS}
 
 
-def shuffle_weights(module: torch.nn.Module, seed: int) -> None:
-    """Every tensor keeps its numbers, and so its scale, in random places."""
-    for name, p in module.named_parameters():
-        p.data = p.data.flatten()[torch.randperm(p.numel(), generator=common.stream(seed, name)).to(p.device)].view_as(p)
-
-
 # -------------------------------------------------------------------------------------------------------------- training
 def splits(frames: Frames, cfg: Config) -> dict[str, np.ndarray]:
     """By name, the anchors (numbers among the anchors) that a head is trained on."""
@@ -202,114 +201,231 @@ def fresh_head(width: int, cfg: Config) -> Head:
         return Head(width, cfg.hidden, cfg.dim)
 
 
-def losses(head: Head, features: dict, frames: Frames, index: np.ndarray, masked: bool, cfg: Config, share: bool) -> dict:
-    """Both terms of the loss on the anchors of `index` (B,); with `share` the mean over this rank's rows alone."""
+def losses(see, features: dict, frames: Frames, index: np.ndarray, masked: bool, cfg: Config) -> dict[str, torch.Tensor]:
+    """Both terms of the loss on the anchors of `index` (B,), a mean over this rank's rows. see: features -> unit vectors."""
     at, later = frames.anchors[index], frames.partners[index]
     views = [features["agentview"][at], features["wrist"][at], features["agentview"][later]]
-    now, wrist, then = head(torch.from_numpy(np.concatenate(views)).to(head.fc1.weight.device)).chunk(3)  # (B, D) each
-    rows = ranks.share(torch.arange(len(index))) if share else None
-    negatives = None
+    now, wrist, then = see(torch.from_numpy(np.concatenate(views))).chunk(3)  # (B, D) each
+    rows, negatives = ranks.share(torch.arange(len(index))), None
     if masked:
         step, episode = frames.step[at], frames.episode[at]
         near = (abs(step[:, None] - step) <= cfg.mask) & (episode[:, None] == episode)
         negatives = torch.from_numpy(~near).to(now.device)
-    return {k: info_nce(now, x, cfg.temperature, negatives, rows) for k, x in (("views", wrist), ("temporal", then))}
+    return {key: info_nce(now, x, cfg.temperature, negatives, rows) for key, x in (("views", wrist), ("temporal", then))}
 
 
-def train(features: dict, frames: Frames, on: np.ndarray, name: str, cfg: Config) -> tuple[Head, list[dict]]:
-    """A head trained on the anchors `on`, and what was logged; heads that leave episodes out log the loss on them as well."""
+def train(features: dict, frames: Frames, on: np.ndarray, split: str, variant: str, cfg: Config) -> tuple[Head, list[dict]]:
+    """A head trained on the anchors `on`, and what was logged; "episodes" logs the loss on the held-out ones as well."""
     if cfg.batch_size > len(on):
-        raise common.UserError(f"head.batch_size={cfg.batch_size} is more than the {len(on)} anchors of {name}; lower it")
-    masked, logged = name.endswith("-masked"), []
-    head = fresh_head(features["agentview"].shape[1], cfg).to(ranks.place(cfg.device))
+        raise common.UserError(f"head.batch_size={cfg.batch_size} is more than the {len(on)} anchors of {split}; lower it")
+    masked, standardised = VARIANTS[variant]
+    device, logged = ranks.place(cfg.device), []
+    head = fresh_head(features["agentview"].shape[1], cfg).to(device)
+    mean, spread = torch.zeros(1), torch.ones(1)
+    if standardised:  # each dimension over these frames and both cameras
+        x = torch.from_numpy(np.concatenate([features[camera][frames.anchors[on]] for camera in CAMERAS]))
+        mean, spread = x.mean(0), x.std(0) + 1e-6
     optimizer = torch.optim.AdamW(head.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
     steps = max(1, cfg.epochs * len(on) // cfg.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    held = np.flatnonzero(frames.held[frames.anchors]) if name.startswith("episodes") else np.zeros(0, int)
+    held = np.flatnonzero(frames.held[frames.anchors]) if split == "episodes" else np.zeros(0, int)
     held = common.np_stream(cfg.seed, "held").permutation(held)[: len(held) // cfg.batch_size * cfg.batch_size]
-    for step in common.progress(range(steps), desc=f"head {name}", unit="step", leave=False):
-        index = on[common.shuffled(cfg.seed, f"head {name}", step, cfg.batch_size, len(on)).numpy()]
-        terms = losses(head, features, frames, index, masked, cfg)
-        ((1 - cfg.temporal) * terms["views"] + cfg.temporal * terms["temporal"]).backward()
+
+    def terms(index: np.ndarray) -> dict[str, torch.Tensor]:
+        return losses(lambda x: head(((x - mean) / spread).to(device)), features, frames, index, masked, cfg)
+
+    for step in common.progress(range(steps), desc=f"head {split} {variant}", unit="step", leave=False):
+        found = terms(on[common.shuffled(cfg.seed, f"head {split}", step, cfg.batch_size, len(on)).numpy()])
+        ((1 - cfg.temporal) * found["views"] + cfg.temporal * found["temporal"]).backward()
         ranks.average_gradients(head.parameters())
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
         if step % cfg.log_every == 0 or step == steps - 1:
-            row = ranks.mean({key: term.item() for key, term in terms.items()}) | {"head": name, "step": step + 1}
+            row = ranks.mean({key: term.item() for key, term in found.items()})
             with torch.no_grad():
-                batches = [losses(head, features, frames, i, masked, cfg) for i in held.reshape(-1, cfg.batch_size)]
-            for key in terms if batches else ():
-                row |= ranks.mean({f"held_out_{key}": float(np.mean([batch[key].item() for batch in batches]))})
-            logged.append(row)
-    return head.requires_grad_(False), logged
+                batches = [terms(index) for index in held.reshape(-1, cfg.batch_size)]
+            if batches:
+                row |= ranks.mean({f"held_out_{k}": float(np.mean([b[k].item() for b in batches])) for k in found})
+            logged.append(row | {"trained_on": split, "variant": variant, "step": step + 1})
+    return head.cpu().fold_in(mean, spread).requires_grad_(False), logged
 
 
-def train_all(features: dict, frames: Frames, cfg: Config, folder: Path) -> dict[str, Head]:
-    """A head for every split, with all negatives and masked; one that is there already is read."""
+def train_all(features: dict, frames: Frames, cfg: Config, folder: Path) -> dict[tuple[str, str], Head]:
+    """A head for every split and variant; one that is there already is read."""
     heads, metrics = {}, folder / "metrics.jsonl"
+    paths = {
+        (split, variant): folder / "heads" / f"{split}-{variant}.safetensors"
+        for split in splits(frames, cfg)
+        for variant in VARIANTS
+    }
     if ranks.first():
         (folder / "heads").mkdir(exist_ok=True)
-        runs.keep_rows(metrics, lambda row: (folder / "heads" / f"{row['head']}.safetensors").is_file())
+        runs.keep_rows(metrics, lambda row: paths[row["trained_on"], row["variant"]].is_file())
     ranks.wait()
-    for split, on in splits(frames, cfg).items():
-        for name in (split, f"{split}-masked"):
-            path = folder / "heads" / f"{name}.safetensors"
-            if not path.is_file():
-                head, logged = train(features, frames, on, name, cfg)
-                ranks.wait()  # no rank sees the file before all have looked for it
-                if ranks.first():
-                    runs.write_rows(metrics, [*runs.read_jsonl(metrics), *logged])
-                    runs.save_tensors(path, head.state_dict())
-                ranks.wait()
-            heads[name] = load_head(path).to(ranks.place(cfg.device))
+    for (split, variant), path in paths.items():
+        there = path.is_file()
+        ranks.wait()  # all have looked before the first one writes
+        if not there:
+            head, logged = train(features, frames, splits(frames, cfg)[split], split, variant, cfg)
+            if ranks.first():
+                runs.write_rows(metrics, [*runs.read_jsonl(metrics), *logged])
+                runs.save_tensors(path, head.state_dict())
+            ranks.wait()
+        heads[split, variant] = load_head(path).to(ranks.place(cfg.device))
     return heads
 
 
 # ------------------------------------------------------------------------------------------------------------- retrieval
-def nearest(
-    queries: torch.Tensor,
-    gallery: torch.Tensor,
-    k: int,
-    query_id: torch.Tensor | None = None,
-    gallery_id: torch.Tensor | None = None,
-    block: int = 2048,
-) -> torch.Tensor:
-    """Rows of the gallery (G, D) with the largest inner products to each query (Q, D), best first: (Q, k). Exact.
+def representations(features: dict, frames: Frames, heads: dict, split: str, cfg: Config) -> dict[str, torch.Tensor]:
+    """What the agent view of every frame is retrieved by, unit vectors (N, D), by name. Nothing is fitted outside the split."""
+    device, on = ranks.place(cfg.device), frames.anchors[splits(frames, cfg)[split]]
+    raw = torch.from_numpy(np.array(features["agentview"])).to(device)  # (N, W)
+    found = {f"head, {variant}": heads[split, variant](raw) for variant in VARIANTS}
+    found["head before training"] = fresh_head(raw.shape[1], cfg).requires_grad_(False).to(device)(raw)
 
-    A query never gets a row of its own id (its episode, or itself). No more than 512 x block products are held at a time.
+    def standardised(x: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy((x - x[on].mean(0)) / (x[on].std(0) + 1e-6)).float().to(device)
+
+    others = {"encoder": raw, "encoder, standardised": standardised(features["agentview"])}
+    others |= {"pixels 8 x 8": standardised(frames.pixels), "proprioception": standardised(frames.state)}
+    return found | {name: torch.nn.functional.normalize(x, dim=1) for name, x in others.items()}
+
+
+def protocols(frames: Frames, cfg: Config) -> dict[str, list[tuple[str, np.ndarray, np.ndarray, np.ndarray]]]:
+    """Each protocol's parts: (split whose heads are used, queries, gallery, ids that exclude one another), of anchors."""
+    episode, held = frames.episode[frames.anchors], frames.held[frames.anchors]
+    fold, every = frames.task[frames.anchors] % cfg.folds, np.arange(len(episode))
+    found = {"all frames": [("all", every, every, every)], "other episodes": [("all", every, every, episode)]}
+    names = splits(frames, cfg)
+    if "episodes" in names:
+        found["held-out episodes"] = [("episodes", np.flatnonzero(held), np.flatnonzero(~held), episode)]
+    if left_out := [int(name.removeprefix("tasks-")) for name in names if name.startswith("tasks-")]:
+        found["held-out tasks"] = [(f"tasks-{part}", np.flatnonzero(fold == part), every, episode) for part in left_out]
+    return found
+
+
+def score(frames: Frames, x: torch.Tensor, queries: np.ndarray, gallery: np.ndarray, ids: np.ndarray, cfg: Config) -> dict:
+    """retrieval.hits of a part of a protocol, for unit vectors x of all frames (N, D)."""
+    q, g = frames.anchors[queries], frames.anchors[gallery]
+    kinds = {"task": (frames.task, None), "episode": (frames.episode, None), "moment": (frames.task, cfg.near)}
+    kinds = {right: (label[q], label[g], near) for right, (label, near) in kinds.items()}
+    return hits(x[q], x[g], ids[queries], ids[gallery], frames.step[q], frames.step[g], kinds)
+
+
+def retrieval(features: dict, frames: Frames, heads: dict, cfg: Config) -> list[dict]:
+    """A row for every protocol, representation, suite, kind of right and k."""
+    rows, vectors = [], {split: representations(features, frames, heads, split, cfg) for split in splits(frames, cfg)}
+    for protocol, parts in protocols(frames, cfg).items():
+        queries = frames.anchors[np.concatenate([part[1] for part in parts])]
+        suites = sorted(set(frames.suite[queries]))
+        for name in vectors["all"]:
+            scores = [score(frames, vectors[split][name], *rest, cfg) for split, *rest in parts]
+            for right in scores[0]:
+                hit, by_chance = (np.concatenate([part[right][i] for part in scores]) for i in (0, 1))
+                if not by_chance.any():  # there is nothing to find: the own episode is excluded
+                    continue
+                for suite in suites + ["all"] * (len(suites) > 1):
+                    of = (frames.suite[queries] == suite) | (suite == "all")
+                    common_keys = {"suite": suite, "protocol": protocol, "right": right, "n": int(of.sum()), "unit": "share"}
+                    for i, k in enumerate(AT):
+                        said = common_keys | {"metric": f"recall@{k}"}
+                        value = hit[of, :k].any(1).astype(float)
+                        interval = common.cluster_bootstrap(value, frames.episode[queries][of], n=2000)
+                        rows.append(said | {"features": name, "value": value.mean(), "ci95": interval})
+                        if name == "proprioception":  # once, as the last row
+                            rows.append(said | {"features": "chance", "value": by_chance[of, i].mean(), "ci95": None})
+    return rows
+
+
+def progress_rows(features: dict, frames: Frames, heads: dict, cfg: Config) -> list[dict]:
+    """Along each held-out episode (all of them succeed): does similarity to the goal rise?
+
+    The goal is shown by the last frames of the task's training episodes, since a robot at work has no image of its own end; the
+    similarity is a mean over them. "rising": the share of frames more similar than the one before (chance 1/2).
+    "rank correlation": Spearman's, of similarity and time (chance 0).
     """
-    found = []
-    for first in range(0, len(queries), 512):
-        q = queries[first : first + 512]
-        own = None if query_id is None else query_id[first : first + 512]
-        best = q.new_full((len(q), k), -torch.inf)
-        rows = torch.zeros(len(q), k, dtype=torch.long, device=q.device)
-        for start in range(0, len(gallery), block):
-            products = q @ gallery[start : start + block].T  # (512, block)
-            if own is not None:
-                ids = gallery_id[start : start + block]
-                if own.min() <= ids.max() and ids.min() <= own.max():  # numbered in order, most blocks have no id in common
-                    products.masked_fill_(own[:, None] == ids, -torch.inf)
-            top, at = products.topk(min(k, products.shape[1]), dim=1)
-            best, order = torch.cat([best, top], 1).topk(k, dim=1)
-            rows = torch.cat([rows, at + start], 1).gather(1, order)
-        found.append(rows)
-    return torch.cat(found)
+    from scipy.stats import spearmanr
+
+    last = np.flatnonzero(np.append(np.diff(frames.episode) > 0, True))
+    rows, episodes = [], np.unique(frames.episode[frames.held])
+    for name, x in representations(features, frames, heads, "episodes", cfg).items():
+        found = {"rising": [], "rank correlation": []}
+        for episode in episodes:
+            own = np.flatnonzero(frames.episode == episode)
+            goals = last[~frames.held[last] & (frames.task[last] == frames.task[own[0]])]
+            similarity = (x[own] @ x[goals].T).mean(1).cpu().numpy()
+            found["rising"].append((np.diff(similarity) > 0).mean())
+            found["rank correlation"].append(spearmanr(similarity, frames.step[own]).statistic)
+        for metric, values in found.items():
+            interval = common.cluster_bootstrap(np.array(values), episodes, n=2000)
+            said = {"suite": "all", "protocol": "progress", "right": "", "n": len(episodes), "metric": metric, "unit": "share"}
+            rows.append(said | {"features": name, "value": float(np.mean(values)), "ci95": interval})
+    return rows
 
 
-def count_right(label, step, of_label, of_step, near: int | None) -> np.ndarray:
-    """For each query (label, step), how many gallery frames have its label and a step within `near` (None: any): (Q,)."""
-    far = 1 + max(step.max(), of_step.max())  # steps of one label never reach those of the next
-    keys = np.sort(of_label * 2 * far + of_step)
-    near = far - 1 if near is None else min(near, far - 1)
-    low, high = label * 2 * far + np.maximum(step - near, 0), label * 2 * far + step + near
-    return np.searchsorted(keys, high, "right") - np.searchsorted(keys, low, "left")
+def neighbours(vectors: dict, frames: Frames, part: tuple, names: tuple[str, str], cfg: Config) -> tuple:
+    """Six queries, each with the three nearest by two heads: frames (6, 7), which are of the right moment, and the images."""
+    _, queries, gallery, ids = part
+    a, chosen = frames.anchors, queries[np.linspace(0, len(queries) - 1, 8).round().astype(int)[1:-1]]
+    shown = [a[chosen][:, None]]
+    for name in names:
+        x, of = vectors[name], [torch.from_numpy(ids[rows]) for rows in (chosen, gallery)]
+        shown.append(a[gallery][nearest(x[a[chosen]], x[a[gallery]], 3, *(i.to(x.device) for i in of)).cpu().numpy()])
+    shown, images = np.concatenate(shown, axis=1), {}
+    for episode, (*_, demo) in enumerate(demonstrations(cfg)):
+        own = np.intersect1d(shown, np.flatnonzero(frames.episode == episode))
+        at = used(demo, cfg)[own - np.searchsorted(frames.episode, episode)]
+        images |= dict(zip(own.tolist(), demo.agentview[at], strict=True))
+    query = shown[:, :1]
+    right = (frames.task[shown] == frames.task[query]) & (abs(frames.step[shown] - frames.step[query]) <= cfg.near)
+    return shown, right, images
 
 
-def chance(right: np.ndarray, candidates: np.ndarray, k: int) -> np.ndarray:
-    """Recall@k (Q,) of k different candidates drawn at random, of which `right` are right: 1 - C(c - r, k) / C(c, k)."""
-    miss = np.ones(len(right))
-    for i in range(k):
-        miss *= np.maximum(candidates - right - i, 0) / np.maximum(candidates - i, 1)
-    return 1 - miss
+# ------------------------------------------------------------------------------------------------------------------ main
+def main(cfg: Config) -> None:
+    if cfg.dry_run:
+        return memory.report(cfg, "head")
+    if cfg.blank_images:
+        raise common.UserError("black images are all alike: there is nothing to retrieve; set blank_images=false")
+    runs.require(cfg.data_dir, "demos")
+    inputs = [cfg.data_dir, *common.sft_inputs(cfg)]
+    name = "head" + ("" if cfg.start == "final" else f"-at{cfg.start}") + ("-random" if cfg.encoder == "random" else "")
+    shared = f"suites tasks backbone seed image_size {common.SFT_KEYS}"
+    stage = runs.open_stage(
+        __file__, cfg, cfg.seed_dir / name, shared, inputs, ["contrastive.py", "retrieval.py", "head_report.py", *cfg.policy_code]
+    )
+    if stage is not None:
+        torch.set_num_threads(cfg.threads)
+        frames = list_frames(cfg)
+        features = encode(cfg, stage.dir, frames)
+        heads = train_all(features, frames, cfg, stage.dir)
+        if not ranks.first():
+            return
+        trained = sum(p.numel() for p in heads["all", "paper"].parameters())
+        print(f"[06_pretrain_head] {len(frames.anchors)} anchors, {len(heads)} heads of {trained:,} parameters", flush=True)
+        rows = retrieval(features, frames, heads, cfg)
+        if frames.held.any():
+            rows += progress_rows(features, frames, heads, cfg)
+        runs.write_json(stage.dir / "rows.json", rows)
+        parts = protocols(frames, cfg)
+        (part,) = parts.get("held-out episodes", parts["other episodes"])
+        vectors = representations(features, frames, heads, part[0], cfg)
+        plot_losses(runs.read_jsonl(stage.dir / "metrics.jsonl"), cfg, stage.dir / "loss.png")
+        plot_map(vectors, frames, stage.dir / "map.png")
+        names = ("head, paper", "head, corrected")
+        plot_neighbours(*neighbours(vectors, frames, part, names, cfg), frames, names, stage.dir / "neighbours.png")
+        stage.finish(parameters=trained, anchors=len(frames.anchors), episodes=int(frames.episode[-1]) + 1)
+    if not ranks.first():
+        return
+    folder = cfg.seed_dir / name
+    timing, rows = runs.read_json(folder / "timing.json"), runs.read_json(folder / "rows.json")
+    about = {"backbone": cfg.backbone, "encoder": cfg.encoder, "train_seeds": [cfg.seed]}
+    about |= {"command": timing["command"], "commit": timing["commit"]}
+    runs.write_json(folder / "table.json", [about | row for row in rows])
+    runs.write_atomic(folder / "table.md", markdown(rows, cfg))
+    print(markdown(rows, cfg), flush=True)
+
+
+if __name__ == "__main__":
+    common.run(lambda: main(common.load_config(Config, "head", sys.argv[1:])))

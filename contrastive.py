@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import runs
-from common import UserError
+from common import UserError, stream
 
 
 class Head(nn.Module):
@@ -22,6 +22,13 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, W) -> (B, D)
         return F.normalize(self.fc2(F.gelu(self.fc1(x.float()))), dim=-1)
+
+    def fold_in(self, mean: Tensor, spread: Tensor) -> Head:
+        """Become the head that does to x what this one does to (x - mean) / spread."""
+        weight = self.fc1.weight.data.double() / spread.double()
+        self.fc1.bias.data = (self.fc1.bias.data.double() - weight @ mean.double().expand(weight.shape[1])).float()
+        self.fc1.weight.data = weight.float()
+        return self
 
 
 def load_head(path: str) -> Head:
@@ -71,3 +78,9 @@ def pooled(policy, images: Tensor) -> Tensor:
     for layer in tower.encoder.layers:
         x = layer(x, None)
     return (x if tower.post_layernorm is None else tower.post_layernorm(x)).float().mean(1)
+
+
+def shuffle_weights(module: nn.Module, seed: int) -> None:
+    """Every tensor keeps its numbers, and so its scale, in random places."""
+    for name, p in module.named_parameters():
+        p.data = p.data.flatten()[torch.randperm(p.numel(), generator=stream(seed, name)).to(p.device)].view_as(p)
