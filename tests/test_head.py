@@ -134,6 +134,22 @@ def test_the_random_tower_keeps_every_number_and_no_place():
     )
 
 
+def test_the_auxiliary_loss_of_the_fine_tuning_reaches_the_tower_alone(tmp_path):
+    sft, policy, obs = importlib.import_module("01_sft"), policy_of("pi05"), observations()
+    runs.save_tensors(tmp_path / "head.safetensors", contrastive.Head(16, 8, 4).state_dict())
+    head = contrastive.load_head(tmp_path / "head.safetensors")
+    loss = sft.view_loss(policy, head, obs, sft.Config())
+    a, b = (head(contrastive.pooled(policy, obs[camera])).detach() for camera in ("agentview", "wrist"))
+    assert loss.item() == pytest.approx(by_hand(a, b, 0.07, [[True] * 3] * 3), rel=1e-4)
+    loss.backward()
+    assert all(p.grad is None for p in head.parameters())
+    reached = {name.split(".")[0] for name, p in policy.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert reached == {"vision_tower"}
+    for bad in (["head_coef=0.1"], ["init_head=x"], ["head_coef=0.1", "init_head=x", "train=lora"]):
+        with pytest.raises(common.UserError, match="head_coef"):
+            common.load_config(sft.Config, "sft", ["configs/micro.yaml", *bad])
+
+
 # ------------------------------------------------------------------------------------------------------------- retrieval
 @pytest.mark.parametrize("block", [3, 7, 4096])
 def test_the_blocked_search_finds_what_sorting_everything_finds(block):
