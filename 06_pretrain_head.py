@@ -315,21 +315,23 @@ def score(frames: Frames, x: torch.Tensor, queries: np.ndarray, gallery: np.ndar
 
 def retrieval(features: dict, frames: Frames, heads: dict, cfg: Config) -> list[dict]:
     """A row for every protocol, representation, suite, kind of right and k."""
-    rows, vectors = [], {split: representations(features, frames, heads, split, cfg) for split in splits(frames, cfg)}
+    rows = []
     for protocol, parts in protocols(frames, cfg).items():
-        queries = frames.anchors[np.concatenate([part[1] for part in parts])]
+        queries, scores = frames.anchors[np.concatenate([part[1] for part in parts])], {}
+        for split, *rest in parts:
+            for name, x in representations(features, frames, heads, split, cfg).items():
+                scores.setdefault(name, []).append(score(frames, x, *rest, cfg))
         suites = sorted(set(frames.suite[queries]))
-        for name in vectors["all"]:
-            scores = [score(frames, vectors[split][name], *rest, cfg) for split, *rest in parts]
-            for right in scores[0]:
-                hit, by_chance = (np.concatenate([part[right][i] for part in scores]) for i in (0, 1))
+        for name, found in scores.items():
+            for right in found[0]:
+                hit, by_chance = (np.concatenate([part[right][i] for part in found]) for i in (0, 1))
                 if not by_chance.any():  # there is nothing to find: the own episode is excluded
                     continue
                 for suite in suites + ["all"] * (len(suites) > 1):
                     of = (frames.suite[queries] == suite) | (suite == "all")
-                    common_keys = {"suite": suite, "protocol": protocol, "right": right, "n": int(of.sum()), "unit": "share"}
+                    about = {"suite": suite, "protocol": protocol, "right": right, "n": int(of.sum()), "unit": "share"}
                     for i, k in enumerate(AT):
-                        said = common_keys | {"metric": f"recall@{k}"}
+                        said = about | {"metric": f"recall@{k}"}
                         value = hit[of, :k].any(1).astype(float)
                         interval = common.cluster_bootstrap(value, frames.episode[queries][of], n=2000)
                         rows.append(said | {"features": name, "value": value.mean(), "ci95": interval})
