@@ -361,7 +361,8 @@ def progress_rows(features: dict, frames: Frames, heads: dict, cfg: Config) -> l
             found["rank correlation"].append(spearmanr(similarity, frames.step[own]).statistic)
         for metric, values in found.items():
             interval = common.cluster_bootstrap(np.array(values), episodes, n=2000)
-            said = {"suite": "all", "protocol": "progress", "right": "", "n": len(episodes), "metric": metric, "unit": "share"}
+            said = {"suite": "all", "protocol": "progress", "right": "", "n": len(episodes), "metric": metric}
+            said |= {"unit": "share" if metric == "rising" else "correlation"}
             rows.append(said | {"features": name, "value": float(np.mean(values)), "ci95": interval})
     return rows
 

@@ -18,6 +18,9 @@ def markdown(rows: list[dict], cfg) -> str:
     lines += [
         f"Right is a frame of the same task, of the same episode, of the same moment (same task, at most {cfg.near} steps apart)."
     ]
+    lines += [
+        "An interval without width: whichever episodes are drawn again, the value is the same; it still rests on few episodes."
+    ]
     cells = {}
     for r in rows:
         if r["protocol"] != "progress":
