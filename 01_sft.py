@@ -9,6 +9,10 @@ try     python 01_sft.py configs/tiny.yaml sft.steps=200 sft.lr=5e-4
 The loss is flow matching (or next-token cross-entropy: the backbone's own `sft_loss`). An observation is encoded once and
 scored with several draws of (t, eps): on a small model the encoder is the dear part.
 With torchrun, each process takes its rows of every batch (ranks.py).
+`head_coef` adds stage 06's multi-view loss: through the vision tower and a head of that stage, a frame's two views must find each
+other in the batch. A loss and no further input, so the policy, its checkpoint and its cost at work stay what they are. The head
+is frozen, so that with and without differ in nothing but this term (same weights trained, same optimiser, same draws), and so
+that the term cannot be met by the head in the tower's stead. Its temporal half is left out: it needs a second frame in every row.
 Left out: mixed precision, streaming of data that does not fit into memory.
 Differs from the paper: it publishes no SFT stage. Here `train: full` learns everything, from scratch or from `init_from`;
 `train: lora | dora` trains an adapter and merges it, so that the reference policy of stage 03 is one set of weights.
@@ -25,6 +29,7 @@ import torch
 
 import backbones
 import common
+import contrastive
 import memory
 import ranks
 import runs
@@ -46,6 +51,9 @@ class Config(common.RunConfig):
     holdout: int = 2  # the last so many init states of the demonstrations give the validation loss only
     rank: int = 32  # of the adapter
     alpha: int = 64
+    head_coef: float = 0.0  # weight of stage 06's multi-view loss on the vision tower; 0 = none
+    init_head: str = ""  # the head that it goes through: runs/<config>/<backbone>/seed<k>/head/heads/<name>.safetensors
+    head_temperature: float = 0.07  # as the head was trained with
     snapshots: list[int] = field(default_factory=list)  # steps whose averaged weights are kept (learning curve, early start)
     log_every: int = 50
     checkpoint_every: int = 200
@@ -60,6 +68,9 @@ class Config(common.RunConfig):
         if self.train == "full" and self.dtype != "float32":
             raise common.UserError(f"sft.train=full needs dtype=float32, not {self.dtype}: AdamW's small steps get lost in it")
         common.divisible("sft.batch_size", self.batch_size)
+        common.at_least(self, head_coef=0)
+        if (self.head_coef > 0) != bool(self.init_head) or (self.head_coef and (self.train != "full" or self.blank_images)):
+            raise common.UserError("sft.head_coef > 0 and sft.init_head go together, with train=full and without blank_images")
 
 
 # ------------------------------------------------------------------------------------------------------------------ data
@@ -151,6 +162,12 @@ def make_policy(cfg: Config, policy, train: dict, instructions: list[str]):
     return policy
 
 
+def view_loss(policy, head, obs: dict, cfg: Config) -> torch.Tensor:
+    """Stage 06's multi-view loss of a whole batch, whose rows are one another's negatives; the mean over this rank's rows."""
+    agentview, wrist = (head(contrastive.pooled(policy, obs[camera])) for camera in ("agentview", "wrist"))
+    return contrastive.info_nce(agentview, wrist, cfg.head_temperature, rows=ranks.share(torch.arange(len(wrist))))
+
+
 @torch.no_grad()
 def validation_loss(policy, data: dict, cfg: Config) -> float:
     """Mean loss over held-out demonstrations (at most 256 observations) with the same draws every time."""
@@ -171,10 +188,10 @@ def main(cfg: Config) -> None:
     if cfg.dry_run:
         return memory.report(cfg, "sft")
     runs.require(cfg.data_dir, "demos")
-    inputs = [cfg.data_dir, *(common.checkpoint_files(cfg.init_from) if cfg.init_from else [])]
+    inputs = [cfg.data_dir, *(p for path in (cfg.init_from, cfg.init_head) if path for p in common.checkpoint_files(path))]
     horizon = 0 if cfg.init_from else backbones.horizon(cfg.backbone, cfg.model)
     shared = "suites tasks backbone model seed blank_images device dtype"
-    stage = runs.open_stage(__file__, cfg, cfg.seed_dir / "sft", shared, inputs, cfg.policy_code)
+    stage = runs.open_stage(__file__, cfg, cfg.seed_dir / "sft", shared, inputs, ["contrastive.py", *cfg.policy_code])
     if stage is None:
         return
     torch.set_num_threads(cfg.threads)
@@ -183,6 +200,7 @@ def main(cfg: Config) -> None:
     policy = make_policy(cfg, policy, train, instructions)
     averaged = copy.deepcopy(policy)
     parameters = [p for p in policy.parameters() if p.requires_grad]
+    head = contrastive.load_head(cfg.init_head).to(ranks.place(cfg.device)) if cfg.init_head else None
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
 
     step, metrics = 0, stage.dir / "metrics.jsonl"
@@ -206,10 +224,15 @@ def main(cfg: Config) -> None:
             obs[camera] = random_shift(obs[camera], cfg.shift, g)
         chunk = policy.normalise(actions)  # (B, H, 7)
         draws = policy.draws(len(chunk), cfg.draws, g, "beta")
+        whole = obs
         obs, chunk, draws = common.own_rows(obs, chunk, draws)
 
         policy.train()
         loss = policy.sft_loss(policy.encode(obs), chunk, draws)
+        said = {"loss": loss.item()}
+        if head is not None:
+            term = view_loss(policy, head, whole, cfg)
+            loss, said = loss + cfg.head_coef * term, said | {"view_loss": term.item()}
         if not loss.isfinite():
             raise common.UserError(f"the loss is {loss.item()} at step {step}: lower sft.lr")
         loss.backward()
@@ -223,7 +246,7 @@ def main(cfg: Config) -> None:
         with torch.no_grad():
             torch._foreach_lerp_(list(averaged.parameters()), list(policy.parameters()), 1 - decay)
 
-        done, said = step + 1, ranks.mean({"loss": loss.item()})
+        done, said = step + 1, ranks.mean(said)
         if not ranks.first():
             continue
         if done % cfg.log_every == 0 or done == cfg.steps:

