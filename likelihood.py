@@ -1,0 +1,139 @@
+"""The exact log-likelihood of an action chunk under a flow-matching policy: what stage 07 holds the surrogate against, and what
+stage 03 trains on with `surrogate: exact`.
+
+The policy's velocity field turns noise into a chunk along dx/dt = v(x, t, o), from t = 1 (noise) to t = 0 (chunk). Followed the
+other way, from the chunk to the noise that it came from, it gives the chunk's density (Chen et al., arXiv 1806.07366, Eq. 8):
+
+    log p(a | o) = log N(x_1; 0, I) + integral over t from 0 to 1 of tr(dv/dx)(x_t, t, o) dt,    x_0 = a.
+
+What acts is not that flow but its Euler map of 10 steps, x - v / 10, with a density of its own (`euler_log_prob`).
+
+A velocity is a function of x (N, H, D) and a time t (), the same for all rows, to (N, H, D); `velocity_of(policy, prefix)` is a
+policy's. Densities are over all H x D dimensions as flowed, 10 x 7 for the tiny policy. Where a published checkpoint pads its
+actions to 32 dimensions, this is the density of the padded chunk. Precision is that of the chunk; rows do not depend on their batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Velocity = Callable[[Tensor, Tensor], Tensor]  # x (N, H, D), t () -> (N, H, D)
+Divergence = Callable[[Velocity, Tensor, Tensor], tuple[Tensor, Tensor]]  # velocity, x, t -> v (N, H, D), tr dv/dx (N,)
+
+
+def derivatives():
+    """Context in which attention can be differentiated twice: the fused kernels' backward pass has no derivative."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+def velocity_of(policy, prefix) -> Velocity:
+    return lambda x, t: policy.velocity(prefix, x, t[None])
+
+
+# --------------------------------------------------------------------------------------------------------------- the trace
+def jacobian(velocity: Velocity, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """v (N, H, D) and dv/dx (N, H D, H D), a vector-Jacobian product for each of the H D outputs, batched. No gradients."""
+    n, h, d = x.shape
+    with torch.enable_grad(), derivatives():
+        x = x.detach().requires_grad_()
+        v = velocity(x, t)
+        outputs = torch.eye(h * d, dtype=v.dtype, device=v.device).view(h * d, 1, h, d).expand(-1, n, -1, -1)
+        (rows,) = torch.autograd.grad(v, x, outputs, is_grads_batched=True)  # (H D, N, H, D)
+    return v.detach(), rows.flatten(2).transpose(0, 1)
+
+
+def exact_trace(velocity: Velocity, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    v, j = jacobian(velocity, x, t)
+    return v, j.diagonal(dim1=1, dim2=2).sum(1)
+
+
+def hutchinson(probes: Tensor) -> Divergence:
+    """tr dv/dx = E[z' (dv/dx) z] over probes z with unit covariance, here the mean over (P, N, H, D) fixed ones.
+
+    Differentiable (a second time) wherever gradients are on.
+    """
+
+    def divergence(velocity: Velocity, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        training = torch.is_grad_enabled()
+        with torch.enable_grad(), derivatives():
+            x = x if x.requires_grad else x.detach().requires_grad_()
+            v = velocity(x, t)
+            products = [torch.autograd.grad(v, x, z, create_graph=training, retain_graph=True)[0] for z in probes]  # z' dv/dx
+            trace = sum((p * z).flatten(1).sum(1) for p, z in zip(products, probes, strict=True)) / len(probes)
+        return (v, trace) if training else (v.detach(), trace.detach())
+
+    return divergence
+
+
+def make_probes(n: int, batch: int, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """n Rademacher probes (n, batch, H, D), of the least variance among those with independent entries."""
+    return torch.randint(0, 2, (n, batch, *shape), generator=generator).float() * 2 - 1
+
+
+# ----------------------------------------------------------------------------------------------------------------- the ODE
+def log_normal(x: Tensor) -> Tensor:
+    """log N(x; 0, I) of x (N, H, D): (N,)."""
+    return -0.5 * (x.square() + math.log(2 * math.pi)).flatten(1).sum(1)
+
+
+def time_grid(steps: int, power: float = 1.0) -> Tensor:
+    """steps + 1 times from 0 to 1, (i / steps)^power: denser near the chunk for a power above 1."""
+    return torch.linspace(0, 1, steps + 1, dtype=torch.float64) ** power
+
+
+def ode_log_prob(velocity: Velocity, chunk: Tensor, divergence: Divergence, times: Tensor, solver: str = "midpoint", **options):
+    """log p (N,) of chunks (N, H, D) under the flow. times: from 0 to 1, the steps of a fixed-step solver of torchdiffeq.
+
+    An adaptive solver ("dopri5", rtol=, atol=) picks its own, for all rows together.
+    """
+    from torchdiffeq import odeint
+
+    def rates(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return divergence(velocity, state[0], t)
+
+    start = chunk, chunk.new_zeros(len(chunk))
+    x, integral = odeint(rates, start, times.to(chunk), method=solver, **options)
+    return log_normal(x[-1]) + integral[-1]
+
+
+# ------------------------------------------------------------------------------------------------------------ the Euler map
+def euler_log_prob(velocity: Velocity, chunk: Tensor, steps: int = 10, newton: int = 30, tolerance: float = 1e-4):
+    """log p (N,) of chunks under the map that acts: x <- x - v(x, t) / steps for t = 1, 1 - 1 / steps, ..., 1 / steps.
+
+        log p(a) = log N(x_1; 0, I) - sum over steps of log |det(I - (dv/dx)(x_t, t) / steps)|
+
+    Each step is inverted by Newton's method with halved steps where the residual would grow. A chunk that has no preimage (the
+    map's range need not be everything), or none that was found, gets nan. Where a chunk had several, this is the density
+    along one of them.
+    """
+    dt, x, log_det, found = 1 / steps, chunk, chunk.new_zeros(len(chunk)), chunk.new_ones(len(chunk), dtype=torch.bool)
+    eye = torch.eye(chunk[0].numel(), dtype=chunk.dtype, device=chunk.device)
+    for i in range(1, steps + 1):
+        t, after = chunk.new_tensor(i * dt), x
+        x = after + dt * velocity(after, t)  # a first guess: the reverse Euler step
+        for _ in range(newton):
+            v, j = jacobian(velocity, x, t)
+            residual = after - (x - dt * v)  # (N, H, D)
+            left = residual.flatten(1).norm(dim=1)
+            if (left[found] < tolerance).all():
+                break
+            step = torch.linalg.solve(eye - dt * j, residual.flatten(1)).view_as(x)
+            x = x + shortened(step, left, lambda y: (after - (y - dt * velocity(y, t))).flatten(1).norm(dim=1), x)  # noqa: B023
+        found &= left < tolerance
+        log_det = log_det + torch.linalg.slogdet(eye - dt * j).logabsdet
+    return torch.where(found, log_normal(x) - log_det, math.nan)
+
+
+def shortened(step: Tensor, before: Tensor, residual: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Newton's step (N, H, D), halved in the rows whose residual (N,) it would not lessen."""
+    for _ in range(6):
+        worse = ~(residual(x + step) < before)
+        if not worse.any():
+            break
+        step = torch.where(worse[:, None, None], step / 2, step)
+    return step
