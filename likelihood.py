@@ -10,7 +10,7 @@ What acts is not that flow but its Euler map of 10 steps, x - v / 10, with a den
 
 A velocity is a function of x (N, H, D) and a time t (), the same for all rows, to (N, H, D); `velocity_of(policy, prefix)` is a
 policy's. Densities are over all H x D dimensions as flowed, 10 x 7 for the tiny policy. Where a published checkpoint pads its
-actions to 32 dimensions, this is the density of the padded chunk. Precision is that of the chunk; rows do not depend on their batch.
+actions to 32 dimensions, this is the density of the padded chunk. Precision is that of the chunk.
 """
 
 from __future__ import annotations
@@ -53,26 +53,28 @@ def exact_trace(velocity: Velocity, x: Tensor, t: Tensor) -> tuple[Tensor, Tenso
 
 
 def hutchinson(probes: Tensor) -> Divergence:
-    """tr dv/dx = E[z' (dv/dx) z] over probes z with unit covariance, here the mean over (P, N, H, D) fixed ones.
+    """tr dv/dx = E[z' (dv/dx) z] over probes z with unit covariance, here the mean over fixed ones, P for each row: (N, P, H, D).
 
     Differentiable (a second time) wherever gradients are on.
     """
+
+    each = probes.unbind(1)
 
     def divergence(velocity: Velocity, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         training = torch.is_grad_enabled()
         with torch.enable_grad(), derivatives():
             x = x if x.requires_grad else x.detach().requires_grad_()
             v = velocity(x, t)
-            products = [torch.autograd.grad(v, x, z, create_graph=training, retain_graph=True)[0] for z in probes]  # z' dv/dx
-            trace = sum((p * z).flatten(1).sum(1) for p, z in zip(products, probes, strict=True)) / len(probes)
+            products = [torch.autograd.grad(v, x, z, create_graph=training, retain_graph=True)[0] for z in each]  # z' dv/dx
+            trace = sum((p * z).flatten(1).sum(1) for p, z in zip(products, each, strict=True)) / len(each)
         return (v, trace) if training else (v.detach(), trace.detach())
 
     return divergence
 
 
-def make_probes(n: int, batch: int, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """n Rademacher probes (n, batch, H, D), of the least variance among those with independent entries."""
-    return torch.randint(0, 2, (n, batch, *shape), generator=generator).float() * 2 - 1
+def make_probes(batch: int, n: int, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """n Rademacher probes for each row (batch, n, H, D): of the least variance among those with independent entries."""
+    return torch.randint(0, 2, (batch, n, *shape), generator=generator).float() * 2 - 1
 
 
 # ----------------------------------------------------------------------------------------------------------------- the ODE
@@ -81,9 +83,12 @@ def log_normal(x: Tensor) -> Tensor:
     return -0.5 * (x.square() + math.log(2 * math.pi)).flatten(1).sum(1)
 
 
-def time_grid(steps: int, power: float = 1.0) -> Tensor:
-    """steps + 1 times from 0 to 1, (i / steps)^power: denser near the chunk for a power above 1."""
-    return torch.linspace(0, 1, steps + 1, dtype=torch.float64) ** power
+def time_grid(steps: int) -> Tensor:
+    """steps + 1 times from 0 to 1, (i / steps)^2: dense near the chunk, where v changes fastest.
+
+    For the tiny policy, 10 midpoint steps of this grid err by 2 nats, equal ones by 10 to 20 (of 200).
+    """
+    return torch.linspace(0, 1, steps + 1, dtype=torch.float64) ** 2
 
 
 def ode_log_prob(velocity: Velocity, chunk: Tensor, divergence: Divergence, times: Tensor, solver: str = "midpoint", **options):
