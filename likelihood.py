@@ -15,6 +15,8 @@ actions to 32 dimensions, this is the density of the padded chunk. Precision is 
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -33,6 +35,12 @@ def derivatives():
 
 def velocity_of(policy, prefix) -> Velocity:
     return lambda x, t: policy.velocity(prefix, x, t[None])
+
+
+def in_float64(policy, prefix, chunk: Tensor) -> tuple:
+    """The same in double precision: copies of the policy, its prefix and chunks."""
+    prefix = dataclasses.replace(prefix, keys=prefix.keys.double(), values=prefix.values.double())
+    return copy.deepcopy(policy).double(), prefix, chunk.double()
 
 
 # --------------------------------------------------------------------------------------------------------------- the trace
@@ -107,14 +115,25 @@ def ode_log_prob(velocity: Velocity, chunk: Tensor, divergence: Divergence, time
 
 
 # ------------------------------------------------------------------------------------------------------------ the Euler map
-def euler_log_prob(velocity: Velocity, chunk: Tensor, steps: int = 10, newton: int = 30, tolerance: float = 1e-4):
-    """log p (N,) of chunks under the map that acts: x <- x - v(x, t) / steps for t = 1, 1 - 1 / steps, ..., 1 / steps.
+def euler_sample(velocity: Velocity, noise: Tensor, steps: int = 10) -> tuple[Tensor, Tensor]:
+    """What acts: noise (N, H, D) -> chunk by x <- x - v(x, t) / steps for t = 1, 1 - 1 / steps, ..., 1 / steps, and log p (N,) of
+    the chunk under that map:
 
         log p(a) = log N(x_1; 0, I) - sum over steps of log |det(I - (dv/dx)(x_t, t) / steps)|
+    """
+    x, log_p, eye = noise, log_normal(noise), torch.eye(noise[0].numel(), dtype=noise.dtype, device=noise.device)
+    for i in range(steps, 0, -1):
+        v, j = jacobian(velocity, x, noise.new_tensor(i / steps))
+        x, log_p = x - v / steps, log_p - torch.linalg.slogdet(eye - j / steps).logabsdet
+    return x, log_p
 
-    Each step is inverted by Newton's method with halved steps where the residual would grow. A chunk that has no preimage (the
-    map's range need not be everything), or none that was found, gets nan. Where a chunk had several, this is the density
-    along one of them.
+
+def euler_log_prob(velocity: Velocity, chunk: Tensor, steps: int = 10, newton: int = 12, tolerance: float = 1e-4) -> Tensor:
+    """log p (N,) of any chunks (N, H, D) under that map, whose steps are inverted by Newton's method.
+
+    nan where no preimage is found. That is common, and no weakness of Newton's method alone: the last step (t = 1 / steps) nearly
+    projects onto the data, so it is badly conditioned, folds, and does not reach every chunk. Where a chunk has several
+    preimages, this is the density along one of them.
     """
     dt, x, log_det, found = 1 / steps, chunk, chunk.new_zeros(len(chunk)), chunk.new_ones(len(chunk), dtype=torch.bool)
     eye = torch.eye(chunk[0].numel(), dtype=chunk.dtype, device=chunk.device)
