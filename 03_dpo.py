@@ -11,8 +11,9 @@ try     python 03_dpo.py configs/tiny.yaml adapter=dora dpo.beta=auto
 The loss is that of Rafailov et al. (arXiv 2305.18290, Eq. 7) on four log-probabilities. Autoregressive backbones have them in
 closed form; for flow matching the paper puts the surrogate in their place: the negative flow-matching error.
 Differs from the paper's code: one set of draws (t, eps) per pair serves chosen, rejected, policy and reference (theirs draws
-afresh in each of 16 forwards), the prefix is computed once per observation, errors are summed over the chunk, dropout and
-augmentation are off, and the reference is the same weights with the adapter switched off.
+afresh in each of 16 forwards), the prefix is computed once per observation and what no adapter touches of it once for all
+epochs, errors are summed over the chunk, dropout and augmentation are off, and the reference is the same weights with the
+adapter switched off.
 `surrogate:` names what takes the place of log p (common.SURROGATES). "exact" is the likelihood itself (likelihood.py), the trace
 by Hutchinson's estimate with probes that the four terms share and that are fresh in every step: fixed ones, with reference
 values computed beforehand, could be learned by heart, and the margin at policy = reference would not be exactly 0. "independent"
@@ -68,7 +69,7 @@ class Config(common.RunConfig):
         if self.backbone == "openvla" and self.surrogate != "paper":
             raise common.UserError("openvla has log p in closed form: `surrogate` is for flow policies, leave it at 'paper'")
         if self.surrogate == "exact" and (self.adapter == "dora" or self.recompute):
-            raise common.UserError("surrogate=exact needs second derivatives: adapter=lora (dora.py has none), dpo.recompute=false")
+            raise common.UserError("surrogate=exact takes second derivatives: adapter=lora (not dora), dpo.recompute=false")
         if self.surrogate == "antithetic" and self.draws % 2:
             raise common.UserError(f"dpo.draws={self.draws} must be even for surrogate=antithetic: noises come in pairs")
         common.time_weight(torch.zeros(1), self.weight)  # fails for an unknown one
