@@ -113,8 +113,11 @@ def velocity_errors(policy, prefix, chunks: Tensor, draws: common.Draws) -> Tens
     return errors.unflatten(1, (2, n)).transpose(1, 2)
 
 
-def estimate(policy, obs: dict, chunks: Tensor, name: str, k: int, g: torch.Generator, cfg: Config) -> tuple[Tensor, Tensor]:
-    """One estimate of log p (n, 2), and the errors (K, n, 2) it is the weighted mean of. Differentiable."""
+def estimate(policy, obs, chunks: Tensor, name: str, k: int, g: torch.Generator, cfg: Config) -> tuple[Tensor, Tensor]:
+    """One estimate of log p (n, 2), and the errors (K, n, 2) it is the weighted mean of. Differentiable.
+
+    obs: observations, or (but for "independent") their prefix.
+    """
     scheme, weight = ESTIMATORS[name]
     if name == "independent":  # the published code augments the images in every forward
         obs = obs | {camera: common.random_shift(obs[camera], cfg.shift, g) for camera in ("agentview", "wrist")}
@@ -140,13 +143,15 @@ def measure(job: tuple):
     """Worker: exact values and all estimates for a block of pairs under one policy. Draws are the same under every policy."""
     cfg, folder, pairs, block = job
     policy, (obs, chunks) = load_policy(cfg, folder), rows_of(pairs, block)
-    found = {"exact": exact(policy, policy.encode(obs), chunks, cfg, common.stream(cfg.seed, "validate probes", block[0]))}
+    prefix = policy.encode(obs)
+    found = {"exact": exact(policy, prefix, chunks, cfg, common.stream(cfg.seed, "validate probes", block[0]))}
     for name, (scheme, weight) in ESTIMATORS.items():
         if scheme == "stratified" and weight != "velocity":
             continue  # other weights of the paper's errors
         for k in draw_counts(cfg)[name == "antithetic" :]:  # mirror images come in pairs
             streams = [common.stream(cfg.seed, "validate", scheme, k, r, block[0]) for r in range(cfg.repeats)]
-            scores, errors = zip(*(estimate(policy, obs, chunks, name, k, g, cfg) for g in streams), strict=True)
+            seen = obs if name == "independent" else prefix
+            scores, errors = zip(*(estimate(policy, seen, chunks, name, k, g, cfg) for g in streams), strict=True)
             found[f"{name}/{k}"] = torch.stack(scores)  # (R, n, 2)
             if name == "paper":
                 t = (torch.arange(k) + 0.5) / k
@@ -218,7 +223,7 @@ def gradients(job: tuple):
             each.append(dpo_gradient(policy, score, betas["exact"]))
         halves.append(torch.stack(each).mean(0))
     truth = (halves[0] + halves[1]) / 2
-    row = {"state": state, "pairs": index}
+    row = {"state": state, "batch": index}
     rows = [row | {"estimator": "exact", "draws": cfg.gradient_probes // 2, "cosine": F.cosine_similarity(*halves, dim=0).item()}]
     for name in ESTIMATORS:
         for k in [k for k in (1, 4, 16, 64) if k <= cfg.max_draws and (name, k) != ("antithetic", 1)]:
@@ -262,7 +267,7 @@ def costs(cfg: Config, pairs: dict) -> dict:
         prefix, g = policy.encode(obs), common.stream(cfg.seed, "costs")
         found = {"exact": seconds(lambda: exact(policy, prefix, chunks, cfg, g))}
         for k in draw_counts(cfg):
-            found[f"surrogate, {k} draws"] = seconds(lambda k=k: estimate(policy, obs, chunks, "paper", k, g, cfg))
+            found[f"surrogate, {k} draws"] = seconds(lambda k=k: estimate(policy, prefix, chunks, "paper", k, g, cfg))
     return found
 
 

@@ -146,7 +146,7 @@ def euler_log_prob(velocity: Velocity, chunk: Tensor, steps: int = 10, newton: i
             left = residual.flatten(1).norm(dim=1)
             if (left[found] < tolerance).all():
                 break
-            step = torch.linalg.solve(eye - dt * j, residual.flatten(1)).view_as(x)
+            step = torch.linalg.solve_ex(eye - dt * j, residual.flatten(1)).result.view_as(x)  # singular: not finite
             x = x + shortened(step, left, lambda y: (after - (y - dt * velocity(y, t))).flatten(1).norm(dim=1), x)  # noqa: B023
         found &= left < tolerance
         log_det = log_det + torch.linalg.slogdet(eye - dt * j).logabsdet

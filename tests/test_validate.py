@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import gc
 import importlib
 import itertools
 import math
@@ -342,6 +343,7 @@ def test_dpo_on_the_exact_likelihood_resumes_where_it_was(run, tmp_path, monkeyp
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(dpo, "dpo_loss", stop_after_one)
             dpo.main(cfg)
+        gc.collect()  # the folder's lock
         dpo.main(cfg)
         again = runs.load_tensors(cfg.variant("dpo") / "adapter_model.safetensors")
         assert again.keys() == whole.keys() and all(torch.equal(again[k], whole[k]) for k in whole)
@@ -362,6 +364,7 @@ def test_stage_07_from_end_to_end_killed_and_resumed(run, monkeypatch, capsys):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(runs, "save_tensors", killed)
         validate.main(cfg)
+    gc.collect()
     validate.main(cfg)
     first = runs.read_json(folder / "done.json")["outputs"]
     assert set(first) == {"measures.safetensors", "own.safetensors", "gradients.jsonl"}
