@@ -179,7 +179,10 @@ def batch_of(pairs: dict, index: torch.Tensor):
 # -------------------------------------------------------------------------------------------------------------- training
 def main(cfg: Config) -> None:
     if cfg.dry_run:
-        return memory.report(cfg, "dpo")
+        memory.report(cfg, "dpo")
+        if cfg.surrogate == "exact":
+            print(f"not counted: surrogate=exact keeps {2 * cfg.ode_steps} such passes of the expert and their derivatives")
+        return
     sft = common.sft_inputs(cfg)
     prefs = runs.require(cfg.variant("prefs"), "prefs", f" pairs={cfg.pairs} start={cfg.start}")
     shared = f"suites backbone seed blank_images pairs adapter surrogate {common.SFT_KEYS}"

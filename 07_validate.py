@@ -36,9 +36,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import agreement
+import backbones
 import common
 import likelihood
-import memory
 import runs
 import workers
 
@@ -310,7 +310,9 @@ def measure_all(cfg: Config, folder: Path, dpo: dict[str, Path]) -> None:
 
 def main(cfg: Config) -> None:
     if cfg.dry_run:
-        return memory.report(cfg, "validate")
+        dims = backbones.horizon(cfg.backbone, cfg.model) * common.ACTION_DIM
+        counts = f"{agreement.passes('exact', 0, cfg, dims)} exact, {cfg.repeats * 4 * 2 * cfg.max_draws} for the estimates"
+        return print(f"validate: passes of the action expert per chunk and policy: {counts}")
     if cfg.backbone == "openvla":
         return print("[07_validate] openvla's log p is the exact likelihood, in closed form: there is nothing to validate")
     sft, dpo = common.sft_inputs(cfg), dpo_folders(cfg)
