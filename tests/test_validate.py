@@ -239,9 +239,9 @@ def test_independent_draws_move_with_every_term_and_shared_ones_do_not(policy):
 
 def test_folders_of_variants_do_not_collide():
     variants = itertools.product(("lora", "dora"), ("branch", "episode"), common.SURROGATES, ("final", "750"))
-    names = [dpo.Config(adapter=a, pairs=p, surrogate=s, start=t).variant("dpo").name for a, p, s, t in variants]
+    names = [common.RunConfig(adapter=a, pairs=p, surrogate=s, start=t).variant("dpo").name for a, p, s, t in variants]
     assert len(set(names)) == 2 * 2 * 5 * 2 and "dpo-lora-branch-exact-at750" in names and "dpo-lora-branch" in names
-    cfg = dpo.Config(seed=43, start_seed=42)
+    cfg = common.RunConfig(seed=43, start_seed=42)
     assert cfg.variant("prefs").parent.name == "seed42" and cfg.variant("dpo").parent.name == "seed43"
 
 
