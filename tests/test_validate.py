@@ -289,7 +289,8 @@ def test_metrics_of_an_estimator_that_is_right_but_for_scale_and_noise():
     found = agreement.compare(estimates, truth)
     assert found["scale"][0] == pytest.approx(5, rel=0.05) and found["bias"][0] < 0.02
     value, low, high = found["noise"]
-    assert low < 0.25 / 4 < high and value == pytest.approx(0.25 / 4, rel=0.1)
+    expected = 0.25 / (truth.var().item() / 25)  # of these pairs
+    assert low < expected < high and value == pytest.approx(expected, rel=0.1)
     value, low, high = found["sign agreement"]
     assert low < value < high and value == pytest.approx(1 - math.atan(0.5 / 2) / math.pi, abs=0.03)  # of two correlated normals
 
