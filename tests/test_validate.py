@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from samples import INSTRUCTIONS
+from scipy import stats
 from torch.distributions import MultivariateNormal
 
 import agreement
@@ -291,6 +292,10 @@ def test_metrics_of_an_estimator_that_is_right_but_for_scale_and_noise():
     value, low, high = found["noise"]
     expected = 0.25 / (truth.var().item() / 25)  # of these pairs
     assert low < expected < high and value == pytest.approx(expected, rel=0.1)
+    x, y = estimates[0].double().numpy(), truth.double().numpy()
+    for name, (value, low, high) in agreement.correlations(x, y, np.arange(400)).items():
+        theirs = {"pearson": stats.pearsonr, "spearman": stats.spearmanr, "kendall": stats.kendalltau}[name](x, y).statistic
+        assert low < value < high and value == pytest.approx(theirs, abs=1e-9)
     value, low, high = found["sign agreement"]
     assert low < value < high and value == pytest.approx(1 - math.atan(0.5 / 2) / math.pi, abs=0.03)  # of two correlated normals
 
