@@ -37,7 +37,7 @@ def quantity(scores: Tensor, ref: Tensor | None, shared: bool) -> Tensor:
 def correlations(x: np.ndarray, y: np.ndarray, pair: np.ndarray) -> dict:
     """Pearson, Spearman and Kendall (tau-b), each with a 95 % interval from resampling pairs: name -> (value, low, high).
 
-    A resample is a count c of each point; ranks and orders are those of the whole sample. pair: the pair (0, 1, ...) of each point.
+    A resample is a count c of each point; ranks and orders are the whole sample's. pair: that of each point, 0, 1, ...
     """
     from scipy.stats import rankdata
 
