@@ -136,17 +136,6 @@ def batch_of(data: dict, index: torch.Tensor) -> tuple[dict, torch.Tensor]:
     return obs, data["chunk"][index]
 
 
-def random_shift(images: torch.Tensor, pixels: int, generator: torch.Generator) -> torch.Tensor:
-    """Each image (B, S, S, 3) moved by up to `pixels` in both directions, its border repeated."""
-    if pixels == 0:
-        return images
-    b, s = images.shape[:2]
-    dy, dx = torch.randint(-pixels, pixels + 1, (2, b), generator=generator)
-    rows = (torch.arange(s) + dy[:, None]).clamp(0, s - 1)  # (B, S)
-    cols = (torch.arange(s) + dx[:, None]).clamp(0, s - 1)
-    return images[torch.arange(b)[:, None, None], rows[:, :, None], cols[:, None, :]]
-
-
 # -------------------------------------------------------------------------------------------------------------- training
 def make_policy(cfg: Config, policy, train: dict, instructions: list[str]):
     """The policy to be trained: the given one, or (None) from scratch on these demonstrations' statistics and words."""
@@ -221,7 +210,7 @@ def main(cfg: Config) -> None:
         if cfg.blank_images:
             obs = common.blank_images(obs)
         for camera in ("agentview", "wrist"):
-            obs[camera] = random_shift(obs[camera], cfg.shift, g)
+            obs[camera] = common.random_shift(obs[camera], cfg.shift, g)
         chunk = policy.normalise(actions)  # (B, H, 7)
         draws = policy.draws(len(chunk), cfg.draws, g, "beta")
         whole = obs

@@ -234,6 +234,8 @@ def summary(rows: list[dict]) -> str:
 def main(cfg: Config) -> None:
     if cfg.dry_run:
         return memory.report(cfg, "prefs")
+    if cfg.start_seed not in (0, cfg.seed):
+        raise common.UserError(f"the pairs are those of start_seed={cfg.start_seed}: collect them with seed={cfg.start_seed}")
     common.init_states("prefs", cfg.n_init)  # fails where they would reach into another group
     tasks = sim.tasks(cfg)
     shared = (

@@ -1,10 +1,12 @@
 """03 - DPO with LoRA or DoRA on preference pairs, for either paradigm (paper sec. 3: the surrogate, the loss, the adapters).
 
 reads   <run>/<backbone>/seed<k>/sft/ (01), .../prefs-<recipe>/ (02)
-writes  <run>/<backbone>/seed<k>/dpo-<adapter>-<recipe>/: adapter_model.safetensors adapter_config.json (peft's format),
-        metrics.jsonl, done.json
+writes  <run>/<backbone>/seed<k>/dpo-<adapter>-<recipe>[-<surrogate>]/: adapter_model.safetensors adapter_config.json (peft's
+        format), metrics.jsonl, done.json
 cost    per step one prefix pass each for policy and reference, and 4 x draws expert passes per pair; see README
+        `surrogate: exact`: 15 to 20 times that
 try     python 03_dpo.py configs/tiny.yaml adapter=dora dpo.beta=auto
+        python 03_dpo.py configs/tiny.yaml surrogate=exact
 
 The loss is that of Rafailov et al. (arXiv 2305.18290, Eq. 7) on four log-probabilities. Autoregressive backbones have them in
 closed form; for flow matching the paper puts the surrogate in their place: the negative flow-matching error.
@@ -12,6 +14,11 @@ Differs from the paper's code: one set of draws (t, eps) per pair serves chosen,
 afresh in each of 16 forwards), the prefix is computed once per observation and what no adapter touches of it once for all
 epochs, errors are summed over the chunk, dropout and augmentation are off, and the reference is the same weights with the
 adapter switched off.
+`surrogate:` names what takes the place of log p (common.SURROGATES). "exact" is the likelihood itself (likelihood.py), the trace
+by Hutchinson's estimate with probes that the four terms share and that are fresh in every step: fixed ones, with reference
+values computed beforehand, could be learned by heart, and the margin at policy = reference would not be exactly 0. "independent"
+is what the paper's code does: every term has draws of its own with t ~ Beta(1.5, 1), and augmented images of its own. (The mean
+over dimensions that it takes is only another scale of beta.)
 With torchrun, each process takes its rows of every batch (ranks.py).
 Left out: IPO and other losses, label smoothing, reward models.
 """
@@ -25,6 +32,7 @@ import torch
 import torch.nn.functional as F
 
 import common
+import likelihood
 import memory
 import ranks
 import runs
@@ -34,8 +42,12 @@ import runs
 class Config(common.RunConfig):
     steps: int = 200
     batch_size: int = 8  # pairs
-    draws: int = 4  # T: (t, eps) draws per pair, stratified
+    draws: int = 4  # T: (t, eps) draws per pair; stratified, but for surrogate: independent
     weight: str = "velocity"  # w(t) of the surrogate: "velocity" (paper) | "noise" | "elbo"
+    whole_chunk: bool = False  # score all H actions, not only those that were executed; "exact" always does: it has no marginals
+    ode_steps: int = 10  # exact: midpoint steps from the chunk to the noise
+    probes: int = 1  # exact: Hutchinson probes per pair
+    shift: int = 4  # independent: random shift of the images, pixels, as in 01
     beta: str = "auto"  # a number, or "auto": 1 / std of log p_ref(chosen) - log p_ref(rejected) over the pairs
     sft_coef: float = 1.0  # weight of - beta log p(chosen), which keeps the chosen likelihood from falling; paper: 0
     lr: float = 5e-5  # peak; cosine to 1 % of it
@@ -53,7 +65,13 @@ class Config(common.RunConfig):
     def __post_init__(self):
         super().__post_init__()
         common.at_least(self, steps=1, batch_size=1, draws=1, lr=0, warmup=0, rank=1, sft_coef=0, log_every=1, checkpoint_every=1)
-        common.at_least(self, threads=1)
+        common.at_least(self, threads=1, ode_steps=1, probes=1, shift=0)
+        if self.backbone == "openvla" and self.surrogate != "paper":
+            raise common.UserError("openvla has log p in closed form: `surrogate` is for flow policies, leave it at 'paper'")
+        if self.surrogate == "exact" and (self.adapter == "dora" or self.recompute):
+            raise common.UserError("surrogate=exact takes second derivatives: adapter=lora (not dora), dpo.recompute=false")
+        if self.surrogate == "antithetic" and self.draws % 2:
+            raise common.UserError(f"dpo.draws={self.draws} must be even for surrogate=antithetic: noises come in pairs")
         common.time_weight(torch.zeros(1), self.weight)  # fails for an unknown one
         common.divisible("dpo.batch_size", self.batch_size)
         if self.beta != "auto" and not (self.beta.replace(".", "", 1).replace("e-", "", 1).isdigit() and float(self.beta) > 0):
@@ -84,6 +102,41 @@ def log_probs(policy, obs, chosen: torch.Tensor, rejected: torch.Tensor, mask: t
     return scores[:b], scores[b:]
 
 
+def exact_log_probs(policy, obs: dict, chosen: torch.Tensor, rejected: torch.Tensor, probes: torch.Tensor, steps: int):
+    """log p of both chunks along the flow's ODE, exact but for its steps and its probes (B, P, H, D). -> (B,), (B,)."""
+    b = len(chosen)
+    prefix = policy.encode(obs).select(torch.arange(b).repeat(2))
+    chunks = policy.pad(torch.cat([chosen, rejected])).to(prefix.keys.device)
+    trace = likelihood.hutchinson(probes.repeat(2, 1, 1, 1).to(chunks))  # the same probes for chosen and rejected
+    scores = likelihood.ode_log_prob(likelihood.velocity_of(policy, prefix), chunks, trace, likelihood.time_grid(steps))
+    return scores[:b], scores[b:]
+
+
+def independent_log_prob(policy, obs: dict, chunk: torch.Tensor, mask: torch.Tensor, generator: torch.Generator, cfg: Config):
+    """Surrogate log p (B,) as the paper's code has it: nothing shared with any other term, images augmented."""
+    obs = obs | {camera: common.random_shift(obs[camera], cfg.shift, generator) for camera in ("agentview", "wrist")}
+    draws = policy.draws(len(chunk), cfg.draws, generator, "iid")
+    return policy.log_prob(policy.encode(obs), chunk, draws, mask, cfg.weight)
+
+
+def shared_noise(policy, n: int, cfg: Config, generator: torch.Generator):
+    """What the four terms of the loss share, for n pairs: draws (t, eps), or the probes of the exact likelihood."""
+    if cfg.surrogate == "exact":
+        return likelihood.make_probes(n, cfg.probes, (policy.horizon, policy.cfg.flow_dim), generator)
+    return policy.draws(n, cfg.draws, generator, common.SURROGATES[cfg.surrogate])
+
+
+def score(policy, obs: dict, chosen, rejected, mask, noise, cfg: Config, *term: int | str):
+    """log p of chosen and rejected as `surrogate` says. noise: what the terms share; term: names one where they share nothing."""
+    if cfg.surrogate == "exact":
+        return exact_log_probs(policy, obs, chosen, rejected, noise, cfg.ode_steps)
+    if cfg.surrogate == "independent":
+        g = common.stream(cfg.seed, "dpo independent", *term, ranks.rank())
+        return tuple(independent_log_prob(policy, obs, chunk, mask, g, cfg) for chunk in (chosen, rejected))
+    weight = "logsnr" if cfg.surrogate == "elbo" else cfg.weight
+    return log_probs(policy, obs, chosen, rejected, mask, noise, weight)
+
+
 def begin_all(policy, pairs: dict, batch_size: int):
     """`policy.begin` of all pairs, None where nothing of the prefix stays as it is."""
     rows = torch.arange(len(pairs["mask"])).split(batch_size)
@@ -98,10 +151,9 @@ def auto_beta(policy, pairs: dict, cfg: Config) -> float:
     if n < 2:
         raise common.UserError("dpo.beta=auto needs two pairs or more; give it a number")
     index = torch.arange(0, n, max(1, n // 64))
-    obs, chosen, rejected, mask = batch_of(pairs, index)
-    draws = policy.draws(len(index), cfg.draws, common.stream(cfg.seed, "beta"), "stratified")
+    noise = shared_noise(policy, len(index), cfg, common.stream(cfg.seed, "beta"))
     with policy.reference():
-        ref_w, ref_l = log_probs(policy, obs, chosen, rejected, mask, draws, cfg.weight)
+        ref_w, ref_l = score(policy, *batch_of(pairs, index), noise, cfg, "beta")
     return 1.0 / max((ref_w - ref_l).std(correction=0).item(), 1e-6)
 
 
@@ -112,6 +164,8 @@ def load_pairs(cfg: Config) -> dict:
     pairs["instruction"] = [row["instruction"] for row in runs.read_jsonl(folder / "pairs.jsonl")]
     if cfg.blank_images:
         pairs = common.blank_images(pairs)
+    if cfg.whole_chunk:
+        pairs["mask"] = torch.ones_like(pairs["mask"])
     return pairs
 
 
@@ -125,11 +179,15 @@ def batch_of(pairs: dict, index: torch.Tensor):
 # -------------------------------------------------------------------------------------------------------------- training
 def main(cfg: Config) -> None:
     if cfg.dry_run:
-        return memory.report(cfg, "dpo")
+        memory.report(cfg, "dpo")
+        if cfg.surrogate == "exact":
+            print(f"not counted: surrogate=exact keeps {2 * cfg.ode_steps} such passes of the expert and their derivatives")
+        return
     sft = common.sft_inputs(cfg)
     prefs = runs.require(cfg.variant("prefs"), "prefs", f" pairs={cfg.pairs} start={cfg.start}")
-    shared = f"suites backbone seed blank_images pairs adapter {common.SFT_KEYS}"
-    stage = runs.open_stage(__file__, cfg, cfg.variant("dpo"), shared, [*sft, prefs], ["dora.py", *cfg.policy_code])
+    shared = f"suites backbone seed blank_images pairs adapter surrogate {common.SFT_KEYS}"
+    code = ["dora.py", "likelihood.py", *cfg.policy_code]
+    stage = runs.open_stage(__file__, cfg, cfg.variant("dpo"), shared, [*sft, prefs], code)
     if stage is None:
         return
     torch.set_num_threads(cfg.threads)
@@ -142,7 +200,8 @@ def main(cfg: Config) -> None:
     n, k = len(pairs["mask"]), sum(p.numel() for p in trainable.values())
     print(f"[03_dpo] {n} pairs, {cfg.adapter} with {k:,} parameters, beta {beta:.4g}", flush=True)
     optimizer = torch.optim.AdamW(trainable.values(), lr=cfg.lr, weight_decay=cfg.weight_decay)
-    begun = begin_all(policy, pairs, cfg.batch_size)  # what no adapter touches, once for all epochs
+    # what no adapter touches, once for all epochs, unless images are augmented
+    begun = None if cfg.surrogate == "independent" else begin_all(policy, pairs, cfg.batch_size)
 
     step, metrics = 0, stage.dir / "metrics.jsonl"
     state = runs.load_checkpoint(stage.dir / "checkpoint.pt")
@@ -156,13 +215,13 @@ def main(cfg: Config) -> None:
     bar = common.progress(range(step, cfg.steps), initial=step, total=cfg.steps, desc=f"dpo {cfg.adapter}", unit="step")
     for step in bar:
         index = common.shuffled(cfg.seed, "dpo", step, cfg.batch_size, n)
-        draws = policy.draws(len(index), cfg.draws, common.stream(cfg.seed, "dpo", step), "stratified")
-        index, draws = common.own_rows(index, draws)
+        noise = shared_noise(policy, len(index), cfg, common.stream(cfg.seed, "dpo", step))
+        index, noise = common.own_rows(index, noise)
         obs, chosen, rejected, mask = batch_of(pairs, index)
         obs = obs if begun is None else begun.select(index.to(begun.valid.device))
         with policy.reference():  # the same weights, adapter off, no gradients
-            ref_w, ref_l = log_probs(policy, obs, chosen, rejected, mask, draws, cfg.weight)
-        pi_w, pi_l = log_probs(policy, obs, chosen, rejected, mask, draws, cfg.weight)
+            ref_w, ref_l = score(policy, obs, chosen, rejected, mask, noise, cfg, step, "reference")
+        pi_w, pi_l = score(policy, obs, chosen, rejected, mask, noise, cfg, step, "policy")
         loss, rewards = dpo_loss(pi_w, pi_l, ref_w, ref_l, beta)
         total = loss - cfg.sft_coef * beta * pi_w.mean()  # the anchor, in units of the reward
         if not total.isfinite():

@@ -167,6 +167,7 @@ def results_table(cfg: Config) -> list[dict]:
         start += f"-noise{used['noise_seed']}" if used["noise_seed"] else ""
         row = {"suite": " ".join(used["suites"]), "backbone": cfg.backbone, "policy": used["policy"], "name": name}
         row |= {"adapter": used["adapter"] if is_dpo else "none", "pairs": used["pairs"] if is_dpo else "none"}
+        row |= {"surrogate": used["surrogate"] if is_dpo else "none"}
         row |= {"start": used["start"], "blank_images": used["blank_images"], "group": cfg.group, "train_seeds": [used["seed"]]}
         row |= {"noise_seed": used["noise_seed"] or used["seed"]}
         row |= summarise(episodes) | {"command": timing["command"], "commit": timing["commit"]}
@@ -206,7 +207,7 @@ def main(cfg: Config) -> None:
     if cfg.policy == "dpo":
         inputs.append(runs.require(cfg.variant("dpo"), "dpo", f" adapter={cfg.adapter} pairs={cfg.pairs} start={cfg.start}"))
     shared = f"suites tasks backbone seed image_size render blank_images execute denoise_steps noise_scale {common.SFT_KEYS}"
-    shared += " adapter pairs" if cfg.policy == "dpo" else ""
+    shared += " adapter pairs surrogate" if cfg.policy == "dpo" else ""
     name = policy_name(cfg)
     folder = cfg.seed_dir / f"eval-{name}{'' if cfg.group == 'test' else '-' + cfg.group}"
     stage = runs.open_stage(__file__, cfg, folder, shared, inputs, ["sim.py", "osc.py", "workers.py", *cfg.policy_code])

@@ -84,6 +84,17 @@ def blank_images(obs: dict) -> dict:
     return obs | {camera: obs[camera] * 0 for camera in ("agentview", "wrist")}
 
 
+def random_shift(images: torch.Tensor, pixels: int, generator: torch.Generator) -> torch.Tensor:
+    """Augmentation: each image (B, S, S, 3) moved by up to `pixels` in both directions, its border repeated."""
+    if pixels == 0:
+        return images
+    b, s = images.shape[:2]
+    dy, dx = torch.randint(-pixels, pixels + 1, (2, b), generator=generator)
+    rows = (torch.arange(s) + dy[:, None]).clamp(0, s - 1)  # (B, S)
+    cols = (torch.arange(s) + dx[:, None]).clamp(0, s - 1)
+    return images[torch.arange(b)[:, None, None], rows[:, :, None], cols[:, None, :]]
+
+
 @dataclass
 class Demo:
     """One demonstration. Images are turned by 180 degrees to what policies see; frame i belongs to step image_steps[i]."""
@@ -179,6 +190,16 @@ def learning_rate(step: int, cfg) -> float:
 # --------------------------------------------------------------------------------- surrogate log-probability (paper, sec. 3)
 # Time runs as in openpi and transformers: t = 1 is noise, t = 0 the action. (The paper writes it the other way round.)
 T_STRATIFIED = (0.125, 0.375, 0.625, 0.875)  # midpoints of four equal strata of [0, 1]
+LOG_SNR = math.log(99)  # scheme "logsnr": log((1-t) / t) between -LOG_SNR and LOG_SNR, so t between 0.01 and 0.99
+
+# What a flow policy's log p(a | o) is estimated by -> the scheme of its draws (t, eps)
+SURROGATES = {
+    "paper": "stratified",  # its text: T = 4 times, a noise for each; here shared by the four terms of the loss
+    "antithetic": "antithetic",  # at each of T/2 times a noise and its mirror image
+    "elbo": "logsnr",  # the evidence lower bound, in nats up to a constant
+    "independent": "iid",  # the paper's code: fresh draws, and augmented images, in each of the four terms
+    "exact": "",  # no surrogate: the likelihood itself (likelihood.py)
+}
 
 
 @dataclass
@@ -205,16 +226,22 @@ def make_draws(batch: int, horizon: int, dim: int, k: int, generator: torch.Gene
 
     scheme "stratified": t at the midpoints of k equal strata, the paper's {0.125, 0.375, 0.625, 0.875} for k = 4.
     scheme "beta": t ~ Beta(1.5, 1) * 0.999 + 0.001, openpi's training distribution (models_pytorch/pi0_pytorch.py),
-    stratified over the k draws of a chunk as well, which leaves its marginal as it is.
+    stratified over the k draws of a chunk as well, which leaves its marginal as it is.  "iid": the same, not stratified.
+    scheme "antithetic": k/2 stratified times, each with a noise and its mirror image.
+    scheme "logsnr": log((1-t)/t) at the midpoints of k strata; goes with the weight of that name.
     """
+    one_of("scheme of draws", scheme, ("stratified", "beta", "iid", "antithetic", "logsnr"))
     strata = torch.arange(k)[:, None].expand(k, batch)
-    if scheme == "stratified":
-        t = (strata + 0.5) / k
-    elif scheme == "beta":
-        uniform = (strata + torch.rand(k, batch, generator=generator)) / k
+    t = (strata + 0.5) / k
+    if scheme in ("beta", "iid"):
+        uniform = torch.rand(k, batch, generator=generator)
+        uniform = (strata + uniform) / k if scheme == "beta" else uniform
         t = uniform ** (1 / 1.5) * 0.999 + 0.001  # the quantile function of Beta(1.5, 1) is u^(1/1.5)
-    else:
-        raise UserError(f"unknown scheme of draws {scheme!r}; {did_you_mean(scheme, ('stratified', 'beta'))}")
+    if scheme == "logsnr":
+        t = torch.sigmoid(LOG_SNR * (2 * t - 1))
+    if scheme == "antithetic":
+        half = make_draws(batch, horizon, dim, k // 2, generator)
+        return Draws(half.t.repeat(2, 1), torch.cat([half.eps, -half.eps]))
     return Draws(t, torch.randn(k, batch, horizon, dim, generator=generator))
 
 
@@ -223,6 +250,7 @@ def time_weight(t: torch.Tensor, weight: str) -> torch.Tensor:
 
     "velocity": 1, the paper's.  "noise": (1-t)^2, which is the squared error in eps.  "elbo": (1-t)/t, half the derivative of
     the log signal-to-noise ratio times the error in eps; it diverges at t = 0 and is bounded at t = 0.05.
+    "logsnr": that of the elbo over the density 1 / (2 LOG_SNR t (1-t)) of such times, which is bounded of itself.
     """
     if weight == "velocity":
         return torch.ones_like(t)
@@ -230,7 +258,9 @@ def time_weight(t: torch.Tensor, weight: str) -> torch.Tensor:
         return (1 - t) ** 2
     if weight == "elbo":
         return (1 - t) / t.clamp(min=0.05)
-    raise UserError(f"unknown weight {weight!r}; {did_you_mean(weight, ('velocity', 'noise', 'elbo'))}")
+    if weight == "logsnr":
+        return 2 * LOG_SNR * (1 - t) ** 2
+    raise UserError(f"unknown weight {weight!r}; {did_you_mean(weight, ('velocity', 'noise', 'elbo', 'logsnr'))}")
 
 
 def flow_matching_error(
@@ -327,7 +357,7 @@ SFT_KEYS = "start checkpoint model device dtype"  # the shared config keys that 
 
 def sft_inputs(cfg: RunConfig) -> list[Path]:
     """What load_sft reads, as inputs of a stage: the folder of stage 01, or the files of a published checkpoint."""
-    return checkpoint_files(cfg.checkpoint) if cfg.checkpoint else [require(cfg.seed_dir / "sft", "sft")]
+    return checkpoint_files(cfg.checkpoint) if cfg.checkpoint else [require(cfg.start_dir / "sft", "sft")]
 
 
 def checkpoint_files(path: str) -> list[Path]:
@@ -350,7 +380,7 @@ def load_sft(cfg: RunConfig):
         if policy.backbone != cfg.backbone:
             raise UserError(f"{cfg.checkpoint} is a checkpoint of {policy.backbone}; set backbone={policy.backbone}")
     else:
-        folder = require(cfg.seed_dir / "sft", "sft")
+        folder = require(cfg.start_dir / "sft", "sft")
         weights = "model.safetensors" if cfg.start == "final" else f"model-{cfg.start}.safetensors"
         if not (folder / weights).is_file():
             kept = ", ".join(sorted(p.stem.partition("-")[2] for p in folder.glob("model-*.safetensors"))) or "none"
@@ -430,6 +460,8 @@ class RunConfig:
     start: str = "final"  # SFT weights that prefs, dpo and eval start from: "final", or a snapshot's step such as "1500"
     pairs: str = "branch"  # preference recipe: "branch", "episode" or "whole", see 02
     adapter: str = "lora"  # "lora" or "dora"
+    surrogate: str = "paper"  # what DPO takes for log p of a flow policy, see SURROGATES
+    start_seed: int = 0  # seed whose SFT policy and pairs DPO uses, for more training seeds on the same; 0 = `seed`
     execute: int = 8  # actions of a chunk that are carried out before the policy looks again
     denoise_steps: int = 10  # Euler steps of sample_actions, for flow matching
     noise_scale: float = 1.0  # of the noise that a chunk is sampled from; for action tokens the temperature, 0 = greedy
@@ -440,7 +472,7 @@ class RunConfig:
     def __post_init__(self):
         at_least(self, execute=1, denoise_steps=1, noise_scale=0, workers=1, image_size=16)
         choices = {"render": ("fast", "default"), "pairs": ("branch", "episode", "whole"), "adapter": ("lora", "dora")}
-        choices |= {"device": ("cpu", "cuda"), "dtype": ("float32", "bfloat16")}
+        choices |= {"device": ("cpu", "cuda"), "dtype": ("float32", "bfloat16"), "surrogate": SURROGATES}
         for key, known in choices.items():
             one_of(key, getattr(self, key), known)
         if self.device == "cuda" and not self.dry_run and not torch.cuda.is_available():
@@ -455,15 +487,22 @@ class RunConfig:
         return Path(self.root) / self.name / self.backbone / f"seed{self.seed}"
 
     @property
+    def start_dir(self) -> Path:
+        """Where the SFT policy and the pairs are."""
+        return self.seed_dir.with_name(f"seed{self.start_seed or self.seed}")
+
+    @property
     def policy_code(self) -> list[str]:
         """The files that make this policy what it is."""
         names = ["__init__", "layers", *sorted(p.stem for p in (HERE / "backbones").glob(f"{self.backbone}*.py"))]
         return [f"backbones/{name}.py" for name in names + ["published"] * bool(self.checkpoint)]
 
     def variant(self, kind: str) -> Path:
-        """Folder of a stage that depends on `pairs`, `start`, `adapter`: prefs, dpo."""
-        parts = {"prefs": ["prefs", self.pairs], "dpo": ["dpo", self.adapter, self.pairs]}[kind]
-        return self.seed_dir / "-".join(parts + ([] if self.start == "final" else [f"at{self.start}"]))
+        """Folder of a stage that depends on `pairs`, `start`, `adapter`, `surrogate`: prefs, dpo, validate."""
+        parts = [kind, *[self.adapter] * (kind == "dpo"), self.pairs]
+        parts += [self.surrogate] * (kind == "dpo" and self.surrogate != "paper")
+        parts += [] if self.start == "final" else [f"at{self.start}"]
+        return (self.start_dir if kind == "prefs" else self.seed_dir) / "-".join(parts)
 
 
 def at_least(cfg, **least: float) -> None:

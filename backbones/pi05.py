@@ -27,7 +27,7 @@ from transformers.models.gemma.modeling_gemma import GemmaDecoderLayer, GemmaRMS
 
 import common
 from backbones import Policy, config_from
-from backbones.layers import Prefix, conv_stem, project_kv, rotary, rotate
+from backbones.layers import Prefix, conv_stem, full, project_kv, rotary, rotate
 from common import ACTION_DIM, Draws, UserError
 
 PAD, BOS = 0, 2  # PaliGemma's token ids
@@ -106,7 +106,7 @@ class AdaRMSNorm(nn.Module):
 
     def forward(self, x: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:  # x (N, H, W)
         scale, shift, gate = modulation.chunk(3, dim=-1)
-        normed = torch.addcmul(shift, F.rms_norm(x.float(), x.shape[-1:], eps=EPS), 1 + scale)
+        normed = torch.addcmul(shift, F.rms_norm(full(x), x.shape[-1:], eps=EPS), 1 + scale)
         return normed.to(x.dtype), gate.to(x.dtype)
 
 
@@ -303,13 +303,13 @@ class Pi05(Policy):
     def flow(self, surroundings: tuple, x_t: Tensor, modulations: Sequence[Tensor]) -> Tensor:
         """The expert on x_t (N, H, D): the velocity, float32 (N, H, D). Actions see every valid prefix token and one another."""
         (rope, bias, cache), (*pairs, last) = surroundings, modulations
-        x = self.action_in_proj(x_t.float()).to(bias.dtype)  # (N, H, W)
+        x = self.action_in_proj(full(x_t)).to(bias.dtype)  # (N, H, W)
         for i, layer in enumerate(self.expert.layers):
             x = self.run(expert_layer, layer, x, pairs[2 * i], pairs[2 * i + 1], rope, *cache[i], bias)
-        return self.action_out_proj(self.expert.norm(x, last)[0].float())
+        return self.action_out_proj(full(self.expert.norm(x, last)[0]))
 
     def velocity(self, prefix: Prefix, x_t: Tensor, t: Tensor) -> Tensor:
-        """v(x_t, t, o), float32 (N, H, D), for x_t (N, H, D) and t (N,), or (1,) for one time common to all rows."""
+        """v(x_t, t, o), float32 or better (N, H, D), for x_t (N, H, D) and t (N,), or (1,) for one time common to all rows."""
         n, h, d = x_t.shape
         assert len(prefix) == n and d == self.cfg.flow_dim and t.shape in ((n,), (1,)), (len(prefix), x_t.shape, t.shape)
         return self.flow(self.surroundings(prefix, h), x_t, self.modulations(t))

@@ -62,7 +62,7 @@ def test_every_observation_is_seen_once_per_epoch():
 
 def test_random_shift_moves_and_repeats_the_border():
     image = torch.arange(8 * 8 * 3, dtype=torch.uint8).view(1, 8, 8, 3).repeat(64, 1, 1, 1)
-    moved = sft.random_shift(image, 2, common.stream(0, "shift"))
+    moved = common.random_shift(image, 2, common.stream(0, "shift"))
     candidates = []
     for dy in range(-2, 3):
         for dx in range(-2, 3):

@@ -1,0 +1,400 @@
+"""The exact likelihood where the truth is known, the estimators against it, stage 07 end to end. pytest tests/test_validate.py"""
+
+import copy
+import dataclasses
+import gc
+import importlib
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from samples import INSTRUCTIONS
+from scipy import stats
+from torch.distributions import MultivariateNormal
+
+import agreement
+import backbones
+import common
+import likelihood
+import runs
+
+dpo, validate = importlib.import_module("03_dpo"), importlib.import_module("07_validate")
+
+SIZE = {"width": 32, "depth": 2, "mlp_dim": 48, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16}
+VISION = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+MODEL = {"vlm": SIZE, "expert": SIZE, "vision": VISION | {"image_size": 32, "patch_size": 16}, "horizon": 4, "flow_dim": 7}
+MODEL |= {"state_token": True, "gate_bias": 1.0}
+
+
+@pytest.fixture(scope="module")
+def policy():
+    torch.manual_seed(0)
+    made = backbones.build("pi05", MODEL, INSTRUCTIONS)
+    unit = {"mean": 0.0, "std": 1.0, "q01": -1.0, "q99": 1.0}
+    made.norm_stats = {kind: {k: [v] * n for k, v in unit.items()} for kind, n in (("action", 7), ("state", 8))}
+    with torch.no_grad():  # a field that bends: at its initialisation it is almost linear
+        for name, p in made.expert.named_parameters():
+            if "dense.weight" in name:
+                p.normal_(std=0.3, generator=common.stream(0, name))
+    return made.eval()
+
+
+def some_pairs(n: int) -> dict:
+    g = common.stream(0, "pairs")
+    pairs = {c: torch.randint(0, 256, (n, 32, 32, 3), generator=g, dtype=torch.uint8) for c in ("agentview", "wrist")}
+    pairs |= {c: torch.randn(n, 4, 7, generator=g) for c in ("chosen", "rejected")} | {"state": torch.randn(n, 8, generator=g)}
+    return pairs | {"mask": torch.arange(4).expand(n, 4) < 3, "instruction": [INSTRUCTIONS[i % 3] for i in range(n)]}
+
+
+def prefix_of(policy, n: int):
+    with torch.no_grad():
+        return policy.encode(dpo.batch_of(some_pairs(n), torch.arange(n))[0])
+
+
+# ------------------------------------------------------------------------------------------------------- known densities
+def gaussian_flow(mean: torch.Tensor, covariance: torch.Tensor) -> likelihood.Velocity:
+    """E[eps - a | x_t] for a ~ N(mean, covariance), a closed form: what a flow policy trained without error would be."""
+
+    def velocity(x, t):
+        at_t = (1 - t) ** 2 * covariance + t**2 * torch.eye(len(mean), dtype=mean.dtype)
+        gain = (t * torch.eye(len(mean), dtype=mean.dtype) - (1 - t) * covariance) @ torch.linalg.inv(at_t)
+        return ((x.flatten(1) - (1 - t) * mean) @ gain.T - mean).view_as(x)
+
+    return velocity
+
+
+def a_gaussian(dims: int, narrow: float):
+    g = common.stream(0, "gaussian")
+    basis = torch.linalg.qr(torch.randn(dims, dims, generator=g, dtype=torch.float64)).Q
+    covariance = basis @ torch.diag(torch.linspace(narrow, 1, dims, dtype=torch.float64) ** 2) @ basis.T
+    return torch.randn(dims, generator=g, dtype=torch.float64), (covariance + covariance.T) / 2
+
+
+@pytest.mark.parametrize("solver", ["midpoint", "dopri5"])
+def test_linear_gaussian_field_against_the_closed_form(solver):
+    mean, covariance = a_gaussian(70, narrow=0.1)
+    truth = MultivariateNormal(mean, covariance)
+    torch.manual_seed(0)
+    chunks = truth.sample((3,)).view(3, 10, 7)
+    chunks = torch.cat([chunks, chunks + 0.2])  # some far from the data
+    velocity, options = gaussian_flow(mean, covariance), {} if solver == "midpoint" else {"rtol": 1e-7, "atol": 1e-7}
+    times = likelihood.time_grid(80) if solver == "midpoint" else torch.tensor([0.0, 1.0], dtype=torch.float64)
+    found = likelihood.ode_log_prob(velocity, chunks, likelihood.exact_trace, times, solver, **options)
+    assert (found - truth.log_prob(chunks.flatten(1))).abs().max() / 70 < 1e-4  # nats per dimension
+
+
+def test_density_of_a_two_dimensional_mixture_integrates_to_one():
+    means, sd = torch.tensor([[-1.0, 0.3], [0.8, -0.6], [0.5, 1.0]]).double(), torch.tensor([0.3, 0.2, 0.45]).double()
+
+    def velocity(x, t):  # (N, 1, 2): the components' fields, weighted by how likely each is at x
+        var = (1 - t) ** 2 * sd**2 + t**2  # (3,)
+        away = x - (1 - t) * means  # (N, 3, 2)
+        weight = torch.softmax(-0.5 * away.square().sum(-1) / var - torch.log(var), dim=-1)
+        field = (t - (1 - t) * sd**2)[:, None] / var[:, None] * away - means
+        return (weight[..., None] * field).sum(1, keepdim=True)
+
+    axis = torch.linspace(-3, 3, 61, dtype=torch.float64)
+    grid = torch.cartesian_prod(axis, axis)[:, None]  # (N, 1, 2)
+    found = likelihood.ode_log_prob(velocity, grid, likelihood.exact_trace, likelihood.time_grid(30)).exp()
+    assert found.sum() * (axis[1] - axis[0]) ** 2 == pytest.approx(1, abs=0.01)
+    parts = [
+        MultivariateNormal(m, s**2 * torch.eye(2).double()).log_prob(grid[:, 0]).exp() for m, s in zip(means, sd, strict=True)
+    ]
+    assert (found - sum(parts) / 3).abs().max() < 0.01
+
+
+def test_the_elbo_surrogate_is_the_log_likelihood_in_nats_for_a_perfect_field():
+    """With the true field the bound is tight for every chunk, so differences between chunks are those of log p."""
+    mean, covariance = a_gaussian(7, narrow=0.4)
+    field = gaussian_flow(mean, covariance)
+    torch.manual_seed(1)
+    chunks = MultivariateNormal(mean, covariance).sample((2,)).view(2, 1, 7) * torch.tensor([1.0, 1.6])[:, None, None]
+    truth = MultivariateNormal(mean, covariance).log_prob(chunks.flatten(1))
+    draws = common.make_draws(4000, 1, 7, 64, common.stream(0, "elbo"), "logsnr")
+    times = draws.t[:, 0].double()
+
+    def velocity(index, x, t):  # rows come as (K, B): one time for each K
+        return torch.cat([field(rows, at) for rows, at in zip(x.double().chunk(64), times, strict=True)])
+
+    mask, scores = torch.ones(4000, 1), []
+    for chunk in chunks:
+        many = chunk.float().expand(4000, 1, 7)
+        scores.append(common.surrogate_log_prob(velocity, many, draws, mask, "logsnr").mean())
+    assert (scores[0] - scores[1]).item() == pytest.approx((truth[0] - truth[1]).item(), rel=0.03)
+
+
+# ----------------------------------------------------------------------------------------------------- traces and the map
+def test_hutchinson_with_a_full_basis_is_the_exact_trace_and_with_signs_is_unbiased(policy):
+    velocity, x, t = likelihood.velocity_of(policy, prefix_of(policy, 3)), torch.randn(3, 4, 7), torch.tensor(0.3)
+    v, exact = likelihood.exact_trace(velocity, x, t)
+    basis = (torch.eye(28) * math.sqrt(28)).view(1, 28, 4, 7).expand(3, -1, -1, -1)
+    torch.testing.assert_close(likelihood.hutchinson(basis)(velocity, x, t)[1], exact, atol=1e-4, rtol=1e-5)
+    with torch.no_grad():
+        same_v, signs = zip(
+            *(
+                likelihood.hutchinson(likelihood.make_probes(3, 1, (4, 7), common.stream(0, "probe", i)))(velocity, x, t)
+                for i in range(200)
+            ),
+            strict=True,
+        )
+    torch.testing.assert_close(same_v[0], v)
+    signs = torch.stack(signs)
+    assert ((signs.mean(0) - exact).abs() < 4 * signs.std(0) / math.sqrt(200)).all() and signs.std() > 0
+    numeric = [
+        (velocity(x + 1e-2 * e, t) - velocity(x - 1e-2 * e, t)).mul(e).sum((1, 2)) / 2e-2 for e in torch.eye(28).view(28, 4, 7)
+    ]
+    torch.testing.assert_close(torch.stack(numeric).sum(0), exact, atol=5e-3, rtol=1e-2)
+
+
+def test_euler_density_against_the_determinant_of_the_whole_map(policy):
+    _, prefix, noise = likelihood.in_float64(policy, prefix_of(policy, 2), policy.noise(2, common.stream(0, "noise")))
+    double = copy.deepcopy(policy).double()
+    chunk, log_p = likelihood.euler_sample(likelihood.velocity_of(double, prefix), noise, steps=5)
+    torch.testing.assert_close(
+        chunk.float(), policy.sample_actions(prefix_of(policy, 2), noise.float(), steps=5), atol=1e-4, rtol=0
+    )
+    for row in range(2):
+        velocity = likelihood.velocity_of(double, prefix.select(torch.tensor([row])))
+
+        def whole_map(z, velocity=velocity):
+            for i in range(5, 0, -1):
+                z = z - velocity(z, torch.tensor(i / 5, dtype=torch.float64)) / 5
+            return z
+
+        j = torch.autograd.functional.jacobian(whole_map, noise[row : row + 1]).view(28, 28)
+        brute = -0.5 * (noise[row].square().sum() + 28 * math.log(2 * math.pi)) - torch.linalg.slogdet(j).logabsdet
+        assert log_p[row].item() == pytest.approx(brute.item(), abs=1e-8)
+    inverse = likelihood.euler_log_prob(likelihood.velocity_of(double, prefix), chunk, steps=5, tolerance=1e-10)
+    torch.testing.assert_close(inverse, log_p)
+
+
+def test_a_chunk_out_of_the_maps_reach_has_no_euler_density():
+    reach = likelihood.euler_log_prob(lambda x, t: x - torch.tanh(x), torch.tensor([[[0.5]], [[1.5]]]).double(), steps=1)
+    assert reach[1].isnan()  # the map is tanh
+    assert reach[0].item() == pytest.approx(-0.5 * (math.atanh(0.5) ** 2 + math.log(2 * math.pi)) - math.log(1 - 0.25), abs=1e-3)
+
+
+def test_float64_and_float32_agree(policy):
+    prefix, chunk = prefix_of(policy, 2), torch.randn(2, 4, 7)
+    double, prefix64, chunk64 = likelihood.in_float64(policy, prefix, chunk)
+    grid = likelihood.time_grid(4)
+    single = likelihood.ode_log_prob(likelihood.velocity_of(policy, prefix), chunk, likelihood.exact_trace, grid)
+    precise = likelihood.ode_log_prob(likelihood.velocity_of(double, prefix64), chunk64, likelihood.exact_trace, grid)
+    assert precise.dtype == torch.float64 and (single - precise).abs().max() < 1e-3
+
+
+# -------------------------------------------------------------------------------------------------------- DPO's log p
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("surrogate", common.SURROGATES)
+def test_margin_is_exactly_zero_at_the_reference_for_all_that_share_their_noise(policy, kind, surrogate):
+    if (kind, surrogate) == ("dora", "exact"):
+        pytest.skip("refused: dora.py has no second derivative")
+    policy, pairs = copy.deepcopy(policy), some_pairs(3)
+    cfg = dpo.Config(surrogate=surrogate, ode_steps=2)
+    common.attach_adapter(policy, kind, 4, 8, policy.adapter_targets, seed=1)
+    noise = dpo.shared_noise(policy, 3, cfg, common.stream(0, "noise"))
+    batch = dpo.batch_of(pairs, torch.arange(3))
+    with policy.reference():
+        ref_w, ref_l = dpo.score(policy, *batch, noise, cfg, 0, "reference")
+    pi_w, pi_l = dpo.score(policy, *batch, noise, cfg, 0, "policy")
+    _, rewards = dpo.dpo_loss(pi_w, pi_l, ref_w, ref_l, beta=100.0)
+    assert pi_w.requires_grad and not ref_w.requires_grad
+    assert torch.equal(rewards["rewards/margins"], torch.zeros(3)) != (surrogate == "independent")
+
+
+def test_gradient_of_the_exact_log_prob_against_finite_differences(policy):
+    double, prefix, chunk = likelihood.in_float64(policy, prefix_of(policy, 2), torch.randn(2, 4, 7))
+    probes = likelihood.make_probes(2, 1, (4, 7), common.stream(0, "probes")).double()
+
+    def log_p() -> torch.Tensor:
+        trace = likelihood.hutchinson(probes)
+        return likelihood.ode_log_prob(likelihood.velocity_of(double, prefix), chunk, trace, likelihood.time_grid(3)).sum()
+
+    names = (
+        "expert.layers.0.self_attn.q_proj.weight",
+        "expert.layers.1.self_attn.v_proj.weight",
+        "expert.layers.1.mlp.up_proj.weight",
+    )
+    for name in names:
+        p = double.get_parameter(name)
+        direction = torch.randn(p.shape, generator=common.stream(0, name), dtype=torch.float64)
+        (grad,) = torch.autograd.grad(log_p(), p)
+        with torch.no_grad():
+            original = p.clone()
+            ends = []
+            for sign in (1, -1):
+                p.copy_(original + sign * 1e-5 * direction)
+                ends.append(log_p())
+            p.copy_(original)
+        assert (grad * direction).sum().item() == pytest.approx(((ends[0] - ends[1]) / 2e-5).item(), rel=1e-5), name
+
+
+def test_independent_draws_move_with_every_term_and_shared_ones_do_not(policy):
+    cfg, batch = dpo.Config(surrogate="independent"), dpo.batch_of(some_pairs(2), torch.arange(2))
+    one, other = (dpo.score(policy, *batch, None, cfg, 0, term) for term in ("policy", "reference"))
+    assert not torch.equal(one[0], other[0])
+    assert torch.equal(one[0], dpo.score(policy, *batch, None, cfg, 0, "policy")[0])  # killed and resumed equals undisturbed
+
+
+def test_folders_of_variants_do_not_collide():
+    variants = itertools.product(("lora", "dora"), ("branch", "episode"), common.SURROGATES, ("final", "750"))
+    names = [common.RunConfig(adapter=a, pairs=p, surrogate=s, start=t).variant("dpo").name for a, p, s, t in variants]
+    assert len(set(names)) == 2 * 2 * 5 * 2 and "dpo-lora-branch-exact-at750" in names and "dpo-lora-branch" in names
+    cfg = common.RunConfig(seed=43, start_seed=42)
+    assert cfg.variant("prefs").parent.name == "seed42" and cfg.variant("dpo").parent.name == "seed43"
+
+
+def test_refusals():
+    for bad in (
+        "surrogate=exactly",
+        "surrogate=exact adapter=dora",
+        "backbone=openvla surrogate=exact",
+        "surrogate=antithetic dpo.draws=3",
+    ):
+        with pytest.raises(common.UserError, match=r"surrogate"):
+            common.load_config(dpo.Config, "dpo", ["configs/micro.yaml", *bad.split()])
+
+
+# ------------------------------------------------------------------------------------------------------------- stage 07
+def test_common_random_numbers_lessen_the_noise_of_a_margin(policy):
+    """The same pairs, the same estimator, under a policy and a slightly different one: only the sharing differs."""
+    other, cfg = copy.deepcopy(policy), validate.Config(repeats=16)
+    with torch.no_grad():
+        for name, p in other.expert.named_parameters():
+            p += 0.02 * torch.randn(p.shape, generator=common.stream(0, name)) * p.std(correction=0)
+        pairs = some_pairs(6)
+        pairs["chunks"] = torch.stack([pairs.pop("chosen"), pairs.pop("rejected")], 1)
+        obs, chunks = validate.rows_of(pairs, list(range(6)))
+
+        def scores(which):
+            each = [validate.estimate(which, obs, chunks, "paper", 4, common.stream(0, "r", r), cfg)[0] for r in range(16)]
+            return torch.stack(each)
+
+        new, ref = scores(other), scores(policy)
+    shared, own = (agreement.quantity(new, ref, shared).var(0).mean() for shared in (True, False))
+    assert shared < own / 10
+    assert (agreement.quantity(ref, ref, True) == 0).all() and (agreement.quantity(ref, ref, False) != 0).all()
+
+
+def test_terms_that_do_not_share_come_from_four_different_repeats():
+    powers = (10.0 ** torch.arange(4))[:, None, None].expand(4, 1, 2)  # repeat r is worth 10^r
+    assert agreement.quantity(powers, powers, False)[0].item() == 1 - 1000 - (100 - 10)  # rolled by 0, 1, 2, 3
+
+
+def test_metrics_of_an_estimator_that_is_right_but_for_scale_and_noise():
+    g = common.stream(0, "metrics")
+    truth = torch.randn(400, generator=g) * 10
+    estimates = truth / 5 + 0.5 * torch.randn(8, 400, generator=g)
+    found = agreement.compare(estimates, truth)
+    assert found["scale"][0] == pytest.approx(5, rel=0.05) and found["bias"][0] < 0.02
+    value, low, high = found["noise"]
+    expected = 0.25 / (truth.var().item() / 25)  # of these pairs
+    assert low < expected < high and value == pytest.approx(expected, rel=0.1)
+    x, y = estimates[0].double().numpy(), truth.double().numpy()
+    for name, (value, low, high) in agreement.correlations(x, y, np.arange(400)).items():
+        theirs = {"pearson": stats.pearsonr, "spearman": stats.spearmanr, "kendall": stats.kendalltau}[name](x, y).statistic
+        assert low < value < high and value == pytest.approx(theirs, abs=1e-9)
+    value, low, high = found["sign agreement"]
+    assert low < value < high and value == pytest.approx(1 - math.atan(0.5 / 2) / math.pi, abs=0.03)  # of two correlated normals
+
+
+def test_the_estimators_of_the_stage_are_those_of_training(policy):
+    pairs, cfg = some_pairs(2), validate.Config()
+    obs, chosen, rejected, _ = dpo.batch_of(pairs, torch.arange(2))
+    whole = torch.ones(2, 4, dtype=torch.bool)
+    for name, (scheme, weight) in validate.ESTIMATORS.items():
+        if name == "independent":
+            continue
+        with torch.no_grad():
+            mine, _ = validate.estimate(policy, obs, torch.stack([chosen, rejected], 1), name, 4, common.stream(0, "d"), cfg)
+            draws = policy.draws(2, 4, common.stream(0, "d"), scheme)
+            w, rej = dpo.log_probs(policy, obs, chosen, rejected, whole, draws, weight)
+        torch.testing.assert_close(mine, torch.stack([w, rej], 1), atol=1e-4, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def run(policy, tmp_path_factory):
+    """A run folder with an SFT policy and pairs that nobody had to train or collect, and DPO policies on them."""
+    root = tmp_path_factory.mktemp("runs")
+    cfg = dpo.Config(
+        name="x", root=str(root), pairs="episode", steps=2, batch_size=2, rank=2, alpha=4, warmup=0, checkpoint_every=1
+    )
+    cfg = dataclasses.replace(cfg, lr=1e-2, ode_steps=2)
+    sft, prefs, pairs = cfg.seed_dir / "sft", cfg.variant("prefs"), some_pairs(5)
+    policy.save(sft)
+    prefs.mkdir()
+    runs.write_rows(prefs / "pairs.jsonl", [{"instruction": i} for i in pairs.pop("instruction")])
+    runs.save_tensors(prefs / "pairs.safetensors", pairs)
+    for folder in (sft, prefs):
+        runs.write_json(folder / "done.json", {"stage": folder.name, "inputs": {}, "fingerprint": folder.name})
+    for surrogate in ("paper", "independent", "exact"):
+        dpo.main(dataclasses.replace(cfg, surrogate=surrogate))
+    return cfg
+
+
+def test_dpo_on_the_exact_likelihood_resumes_where_it_was(run, tmp_path, monkeypatch):
+    for surrogate in ("exact", "independent"):
+        cfg = dataclasses.replace(run, surrogate=surrogate)
+        whole = runs.load_tensors(cfg.variant("dpo") / "adapter_model.safetensors")
+        cfg.variant("dpo").rename(tmp_path / surrogate)
+        steps = iter(range(3))
+
+        def stop_after_one(*arguments, steps=steps, dpo_loss=dpo.dpo_loss):
+            if next(steps) == 1:
+                raise KeyboardInterrupt
+            return dpo_loss(*arguments)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(dpo, "dpo_loss", stop_after_one)
+            dpo.main(cfg)
+        gc.collect()  # the folder's lock
+        dpo.main(cfg)
+        again = runs.load_tensors(cfg.variant("dpo") / "adapter_model.safetensors")
+        assert again.keys() == whole.keys() and all(torch.equal(again[k], whole[k]) for k in whole)
+
+
+def test_stage_07_from_end_to_end_killed_and_resumed(run, monkeypatch, capsys):
+    own = {f.name: getattr(run, f.name) for f in dataclasses.fields(common.RunConfig)}
+    sizes = {"max_draws": 4, "ode_steps": 2, "own_chunks": 2, "gradient_batches": 1, "gradient_probes": 2, "n_pairs": 4}
+    cfg = validate.Config(**own | {"workers": 1}, **sizes)
+    folder, save, saved = cfg.variant("validate"), runs.save_tensors, []
+
+    def killed(path, tensors):
+        if len(saved) == 1:
+            raise KeyboardInterrupt
+        saved.append(path)
+        save(path, tensors)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(runs, "save_tensors", killed)
+        validate.main(cfg)
+    gc.collect()
+    validate.main(cfg)
+    first = runs.read_json(folder / "done.json")["outputs"]
+    assert set(first) == {"measures.safetensors", "own.safetensors", "gradients.jsonl"}
+    validate.main(dataclasses.replace(cfg, overwrite=True))
+    assert "already done" in capsys.readouterr().out
+    (folder / "done.json").unlink()
+    validate.main(dataclasses.replace(cfg, overwrite=True))
+    assert runs.read_json(folder / "done.json")["outputs"] == first
+
+    measures = runs.load_tensors(folder / "measures.safetensors")
+    exact = measures["dpo-lora-episode|exact"]
+    assert exact.shape == (4, 2) and measures["sft|antithetic/4"].shape == (4, 4, 2)
+    rows = runs.read_json(folder.with_suffix(".json"))
+    margin = [r for r in rows if r.get("quantity") == "margin" and r["metric"] == "pearson" and r["surrogate"] == "paper"]
+    row = next(r for r in margin if r["policy"] == "dpo-lora-episode" and r["draws"] == 4 and r["shared"])
+    theirs = [measures[f"{policy}|paper/4"][0] for policy in ("dpo-lora-episode", "sft")]
+    surrogate = (theirs[0] - theirs[1])[:, 0] - (theirs[0] - theirs[1])[:, 1]
+    truth = (exact - measures["sft|exact"])[:, 0] - (exact - measures["sft|exact"])[:, 1]
+    assert row["value"] == pytest.approx(np.corrcoef(surrogate, truth)[0, 1], abs=1e-5)
+    cosine = [r for r in rows if r["metric"] == "gradient cosine"]
+    assert {r["state"] for r in cosine} == {"start", "end"} and all(-1.001 <= r["value"] <= 1.001 for r in cosine)
+    assert folder.with_suffix(".png").stat().st_size > 50_000 and "| paper | 4 | yes |" in folder.with_suffix(".md").read_text()
+
+
+def test_an_autoregressive_policy_is_exact_already(capsys):
+    validate.main(validate.Config(backbone="openvla"))
+    assert "closed form" in capsys.readouterr().out
