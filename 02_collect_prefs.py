@@ -13,7 +13,8 @@ chunk as executed (noise added, clipped), which is what training uses since it e
 `pairs: whole` is a control, what the paper's public code does for OpenVLA: the same two episodes to their ends, every chunk of
 them scored under the *first* observation.
 `pairs: branch` is what DPO's derivation asks for: at decision points of a failed episode the simulator's state is restored, other
-chunks are sampled from the same observation and played out to the end by the policy *with the same later noise*.
+chunks are sampled from the same observation and played out to the end by the policy *with the same later noise*. A policy that
+acts greedily (noise_scale 0) still tries other chunks (branch_scale).
 Differs from the paper: init states 20-34, which no demonstration and no evaluation uses; fail-against-fail is not a pair.
 Left out: learned reward models, relabelling.
 """
@@ -46,13 +47,14 @@ class Config(common.RunConfig):
     noise_low: float = 0.1  # episode: standard deviation of the action noise of the first candidate ...
     noise_high: float = 0.4  # ... and of the last
     branches: int = 3  # branch: decision points per failed episode
+    branch_scale: float = 1.0  # branch: noise_scale of the chunks that are tried; all else is played with noise_scale
     max_steps: int = 0  # play-outs end here at the latest; 0 = the suite's own limit
     last_decision: int = 6  # branch: decision points are drawn from the first so many of an episode, up to about the grasp
 
     def __post_init__(self):
         super().__post_init__()
         common.at_least(self, n_pairs=1, max_playouts=1, candidates=1, noise_low=0, noise_high=0, branches=1)
-        common.at_least(self, max_steps=0, last_decision=1)
+        common.at_least(self, max_steps=0, last_decision=1, branch_scale=0)
 
 
 # -------------------------------------------------------------------------------------------------------------- play-outs
@@ -139,11 +141,11 @@ def branch_pairs(env, policy, cfg: Config, init: int, attempt: int) -> tuple[lis
     base = play(env, policy, cfg, source)
     if env.success:
         return [], 1, "succeeded"
-    playouts, pairs = 1, []
+    playouts, pairs, trying = 1, [], replace(cfg, noise_scale=cfg.branch_scale)
     points = min(len(base), cfg.last_decision)
     for k in sorted(common.np_stream(cfg.seed, "branch points", *source).permutation(points)[: cfg.branches].tolist()):
         generators = [common.stream(cfg.seed, "branch", *source, k, i) for i in range(cfg.candidates)]
-        for i, chunk in enumerate(common.propose(policy, base[k].obs, cfg, generators)):
+        for i, chunk in enumerate(common.propose(policy, base[k].obs, trying, generators)):
             env.restore(base[k].state)
             other = play(env, policy, cfg, source, k, chunk)[0]
             playouts += 1
