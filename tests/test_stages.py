@@ -227,6 +227,30 @@ def test_dropout_left_on_while_acting_changes_what_is_done(tmp_path):
     assert torch.equal(chunk(0.0, 1), chunk(0.0, 2))
 
 
+def test_only_the_tried_chunks_have_another_noise_scale(monkeypatch):
+    """Recipe `branch` for a greedy policy: the failed episode and all later decisions are greedy."""
+    from types import SimpleNamespace
+
+    scales, obs = [], {"agentview": 0, "wrist": 0, "state": 0, "instruction": "i"}
+    env = SimpleNamespace(suite="s", task_id=0, success=False, reset=lambda init: None, restore=lambda state: None)
+
+    def play(env, policy, cfg, source, k=0, chunk=None):
+        scales.append(("play", cfg.noise_scale))
+        env.success = chunk is not None
+        values = np.zeros((10, 7)) if chunk is None else np.asarray(chunk)
+        return [prefs.Decision(i, None, obs, values, values, 8) for i in range(k, 3)]
+
+    def propose(policy, obs, cfg, generators):
+        scales.append(("try", cfg.noise_scale))
+        return torch.ones(len(generators), 10, 7)
+
+    monkeypatch.setattr(prefs, "play", play)
+    monkeypatch.setattr(common, "propose", propose)
+    cfg = prefs.Config(noise_scale=0.0, branch_scale=0.5, branches=2, candidates=2)
+    pairs, playouts, _ = prefs.branch_pairs(env, None, cfg, 20, 0)
+    assert playouts == 3 and len(pairs) == 2 and set(scales) == {("play", 0.0), ("try", 0.5)}
+
+
 def test_whole_episodes_are_scored_under_the_first_observation(monkeypatch):
     """Recipe `whole`: as many pairs as both episodes have chunks, all with the first observation; `episode` is its first pair."""
     from types import SimpleNamespace
