@@ -287,14 +287,14 @@ def episodes(successes, task=0, crash=""):
 
 def test_a_crash_is_neither_success_nor_failure():
     rows = episodes([1, 1, 0]) + episodes([0], task=1, crash="Diverged")
-    summary = evaluation.summarise(rows)
+    summary = evaluation.episodes.summarise(rows)
     assert (summary["n"], summary["successes"], summary["crashes"]) == (3, 2, 1)
     assert summary["ci95"] == common.wilson(2, 3) and summary["tasks"] == {"s/0": [2, 3]}
 
 
 def test_pairing_uses_the_same_episodes_only():
     rows, base = episodes([1, 1, 0, 1]), episodes([0, 1, 1])
-    result = evaluation.paired(rows, base)
+    result = evaluation.episodes.paired(rows, base)
     assert (result["paired_n"], result["gained"], result["lost"]) == (3, 1, 1) and result["diff_vs_sft"] == 0
     other_seed = [row | {"seed": 2} for row in base]
-    assert evaluation.paired(rows, other_seed)["paired_n"] == 0
+    assert evaluation.episodes.paired(rows, other_seed)["paired_n"] == 0
