@@ -31,6 +31,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -353,9 +354,10 @@ def latency(cfg: Config) -> None:
 
 # ----------------------------------------------------------------------------------------------------------------- cells
 def cell_name(cfg: Config) -> str:
-    """E.g. none-k5-euler10, chunk0.98x4-k2-euler10: its folder, without profile- or -val."""
+    """E.g. none-k5-euler10, chunk0.98x4-k2-euler10, student-none-k8-euler1: its folder, without profile- or -val."""
     kept = "" if cfg.reuse == "none" else f"{cfg.threshold:g}x{cfg.cap}"
-    return f"{cfg.reuse}{kept}-k{cfg.execute}-{cfg.solver}{cfg.denoise_steps}"
+    name = f"{cfg.reuse}{kept}-k{cfg.execute}-{cfg.solver}{cfg.denoise_steps}{'' if cfg.start == 'final' else f'-at{cfg.start}'}"
+    return f"{Path(cfg.checkpoint).name}-{name}" if cfg.checkpoint else name
 
 
 def play(job: tuple):
@@ -370,6 +372,9 @@ def play(job: tuple):
     env.close()
 
 
+NO_REUSE = {"reuse": "none", "solver": "euler", "denoise_steps": 10, "checkpoint": ""}
+
+
 def cells_table(cfg: Config) -> list[dict]:
     """A row per finished cell, paired with the one that reuses nothing and looks as often, in ten Euler steps."""
     found, rows = {facts["cell"]: (facts, played, timing) for facts, played, timing in episodes.finished(cfg, "profile-*")}, []
@@ -381,8 +386,8 @@ def cells_table(cfg: Config) -> list[dict]:
         row |= {"hit_rate": sum(r["hits"] for r in played) / max(1, sum(r["looks"] for r in played))}
         row |= {"ms_per_step": sum(spent.values()), "ms_per_step_parts": spent} | episodes.summarise(played)
         row |= {"command": timing["command"], "commit": timing["commit"]}
-        base = f"none-k{facts['config']['execute']}-euler10"
-        if base in found and base != name:
+        base = cell_name(replace(cfg, **NO_REUSE, execute=facts["config"]["execute"], start=facts["config"]["start"]))
+        if base in found and base != name:  # same weights, or the teacher's
             row |= episodes.paired(played, found[base][1])
         rows.append(row)
     return rows

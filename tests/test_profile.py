@@ -416,3 +416,32 @@ def test_the_stage_writes_tables_a_plot_and_one_line_of_json(tmp_path, capsys, m
     assert any(line.startswith("{") and '"ceiling"' in line for line in last)
     profile.main(cfg)
     assert "already done" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------- student
+distill = importlib.import_module("05_distill")
+
+
+def test_one_step_is_what_sampling_in_one_step_gives_and_trains_the_expert_alone():
+    policy = make_policy()
+    prefix, noise = policy.encode(common.collate([scene(0), scene(1)])).detach(), policy.noise(2, common.stream(0, "n"))
+    torch.testing.assert_close(distill.one_step(policy, prefix, noise), policy.sample_actions(prefix, noise, 1))
+    assert distill.distance(policy, policy, prefix, noise, 1).item() == pytest.approx(0, abs=1e-10)
+    assert distill.distance(policy, policy, prefix, noise, 4).item() > 1e-6
+    policy.requires_grad_(False).expert.requires_grad_(True)
+    distill.distance(policy, make_policy(), prefix, noise, 4).backward()
+    assert all((p.grad is not None) == name.startswith("expert.") for name, p in policy.named_parameters())
+
+
+def test_a_student_learns_its_teachers_map():
+    teacher, student = make_policy(), make_policy()
+    prefix = teacher.encode(common.collate([scene(i) for i in range(4)])).detach()
+    student.requires_grad_(False).expert.requires_grad_(True)
+    held_out = teacher.noise(4, common.stream(0, "held out"))
+    before = distill.distance(student, teacher, prefix, held_out, 10).item()
+    optimizer = torch.optim.AdamW(student.expert.parameters(), 3e-3)
+    for step in range(60):
+        distill.distance(student, teacher, prefix, teacher.noise(4, common.stream(0, step)), 10).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert distill.distance(student, teacher, prefix, held_out, 10).item() < 0.5 * before
