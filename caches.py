@@ -65,8 +65,8 @@ def patches(pixels: Tensor, size: int) -> Tensor:
 def refresh(policy, tokens: Tensor, valid: Tensor, old: Prefix | None, index: Tensor, images: int) -> tuple[Prefix, Tensor]:
     """pi-0.5's prefix of one observation with the keys and values of its tokens `index` anew, the others' from `old`.
 
-    tokens (1, S, width), valid (1, S), index (R,) in ascending order. Also returns how much state and text attend to each of the
-    `images` first tokens in the last layer that attends, averaged over heads and queries: (images,).
+    tokens (1, S, width), valid (1, S), index (R,) in ascending order: all of them where there is no `old`. Also returns how much
+    state and text attend to each of the `images` first tokens in the last layer that attends, averaged over heads and queries.
     """
     from backbones.pi05 import attend, key_bias
 
@@ -80,7 +80,8 @@ def refresh(policy, tokens: Tensor, valid: Tensor, old: Prefix | None, index: Te
         if old is None:
             keys.append(k)
             values.append(v)
-        keys[i][:, :, index], values[i][:, :, index] = k, v
+        else:
+            keys[i][:, :, index], values[i][:, :, index] = k, v
         if layer is last:
             break
         if i == len(policy.language_model.layers) - 2:

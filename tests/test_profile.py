@@ -1,5 +1,6 @@
 """05: clocks, anatomy, solvers and caches, each against a second derivation. pytest tests/test_profile.py"""
 
+import functools
 import importlib
 from dataclasses import replace
 
@@ -139,9 +140,14 @@ def test_amdahl():
     assert profile.amdahl(0.0) == 1 and profile.amdahl(0.75) == 4 and profile.amdahl(0.214) == pytest.approx(1.272, abs=1e-3)
 
 
+@functools.cache
+def roofline(name: str) -> dict:
+    return profile.roofline(profile.Config(backbone=name))
+
+
 @pytest.mark.parametrize(("name", "weights"), [("pi05", 3.3e9), ("openvla", 7.5e9)])
 def test_roofline_against_counts_by_hand(name, weights):
-    found = profile.roofline(profile.Config(backbone=name))["work"]
+    found = roofline(name)["work"]
     if (
         name == "pi05"
     ):  # of an expert's layer: q, k, v, o and the MLP; 10 tokens, 10 steps; and the modulations, of 10 times at once
@@ -163,7 +169,7 @@ def test_roofline_against_counts_by_hand(name, weights):
 
 
 def test_a_gpu_is_bound_by_the_slower_of_both():
-    rows = profile.roofline(profile.Config())
+    rows = roofline("pi05")
     flops, bandwidth = profile.GPUS["H20"]
     work = rows["work"]["prefix"]
     assert rows["gpus"]["H20"]["ms"]["prefix"] == pytest.approx(1e3 * max(work["flops"] / flops, work["bytes"] / bandwidth))
@@ -367,7 +373,7 @@ def test_an_episode_ends_with_success_time_or_a_crash():
 
 def finished_cell(cfg, wins: list[bool], hits: float) -> None:
     name = profile.cell_name(cfg)
-    stage = runs.open_stage("05_profile.py", cfg, cfg.seed_dir / f"profile-{name}-val", "suites seed execute", [], [])
+    stage = runs.open_stage("05_profile.py", cfg, cfg.seed_dir / f"profile-{name}-val", "suites seed execute start", [], [])
     rows = [
         {
             "suite": "libero_object",
@@ -401,7 +407,7 @@ def test_table_of_cells_pairs_with_the_same_look_interval(tmp_path):
 
 # ----------------------------------------------------------------------------------------------------------------- stage
 def test_the_stage_writes_tables_a_plot_and_one_line_of_json(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(runs.HERE)
+    monkeypatch.setattr(profile, "roofline", lambda cfg: roofline(cfg.backbone))
     cfg = profile.Config(
         root=str(tmp_path), name="x", weights="random", model=MODELS["pi05"], image_size=32, repeats=1, compile=False
     )
