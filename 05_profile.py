@@ -228,7 +228,7 @@ def measure(policy, cfg: Config, point: Point, now: Callable[[], float] = time.p
     p50 = {part: float(np.median([row.get(part, 0.0) for row in parts])) for part in named}
     found = {"p50_ms": float(np.median(whole)), "p95_ms": float(np.quantile(whole, 0.95)), "parts_ms": p50, "n": len(whole)}
     found["parts_p95_ms"] = {part: float(np.quantile([row.get(part, 0.0) for row in parts], 0.95)) for part in named}
-    found["parts_over_whole"] = sum(p50.values()) / found["p50_ms"]
+    found["parts_over_whole"] = float(np.median([sum(row.values()) / w for row, w in zip(parts, whole, strict=True)]))
     found["prefix_share"] = sum(p50.get(part, 0.0) for part in CACHED) / sum(p50.values())
     return found | {"ceiling": amdahl(found["prefix_share"])}
 
