@@ -16,19 +16,19 @@ Left out: rendering at every step (only when the policy looks), real robots.
 from __future__ import annotations
 
 import sys
-import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import common
+import episodes
 import memory
 import ranks
 import runs
 import sim
-import workers
 
 
 @dataclass
@@ -60,20 +60,14 @@ def load_policy(cfg: Config):
 
 
 # -------------------------------------------------------------------------------------------------------------- episodes
-def episode(env, policy, cfg: Config, init: int, frames: list | None) -> dict:
-    """One episode from init state `init`. `frames` collects what the policy saw."""
-    began, k, seed = time.time(), 0, cfg.noise_seed or cfg.seed
-    env.reset(init)
-    while not env.success and env.steps < env.max_steps:
-        obs = env.observe()
-        if frames is not None:
-            frames.append(np.concatenate([obs["agentview"], obs["wrist"]], axis=1))
-        noise = common.stream(seed, "eval", env.suite, env.task_id, init, k)
-        torch.manual_seed(noise.initial_seed())  # read by dropout alone, where it is on
-        chunk = common.propose(policy, obs, cfg, [noise])[0]
-        common.carry_out(env, np.asarray(policy.unnormalise(chunk))[: cfg.execute])
-        k += 1
-    return {"success": bool(env.success), "steps": env.steps, "crash": "", "wall_s": round(time.time() - began, 2)}
+def look(policy, cfg: Config, where: tuple, frames: list | None, obs: dict, k: int) -> np.ndarray:
+    """The actions that follow the k-th look of the episode `where` (suite, task, init state). `frames` collects what is seen."""
+    if frames is not None:
+        frames.append(np.concatenate([obs["agentview"], obs["wrist"]], axis=1))
+    noise = common.stream(cfg.noise_seed or cfg.seed, "eval", *where, k)
+    torch.manual_seed(noise.initial_seed())  # read by dropout alone, where it is on
+    chunk = common.propose(policy, obs, cfg, [noise])[0]
+    return np.asarray(policy.unnormalise(chunk))[: cfg.execute]
 
 
 def evaluate(job: tuple):
@@ -82,14 +76,10 @@ def evaluate(job: tuple):
     policy, env = load_policy(cfg), sim.TaskEnv(suite, task, cfg.image_size, cfg.render)
     for init in inits:
         frames = [] if init in common.init_states(cfg.group, cfg.n_init)[: cfg.videos] else None
-        try:
-            row = episode(env, policy, cfg, init, frames)
-        except sim.CRASHES as error:  # the simulator diverged: neither success nor failure of the policy
-            row = {"success": False, "steps": env.steps, "crash": type(error).__name__, "wall_s": 0.0}
+        row = episodes.play(env, init, partial(look, policy, cfg, (suite, task, init), frames))
         if frames:
-            save_gif(
-                folder / "videos" / f"{suite}-{task:02d}-init{init}-{'success' if row['success'] else 'failure'}.gif", frames
-            )
+            outcome = "success" if row["success"] else "failure"
+            save_gif(folder / "videos" / f"{suite}-{task:02d}-init{init}-{outcome}.gif", frames)
         yield {"suite": suite, "task": task, "init_state": init, "seed": cfg.noise_seed or cfg.seed} | row
     env.close()
 
@@ -102,40 +92,6 @@ def save_gif(path: Path, frames: list) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------- tables
-def summarise(rows: list[dict]) -> dict:
-    """Successes with intervals over all episodes that did not crash, and per task."""
-    valid = [row for row in rows if not row["crash"]]
-    wins = sum(row["success"] for row in valid)
-    tasks = sorted({(row["suite"], row["task"]) for row in valid})
-    of_task = [[row["success"] for row in valid if (row["suite"], row["task"]) == task] for task in tasks]
-    clusters = np.concatenate([np.full(len(s), i) for i, s in enumerate(of_task)]) if tasks else np.zeros(0)
-    return {
-        "n": len(valid),
-        "successes": wins,
-        "crashes": len(rows) - len(valid),
-        "ci95": common.wilson(wins, len(valid)),
-        "ci95_tasks": common.cluster_bootstrap(np.concatenate(of_task).astype(float), clusters) if len(tasks) > 1 else (0.0, 1.0),
-        "tasks": {f"{suite}/{task}": [sum(s), len(s)] for (suite, task), s in zip(tasks, of_task, strict=True)},
-        "mean_steps": float(np.mean([row["steps"] for row in valid])) if valid else 0.0,
-    }
-
-
-def paired(rows: list[dict], base: list[dict]) -> dict:
-    """Difference to a baseline on the episodes (suite, task, init state, seed) that both ran without a crash."""
-    key = ("suite", "task", "init_state", "seed")
-    theirs = {tuple(row[k] for k in key): row["success"] for row in base if not row["crash"]}
-    both = [(row["success"], theirs[t]) for row in rows if not row["crash"] and (t := tuple(row[k] for k in key)) in theirs]
-    test = common.mcnemar([a for a, _ in both], [b for _, b in both])
-    difference = (test["only_a"] - test["only_b"]) / max(1, len(both))
-    return {
-        "diff_vs_sft": difference,
-        "gained": test["only_a"],
-        "lost": test["only_b"],
-        "p_vs_sft": test["p"],
-        "paired_n": len(both),
-    }
-
-
 # What the rows of a paired comparison must share:
 PROTOCOL = ("suites", "image_size", "render", "execute", "denoise_steps", "noise_scale", "group", "start")
 
@@ -145,23 +101,10 @@ def results_table(cfg: Config) -> list[dict]:
 
     Evaluations of weights that have been made anew since are left out.
     """
-
-    def unchanged(name: str, made_from: str) -> bool:
-        path = cfg.seed_dir.parents[1] / name / "done.json"
-        return Path(name).is_file() or (path.is_file() and runs.read_json(path)["fingerprint"] == made_from)
-
-    found = {}
-    for done in sorted(cfg.seed_dir.glob("eval-*/done.json"), key=lambda p: ("dpo" in p.parent.name, p.parent.name)):
-        facts = runs.read_json(done)
-        current = all(unchanged(*each) for each in facts["inputs"].items())
-        if facts["config"]["group"] == cfg.group and current:
-            found[facts["policy"]] = (
-                facts,
-                runs.read_jsonl(done.parent / "episodes.jsonl"),
-                runs.read_json(done.with_name("timing.json")),
-            )
+    found = {facts["policy"]: (facts, played, timing) for facts, played, timing in episodes.finished(cfg, "eval-*")}
+    found = dict(sorted(found.items(), key=lambda item: ("dpo" in item[0], item[0])))
     rows = []
-    for name, (facts, episodes, timing) in found.items():
+    for name, (facts, played, timing) in found.items():
         used = facts["config"]
         is_dpo, start = used["policy"] == "dpo", "sft" if used["start"] == "final" else f"sft-at{used['start']}"
         start += f"-noise{used['noise_seed']}" if used["noise_seed"] else ""
@@ -170,10 +113,10 @@ def results_table(cfg: Config) -> list[dict]:
         row |= {"surrogate": used["surrogate"] if is_dpo else "none"}
         row |= {"start": used["start"], "blank_images": used["blank_images"], "group": cfg.group, "train_seeds": [used["seed"]]}
         row |= {"noise_seed": used["noise_seed"] or used["seed"]}
-        row |= summarise(episodes) | {"command": timing["command"], "commit": timing["commit"]}
+        row |= episodes.summarise(played) | {"command": timing["command"], "commit": timing["commit"]}
         base = found.get(start)
         if name != start and base and all(base[0]["config"][key] == used[key] for key in PROTOCOL):
-            row |= paired(episodes, base[1])
+            row |= episodes.paired(played, base[1])
         rows.append(row)
     return rows
 
@@ -210,30 +153,13 @@ def main(cfg: Config) -> None:
     shared += " adapter pairs surrogate" if cfg.policy == "dpo" else ""
     name = policy_name(cfg)
     folder = cfg.seed_dir / f"eval-{name}{'' if cfg.group == 'test' else '-' + cfg.group}"
-    stage = runs.open_stage(__file__, cfg, folder, shared, inputs, ["sim.py", "osc.py", "workers.py", *cfg.policy_code])
+    code = ["sim.py", "osc.py", "workers.py", "episodes.py", *cfg.policy_code]
+    stage = runs.open_stage(__file__, cfg, folder, shared, inputs, code)
     if stage is not None:
-        path = stage.dir / "episodes.jsonl"
-        done = {(row["suite"], row["task"], row["init_state"]) for row in runs.read_jsonl(path)}
-        ranks.wait()  # all have read before any writes
-        todo = [(s, t, [i for i in inits if (s, t, i) not in done]) for s, t in tasks]
-        jobs = [(cfg, stage.dir, suite, task, rest) for suite, task, rest in todo if rest]
-        total = len(inits) * len(todo)
-        bar = common.progress(total=total, initial=len(done), desc=f"eval {name}", unit="episode")
-        wins = sum(row["success"] for row in runs.read_jsonl(path))
-        for _, row in workers.parallel(evaluate, ranks.share(jobs), cfg.workers):
-            runs.append_jsonl(path, row)
-            wins += row["success"]
-            bar.update()
-            bar.set_postfix(successes=f"{wins}/{bar.n}")
-        ranks.wait()
+        rows = episodes.gather(stage, evaluate, cfg, tasks, inits, f"eval {name}")
         if not ranks.first():
             return
-        rows = sorted(runs.read_jsonl(path), key=lambda r: (r["suite"], r["task"], r["init_state"]))
-        walls = {f"{r['suite']}-{r['task']}-{r['init_state']}": r.pop("wall_s", None) for r in rows}
-        runs.write_rows(path, rows)
-        runs.write_json(stage.dir / "summary.json", {"policy": name, "seed": cfg.seed} | summarise(rows))
-        stage.finish(policy=name)
-        runs.write_json(stage.dir / "timing.json", runs.read_json(stage.dir / "timing.json") | {"episodes_s": walls})
+        episodes.finish(stage, rows, policy=name)
     if not ranks.first():
         return
     rows = results_table(cfg)

@@ -10,6 +10,7 @@ Training uses this file; an adapter that it saved is loaded, merged and run by p
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
@@ -25,9 +26,9 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, W: Tensor, A: Tensor, B: Tensor, m: Tensor, norm: Tensor, s: float) -> Tensor:
-        low = x.to(A.dtype) @ A.T  # (N, rank)
+        low = F.linear(x.to(A.dtype), A)  # (N, rank)
         g = m / norm  # exactly 1 at the start
-        y = (x @ W.T).to(A.dtype).addmm_(low, B.T, alpha=s).mul_(g).to(x.dtype)
+        y = F.linear(x, W).to(A.dtype).addmm_(low, B.T, alpha=s).mul_(g).to(x.dtype)
         ctx.save_for_backward(x, W, A, B, m, g, low, y)
         ctx.s = s
         return y

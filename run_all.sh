@@ -14,7 +14,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-CONFIG=configs/tiny.yaml STAGES="00 01 02 03 04 08" ADAPTERS="lora dora" BACKBONES="" OVERRIDES=()
+CONFIG=configs/tiny.yaml STAGES="00 01 02 03 04 05 08" ADAPTERS="lora dora" BACKBONES="" OVERRIDES=()
 for argument in "$@"; do
   case $argument in
     adapters=*) ADAPTERS=${argument#*=} ;;
@@ -26,7 +26,7 @@ for argument in "$@"; do
   esac
 done
 for number in $STAGES; do
-  [[ $number =~ ^(0[0-46-8]|setup)$ ]] || { echo "error: no stage $number; STAGES is a list such as \"02 03 04\"" >&2; exit 2; }
+  [[ $number =~ ^(0[0-8]|setup)$ ]] || { echo "error: no stage $number; STAGES is a list such as \"02 03 04\"" >&2; exit 2; }
 done
 
 if [[ -z ${PYTHON:-} ]]; then
@@ -64,6 +64,7 @@ for backbone in ${BACKBONES:-""}; do
   stage 04 04_eval.py policy=sft start=final
   stage 04 04_eval.py policy=sft
   for adapter in $ADAPTERS; do stage 04 04_eval.py policy=dpo adapter="$adapter"; done
+  stage 05 05_profile.py
   stage 06 06_pretrain_head.py start=final
   stage 07 07_validate.py
 done

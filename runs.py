@@ -35,6 +35,8 @@ STAGES = {
     "prefs": "02_collect_prefs",
     "dpo": "03_dpo",
     "eval": "04_eval",
+    "profile": "05_profile",
+    "distill": "05_distill",
     "head": "06_pretrain_head",
     "validate": "07_validate",
     "report": "08_report",

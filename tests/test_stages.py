@@ -151,6 +151,41 @@ def test_chosen_and_rejected_share_their_draws():
     assert (w - other).abs().min() > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("targets", "made"),
+    [
+        (r".*(language_model|expert)\.layers\.\d+\.self_attn\.[qkvo]_proj", "Embedded"),
+        (r"expert\.layers\.\d+\.self_attn\.[qkvo]_proj", "Prefix"),
+        (r"vision_tower\..*[qkv]_proj", "NoneType"),
+    ],
+)
+def test_what_no_adapter_touches_is_computed_once_and_changes_no_value(targets, made):
+    policy, pairs = tiny_policy(), random_pairs(5)
+    common.attach_adapter(policy, "lora", 4, 8, targets, seed=1)
+    for name, p in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.2)
+    begun = dpo.begin_all(policy, pairs, 2)  # in batches whose prompts differ in length
+    assert type(begun).__name__ == made
+    if begun is None:
+        return
+    index = torch.tensor([3, 0, 4])
+    obs, chosen, rejected, mask = dpo.batch_of(pairs, index)
+    draws, grads = policy.draws(3, 2, common.stream(0, "d"), "stratified"), []
+    for seen in (obs, begun.select(index)):
+        policy.zero_grad()
+        w, rejected_too = dpo.log_probs(policy, seen, chosen, rejected, mask, draws, "velocity")
+        (w - rejected_too).sum().backward()
+        grads.append([w.detach(), *(p.grad for p in policy.parameters() if p.grad is not None)])
+    assert len(grads[0]) == len(grads[1]) > 8
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    with policy.reference():
+        ref = [dpo.log_probs(policy, seen, chosen, rejected, mask, draws, "velocity")[0] for seen in (obs, begun.select(index))]
+    torch.testing.assert_close(*ref, rtol=1e-5, atol=1e-5)
+    assert (ref[0] - grads[0][0]).abs().min() > 1e-4  # the adapter does something
+
+
 def test_actions_that_were_not_executed_do_not_count():
     policy, pairs = tiny_policy(), random_pairs(3)
     chosen, mask = pairs["chosen"], pairs["mask"]
@@ -287,14 +322,14 @@ def episodes(successes, task=0, crash=""):
 
 def test_a_crash_is_neither_success_nor_failure():
     rows = episodes([1, 1, 0]) + episodes([0], task=1, crash="Diverged")
-    summary = evaluation.summarise(rows)
+    summary = evaluation.episodes.summarise(rows)
     assert (summary["n"], summary["successes"], summary["crashes"]) == (3, 2, 1)
     assert summary["ci95"] == common.wilson(2, 3) and summary["tasks"] == {"s/0": [2, 3]}
 
 
 def test_pairing_uses_the_same_episodes_only():
     rows, base = episodes([1, 1, 0, 1]), episodes([0, 1, 1])
-    result = evaluation.paired(rows, base)
+    result = evaluation.episodes.paired(rows, base)
     assert (result["paired_n"], result["gained"], result["lost"]) == (3, 1, 1) and result["diff_vs_sft"] == 0
     other_seed = [row | {"seed": 2} for row in base]
-    assert evaluation.paired(rows, other_seed)["paired_n"] == 0
+    assert evaluation.episodes.paired(rows, other_seed)["paired_n"] == 0
