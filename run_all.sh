@@ -14,7 +14,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-CONFIG=configs/tiny.yaml STAGES="00 01 02 03 04 05 08" ADAPTERS="lora dora" BACKBONES="" OVERRIDES=()
+CONFIG=configs/tiny.yaml STAGES="00 01 02 03 04 08" ADAPTERS="lora dora" BACKBONES="" OVERRIDES=()
 for argument in "$@"; do
   case $argument in
     adapters=*) ADAPTERS=${argument#*=} ;;
