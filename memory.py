@@ -209,6 +209,7 @@ def report(cfg, stage: str) -> None:
         print(f"{part:>30}  {n / 2**30:9.3f} GiB")
     total = sum(found["parts"].values())
     print(f"{'together':>30}  {total / 2**30:9.3f} GiB{f', in each of {processes} processes' if processes > 1 else ''}")
-    print(time_needed(cfg, stage))
+    if stage in ("sft", "dpo", "prefs", "eval"):
+        print(time_needed(cfg, stage))
     if not cfg.checkpoint and not cfg.model:  # the published shapes
         print(f"to download: {found['parameters'] * 2 / 1e9:.0f} GB in bfloat16; a checkpoint in float32 has twice that")
