@@ -295,7 +295,7 @@ def measure_all(cfg: Config, folder: Path, dpo: dict[str, Path]) -> None:
 
     spread = {"exact": measures["sft|exact"]} | {n: measures[f"sft|{n}/{cfg.draws}"].mean(0) for n in ESTIMATORS}
     betas = {name: 1 / (x[:, 0] - x[:, 1]).std(correction=0).item() for name, x in spread.items()}  # 03's beta: auto
-    lora = sorted((p for name, p in dpo.items() if name.startswith("dpo-lora")), key=lambda p: len(p.name))[:1]  # surrogate: paper
+    lora = sorted((p for name, p in dpo.items() if name.startswith("dpo-lora")), key=lambda p: len(p.name))[:1]  # paper's
     jobs = {}
     for path in lora:
         for state in ("start", "end"):

@@ -1,8 +1,8 @@
 """08 - One page of all that has run: the paper's claims against it, tables, plots, rollouts. And an audit of episode files.
 
 reads   of a run, for each backbone and seed, <run>/<backbone>/seed<k>/: {sft,dpo-*}/metrics.jsonl (01, 03), results{,-val}.json
-        and eval-*/ (04), what 05 to 07 put into tables of rows (*.json, */table.json). With results=FOLDER the same of each folder
-        at or below it that holds a table.json, as the committed ones do: table.json, training/, episodes/, videos/.
+        and eval-*/ (04), what 05 to 07 put into tables of rows (*.json, */table.json). With results=FOLDER the same of each
+        folder at or below it that holds a table.json, as the committed ones do: table.json, training/, episodes/, videos/.
         configs/paper.yaml, the paper's claims, and what it looks up below results/
 writes  <run>/report/, or FOLDER/report/: index.html, one file with all in it; report.md and PNGs, the same for other readers;
         claims.json; of a run table.json, all its rows. With readme=FILE in that file the tables between <!-- table:NAME --> and
