@@ -372,7 +372,7 @@ def play(job: tuple):
     env.close()
 
 
-NO_REUSE = {"reuse": "none", "solver": "euler", "denoise_steps": 10, "checkpoint": ""}
+NO_REUSE = {"reuse": "none", "solver": "euler", "denoise_steps": 10}
 
 
 def cells_table(cfg: Config) -> list[dict]:
@@ -386,9 +386,12 @@ def cells_table(cfg: Config) -> list[dict]:
         row |= {"hit_rate": sum(r["hits"] for r in played) / max(1, sum(r["looks"] for r in played))}
         row |= {"ms_per_step": sum(spent.values()), "ms_per_step_parts": spent} | episodes.summarise(played)
         row |= {"command": timing["command"], "commit": timing["commit"]}
-        base = cell_name(replace(cfg, **NO_REUSE, execute=facts["config"]["execute"], start=facts["config"]["start"]))
-        if base in found and base != name:  # same weights, or the teacher's
-            row |= episodes.paired(played, found[base][1])
+        same = {key: facts["config"][key] for key in ("execute", "start")}
+        for checkpoint in ("", facts["config"]["checkpoint"]):  # a student's is its teacher's, a published one's its own
+            base = cell_name(replace(cfg, **NO_REUSE, **same, checkpoint=checkpoint))
+            if base in found and base != name:
+                row |= episodes.paired(played, found[base][1])
+                break
         rows.append(row)
     return rows
 
