@@ -434,6 +434,8 @@ def success(cfg: Config) -> None:
 def main(cfg: Config) -> None:
     if cfg.dry_run:
         return memory.report(cfg, "eval")
+    if cfg.blank_images:
+        raise common.UserError("caches compare images, and black ones are all alike; set blank_images=false")
     {"latency": latency, "success": success}[cfg.measure](cfg)
 
 
