@@ -373,7 +373,8 @@ def test_an_episode_ends_with_success_time_or_a_crash():
 
 def finished_cell(cfg, wins: list[bool], hits: float) -> None:
     name = profile.cell_name(cfg)
-    stage = runs.open_stage("05_profile.py", cfg, cfg.seed_dir / f"profile-{name}-val", "suites seed execute start checkpoint", [], [])
+    shared, folder = "suites seed execute start checkpoint", cfg.seed_dir / f"profile-{name}-val"
+    stage = runs.open_stage("05_profile.py", cfg, folder, shared, [], [])
     rows = [
         {
             "suite": "libero_object",
