@@ -1,7 +1,7 @@
 """05 - Where the time of an inference goes, and what caches and fewer denoise steps make of it (paper's inference section).
 
 reads   <run>/<backbone>/seed<k>/sft/ (01); nothing with profile.weights=random
-writes  <run>/<backbone>/seed<k>/profile/: latency.json, table.md, anatomy.png, done.json; with profile.measure=success
+writes  <run>/<backbone>/seed<k>/profile/: latency.json, table.{json,md}, anatomy.png, done.json; with measure=success
         .../profile-<cell>[-val]/: episodes.jsonl, summary.json, done.json, and profile-results.{json,md} over all cells so far
 cost    minutes for the anatomy; a cell is 50 episodes of 3 to 10 s on one core
 try     python 05_profile.py configs/tiny.yaml
@@ -286,6 +286,16 @@ def latency_table(rows: list[dict], roof: dict, cfg: Config) -> str:
     return "\n".join(lines)
 
 
+def shares(cfg: Config, point: dict, timing: dict) -> list[dict]:
+    """What 08_report.py looks up of the config's own circumstances, a row each."""
+    parts, about = point["parts_ms"], {"backbone": cfg.backbone, "n": point["n"]}
+    about |= {"command": timing["command"], "commit": timing["commit"]}
+    found = {"p50": (point["p50_ms"], "ms"), "p95": (point["p95_ms"], "ms"), "prefix_share": (point["prefix_share"], "share")}
+    if "denoising" in parts:
+        found["denoise_share"] = parts["denoising"] / sum(parts.values()), "share"
+    return [about | {"metric": metric, "value": value, "unit": unit} for metric, (value, unit) in found.items()]
+
+
 def plot(rows: list[dict], title: str, path) -> None:
     """A stacked bar for each point."""
     import matplotlib
@@ -344,6 +354,7 @@ def latency(cfg: Config) -> None:
     runs.write_atomic(stage.dir / "table.md", table + "\n")
     plot(rows, f"{cfg.backbone}, {facts['parameters']:,} parameters, {cfg.device}", stage.dir / "anatomy.png")
     stage.finish()
+    runs.write_json(stage.dir / "table.json", shares(cfg, rows[0], runs.read_json(stage.dir / "timing.json")))
     print(table)
     print(
         json.dumps(

@@ -420,6 +420,8 @@ def test_the_stage_writes_tables_a_plot_and_one_line_of_json(tmp_path, capsys, m
     point = found["points"][0]
     assert point["steps"] == 2 and set(point["parts_ms"]) <= set(profile.ORDER) and point["parts_ms"]["denoising"] > 0
     assert (folder / "anatomy.png").stat().st_size > 5000 and "published size" in (folder / "table.md").read_text()
+    said = {row["metric"]: row["value"] for row in runs.read_json(folder / "table.json")}  # what configs/paper.yaml looks up
+    assert said["p50"] == point["p50_ms"] and 0 < said["denoise_share"] < 1 - said["prefix_share"]
     last = capsys.readouterr().out.strip().splitlines()
     assert any(line.startswith("{") and '"ceiling"' in line for line in last)
     profile.main(cfg)
