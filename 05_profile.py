@@ -3,7 +3,7 @@
 reads   <run>/<backbone>/seed<k>/sft/ (01); nothing with profile.weights=random
 writes  <run>/<backbone>/seed<k>/profile/: latency.json, table.{json,md}, anatomy.png, done.json; with measure=success
         .../profile-<cell>[-val]/: episodes.jsonl, summary.json, done.json, and profile-results.{json,md} over all cells so far
-cost    minutes for the anatomy; a cell is 50 episodes of 3 to 10 s on one core
+cost    an estimate: minutes for the anatomy; a cell of 50 episodes, 3 to 10 s each on one core
 try     python 05_profile.py configs/tiny.yaml
         python 05_profile.py configs/tiny.yaml profile.measure=success profile.reuse=chunk profile.threshold=0.98 execute=2
         python 05_profile.py configs/pi05.yaml device=cpu profile.weights=random profile.repeats=2 profile.sweeps=false
