@@ -326,8 +326,9 @@ def main(cfg: Config) -> None:
     if stage is not None:
         measure_all(cfg, folder, dpo)
         stage.finish(policies=["sft", *dpo])
-        timing = runs.read_json(folder / "timing.json") | {"cpu_s_per_chunk": costs(cfg, load_pairs(cfg))}
-        runs.write_json(folder / "timing.json", timing)
+    timing = runs.read_json(folder / "timing.json")
+    if "cpu_s_per_chunk" not in timing:  # also after a kill between the two
+        runs.write_json(folder / "timing.json", timing | {"cpu_s_per_chunk": costs(cfg, load_pairs(cfg))})
     agreement.report(cfg, folder)
 
 
