@@ -115,7 +115,8 @@ def results_table(cfg: Config) -> list[dict]:
         row |= {"noise_seed": used["noise_seed"] or used["seed"]}
         row |= episodes.summarise(played) | {"command": timing["command"], "commit": timing["commit"]}
         base = found.get(start)
-        if name != start and base and all(base[0]["config"][key] == used[key] for key in PROTOCOL):
+        same_weights = base and base[0]["inputs"].items() <= facts["inputs"].items()  # not another start_seed's
+        if name != start and same_weights and all(base[0]["config"][key] == used[key] for key in PROTOCOL):
             row |= episodes.paired(played, base[1])
         rows.append(row)
     return rows
