@@ -45,6 +45,8 @@ class Config(common.RunConfig):
         common.at_least(self, videos=0, noise_seed=0, dropout=0)
         common.one_of("policy", self.policy, ("sft", "dpo"))
         common.one_of("eval.group", self.group, ("val", "test"))  # nothing else is for evaluation
+        if self.dropout and (self.policy, self.adapter) != ("dpo", "lora"):
+            raise common.UserError("eval.dropout is for policy=dpo adapter=lora: nothing else drops anything while acting")
 
 
 def policy_name(cfg: Config) -> str:
