@@ -3,8 +3,8 @@
 reads   <run>/<backbone>/seed<k>/sft/ (01), .../prefs-<recipe>/ (02)
 writes  <run>/<backbone>/seed<k>/dpo-<adapter>-<recipe>[-<surrogate>]/: adapter_model.safetensors adapter_config.json (peft's
         format), metrics.jsonl, done.json
-cost    per step one prefix pass each for policy and reference, and 4 x draws expert passes per pair; see README
-        `surrogate: exact`: 15 to 20 times that
+cost    per step one pass of the language model each for policy and reference, and 4 x draws expert passes per pair; see README
+        `surrogate: exact`: 2 x ode_steps passes with two derivatives each in place of `draws` (counted, not timed)
 try     python 03_dpo.py configs/tiny.yaml adapter=dora dpo.beta=auto
         python 03_dpo.py configs/tiny.yaml surrogate=exact
 

@@ -45,6 +45,8 @@ class Config(common.RunConfig):
         common.at_least(self, videos=0, noise_seed=0, dropout=0)
         common.one_of("policy", self.policy, ("sft", "dpo"))
         common.one_of("eval.group", self.group, ("val", "test"))  # nothing else is for evaluation
+        if self.dropout and (self.policy, self.adapter) != ("dpo", "lora"):
+            raise common.UserError("eval.dropout is for policy=dpo adapter=lora: nothing else drops anything while acting")
 
 
 def policy_name(cfg: Config) -> str:
@@ -115,7 +117,8 @@ def results_table(cfg: Config) -> list[dict]:
         row |= {"noise_seed": used["noise_seed"] or used["seed"]}
         row |= episodes.summarise(played) | {"command": timing["command"], "commit": timing["commit"]}
         base = found.get(start)
-        if name != start and base and all(base[0]["config"][key] == used[key] for key in PROTOCOL):
+        same_weights = base and base[0]["inputs"].items() <= facts["inputs"].items()  # not another start_seed's
+        if name != start and same_weights and all(base[0]["config"][key] == used[key] for key in PROTOCOL):
             row |= episodes.paired(played, base[1])
         rows.append(row)
     return rows

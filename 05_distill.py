@@ -97,6 +97,8 @@ def main(cfg: Config) -> None:
         )
     if cfg.backbone != "pi05":
         raise common.UserError(f"{cfg.backbone} has no denoise steps to distil; set backbone=pi05")
+    if cfg.blank_images:
+        raise common.UserError("the student learns from the demonstrations' images; set blank_images=false")
     inputs = [runs.require(cfg.data_dir, "demos"), *common.sft_inputs(cfg)]
     shared = f"suites tasks backbone seed denoise_steps {common.SFT_KEYS}"
     stage = runs.open_stage(__file__, cfg, cfg.seed_dir / "student", shared, inputs, cfg.policy_code)

@@ -1,9 +1,9 @@
 """05 - Where the time of an inference goes, and what caches and fewer denoise steps make of it (paper's inference section).
 
 reads   <run>/<backbone>/seed<k>/sft/ (01); nothing with profile.weights=random
-writes  <run>/<backbone>/seed<k>/profile/: latency.json, table.md, anatomy.png, done.json; with profile.measure=success
+writes  <run>/<backbone>/seed<k>/profile/: latency.json, table.{json,md}, anatomy.png, done.json; with measure=success
         .../profile-<cell>[-val]/: episodes.jsonl, summary.json, done.json, and profile-results.{json,md} over all cells so far
-cost    minutes for the anatomy; a cell is 50 episodes of 3 to 10 s on one core
+cost    an estimate: minutes for the anatomy; a cell of 50 episodes, 3 to 10 s each on one core
 try     python 05_profile.py configs/tiny.yaml
         python 05_profile.py configs/tiny.yaml profile.measure=success profile.reuse=chunk profile.threshold=0.98 execute=2
         python 05_profile.py configs/pi05.yaml device=cpu profile.weights=random profile.repeats=2 profile.sweeps=false
@@ -286,6 +286,16 @@ def latency_table(rows: list[dict], roof: dict, cfg: Config) -> str:
     return "\n".join(lines)
 
 
+def shares(cfg: Config, point: dict, timing: dict) -> list[dict]:
+    """What 08_report.py looks up of the config's own circumstances, a row each."""
+    parts, about = point["parts_ms"], {"backbone": cfg.backbone, "n": point["n"]}
+    about |= {"command": timing["command"], "commit": timing["commit"]}
+    found = {"p50": (point["p50_ms"], "ms"), "p95": (point["p95_ms"], "ms"), "prefix_share": (point["prefix_share"], "share")}
+    if "denoising" in parts:
+        found["denoise_share"] = parts["denoising"] / sum(parts.values()), "share"
+    return [about | {"metric": metric, "value": value, "unit": unit} for metric, (value, unit) in found.items()]
+
+
 def plot(rows: list[dict], title: str, path) -> None:
     """A stacked bar for each point."""
     import matplotlib
@@ -344,6 +354,7 @@ def latency(cfg: Config) -> None:
     runs.write_atomic(stage.dir / "table.md", table + "\n")
     plot(rows, f"{cfg.backbone}, {facts['parameters']:,} parameters, {cfg.device}", stage.dir / "anatomy.png")
     stage.finish()
+    runs.write_json(stage.dir / "table.json", shares(cfg, rows[0], runs.read_json(stage.dir / "timing.json")))
     print(table)
     print(
         json.dumps(
@@ -372,7 +383,7 @@ def play(job: tuple):
     env.close()
 
 
-NO_REUSE = {"reuse": "none", "solver": "euler", "denoise_steps": 10, "checkpoint": ""}
+NO_REUSE = {"reuse": "none", "solver": "euler", "denoise_steps": 10}
 
 
 def cells_table(cfg: Config) -> list[dict]:
@@ -386,9 +397,12 @@ def cells_table(cfg: Config) -> list[dict]:
         row |= {"hit_rate": sum(r["hits"] for r in played) / max(1, sum(r["looks"] for r in played))}
         row |= {"ms_per_step": sum(spent.values()), "ms_per_step_parts": spent} | episodes.summarise(played)
         row |= {"command": timing["command"], "commit": timing["commit"]}
-        base = cell_name(replace(cfg, **NO_REUSE, execute=facts["config"]["execute"], start=facts["config"]["start"]))
-        if base in found and base != name:  # same weights, or the teacher's
-            row |= episodes.paired(played, found[base][1])
+        same = {key: facts["config"][key] for key in ("execute", "start")}
+        for checkpoint in ("", facts["config"]["checkpoint"]):  # a student's is its teacher's, a published one's its own
+            base = cell_name(replace(cfg, **NO_REUSE, **same, checkpoint=checkpoint))
+            if base in found and base != name:
+                row |= episodes.paired(played, found[base][1])
+                break
         rows.append(row)
     return rows
 
@@ -431,6 +445,8 @@ def success(cfg: Config) -> None:
 def main(cfg: Config) -> None:
     if cfg.dry_run:
         return memory.report(cfg, "eval")
+    if cfg.blank_images:
+        raise common.UserError("caches compare images, and black ones are all alike; set blank_images=false")
     {"latency": latency, "success": success}[cfg.measure](cfg)
 
 

@@ -3,7 +3,7 @@
 reads   <run>/data/ (00), <run>/<backbone>/seed<k>/sft/ (01) or `checkpoint`
 writes  <run>/<backbone>/seed<k>/head[-at<step>][-random]/: heads/<trained on>-<variant>.safetensors, agentview.npy
         and wrist.npy (pooled features), metrics.jsonl, rows.json, table.{json,md}, {loss,neighbours,map}.png, done.json
-cost    configs/tiny.yaml: see README. The tower sees each image once; 36 heads are trained on what it gave
+cost    the tower sees each image once; on what it gave 36 heads are trained (ten tasks), of 656,000 parameters at most
 try     python 06_pretrain_head.py configs/tiny.yaml start=final
         python 06_pretrain_head.py configs/tiny.yaml start=final encoder=random
 

@@ -4,7 +4,7 @@ reads   <run>/<backbone>/seed<k>/sft/ (01), prefs-<recipe>/ (02), every finished
         for the last panel: eval-*/episodes.jsonl of all seeds (04)
 writes  <run>/<backbone>/seed<k>/validate-<recipe>/: measures.safetensors (exact values and estimates of every chunk under every
         policy), own.safetensors, gradients.jsonl, done.json; beside it validate-<recipe>.{json,md,png}: tables and plots
-cost    tiny, 80 pairs, 3 policies: about 15 minutes on two cores; per chunk and policy 1.5 s exact, 1.5 s for all estimates
+cost    measured by each run (CPU seconds per chunk in the .md); --dry-run counts passes of the action expert
 try     python 07_validate.py configs/tiny.yaml validate.n_pairs=8 validate.repeats=4
 
 Three quantities are compared. `log p`: of a chunk. `difference`: log p of the chosen less that of the rejected chunk, one policy.
@@ -19,7 +19,7 @@ Every estimate is repeated with fresh draws. An estimator's `noise` is the varia
 `bias` what more draws would not cure: 1 - r^2 between its mean over the repeats and the exact values, so after the best scale.
 The tables and plots are made by agreement.py from what this stage measures.
 For an autoregressive policy log p is exact in closed form: there is nothing to validate.
-Left out: marginals of the executed actions (no closed form), policies in bfloat16.
+Left out: marginals of the executed actions (no closed form), policies in bfloat16, GPUs.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import agreement
-import backbones
 import common
 import likelihood
+import memory
 import runs
 import workers
 
@@ -295,7 +295,7 @@ def measure_all(cfg: Config, folder: Path, dpo: dict[str, Path]) -> None:
 
     spread = {"exact": measures["sft|exact"]} | {n: measures[f"sft|{n}/{cfg.draws}"].mean(0) for n in ESTIMATORS}
     betas = {name: 1 / (x[:, 0] - x[:, 1]).std(correction=0).item() for name, x in spread.items()}  # 03's beta: auto
-    lora = [path for name, path in dpo.items() if name.startswith("dpo-lora")][:1]
+    lora = sorted((p for name, p in dpo.items() if name.startswith("dpo-lora")), key=lambda p: len(p.name))[:1]  # paper's
     jobs = {}
     for path in lora:
         for state in ("start", "end"):
@@ -309,12 +309,14 @@ def measure_all(cfg: Config, folder: Path, dpo: dict[str, Path]) -> None:
 
 
 def main(cfg: Config) -> None:
-    if cfg.dry_run:
-        dims = backbones.horizon(cfg.backbone, cfg.model) * common.ACTION_DIM
-        counts = f"{agreement.passes('exact', 0, cfg, dims)} exact, {cfg.repeats * 4 * 2 * cfg.max_draws} for the estimates"
-        return print(f"validate: passes of the action expert per chunk and policy: {counts}")
     if cfg.backbone == "openvla":
         return print("[07_validate] openvla's log p is the exact likelihood, in closed form: there is nothing to validate")
+    if cfg.dry_run:
+        dims = memory.make_policy(cfg, "").noise(1, torch.Generator()).numel()  # as flowed: with what published shapes pad
+        counts = f"{agreement.passes('exact', 0, cfg, dims)} exact, {cfg.repeats * 4 * 2 * cfg.max_draws} for the estimates"
+        return print(f"validate: passes of the action expert per chunk and policy: {counts}")
+    if cfg.device != "cpu":
+        raise common.UserError("07_validate.py measures on the CPU; set device=cpu")
     sft, dpo = common.sft_inputs(cfg), dpo_folders(cfg)
     prefs = runs.require(cfg.variant("prefs"), "prefs", f" pairs={cfg.pairs} start={cfg.start}")
     shared = f"suites backbone seed blank_images pairs denoise_steps {common.SFT_KEYS}"
@@ -324,8 +326,9 @@ def main(cfg: Config) -> None:
     if stage is not None:
         measure_all(cfg, folder, dpo)
         stage.finish(policies=["sft", *dpo])
-        timing = runs.read_json(folder / "timing.json") | {"cpu_s_per_chunk": costs(cfg, load_pairs(cfg))}
-        runs.write_json(folder / "timing.json", timing)
+    timing = runs.read_json(folder / "timing.json")
+    if "cpu_s_per_chunk" not in timing:  # also after a kill between the two
+        runs.write_json(folder / "timing.json", timing | {"cpu_s_per_chunk": costs(cfg, load_pairs(cfg))})
     agreement.report(cfg, folder)
 
 

@@ -1,8 +1,8 @@
 """08 - One page of all that has run: the paper's claims against it, tables, plots, rollouts. And an audit of episode files.
 
 reads   of a run, for each backbone and seed, <run>/<backbone>/seed<k>/: {sft,dpo-*}/metrics.jsonl (01, 03), results{,-val}.json
-        and eval-*/ (04), */table.json (05 to 07). With results=FOLDER the same of each folder at or below it that holds a
-        table.json, as the committed ones do: table.json, training/, episodes/, videos/.
+        and eval-*/ (04), what 05 to 07 put into tables of rows (*.json, */table.json). With results=FOLDER the same of each
+        folder at or below it that holds a table.json, as the committed ones do: table.json, training/, episodes/, videos/.
         configs/paper.yaml, the paper's claims, and what it looks up below results/
 writes  <run>/report/, or FOLDER/report/: index.html, one file with all in it; report.md and PNGs, the same for other readers;
         claims.json; of a run table.json, all its rows. With readme=FILE in that file the tables between <!-- table:NAME --> and
@@ -182,6 +182,7 @@ def images(experiment: Experiment, groups: dict[str, list[dict]], folder: Path) 
     if differences := [row for row in held_out if "gained" in row]:
         add("differences", "Difference to the SFT policy that each started from, on the same episodes", plots.forest, differences)
     curve = [row for row in groups["val"] if row["policy"] == "sft" and not row["blank_images"]]
+    curve = [row for row in curve if script(row) != "05_profile.py"]  # its cells reuse, look or solve in other ways
     losses = next((rows for name, rows in experiment.training.items() if name.startswith("sft") and rows), [])
     if len(curve) > 1 and losses:
         add("learning_curve", "What more training buys, on validation init states", plots.learning_curve, curve, losses)

@@ -450,7 +450,7 @@ class RunConfig:
     tasks: list[int] = field(default_factory=list)  # task numbers within a suite; empty = all ten
     backbone: str = "pi05"
     model: dict = field(default_factory=dict)  # sizes and knobs of the backbone, see backbones/
-    checkpoint: str = ""  # folder of published weights that 02 to 04 start from; empty = what 01_sft.py makes
+    checkpoint: str = ""  # folder of weights, published or 05_distill.py's, that 02 to 07 start from; empty = 01's
     device: str = "cpu"  # or "cuda", with torchrun a GPU per rank
     dtype: str = "float32"  # of the large weights: "float32" or "bfloat16"; log-probabilities and flow stay float32
     seed: int = 42  # of training, of the policy's noise

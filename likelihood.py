@@ -94,7 +94,7 @@ def log_normal(x: Tensor) -> Tensor:
 def time_grid(steps: int) -> Tensor:
     """steps + 1 times from 0 to 1, (i / steps)^2: dense near the chunk, where v changes fastest.
 
-    For the tiny policy, 10 midpoint steps of this grid err by 2 nats, equal ones by 10 to 20 (of 200).
+    For the tiny policy, 10 midpoint steps of this grid err by 2 nats, equal ones by 10 (of about 200, see NOTES.md).
     """
     return torch.linspace(0, 1, steps + 1, dtype=torch.float64) ** 2
 

@@ -3,7 +3,8 @@
 The policy is built on PyTorch's meta device, where tensors have a shape and no content. Weights, gradients and the optimiser's
 state are counted off it; so are the activations, by running the stage's own forward pass there and adding up what autograd keeps.
 With `recompute` the layer that the backward pass is at comes on top. Not in it: PyTorch itself (0.4 GB on a CPU, about 1 GB with
-CUDA), the allocator's slack, kernels' workspaces, the data.
+CUDA), the allocator's slack, kernels' workspaces, the data. Of DPO's step the image towers are counted as if they ran in it; 03
+runs them once, and keeps the tokens of all pairs instead: hours are about a tenth too many, memory those tokens too little.
 
 Hours are a roofline's: operations and bytes of weights of the linear layers and of attention, counted in the same way, against
 a named GPU's rates. Training is bound by the first, acting on one observation by the second. Not in it: the simulator, and the
@@ -209,6 +210,7 @@ def report(cfg, stage: str) -> None:
         print(f"{part:>30}  {n / 2**30:9.3f} GiB")
     total = sum(found["parts"].values())
     print(f"{'together':>30}  {total / 2**30:9.3f} GiB{f', in each of {processes} processes' if processes > 1 else ''}")
-    print(time_needed(cfg, stage))
+    if stage in ("sft", "dpo", "prefs", "eval"):
+        print(time_needed(cfg, stage))
     if not cfg.checkpoint and not cfg.model:  # the published shapes
         print(f"to download: {found['parameters'] * 2 / 1e9:.0f} GB in bfloat16; a checkpoint in float32 has twice that")

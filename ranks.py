@@ -2,9 +2,10 @@
 
     torchrun --nproc_per_node 2 03_dpo.py configs/tiny.yaml
 
-Training (01, 03): every rank takes its rows of the same batch and gradients are averaged, so the result is that of one process
-but for rounding. Rollouts (02, 04): every rank takes its share of the tasks and appends to the same file; the result is the
-same. Only the first rank opens and finishes a stage. gloo on CPUs, nccl on GPUs.
+Training (01, 03, 06): every rank takes its rows of the same batch and gradients are averaged, so the result is that of one
+process but for rounding (03 with surrogate=independent: but for its draws too, each rank has its own). Rollouts (02, 04, the
+cells of 05): every rank takes its share of the tasks and appends to the same file; the result is the same. Only the first rank
+opens and finishes a stage. gloo on CPUs, nccl on GPUs.
 """
 
 from __future__ import annotations

@@ -139,14 +139,14 @@ class Stage:
             files.pop(name).unlink()  # what a kill in the middle of a write left
         outputs = {n: sha256(p) for n, p in files.items() if n not in ("timing.json", "started.json", "checkpoint.pt")}
         usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-        timing = {"session_s": round(time.time() - self.began, 1), "peak_rss_mb": usage // 1024, "host": platform.platform()}
+        timing = {"last_process_s": round(time.time() - self.began, 1), "peak_rss_mb": usage // 1024, "host": platform.platform()}
         timing |= {"command": " ".join(["python", *sys.argv]), "commit": git_commit()}
         write_json(self.dir / "timing.json", timing)
         write_json(self.dir / "done.json", self.identity | {"outputs": outputs} | facts)
         (self.dir / "checkpoint.pt").unlink(missing_ok=True)
         (self.dir / "started.json").unlink(missing_ok=True)
         self.lock.close()
-        print(f"[{self.identity['stage']}] done in {timing['session_s']:.0f} s: {self.dir}", flush=True)
+        print(f"[{self.identity['stage']}] done in {timing['last_process_s']:.0f} s: {self.dir}", flush=True)
 
 
 def _difference(old: dict, new: dict) -> str:

@@ -9,7 +9,8 @@ The paper asks five methods of a policy; the stage scripts use these and know no
     reference()                        context manager: the same weights with the adapter switched off, no gradients
 
 Around them stand normalise / unnormalise (the environment's actions <-> the model's), draws / noise (the randomness that the
-other methods take as an argument), prefix.select(rows), `norm_stats`, `tokenizer`, `adapter_targets` and save(folder).
+other methods take as an argument), begin(obs) (as much of encode as training leaves as it is), prefix.select(rows), `norm_stats`,
+`tokenizer`, `adapter_targets` and save(folder).
 Importing this package is cheap: a backbone's module, and transformers with it, is imported when one is built.
 """
 

@@ -239,6 +239,7 @@ def table_findings(where: str, path: Path, rows: list[dict]) -> list[Finding]:
     for row in [row for row in rows if "successes" in row and "name" in row]:
         suffix = "" if row.get("group", "test") == "test" else f"-{row['group']}"
         start = "sft" if row.get("start", "final") == "final" else f"sft-at{row['start']}"
+        start += "".join(re.findall(r"-noise\d+", row["name"]))  # 04_eval.py: paired under the same noise
         mine, base = (path.parent / "episodes" / f"eval-{name}{suffix}.jsonl" for name in (row["name"], start))
         if not mine.is_file():
             continue

@@ -372,8 +372,13 @@ def test_an_episode_ends_with_success_time_or_a_crash():
 
 
 def finished_cell(cfg, wins: list[bool], hits: float) -> None:
+    weights = [cfg.seed_dir / "published" / "model.safetensors"] if cfg.checkpoint else []  # as a student's, in the run
+    for path in weights:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"weights")
     name = profile.cell_name(cfg)
-    stage = runs.open_stage("05_profile.py", cfg, cfg.seed_dir / f"profile-{name}-val", "suites seed execute start", [], [])
+    shared, folder = "suites seed execute start checkpoint", cfg.seed_dir / f"profile-{name}-val"
+    stage = runs.open_stage("05_profile.py", cfg, folder, shared, weights, [])
     rows = [
         {
             "suite": "libero_object",
@@ -390,12 +395,13 @@ def finished_cell(cfg, wins: list[bool], hits: float) -> None:
     episodes.finish(stage, rows, cell=name, sees_on_a_hit=[] if cfg.reuse == "chunk" else ["images"])
 
 
-def test_table_of_cells_pairs_with_the_same_look_interval(tmp_path):
-    cfg = rule(root=str(tmp_path), name="x", execute=2, denoise_steps=10)
+@pytest.mark.parametrize("checkpoint", ["", "published"])
+def test_table_of_cells_pairs_with_the_same_look_interval(checkpoint, tmp_path):
+    cfg = rule(root=str(tmp_path), name="x", execute=2, denoise_steps=10, checkpoint=checkpoint)
     finished_cell(cfg, [True] * 8 + [False] * 2, 0)
     finished_cell(replace(cfg, execute=5), [True] * 10, 0)
     finished_cell(replace(cfg, reuse="chunk"), [True] * 5 + [False] * 4 + [True], 25)
-    rows = {row["name"]: row for row in profile.cells_table(cfg)}
+    rows = {row["name"].removeprefix("published-"): row for row in profile.cells_table(cfg)}
     assert set(rows) == {"none-k2-euler10", "none-k5-euler10", "chunk0.98x4-k2-euler10"}
     row = rows["chunk0.98x4-k2-euler10"]
     assert (row["successes"], row["gained"], row["lost"], row["hit_rate"]) == (6, 1, 3, 0.5)
@@ -418,6 +424,8 @@ def test_the_stage_writes_tables_a_plot_and_one_line_of_json(tmp_path, capsys, m
     point = found["points"][0]
     assert point["steps"] == 2 and set(point["parts_ms"]) <= set(profile.ORDER) and point["parts_ms"]["denoising"] > 0
     assert (folder / "anatomy.png").stat().st_size > 5000 and "published size" in (folder / "table.md").read_text()
+    said = {row["metric"]: row["value"] for row in runs.read_json(folder / "table.json")}  # what configs/paper.yaml looks up
+    assert said["p50"] == point["p50_ms"] and 0 < said["denoise_share"] < 1 - said["prefix_share"]
     last = capsys.readouterr().out.strip().splitlines()
     assert any(line.startswith("{") and '"ceiling"' in line for line in last)
     profile.main(cfg)
