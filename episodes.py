@@ -52,8 +52,7 @@ def finish(stage: runs.Stage, rows: list[dict], **facts) -> None:
     walls = {f"{r['suite']}-{r['task']}-{r['init_state']}": r.pop("wall_s", None) for r in rows}
     runs.write_rows(stage.dir / "episodes.jsonl", rows)
     runs.write_json(stage.dir / "summary.json", {"seed": stage.identity["config"]["seed"]} | facts | summarise(rows))
-    stage.finish(**facts)
-    runs.write_json(stage.dir / "timing.json", runs.read_json(stage.dir / "timing.json") | {"episodes_s": walls})
+    stage.finish({"episodes_s": walls}, **facts)
 
 
 def finished(cfg, pattern: str) -> list[tuple[dict, list[dict], dict]]:

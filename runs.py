@@ -126,8 +126,10 @@ class Stage:
     began: float
     lock: typing.IO | None  # held by the first rank
 
-    def finish(self, **facts) -> None:
+    def finish(self, times: dict | None = None, **facts) -> None:
         """Declare the stage done: hashes of its files, then done.json, last and by rename. Times go to timing.json.
+
+        times: what else timing.json shall hold. facts: what else done.json shall.
 
         Raises:
             UserError: a script was edited meanwhile; worker processes started since then have run the new code.
@@ -141,7 +143,7 @@ class Stage:
         usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
         timing = {"last_process_s": round(time.time() - self.began, 1), "peak_rss_mb": usage // 1024, "host": platform.platform()}
         timing |= {"command": " ".join(["python", *sys.argv]), "commit": git_commit()}
-        write_json(self.dir / "timing.json", timing)
+        write_json(self.dir / "timing.json", timing | (times or {}))
         write_json(self.dir / "done.json", self.identity | {"outputs": outputs} | facts)
         (self.dir / "checkpoint.pt").unlink(missing_ok=True)
         (self.dir / "started.json").unlink(missing_ok=True)
