@@ -43,7 +43,7 @@ class Config(common.RunConfig):
     steps: int = 200
     batch_size: int = 8  # pairs
     draws: int = 4  # T: (t, eps) draws per pair; stratified, but for surrogate: independent
-    weight: str = "velocity"  # w(t) of the surrogate: "velocity" (paper) | "noise" | "elbo"
+    weight: str = "velocity"  # w(t) of the surrogate: "velocity" (paper) | "noise" | "elbo"; surrogate: elbo has its own
     whole_chunk: bool = False  # score all H actions, not only those that were executed; "exact" always does: it has no marginals
     ode_steps: int = 10  # exact: midpoint steps from the chunk to the noise
     probes: int = 1  # exact: Hutchinson probes per pair
