@@ -43,17 +43,18 @@ class Config(common.RunConfig):
     n_pairs: int = 60  # aim, spread evenly over the tasks
     n_init: int = 15  # init states used, of the 15 in group "prefs"
     max_playouts: int = 300  # budget of episodes for all tasks; a task that only ever succeeds gives no pair
-    candidates: int = 4  # K: episodes per init state (episode), or chunks tried at most per decision point (branch)
+    candidates: int = 4  # episode: K, the episodes played from one init state
     noise_low: float = 0.1  # episode: standard deviation of the action noise of the first candidate ...
     noise_high: float = 0.4  # ... and of the last
     branches: int = 3  # branch: decision points per failed episode
+    tries: int = 2  # branch: other chunks tried at a decision point, at most; a third seldom helps where two did not
     branch_scale: float = 1.0  # branch: noise_scale of the chunks that are tried; all else is played with noise_scale
     max_steps: int = 0  # play-outs end here at the latest; 0 = the suite's own limit
     last_decision: int = 6  # branch: decision points are drawn from the first so many of an episode, up to about the grasp
 
     def __post_init__(self):
         super().__post_init__()
-        common.at_least(self, n_pairs=1, max_playouts=1, candidates=1, noise_low=0, noise_high=0, branches=1)
+        common.at_least(self, n_pairs=1, max_playouts=1, candidates=1, noise_low=0, noise_high=0, branches=1, tries=1)
         common.at_least(self, max_steps=0, last_decision=1, branch_scale=0)
 
 
@@ -144,7 +145,7 @@ def branch_pairs(env, policy, cfg: Config, init: int, attempt: int) -> tuple[lis
     playouts, pairs, trying = 1, [], replace(cfg, noise_scale=cfg.branch_scale)
     points = min(len(base), cfg.last_decision)
     for k in sorted(common.np_stream(cfg.seed, "branch points", *source).permutation(points)[: cfg.branches].tolist()):
-        generators = [common.stream(cfg.seed, "branch", *source, k, i) for i in range(cfg.candidates)]
+        generators = [common.stream(cfg.seed, "branch", *source, k, i) for i in range(cfg.tries)]
         for i, chunk in enumerate(common.propose(policy, base[k].obs, trying, generators)):
             env.restore(base[k].state)
             other = play(env, policy, cfg, source, k, chunk)[0]

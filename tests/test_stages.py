@@ -281,7 +281,7 @@ def test_only_the_tried_chunks_have_another_noise_scale(monkeypatch):
 
     monkeypatch.setattr(prefs, "play", play)
     monkeypatch.setattr(common, "propose", propose)
-    cfg = prefs.Config(noise_scale=0.0, branch_scale=0.5, branches=2, candidates=2)
+    cfg = prefs.Config(noise_scale=0.0, branch_scale=0.5, branches=2, tries=2)
     pairs, playouts, _ = prefs.branch_pairs(env, None, cfg, 20, 0)
     assert playouts == 3 and len(pairs) == 2 and set(scales) == {("play", 0.0), ("try", 0.5)}
 
