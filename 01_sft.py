@@ -85,23 +85,8 @@ def future_chunks(actions: np.ndarray, steps: np.ndarray, horizon: int) -> np.nd
 def load_data(cfg: Config, horizon: int) -> tuple[dict, dict | None, list[str]]:
     """Training and validation observations (if any are held out) with their chunks, and the instructions of all tasks."""
     rows = {"train": [], "val": []}
-    for suite in cfg.suites:
-        for path in sorted((cfg.data_dir / suite).glob("task_*.hdf5")):
-            task = int(path.stem.rpartition("_")[2])
-            if cfg.tasks and task not in cfg.tasks:
-                continue
-            demos = list(common.read_demos(path, task))
-            starts = sorted({d.init_state if d.init_state >= 0 else d.number for d in demos})
-            held = set(starts[len(starts) - cfg.holdout :]) if len(starts) > cfg.holdout else set()
-            if wrong := [d for d in demos if d.init_state not in (-1, *common.INIT_GROUPS["demos"])]:
-                raise common.UserError(
-                    f"{path}: demo_{wrong[0].number} starts from init state {wrong[0].init_state}, kept for others"
-                )
-            for demo in demos:
-                start = demo.init_state if demo.init_state >= 0 else demo.number
-                rows["val" if start in held else "train"].append((demo, future_chunks(demo.actions, demo.image_steps, horizon)))
-    if not rows["train"]:
-        raise common.UserError(f"no demonstrations under {cfg.data_dir} for suites {cfg.suites}, tasks {cfg.tasks or 'all'}")
+    for _, held, demo in common.demonstrations(cfg, cfg.holdout):
+        rows["val" if held else "train"].append((demo, future_chunks(demo.actions, demo.image_steps, horizon)))
     instructions = sorted({demo.instruction for part in rows.values() for demo, _ in part})
 
     def tensors(part: list) -> dict:

@@ -102,16 +102,6 @@ def log_probs(policy, obs, chosen: torch.Tensor, rejected: torch.Tensor, mask: t
     return scores[:b], scores[b:]
 
 
-def exact_log_probs(policy, obs: dict, chosen: torch.Tensor, rejected: torch.Tensor, probes: torch.Tensor, steps: int):
-    """log p of both chunks along the flow's ODE, exact but for its steps and its probes (B, P, H, D). -> (B,), (B,)."""
-    b = len(chosen)
-    prefix = policy.encode(obs).select(torch.arange(b).repeat(2))
-    chunks = policy.pad(torch.cat([chosen, rejected])).to(prefix.keys.device)
-    trace = likelihood.hutchinson(probes.repeat(2, 1, 1, 1).to(chunks))  # the same probes for chosen and rejected
-    scores = likelihood.ode_log_prob(likelihood.velocity_of(policy, prefix), chunks, trace, likelihood.time_grid(steps))
-    return scores[:b], scores[b:]
-
-
 def independent_log_prob(policy, obs: dict, chunk: torch.Tensor, mask: torch.Tensor, generator: torch.Generator, cfg: Config):
     """Surrogate log p (B,) as the paper's code has it: nothing shared with any other term, images augmented."""
     obs = obs | {camera: common.random_shift(obs[camera], cfg.shift, generator) for camera in ("agentview", "wrist")}
@@ -129,7 +119,7 @@ def shared_noise(policy, n: int, cfg: Config, generator: torch.Generator):
 def score(policy, obs: dict, chosen, rejected, mask, noise, cfg: Config, *term: int | str):
     """log p of chosen and rejected as `surrogate` says. noise: what the terms share; term: names one where they share nothing."""
     if cfg.surrogate == "exact":
-        return exact_log_probs(policy, obs, chosen, rejected, noise, cfg.ode_steps)
+        return likelihood.pair_log_probs(policy, policy.encode(obs), chosen, rejected, noise, cfg.ode_steps)
     if cfg.surrogate == "independent":
         g = common.stream(cfg.seed, "dpo independent", *term, ranks.rank())
         return tuple(independent_log_prob(policy, obs, chunk, mask, g, cfg) for chunk in (chosen, rejected))

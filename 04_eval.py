@@ -103,7 +103,9 @@ def results_table(cfg: Config) -> list[dict]:
 
     Evaluations of weights that have been made anew since are left out.
     """
-    found = {facts["policy"]: (facts, played, timing) for facts, played, timing in episodes.finished(cfg, "eval-*")}
+    found = {
+        facts["policy"]: (facts, played, timing) for facts, played, timing in episodes.finished(cfg.seed_dir, "eval-*", cfg.group)
+    }
     found = dict(sorted(found.items(), key=lambda item: ("dpo" in item[0], item[0])))
     rows = []
     for name, (facts, played, timing) in found.items():

@@ -33,6 +33,7 @@ class Config(common.RunConfig):
     batch_size: int = 64  # observations, one noise each
     lr: float = 3e-4  # peak; cosine to 1 % of it
     warmup: int = 50
+    holdout: int = 2  # the last so many init states of the demonstrations are for validation, as in 01_sft.py
     grad_clip: float = 1.0
     log_every: int = 50
     checkpoint_every: int = 200
@@ -40,23 +41,14 @@ class Config(common.RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        common.at_least(self, steps=1, batch_size=1, lr=0, warmup=0, log_every=1, checkpoint_every=1, threads=1)
+        common.at_least(self, steps=1, batch_size=1, lr=0, warmup=0, holdout=0, log_every=1, checkpoint_every=1, threads=1)
 
 
 def load_observations(cfg: Config) -> tuple[dict, dict]:
-    """Observations of all demonstrations, those from the last init state of each task apart: training and validation."""
+    """Observations of all demonstrations, those that 01_sft.py holds out apart: training and validation."""
     parts = {False: [], True: []}
-    for suite in cfg.suites:
-        for path in sorted((cfg.data_dir / suite).glob("task_*.hdf5")):
-            task = int(path.stem.rpartition("_")[2])
-            if cfg.tasks and task not in cfg.tasks:
-                continue
-            demos = list(common.read_demos(path, task))
-            last = max(d.init_state for d in demos)
-            for demo in demos:
-                parts[demo.init_state == last and last > min(d.init_state for d in demos)].append(demo)
-    if not parts[False]:
-        raise common.UserError(f"no demonstrations under {cfg.data_dir} for suites {cfg.suites}, tasks {cfg.tasks or 'all'}")
+    for _, held, demo in common.demonstrations(cfg, cfg.holdout):
+        parts[held].append(demo)
 
     def tensors(demos: list) -> dict:
         obs = {c: torch.from_numpy(np.concatenate([getattr(d, c) for d in demos])) for c in ("agentview", "wrist")}
@@ -99,6 +91,7 @@ def main(cfg: Config) -> None:
         raise common.UserError(f"{cfg.backbone} has no denoise steps to distil; set backbone=pi05")
     if cfg.blank_images:
         raise common.UserError("the student learns from the demonstrations' images; set blank_images=false")
+    runs.alone(__file__)
     inputs = [runs.require(cfg.data_dir, "demos"), *common.sft_inputs(cfg)]
     shared = f"suites tasks backbone seed denoise_steps {common.SFT_KEYS}"
     stage = runs.open_stage(__file__, cfg, cfg.seed_dir / "student", shared, inputs, cfg.policy_code)

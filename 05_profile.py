@@ -335,6 +335,7 @@ def random_policy(cfg: Config):
 
 def latency(cfg: Config) -> None:
     """The anatomy."""
+    runs.alone(__file__)
     inputs = common.sft_inputs(cfg) if cfg.weights == "sft" else []
     shared = f"backbone seed image_size denoise_steps {common.SFT_KEYS}"
     stage = runs.open_stage(__file__, cfg, cfg.seed_dir / "profile", shared, inputs, ["memory.py", *cfg.policy_code])
@@ -388,7 +389,8 @@ NO_REUSE = {"reuse": "none", "solver": "euler", "denoise_steps": 10}
 
 def cells_table(cfg: Config) -> list[dict]:
     """A row per finished cell, paired with the one that reuses nothing and looks as often, in ten Euler steps."""
-    found, rows = {facts["cell"]: (facts, played, timing) for facts, played, timing in episodes.finished(cfg, "profile-*")}, []
+    cells, rows = episodes.finished(cfg.seed_dir, "profile-*", cfg.group), []
+    found = {facts["cell"]: (facts, played, timing) for facts, played, timing in cells}
     for name, (facts, played, timing) in found.items():
         seconds, steps = list(timing["episodes_s"].values()), sum(row["steps"] for row in played)
         spent = {part: 1e3 * sum(s[part] for s in seconds) / max(1, steps) for part in ("check", "encode", "act")}

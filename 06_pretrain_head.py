@@ -33,7 +33,6 @@ Left out: augmentation, queues of negatives, approximate search.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,22 +97,6 @@ class Frames:
     partners: np.ndarray  # (A,) the temporal positives
 
 
-def demonstrations(cfg: Config) -> Iterator[tuple[str, int, bool, common.Demo]]:
-    """(suite, task, held out, demonstration) of all of them, in one order; the task counts over all suites."""
-    task = -1
-    for suite in cfg.suites:
-        for path in sorted((cfg.data_dir / suite).glob("task_*.hdf5")):
-            number = int(path.stem.rpartition("_")[2])
-            if cfg.tasks and number not in cfg.tasks:
-                continue
-            task += 1
-            demos = list(common.read_demos(path, number))
-            starts = [d.init_state if d.init_state >= 0 else d.number for d in demos]
-            distinct = sorted(set(starts))  # as in 01_sft.py
-            held = distinct[len(distinct) - cfg.holdout :] if len(distinct) > cfg.holdout else []
-            yield from ((suite, task, start in held, demo) for start, demo in zip(starts, demos, strict=True))
-
-
 def choose(steps: np.ndarray, anchors: int, gap: int) -> tuple[np.ndarray, np.ndarray]:
     """Positions of the anchors among an episode's images (taken at `steps`), and of their partners: both (A,).
 
@@ -137,8 +120,9 @@ def shrink(images: np.ndarray, size: int = 8) -> np.ndarray:
 
 
 def list_frames(cfg: Config) -> Frames:
-    rows, anchors, partners, n = [], [], [], 0
-    for episode, (suite, task, held, demo) in enumerate(demonstrations(cfg)):
+    rows, anchors, partners, n, tasks = [], [], [], 0, {}
+    for episode, (suite, held, demo) in enumerate(common.demonstrations(cfg, cfg.holdout)):
+        task = tasks.setdefault((suite, demo.task), len(tasks))  # counts over all suites
         kept = used(demo, cfg)
         a, b = choose(demo.image_steps, cfg.anchors, cfg.gap)
         anchors.append(n + np.searchsorted(kept, a))
@@ -147,8 +131,6 @@ def list_frames(cfg: Config) -> Frames:
         of_episode = [np.full(k, value) for value in (suite, task, episode)]
         rows.append([*of_episode, steps, np.full(k, held), demo.state[steps], shrink(demo.agentview[kept])])
         n += k
-    if not rows:
-        raise common.UserError(f"no demonstrations under {cfg.data_dir} for suites {cfg.suites}, tasks {cfg.tasks or 'all'}")
     return Frames(*(np.concatenate(column) for column in zip(*rows, strict=True)), *map(np.concatenate, (anchors, partners)))
 
 
@@ -170,7 +152,7 @@ def encode(cfg: Config, folder: Path, frames: Frames) -> dict[str, np.memmap]:
             temporary.rename(folder / f"{camera}.npy")
     ranks.wait()
     tables = {camera: np.load(folder / f"{camera}.npy", mmap_mode="r+") for camera in CAMERAS}
-    bar = common.progress(demonstrations(cfg), total=frames.episode[-1] + 1, desc="encode", unit="episode")
+    bar = common.progress(common.demonstrations(cfg, cfg.holdout), total=frames.episode[-1] + 1, desc="encode", unit="episode")
     for episode, (*_, demo) in enumerate(bar):
         first, last = np.searchsorted(frames.episode, [episode, episode + 1])
         if episode % ranks.size() == ranks.rank():
@@ -376,7 +358,7 @@ def neighbours(vectors: dict, frames: Frames, part: tuple, names: tuple[str, str
         x, of = vectors[name], [torch.from_numpy(ids[rows]) for rows in (chosen, gallery)]
         shown.append(a[gallery][nearest(x[a[chosen]], x[a[gallery]], 3, *(i.to(x.device) for i in of)).cpu().numpy()])
     shown, images = np.concatenate(shown, axis=1), {}
-    for episode, (*_, demo) in enumerate(demonstrations(cfg)):
+    for episode, (*_, demo) in enumerate(common.demonstrations(cfg, cfg.holdout)):
         own = np.intersect1d(shown, np.flatnonzero(frames.episode == episode))
         at = used(demo, cfg)[own - np.searchsorted(frames.episode, episode)]
         images |= dict(zip(own.tolist(), demo.agentview[at], strict=True))

@@ -128,14 +128,9 @@ def estimate(policy, obs, chunks: Tensor, name: str, k: int, g: torch.Generator,
 
 def exact(policy, prefix, chunks: Tensor, cfg: Config, g: torch.Generator) -> Tensor:
     """log p (n, 2) along the ODE; both chunks of a pair share the probes where there are any."""
-    n = len(chunks)
-    both, prefix = policy.pad(chunks.transpose(0, 1).flatten(0, 1)), prefix.select(torch.arange(n).repeat(2))
-    probes = likelihood.make_probes(n, cfg.probes, both.shape[1:], g).repeat(2, 1, 1, 1)
-    if cfg.float64:
-        policy, prefix, both = likelihood.in_float64(policy, prefix, both)
-    trace = likelihood.hutchinson(probes.to(both)) if cfg.probes else likelihood.exact_trace
-    scores = likelihood.ode_log_prob(likelihood.velocity_of(policy, prefix), both, trace, likelihood.time_grid(cfg.ode_steps))
-    return scores.float().view(2, n).T
+    probes = likelihood.make_probes(len(chunks), cfg.probes, (policy.horizon, policy.cfg.flow_dim), g) if cfg.probes else None
+    scores = likelihood.pair_log_probs(policy, prefix, *chunks.unbind(1), probes, cfg.ode_steps, cfg.float64)
+    return torch.stack(scores, dim=1)
 
 
 @torch.no_grad()
@@ -317,6 +312,7 @@ def main(cfg: Config) -> None:
         return print(f"validate: passes of the action expert per chunk and policy: {counts}")
     if cfg.device != "cpu":
         raise common.UserError("07_validate.py measures on the CPU; set device=cpu")
+    runs.alone(__file__)
     sft, dpo = common.sft_inputs(cfg), dpo_folders(cfg)
     prefs = runs.require(cfg.variant("prefs"), "prefs", f" pairs={cfg.pairs} start={cfg.start}")
     shared = f"suites backbone seed blank_images pairs denoise_steps {common.SFT_KEYS}"

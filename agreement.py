@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import common
+import episodes
 import runs
 
 INK, GRID = "#222222", "#dddddd"
@@ -167,20 +168,19 @@ def flow_facts(own: dict) -> list[dict]:
 
 def settling(cfg) -> list[dict]:
     """Success on held-out init states by surrogate, over all training seeds that were evaluated, paired with `paper`."""
-    episodes = {}
+    played = {}
     for surrogate in ("none", *common.SURROGATES):
         name = dataclasses.replace(cfg, surrogate=surrogate if surrogate != "none" else "paper").variant("dpo").name
         name = name if surrogate != "none" else "sft" + ("" if cfg.start == "final" else f"-at{cfg.start}")
-        for done in sorted(cfg.seed_dir.parent.glob(f"seed*/eval-{name}/done.json")):
-            for e in runs.read_jsonl(done.parent / "episodes.jsonl"):
-                key = (done.parents[1].name, e["suite"], e["task"], e["init_state"])
-                if not e["crash"]:
-                    episodes.setdefault(surrogate, {})[key] = e["success"]
-    seeds = {key[0] for key in episodes.get("exact", {})}  # those of the experiment, where it has been made
-    for arm, mine in episodes.items():
-        episodes[arm] = {key: won for key, won in mine.items() if key[0] in seeds or not seeds}
-    rows, paper = [], episodes.get("paper", {})
-    for surrogate, mine in [(arm, mine) for arm, mine in episodes.items() if mine]:
+        for seed_dir in sorted(cfg.seed_dir.parent.glob("seed*")):
+            for _, rows, _ in episodes.finished(seed_dir, f"eval-{name}", "test"):
+                valid = {(seed_dir.name, r["suite"], r["task"], r["init_state"]): r["success"] for r in rows if not r["crash"]}
+                played.setdefault(surrogate, {}).update(valid)
+    seeds = {key[0] for key in played.get("exact", {})}  # those of the experiment, where it has been made
+    for arm, mine in played.items():
+        played[arm] = {key: won for key, won in mine.items() if key[0] in seeds or not seeds}
+    rows, paper = [], played.get("paper", {})
+    for surrogate, mine in [(arm, mine) for arm, mine in played.items() if mine]:
         row = {"policy": "dpo" if surrogate != "none" else "sft", "surrogate": surrogate, "n": len(mine)}
         row |= {"name": f"{surrogate if surrogate != 'none' else 'sft'}, seeds together"}
         row |= {"train_seeds": sorted({int(key[0].removeprefix("seed")) for key in mine}), "successes": sum(mine.values())}

@@ -140,6 +140,33 @@ def read_demos(path: Path, task: int) -> Iterator[Demo]:
         raise UserError(f"{path} is not a complete LIBERO HDF5 file ({error}); record it again with 00_demos.py") from error
 
 
+def demonstrations(cfg, holdout: int) -> Iterator[tuple[str, bool, Demo]]:
+    """(suite, held out, demonstration) of all demonstrations of a run, always in this order.
+
+    Held out are those from the last `holdout` init states of each task, where it has more than so many.
+
+    Raises:
+        UserError: there are none, or one starts from an init state that is kept for others.
+    """
+    n = 0
+    for suite in cfg.suites:
+        for path in sorted((cfg.data_dir / suite).glob("task_*.hdf5")):
+            task = int(path.stem.rpartition("_")[2])
+            if cfg.tasks and task not in cfg.tasks:
+                continue
+            demos = list(read_demos(path, task))
+            if wrong := [d for d in demos if d.init_state not in (-1, *INIT_GROUPS["demos"])]:
+                raise UserError(f"{path}: demo_{wrong[0].number} starts from init state {wrong[0].init_state}, kept for others")
+            starts = [d.init_state if d.init_state >= 0 else d.number for d in demos]
+            distinct = sorted(set(starts))
+            held = distinct[len(distinct) - holdout :] if len(distinct) > holdout else []
+            for start, demo in zip(starts, demos, strict=True):
+                n += 1
+                yield suite, start in held, demo
+    if not n:
+        raise UserError(f"no demonstrations under {cfg.data_dir} for suites {cfg.suites}, tasks {cfg.tasks or 'all'}")
+
+
 # ------------------------------------------------------------------------------------------------------------ randomness
 def _entropy(seed: int, names: tuple) -> int:
     return int.from_bytes(hashlib.sha256(json.dumps([seed, *names]).encode()).digest()[:8], "little")

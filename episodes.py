@@ -55,10 +55,10 @@ def finish(stage: runs.Stage, rows: list[dict], **facts) -> None:
     stage.finish({"episodes_s": walls}, **facts)
 
 
-def finished(cfg, pattern: str) -> list[tuple[dict, list[dict], dict]]:
-    """done.json, rows and timing.json of this seed's finished folders of episodes on cfg.group, by name. Those whose weights
-    have been made anew since are left out."""
-    run, found = cfg.seed_dir.parents[1], []
+def finished(seed_dir: Path, pattern: str, group: str) -> list[tuple[dict, list[dict], dict]]:
+    """done.json, rows and timing.json of a seed's finished folders of episodes on a group of init states, by name. Those whose
+    weights have been made anew since are left out."""
+    run, found = seed_dir.parents[1], []
 
     def unchanged(name: str, made_from: str) -> bool:
         path = run / name / "done.json"
@@ -66,9 +66,9 @@ def finished(cfg, pattern: str) -> list[tuple[dict, list[dict], dict]]:
             return runs.read_json(path)["fingerprint"] == made_from
         return Path(name).is_file() or (run / name).is_file()  # of a checkpoint; a student's lies in the run
 
-    for done in sorted(cfg.seed_dir.glob(f"{pattern}/done.json"), key=lambda p: p.parent.name):
+    for done in sorted(seed_dir.glob(f"{pattern}/done.json"), key=lambda p: p.parent.name):
         facts = runs.read_json(done)
-        if facts["config"]["group"] == cfg.group and all(unchanged(*each) for each in facts["inputs"].items()):
+        if facts["config"]["group"] == group and all(unchanged(*each) for each in facts["inputs"].items()):
             timing = runs.read_json(done.with_name("timing.json"))
             found.append((facts, runs.read_jsonl(done.with_name("episodes.jsonl")), timing))
     return found

@@ -114,6 +114,20 @@ def ode_log_prob(velocity: Velocity, chunk: Tensor, divergence: Divergence, time
     return log_normal(x[-1]) + integral[-1]
 
 
+def pair_log_probs(policy, prefix, chosen: Tensor, rejected: Tensor, probes: Tensor | None, steps: int, float64: bool = False):
+    """log p (B,), (B,) of both chunks (B, H, 7) of each pair, after B prefixes.
+
+    probes: Hutchinson's (B, P, H, D), the same for both chunks; None: the exact trace, without gradients.
+    """
+    b = len(chosen)
+    prefix, chunks = prefix.select(torch.arange(b).repeat(2)), policy.pad(torch.cat([chosen, rejected])).to(prefix.keys.device)
+    if float64:
+        policy, prefix, chunks = in_float64(policy, prefix, chunks)
+    trace = exact_trace if probes is None else hutchinson(probes.repeat(2, 1, 1, 1).to(chunks))
+    scores = ode_log_prob(velocity_of(policy, prefix), chunks, trace, time_grid(steps)).float()
+    return scores[:b], scores[b:]
+
+
 # ------------------------------------------------------------------------------------------------------------ the Euler map
 def euler_sample(velocity: Velocity, noise: Tensor, steps: int = 10) -> tuple[Tensor, Tensor]:
     """What acts: noise (N, H, D) -> chunk by x <- x - v(x, t) / steps for t = 1, 1 - 1 / steps, ..., 1 / steps, and log p (N,) of

@@ -163,6 +163,12 @@ def _difference(old: dict, new: dict) -> str:
     return "; ".join(said[:6])
 
 
+def alone(script: str) -> None:
+    """UserError under torchrun: for what is measured, or too small to share."""
+    if ranks.size() > 1:
+        raise UserError(f"{Path(script).name} runs in one process: start it with python, not with torchrun")
+
+
 def open_stage(script: str, cfg, folder: Path, shared: str, inputs: list[Path], uses: list[str]) -> Stage | None:
     """The first rank opens the stage (see open_folder), the others learn what came of it."""
     ranks.join(cfg.device)

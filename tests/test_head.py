@@ -1,5 +1,6 @@
 """Stage 06: the loss, the features, the search and the protocols, each against a second derivation. pytest tests/test_head.py"""
 
+import dataclasses
 import gc
 import importlib
 import itertools
@@ -324,6 +325,19 @@ def configured(tmp_path):
     cfg = stage.Config(root=str(tmp_path), name="run", checkpoint=str(tmp_path / "policy"), holdout=1, **CFG | {"folds": 10})
     write_demos(cfg.data_dir)
     return cfg
+
+
+def test_demonstrations_are_held_out_by_their_last_init_states(configured):
+    """One order for all stages; what starts from a state kept for others is refused, and so is a folder without any."""
+    found = list(common.demonstrations(configured, 2))
+    assert [(d.task, d.init_state, held) for _, held, d in found] == [(t, i, i >= 2) for t in range(3) for i in range(4)]
+    assert not any(held for _, held, _ in common.demonstrations(configured, 4))  # something must be left to train on
+    with h5py.File(configured.data_dir / "libero_object" / "task_01.hdf5", "a") as file:
+        file["data/demo_2"].attrs["init_state_id"] = 40
+    with pytest.raises(common.UserError, match="demo_2 starts from init state 40"):
+        list(common.demonstrations(configured, 2))
+    with pytest.raises(common.UserError, match="no demonstrations"):
+        list(common.demonstrations(dataclasses.replace(configured, tasks=[9]), 2))
 
 
 def files_of(folder) -> dict:

@@ -395,6 +395,34 @@ def test_stage_07_from_end_to_end_killed_and_resumed(run, monkeypatch, capsys):
     assert folder.with_suffix(".png").stat().st_size > 50_000 and "| paper | 4 | yes |" in folder.with_suffix(".md").read_text()
 
 
+def test_torchrun_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(common.UserError, match="not with torchrun"):
+        validate.main(validate.Config())
+
+
 def test_an_autoregressive_policy_is_exact_already(capsys):
     validate.main(validate.Config(backbone="openvla"))
     assert "closed form" in capsys.readouterr().out
+
+
+def test_success_of_weights_that_were_made_anew_is_not_counted(tmp_path):
+    """The settling table pools the seeds' evaluations, but those whose adapter is another one by now."""
+    cfg = validate.Config(root=str(tmp_path), seed=1, start="750")
+    for seed in (1, 2):
+        for surrogate in ("paper", "exact"):
+            one = dataclasses.replace(cfg, seed=seed, surrogate=surrogate)
+            folder = one.seed_dir / f"eval-{one.variant('dpo').name}"
+            folder.mkdir(parents=True)
+            one.variant("dpo").mkdir()
+            runs.write_json(one.variant("dpo") / "done.json", {"fingerprint": "then"})
+            made_from = {str(one.variant("dpo").relative_to(tmp_path / one.name)): "then"}
+            runs.write_json(folder / "done.json", {"config": {"group": "test"}, "inputs": made_from})
+            runs.write_json(folder / "timing.json", {})
+            rows = [{"suite": "s", "task": 0, "init_state": 40 + i, "success": i < 4, "crash": ""} for i in range(5)]
+            runs.write_rows(folder / "episodes.jsonl", rows)
+    counted = {row["surrogate"]: (row["successes"], row["n"], row["train_seeds"]) for row in agreement.settling(cfg)}
+    assert counted == {"paper": (8, 10, [1, 2]), "exact": (8, 10, [1, 2])}
+    runs.write_json(dataclasses.replace(cfg, seed=2).variant("dpo") / "done.json", {"fingerprint": "now"})
+    counted = {row["surrogate"]: (row["successes"], row["n"], row["train_seeds"]) for row in agreement.settling(cfg)}
+    assert counted == {"paper": (4, 5, [1]), "exact": (8, 10, [1, 2])}
