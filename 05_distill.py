@@ -4,8 +4,7 @@ reads   <run>/data/ (00), the observations alone; <run>/<backbone>/seed<k>/sft/ 
 writes  <run>/<backbone>/seed<k>/student/: a checkpoint like 01's, metrics.jsonl, done.json
 cost    a step is ten expert passes of the teacher without gradients, and one of the student with; the prefix is computed once
 try     python 05_distill.py configs/tiny.yaml start=final
-        python 05_profile.py configs/tiny.yaml start=final checkpoint=runs/tiny/pi05/seed42/student denoise_steps=1
-            profile.measure=success      (one line)
+        python 05_cells.py configs/tiny.yaml start=final checkpoint=runs/tiny/pi05/seed42/student denoise_steps=1
 
 The teacher's Euler steps are a map from noise to a chunk, without further randomness. The student starts as the teacher and
 learns that map by regression at t = 1, eps - v(eps, 1, o) = teacher(eps, o): the distillation of rectified flow (Liu et al.,

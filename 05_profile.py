@@ -1,11 +1,9 @@
-"""05 - Where the time of an inference goes, and what caches and fewer denoise steps make of it (paper's inference section).
+"""05 - Where the time of an inference goes (paper's inference section).
 
 reads   <run>/<backbone>/seed<k>/sft/ (01); nothing with profile.weights=random
-writes  <run>/<backbone>/seed<k>/profile/: latency.json, table.{json,md}, anatomy.png, done.json; with measure=success
-        .../profile-<cell>[-val]/: episodes.jsonl, summary.json, done.json, and profile-results.{json,md} over all cells so far
-cost    an estimate: minutes for the anatomy; a cell of 50 episodes, 3 to 10 s each on one core
+writes  <run>/<backbone>/seed<k>/profile/: latency.json, table.{json,md}, anatomy.png, done.json
+cost    an estimate: minutes
 try     python 05_profile.py configs/tiny.yaml
-        python 05_profile.py configs/tiny.yaml profile.measure=success profile.reuse=chunk profile.threshold=0.98 execute=2
         python 05_profile.py configs/pi05.yaml device=cpu profile.weights=random profile.repeats=2 profile.sweeps=false
 
 The anatomy times every part of one look, from the observation to actions: on a CPU in CPU seconds of this process, which are
@@ -13,9 +11,8 @@ those of an idle machine, on a GPU by CUDA events. Parts are exclusive and sum t
 Amdahl's ceiling is what a prefix cache could gain at most if it cost nothing: from the share of image towers and prefix.
 That share is no property of the architecture. The paper's 21.4 % (60 of 280 ms) belongs to eager code on one GPU, whose denoise
 steps wait for Python; the roofline says what hardware needs for the same operations.
-Cells: caches.py says what is reused. Every cell is paired, episode by episode, with one that looks as often and reuses nothing.
-Differs from the paper: synchronised clocks, p50 and p95; an action is executed once; the similarity check is part of the latency;
-what a hit cannot see is tested and stands in the table.
+What caches and fewer denoise steps do to success: 05_cells.py. A student of one step: 05_distill.py.
+Differs from the paper: synchronised clocks, p50 and p95.
 Left out: kernels of our own, quantisation.
 """
 
@@ -31,30 +28,17 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 
-import caches
 import common
-import episodes
 import memory
-import ranks
 import runs
-import sim
 
 
 @dataclass
 class Config(common.RunConfig):
-    measure: str = "latency"  # "latency", or "success" of the cell that these keys, execute and denoise_steps describe:
-    reuse: str = "none"  # "none" | "chunk" | "prefix" | "patches"
-    threshold: float = 0.98  # similarity from which on something is reused; the paper: 0.92, 0.95, 0.98, 0.999
-    cap: int = 4  # looks in a row that may reuse
-    relevant: float = 0.25  # patches: share of the image tokens, those most attended to, that are never reused
-    solver: str = "euler"  # "euler" | "midpoint" | "heun"; the last two evaluate the flow twice a step
-    group: str = "val"  # init states: "val" (35-39, for every choice) or "test" (40-49, reported)
-    n_init: int = 5  # init states per task
     weights: str = "sft"  # "sft", or "random": the shapes of `model` alone
     repeats: int = 20  # timed looks of each point
     sweeps: bool = True  # steps, views, batch, chunk, dtype and compiler, one at a time
@@ -64,10 +48,9 @@ class Config(common.RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        common.at_least(self, threshold=-1, cap=1, relevant=0, n_init=1, repeats=1, threads=1)
-        choices = {"measure": ("latency", "success"), "reuse": caches.REUSE, "solver": caches.SOLVERS, "gpu": tuple(GPUS)}
-        for key, known in (choices | {"group": ("val", "test"), "weights": ("sft", "random")}).items():
-            common.one_of(f"profile.{key}", getattr(self, key), known)
+        common.at_least(self, repeats=1, threads=1)
+        common.one_of("profile.weights", self.weights, ("sft", "random"))
+        common.one_of("profile.gpu", self.gpu, tuple(GPUS))
 
 
 # Dense bfloat16 operations and bytes per second, by the makers' data sheets
@@ -333,8 +316,9 @@ def random_policy(cfg: Config):
     return policy.eval()
 
 
-def latency(cfg: Config) -> None:
-    """The anatomy."""
+def main(cfg: Config) -> None:
+    if cfg.dry_run:
+        return memory.report(cfg, "profile")
     runs.alone(__file__)
     inputs = common.sft_inputs(cfg) if cfg.weights == "sft" else []
     shared = f"backbone seed image_size denoise_steps {common.SFT_KEYS}"
@@ -362,94 +346,6 @@ def latency(cfg: Config) -> None:
             facts | {"points": [{k: r[k] for k in ("label", "p50_ms", "p95_ms", "prefix_share", "ceiling")} for r in rows]}
         )
     )
-
-
-# ----------------------------------------------------------------------------------------------------------------- cells
-def cell_name(cfg: Config) -> str:
-    """E.g. none-k5-euler10, chunk0.98x4-k2-euler10, student-none-k8-euler1: its folder, without profile- or -val."""
-    kept = "" if cfg.reuse == "none" else f"{cfg.threshold:g}x{cfg.cap}"
-    name = f"{cfg.reuse}{kept}-k{cfg.execute}-{cfg.solver}{cfg.denoise_steps}{'' if cfg.start == 'final' else f'-at{cfg.start}'}"
-    return f"{Path(cfg.checkpoint).name}-{name}" if cfg.checkpoint else name
-
-
-def play(job: tuple):
-    """Worker: episodes of one task in a cell; yields a row for each. Seconds go where wall times go, to timing.json."""
-    cfg, _, suite, task, inits = job
-    policy, env = common.load_sft(cfg), sim.TaskEnv(suite, task, cfg.image_size, cfg.render)
-    for init in inits:
-        actor = caches.Actor(policy, cfg, (suite, task, init))
-        row = episodes.play(env, init, actor)
-        row |= {"looks": actor.looks, "hits": round(actor.hits, 3), "wall_s": {"episode": row["wall_s"]} | actor.seconds}
-        yield {"suite": suite, "task": task, "init_state": init, "seed": cfg.seed} | row
-    env.close()
-
-
-NO_REUSE = {"reuse": "none", "solver": "euler", "denoise_steps": 10}
-
-
-def cells_table(cfg: Config) -> list[dict]:
-    """A row per finished cell, paired with the one that reuses nothing and looks as often, in ten Euler steps."""
-    cells, rows = episodes.finished(cfg.seed_dir, "profile-*", cfg.group), []
-    found = {facts["cell"]: (facts, played, timing) for facts, played, timing in cells}
-    for name, (facts, played, timing) in found.items():
-        seconds, steps = list(timing["episodes_s"].values()), sum(row["steps"] for row in played)
-        spent = {part: 1e3 * sum(s[part] for s in seconds) / max(1, steps) for part in ("check", "encode", "act")}
-        row = {"name": name, "suite": " ".join(facts["config"]["suites"]), "backbone": cfg.backbone, "policy": "sft"}
-        row |= {"group": cfg.group, "train_seeds": [cfg.seed], "sees_on_a_hit": facts["sees_on_a_hit"]}
-        row |= {"hit_rate": sum(r["hits"] for r in played) / max(1, sum(r["looks"] for r in played))}
-        row |= {"ms_per_step": sum(spent.values()), "ms_per_step_parts": spent} | episodes.summarise(played)
-        row |= {"command": timing["command"], "commit": timing["commit"]}
-        same = {key: facts["config"][key] for key in ("execute", "start")}
-        for checkpoint in ("", facts["config"]["checkpoint"]):  # a student's is its teacher's, a published one's its own
-            base = cell_name(replace(cfg, **NO_REUSE, **same, checkpoint=checkpoint))
-            if base in found and base != name:
-                row |= episodes.paired(played, found[base][1])
-                break
-        rows.append(row)
-    return rows
-
-
-def cells_markdown(rows: list[dict]) -> str:
-    """ms per step of the environment; `a hit sees`: what of a new observation reaches the actions then."""
-    head = (
-        "cell | success | 95 % interval | hits | ms per step | of it the check | a hit sees | over no reuse | gained / lost | p"
-    )
-    lines = [f"| {head} |", "|---" * 10 + "|"]
-    for r in rows:
-        sees = "" if r["name"].startswith("none") else " and ".join(r["sees_on_a_hit"]) or "nothing new"
-        cells = [r["name"], f"{r['successes']} / {r['n']}", "{:.0%} to {:.0%}".format(*r["ci95"]), f"{r['hit_rate']:.0%}"]
-        cells += [f"{r['ms_per_step']:.2f}", f"{r['ms_per_step_parts']['check']:.2f}", sees]
-        if "gained" in r:
-            cells += [f"{100 * r['diff_vs_sft']:+.0f} points", f"{r['gained']} / {r['lost']}", f"{r['p_vs_sft']:.2g}"]
-        lines.append("| " + " | ".join(cells) + " |" * (11 - len(cells)))
-    return "\n".join(lines)
-
-
-def success(cfg: Config) -> None:
-    """One cell, then the table of all."""
-    tasks, inits, suffix = sim.tasks(cfg), common.init_states(cfg.group, cfg.n_init), "-val" if cfg.group == "val" else ""
-    shared = f"suites tasks backbone seed image_size render execute denoise_steps noise_scale {common.SFT_KEYS}"
-    code = ["sim.py", "osc.py", "workers.py", "episodes.py", "caches.py", *cfg.policy_code]
-    folder = cfg.seed_dir / f"profile-{cell_name(cfg)}{suffix}"
-    stage = runs.open_stage(__file__, cfg, folder, shared, common.sft_inputs(cfg), code)
-    if stage is not None:
-        rows = episodes.gather(stage, play, cfg, tasks, inits, cell_name(cfg))
-        if ranks.first():
-            sees = caches.sees_on_a_hit(common.load_sft(cfg), cfg)
-            episodes.finish(stage, rows, cell=cell_name(cfg), sees_on_a_hit=sees)
-    if ranks.first():
-        rows = cells_table(cfg)
-        runs.write_json(cfg.seed_dir / f"profile-results{suffix}.json", rows)
-        runs.write_atomic(cfg.seed_dir / f"profile-results{suffix}.md", cells_markdown(rows) + "\n")
-        print(cells_markdown(rows), flush=True)
-
-
-def main(cfg: Config) -> None:
-    if cfg.dry_run:
-        return memory.report(cfg, "eval")
-    if cfg.blank_images:
-        raise common.UserError("caches compare images, and black ones are all alike; set blank_images=false")
-    {"latency": latency, "success": success}[cfg.measure](cfg)
 
 
 if __name__ == "__main__":

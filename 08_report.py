@@ -41,7 +41,8 @@ STAGES = {  # what may have run: trainings by the name of their log, the rest by
     "01_sft.py": "supervised fine-tuning",
     "03_dpo.py": "DPO",
     "04_eval.py": "success rates",
-    "05_profile.py": "latency and caches",
+    "05_profile.py": "anatomy of the latency",
+    "05_cells.py": "caches and fewer denoise steps",
     "06_pretrain_head.py": "contrastive head and retrieval",
     "07_validate.py": "surrogate against exact likelihood",
 }
@@ -182,7 +183,7 @@ def images(experiment: Experiment, groups: dict[str, list[dict]], folder: Path) 
     if differences := [row for row in held_out if "gained" in row]:
         add("differences", "Difference to the SFT policy that each started from, on the same episodes", plots.forest, differences)
     curve = [row for row in groups["val"] if row["policy"] == "sft" and not row["blank_images"]]
-    curve = [row for row in curve if script(row) != "05_profile.py"]  # its cells reuse, look or solve in other ways
+    curve = [row for row in curve if script(row) != "05_cells.py"]  # its cells reuse, look or solve in other ways
     losses = next((rows for name, rows in experiment.training.items() if name.startswith("sft") and rows), [])
     if len(curve) > 1 and losses:
         add("learning_curve", "What more training buys, on validation init states", plots.learning_curve, curve, losses)

@@ -36,6 +36,7 @@ STAGES = {
     "dpo": "03_dpo",
     "eval": "04_eval",
     "profile": "05_profile",
+    "cells": "05_cells",
     "distill": "05_distill",
     "head": "06_pretrain_head",
     "validate": "07_validate",

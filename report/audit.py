@@ -154,7 +154,11 @@ def incomplete(cells: dict) -> list[Finding]:
 
 
 def baseline_of(policy: str, policies: set[str]) -> str | None:
-    """The `sft` policy that shares most words with this one's name, if this one is none itself."""
+    """The `sft` policy that shares most words with this one's name, if this one is none itself; of a cell of 05 the one that
+    looks as often and reuses nothing."""
+    if cell := re.fullmatch(r"(?P<run>.*/)?cell-.+-(?P<k>k\d+)-[a-z]+\d+(?P<start>-at\d+)?(?P<group>-val)?", policy):
+        plain = f"{cell['run'] or ''}cell-none-{cell['k']}-euler10{cell['start'] or ''}{cell['group'] or ''}"
+        return plain if plain in policies and plain != policy else None
     words = set(re.split(r"[-_/]", policy))
     fits = {p: set(re.split(r"[-_/]", p)) - {"sft"} for p in policies if "sft" in re.split(r"[-_/]", p)}
     fits = {p: rest for p, rest in fits.items() if rest <= words}
@@ -234,13 +238,14 @@ def summaries(folder: Path, cells: dict) -> list[Finding]:
 
 
 def table_findings(where: str, path: Path, rows: list[dict]) -> list[Finding]:
-    """Rows of a table.json against episodes/eval-<name>.jsonl beside it: the counts, and those of the paired difference."""
+    """Rows of a table.json against episodes/{eval,cell}-<name>.jsonl beside it: counts, and those of the paired difference."""
     findings = []
     for row in [row for row in rows if "successes" in row and "name" in row]:
         suffix = "" if row.get("group", "test") == "test" else f"-{row['group']}"
         start = "sft" if row.get("start", "final") == "final" else f"sft-at{row['start']}"
         start += "".join(re.findall(r"-noise\d+", row["name"]))  # 04_eval.py: paired under the same noise
-        mine, base = (path.parent / "episodes" / f"eval-{name}{suffix}.jsonl" for name in (row["name"], start))
+        kind, start = ("cell" if "hit_rate" in row else "eval"), row.get("paired_with", start)
+        mine, base = (path.parent / "episodes" / f"{kind}-{name}{suffix}.jsonl" for name in (row["name"], start))
         if not mine.is_file():
             continue
         a, b = ({(s, seed, p): e for s, seed, p, e in episodes_of(file)} for file in (mine, base))

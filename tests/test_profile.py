@@ -15,7 +15,7 @@ import common
 import episodes
 import runs
 
-profile = importlib.import_module("05_profile")
+profile, cells = importlib.import_module("05_profile"), importlib.import_module("05_cells")
 
 SIZE = {"width": 32, "depth": 3, "mlp_dim": 48, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
 VISION = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -40,8 +40,12 @@ def make_policy(name: str = "pi05", **changes):
     return policy.eval()
 
 
-def rule(**changes) -> profile.Config:
-    return profile.Config(**({"execute": 2, "denoise_steps": 2, "image_size": 32} | changes))
+def rule(**changes) -> cells.Config:
+    return cells.Config(**({"execute": 2, "denoise_steps": 2, "image_size": 32} | changes))
+
+
+def timed(**changes) -> profile.Config:
+    return profile.Config(**({"denoise_steps": 2, "image_size": 32} | changes))
 
 
 def scene(seed: int = 0, state: float = 0.0) -> dict:
@@ -83,7 +87,7 @@ def test_time_belongs_to_the_innermost_call():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_timers_leave_the_policy_as_it_was_and_see_every_part(name):
-    policy, cfg = make_policy(name), rule()
+    policy, cfg = make_policy(name), timed()
     obs, noise = profile.observations(1, 32), policy.noise(1, torch.Generator().manual_seed(0))
     before, wanted = dict(vars(policy)), profile.look(policy, obs, noise, 2)
     calls = Ticks()
@@ -112,7 +116,7 @@ def test_a_slow_part_shows_where_it_is():
         setattr(policy, name, slow)
     prepare, profile.prepare = profile.prepare, lambda policy, point: policy
     try:
-        found = profile.measure(policy, rule(repeats=2), profile.Point(steps=6, chunk=10), ticks)
+        found = profile.measure(policy, timed(repeats=2), profile.Point(steps=6, chunk=10), ticks)
     finally:
         profile.prepare = prepare
     assert found["parts_ms"]["denoising"] == pytest.approx(60) and found["parts_ms"]["vision tower"] == pytest.approx(60)
@@ -122,7 +126,7 @@ def test_a_slow_part_shows_where_it_is():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_point_of_the_sweeps_runs_and_changes_what_it_says(name):
-    policy, cfg = make_policy(name), rule(repeats=1, compile=False, backbone=name)
+    policy, cfg = make_policy(name), timed(repeats=1, compile=False, backbone=name)
     for label, point in profile.points(cfg, policy):
         now = profile.prepare(policy, point)
         prefix = now.encode(profile.observations(point.batch, 32))
@@ -376,9 +380,9 @@ def finished_cell(cfg, wins: list[bool], hits: float) -> None:
     for path in weights:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"weights")
-    name = profile.cell_name(cfg)
-    shared, folder = "suites seed execute start checkpoint", cfg.seed_dir / f"profile-{name}-val"
-    stage = runs.open_stage("05_profile.py", cfg, folder, shared, weights, [])
+    name = cells.cell_name(cfg)
+    shared, folder = "suites seed execute start checkpoint", cfg.seed_dir / f"cell-{name}-val"
+    stage = runs.open_stage("05_cells.py", cfg, folder, shared, weights, [])
     rows = [
         {
             "suite": "libero_object",
@@ -401,13 +405,14 @@ def test_table_of_cells_pairs_with_the_same_look_interval(checkpoint, tmp_path):
     finished_cell(cfg, [True] * 8 + [False] * 2, 0)
     finished_cell(replace(cfg, execute=5), [True] * 10, 0)
     finished_cell(replace(cfg, reuse="chunk"), [True] * 5 + [False] * 4 + [True], 25)
-    rows = {row["name"].removeprefix("published-"): row for row in profile.cells_table(cfg)}
+    rows = {row["name"].removeprefix("published-"): row for row in cells.cells_table(cfg)}
     assert set(rows) == {"none-k2-euler10", "none-k5-euler10", "chunk0.98x4-k2-euler10"}
     row = rows["chunk0.98x4-k2-euler10"]
     assert (row["successes"], row["gained"], row["lost"], row["hit_rate"]) == (6, 1, 3, 0.5)
     assert row["ms_per_step"] == pytest.approx(6) and row["ms_per_step_parts"]["check"] == pytest.approx(1)
+    assert row["paired_with"].endswith("none-k2-euler10")
     assert "gained" not in rows["none-k2-euler10"] and "gained" not in rows["none-k5-euler10"]
-    text = profile.cells_markdown(list(rows.values()))
+    text = cells.cells_markdown(list(rows.values()))
     assert "nothing new" in text and {line.count("|") for line in text.splitlines()} == {11}
 
 

@@ -190,6 +190,15 @@ def test_the_audit_checks_the_kits_tables(tmp_path):
     assert sorted(found.kind for found in audit.audit(folder)["findings"]) == ["baseline", "summary"]
 
 
+def test_a_cell_is_paired_with_the_one_that_reuses_nothing():
+    plain, chunk = "tiny/cell-none-k2-euler10-val", "tiny/cell-chunk0.98x4-k2-euler5-val"
+    policies = {plain, chunk, "tiny/sft", "tiny/cell-none-k5-euler10-val", "tiny/dpo-lora"}
+    assert audit.baseline_of(chunk, policies) == plain and audit.baseline_of(plain, policies) is None
+    assert audit.baseline_of("tiny/cell-none-k5-euler2-val", policies) == "tiny/cell-none-k5-euler10-val"
+    assert audit.baseline_of("tiny/cell-none-k8-euler2-val", policies) is None
+    assert audit.baseline_of("tiny/dpo-lora", policies) == "tiny/sft"
+
+
 def test_episodes_that_agree_under_two_seeds_count_once(tmp_path):
     folder = public_folder(tmp_path / "episodes")
     n = {row["policy"]: row["n"] for row in audit.audit(folder)["rates"]}
