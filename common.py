@@ -387,12 +387,24 @@ def sft_inputs(cfg: RunConfig) -> list[Path]:
     return checkpoint_files(cfg.checkpoint) if cfg.checkpoint else [require(cfg.start_dir / "sft", "sft")]
 
 
+def prefs_inputs(cfg: RunConfig) -> list[Path]:
+    """The pairs of cfg.prefs_dir as inputs of a stage: the folder of stage 02, or the files of `pairs_from`."""
+    hint = f" pairs={cfg.pairs} start={cfg.start}"
+    return checkpoint_files(cfg.pairs_from) if cfg.pairs_from else [require(cfg.prefs_dir, "prefs", hint)]
+
+
+def dpo_inputs(cfg: RunConfig) -> list[Path]:
+    """The adapter of cfg.dpo_dir as inputs of a stage: the folder of stage 03, or the files of `adapters_from`."""
+    hint = f" adapter={cfg.adapter} pairs={cfg.pairs} start={cfg.start}"
+    return checkpoint_files(str(cfg.dpo_dir)) if cfg.adapters_from else [require(cfg.dpo_dir, "dpo", hint)]
+
+
 def checkpoint_files(path: str) -> list[Path]:
-    """The files of a checkpoint that decide what it is; UserError when it is not there."""
+    """The files of a checkpoint (or of pairs, or an adapter) that decide what it is; UserError when it is not there."""
     if not Path(path).exists():
-        raise UserError(f"no checkpoint {path}; give the folder that holds its model.safetensors")
+        raise UserError(f"no checkpoint {path}; give the folder that holds its .safetensors")
     files = sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]
-    return [p for p in files if p.suffix in (".json", ".safetensors")]
+    return [p for p in files if p.suffix in (".json", ".jsonl", ".safetensors")]
 
 
 def load_sft(cfg: RunConfig):
@@ -477,7 +489,10 @@ class RunConfig:
     tasks: list[int] = field(default_factory=list)  # task numbers within a suite; empty = all ten
     backbone: str = "pi05"
     model: dict = field(default_factory=dict)  # sizes and knobs of the backbone, see backbones/
+    stages: str = ""  # that run_all.sh runs where its command line names none, on a line of its own; empty = its default
     checkpoint: str = ""  # folder of weights, published or 05_distill.py's, that 02 to 07 start from; empty = 01's
+    pairs_from: str = ""  # folder of preference pairs that 03 and 07 take; empty = 02's
+    adapters_from: str = ""  # folder that holds lora/ and dora/, trained adapters that 04 and 07 take; empty = 03's
     device: str = "cpu"  # or "cuda", with torchrun a GPU per rank
     dtype: str = "float32"  # of the large weights: "float32" or "bfloat16"; log-probabilities and flow stay float32
     seed: int = 42  # of training, of the policy's noise
@@ -517,6 +532,16 @@ class RunConfig:
     def start_dir(self) -> Path:
         """Where the SFT policy and the pairs are."""
         return self.seed_dir.with_name(f"seed{self.start_seed or self.seed}")
+
+    @property
+    def prefs_dir(self) -> Path:
+        """Where 03 and 07 find the pairs."""
+        return Path(self.pairs_from) if self.pairs_from else self.variant("prefs")
+
+    @property
+    def dpo_dir(self) -> Path:
+        """Where 04 and 07 find the adapter."""
+        return Path(self.adapters_from) / self.adapter if self.adapters_from else self.variant("dpo")
 
     @property
     def policy_code(self) -> list[str]:

@@ -14,7 +14,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-CONFIG=configs/tiny.yaml STAGES="00 01 02 03 04 08" ADAPTERS="lora dora" BACKBONES="" OVERRIDES=()
+CONFIG=configs/tiny.yaml STAGES="" ADAPTERS="lora dora" BACKBONES="" OVERRIDES=()
 for argument in "$@"; do
   case $argument in
     adapters=*) ADAPTERS=${argument#*=} ;;
@@ -25,6 +25,8 @@ for argument in "$@"; do
     *) STAGES=$argument ;;
   esac
 done
+[[ -n $STAGES || ! -f $CONFIG ]] || STAGES=$(sed -n 's/^stages: *//p' "$CONFIG")
+STAGES=${STAGES:-00 01 02 03 04 08}
 for number in $STAGES; do
   [[ $number =~ ^(0[0-8]|setup)$ ]] || { echo "error: no stage $number; STAGES is a list such as \"02 03 04\"" >&2; exit 2; }
 done
