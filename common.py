@@ -489,7 +489,8 @@ class RunConfig:
     tasks: list[int] = field(default_factory=list)  # task numbers within a suite; empty = all ten
     backbone: str = "pi05"
     model: dict = field(default_factory=dict)  # sizes and knobs of the backbone, see backbones/
-    stages: str = ""  # that run_all.sh runs where its command line names none, on a line of its own; empty = its default
+    stages: str = ""  # that run_all.sh runs where its command line names none; empty = its default
+    adapters: str = ""  # the same: which adapters it trains and evaluates
     checkpoint: str = ""  # folder of weights, published or 05_distill.py's, that 02 to 07 start from; empty = 01's
     pairs_from: str = ""  # folder of preference pairs that 03 and 07 take; empty = 02's
     adapters_from: str = ""  # folder that holds lora/ and dora/, trained adapters that 04 and 07 take; empty = 03's
