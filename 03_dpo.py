@@ -149,8 +149,9 @@ def auto_beta(policy, pairs: dict, cfg: Config) -> float:
 
 # ------------------------------------------------------------------------------------------------------------------ data
 def load_pairs(cfg: Config) -> dict:
-    pairs = runs.load_tensors(cfg.prefs_dir / "pairs.safetensors")
-    pairs["instruction"] = [row["instruction"] for row in runs.read_jsonl(cfg.prefs_dir / "pairs.jsonl")]
+    folder = cfg.source("prefs")
+    pairs = runs.load_tensors(folder / "pairs.safetensors")
+    pairs["instruction"] = [row["instruction"] for row in runs.read_jsonl(folder / "pairs.jsonl")]
     if cfg.blank_images:
         pairs = common.blank_images(pairs)
     if cfg.whole_chunk:
@@ -172,7 +173,7 @@ def main(cfg: Config) -> None:
         if cfg.surrogate == "exact":
             print(f"not counted: surrogate=exact keeps {2 * cfg.ode_steps} such passes of the expert and their derivatives")
         return
-    inputs = [*common.sft_inputs(cfg), *common.prefs_inputs(cfg)]
+    inputs = [*common.sft_inputs(cfg), *common.given_or_made(cfg, "prefs")]
     shared = f"suites backbone seed blank_images pairs adapter surrogate {common.SFT_KEYS}"
     code = ["dora.py", "likelihood.py", *cfg.policy_code]
     stage = runs.open_stage(__file__, cfg, cfg.variant("dpo"), shared, inputs, code)

@@ -28,7 +28,7 @@ import torch
 import yaml
 
 import ranks
-from runs import HERE, STAGES, UserError, require
+from runs import HERE, STAGES, UserError, checkpoint_files, require
 
 # ---------------------------------------------------------------------------------------------------------------- LIBERO
 # Evaluation protocol of OpenVLA (experiments/robot/libero/run_libero_eval.py) and openpi (examples/libero/main.py).
@@ -387,24 +387,10 @@ def sft_inputs(cfg: RunConfig) -> list[Path]:
     return checkpoint_files(cfg.checkpoint) if cfg.checkpoint else [require(cfg.start_dir / "sft", "sft")]
 
 
-def prefs_inputs(cfg: RunConfig) -> list[Path]:
-    """The pairs of cfg.prefs_dir as inputs of a stage: the folder of stage 02, or the files of `pairs_from`."""
-    hint = f" pairs={cfg.pairs} start={cfg.start}"
-    return checkpoint_files(cfg.pairs_from) if cfg.pairs_from else [require(cfg.prefs_dir, "prefs", hint)]
-
-
-def dpo_inputs(cfg: RunConfig) -> list[Path]:
-    """The adapter of cfg.dpo_dir as inputs of a stage: the folder of stage 03, or the files of `adapters_from`."""
-    hint = f" adapter={cfg.adapter} pairs={cfg.pairs} start={cfg.start}"
-    return checkpoint_files(str(cfg.dpo_dir)) if cfg.adapters_from else [require(cfg.dpo_dir, "dpo", hint)]
-
-
-def checkpoint_files(path: str) -> list[Path]:
-    """The files of a checkpoint (or of pairs, or an adapter) that decide what it is; UserError when it is not there."""
-    if not Path(path).exists():
-        raise UserError(f"no checkpoint {path}; give the folder that holds its .safetensors")
-    files = sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]
-    return [p for p in files if p.suffix in (".json", ".jsonl", ".safetensors")]
+def given_or_made(cfg: RunConfig, kind: str) -> list[Path]:
+    """Pairs ("prefs") or adapter ("dpo") as inputs of a stage: the files that are given, or the folder of stage 02 or 03."""
+    folder, hint = cfg.source(kind), f" adapter={cfg.adapter}" * (kind == "dpo") + f" pairs={cfg.pairs} start={cfg.start}"
+    return [require(folder, kind, hint)] if folder == cfg.variant(kind) else checkpoint_files(str(folder))
 
 
 def load_sft(cfg: RunConfig):
@@ -534,15 +520,10 @@ class RunConfig:
         """Where the SFT policy and the pairs are."""
         return self.seed_dir.with_name(f"seed{self.start_seed or self.seed}")
 
-    @property
-    def prefs_dir(self) -> Path:
-        """Where 03 and 07 find the pairs."""
-        return Path(self.pairs_from) if self.pairs_from else self.variant("prefs")
-
-    @property
-    def dpo_dir(self) -> Path:
-        """Where 04 and 07 find the adapter."""
-        return Path(self.adapters_from) / self.adapter if self.adapters_from else self.variant("dpo")
+    def source(self, kind: str) -> Path:
+        """Folder of the pairs ("prefs") or the adapter ("dpo") that a stage reads: one that is given, or that of 02 or 03."""
+        given = self.pairs_from if kind == "prefs" else self.adapters_from and f"{self.adapters_from}/{self.adapter}"
+        return Path(given) if given else self.variant(kind)
 
     @property
     def policy_code(self) -> list[str]:

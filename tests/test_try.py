@@ -36,7 +36,7 @@ def test_an_adapter_on_its_policy_gives_the_log_ratios_of_the_training_run(backb
 
     cfg = config(dpo.Config, "dpo", f"backbone={backbone}", f"adapter={adapter}")
     policy, pairs = common.load_sft(cfg), dpo.load_pairs(cfg)
-    PeftModel.from_pretrained(policy, str(cfg.dpo_dir)).eval()
+    PeftModel.from_pretrained(policy, str(cfg.source("dpo"))).eval()
     draws = policy.draws(20, 4, common.stream(0, "try"), "stratified")
     batch = dpo.batch_of(pairs, torch.arange(20))
     pi_w, pi_l = dpo.log_probs(policy, *batch, draws, "velocity")
@@ -51,7 +51,7 @@ def test_an_adapter_on_its_policy_gives_the_log_ratios_of_the_training_run(backb
 @pytest.mark.parametrize("backbone", ["pi05", "openvla"])
 def test_pairs_and_demonstrations_are_whole(backbone):
     cfg = config(dpo.Config, "dpo", f"backbone={backbone}")
-    pairs, rows = dpo.load_pairs(cfg), runs.read_jsonl(cfg.prefs_dir / "pairs.jsonl")
+    pairs, rows = dpo.load_pairs(cfg), runs.read_jsonl(cfg.source("prefs") / "pairs.jsonl")
     assert {len(value) for value in pairs.values()} == {20} == {len(rows)}
     assert {row["init_state"] for row in rows} <= set(common.init_states("prefs")) and len({row["task"] for row in rows}) >= 9
     horizon = backbones.config_of(cfg.checkpoint)["horizon"]
@@ -82,10 +82,10 @@ def test_given_pairs_are_a_stages_inputs_and_the_first_margin_is_zero(tmp_path):
 def test_an_adapter_that_is_not_given_is_that_of_03(tmp_path):
     evaluation = importlib.import_module("04_eval")
     given = config(evaluation.Config, "eval", f"root={tmp_path}", "policy=dpo", "adapter=dora")
-    assert {path.name for path in common.dpo_inputs(given)} == {"adapter_config.json", "adapter_model.safetensors"}
-    assert given.dpo_dir.name == "dora" and runs.read_json(given.dpo_dir / "adapter_config.json")["use_dora"]
+    assert {path.name for path in common.given_or_made(given, "dpo")} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert given.source("dpo").name == "dora" and runs.read_json(given.source("dpo") / "adapter_config.json")["use_dora"]
     with pytest.raises(common.UserError, match="run `python 03_dpo"):
-        common.dpo_inputs(config(evaluation.Config, "eval", f"root={tmp_path}", "policy=dpo", "adapters_from="))
+        common.given_or_made(config(evaluation.Config, "eval", f"root={tmp_path}", "policy=dpo", "adapters_from="), "dpo")
 
 
 def scripts(*arguments: str) -> list[str]:
