@@ -657,7 +657,7 @@ def load_config(cls: type, section: str, argv: list[str]):
             raise UserError(f"{item!r}: no stage is called {prefix!r}; {did_you_mean(prefix, STAGES)}")
         if not dot or prefix == section:
             try:
-                put(inner, yaml.safe_load(text), "command line")
+                put(inner, yaml.safe_load(text) if text else "", "command line")  # key= clears a text
             except yaml.YAMLError as error:
                 raise UserError(f"{item!r} is not valid YAML after the equals sign") from error
     return cls(**values)
