@@ -162,7 +162,7 @@ def main(cfg: Config) -> None:
     if cfg.dry_run:
         return memory.report(cfg, "sft")
     runs.require(cfg.data_dir, "demos")
-    inputs = [cfg.data_dir, *(p for path in (cfg.init_from, cfg.init_head) if path for p in common.checkpoint_files(path))]
+    inputs = [cfg.data_dir, *(p for path in (cfg.init_from, cfg.init_head) if path for p in runs.checkpoint_files(path))]
     horizon = 0 if cfg.init_from else backbones.horizon(cfg.backbone, cfg.model)
     shared = "suites tasks backbone model seed blank_images device dtype"
     code = [*["contrastive.py"] * (cfg.head_coef > 0), *["dora.py"] * (cfg.train == "dora"), *cfg.policy_code]

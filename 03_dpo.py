@@ -149,7 +149,7 @@ def auto_beta(policy, pairs: dict, cfg: Config) -> float:
 
 # ------------------------------------------------------------------------------------------------------------------ data
 def load_pairs(cfg: Config) -> dict:
-    folder = cfg.variant("prefs")
+    folder = cfg.source("prefs")
     pairs = runs.load_tensors(folder / "pairs.safetensors")
     pairs["instruction"] = [row["instruction"] for row in runs.read_jsonl(folder / "pairs.jsonl")]
     if cfg.blank_images:
@@ -173,11 +173,10 @@ def main(cfg: Config) -> None:
         if cfg.surrogate == "exact":
             print(f"not counted: surrogate=exact keeps {2 * cfg.ode_steps} such passes of the expert and their derivatives")
         return
-    sft = common.sft_inputs(cfg)
-    prefs = runs.require(cfg.variant("prefs"), "prefs", f" pairs={cfg.pairs} start={cfg.start}")
+    inputs = [*common.sft_inputs(cfg), *common.given_or_made(cfg, "prefs")]
     shared = f"suites backbone seed blank_images pairs adapter surrogate {common.SFT_KEYS}"
     code = ["dora.py", "likelihood.py", *cfg.policy_code]
-    stage = runs.open_stage(__file__, cfg, cfg.variant("dpo"), shared, [*sft, prefs], code)
+    stage = runs.open_stage(__file__, cfg, cfg.variant("dpo"), shared, inputs, code)
     if stage is None:
         return
     torch.set_num_threads(cfg.threads)

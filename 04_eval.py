@@ -58,7 +58,7 @@ def policy_name(cfg: Config) -> str:
 
 def load_policy(cfg: Config):
     policy = common.load_sft(cfg)
-    return common.load_adapter(policy, cfg.variant("dpo"), cfg.dropout) if cfg.policy == "dpo" else policy
+    return common.load_adapter(policy, cfg.source("dpo"), cfg.dropout) if cfg.policy == "dpo" else policy
 
 
 # -------------------------------------------------------------------------------------------------------------- episodes
@@ -153,7 +153,7 @@ def main(cfg: Config) -> None:
     inits, tasks = common.init_states(cfg.group, cfg.n_init), sim.tasks(cfg)
     inputs = common.sft_inputs(cfg)
     if cfg.policy == "dpo":
-        inputs.append(runs.require(cfg.variant("dpo"), "dpo", f" adapter={cfg.adapter} pairs={cfg.pairs} start={cfg.start}"))
+        inputs += common.given_or_made(cfg, "dpo")
     shared = f"suites tasks backbone seed image_size render blank_images execute denoise_steps noise_scale {common.SFT_KEYS}"
     shared += " adapter pairs surrogate" if cfg.policy == "dpo" else ""
     name = policy_name(cfg)

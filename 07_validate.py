@@ -88,9 +88,9 @@ def load_policy(cfg: Config, folder: Path | None):
 
 def load_pairs(cfg: Config) -> dict:
     """Up to n_pairs of the recipe's pairs, evenly spread: observations, and `chunks` (N, 2, H, 7), chosen first."""
-    pairs = runs.load_tensors(cfg.variant("prefs") / "pairs.safetensors")
+    pairs = runs.load_tensors(cfg.source("prefs") / "pairs.safetensors")
     index = torch.linspace(0, len(pairs["mask"]) - 1, min(cfg.n_pairs, len(pairs["mask"]))).round().long()
-    instructions = [row["instruction"] for row in runs.read_jsonl(cfg.variant("prefs") / "pairs.jsonl")]
+    instructions = [row["instruction"] for row in runs.read_jsonl(cfg.source("prefs") / "pairs.jsonl")]
     kept = {key: pairs[key][index] for key in ("agentview", "wrist", "state")}
     kept["chunks"] = torch.stack([pairs["chosen"], pairs["rejected"]], dim=1)[index]
     kept["instruction"] = [instructions[i] for i in index.tolist()]
@@ -267,7 +267,9 @@ def costs(cfg: Config, pairs: dict) -> dict:
 
 
 def dpo_folders(cfg: Config) -> dict[str, Path]:
-    """Every finished DPO of this recipe and start."""
+    """Every finished DPO of this recipe and start, or the one adapter that is given."""
+    if cfg.adapters_from:
+        return {cfg.variant("dpo").name: cfg.source("dpo")}
     done = {p.parent: runs.read_json(p)["config"] for p in sorted(cfg.seed_dir.glob("dpo-*/done.json"))}
     return {p.name: p for p, used in done.items() if (used["pairs"], used["start"]) == (cfg.pairs, cfg.start)}
 
@@ -313,11 +315,12 @@ def main(cfg: Config) -> None:
     if cfg.device != "cpu":
         raise common.UserError("07_validate.py measures on the CPU; set device=cpu")
     runs.alone(__file__)
-    sft, dpo = common.sft_inputs(cfg), dpo_folders(cfg)
-    prefs = runs.require(cfg.variant("prefs"), "prefs", f" pairs={cfg.pairs} start={cfg.start}")
+    dpo = dpo_folders(cfg)
+    adapters = common.given_or_made(cfg, "dpo") if cfg.adapters_from else list(dpo.values())
+    inputs = [*common.sft_inputs(cfg), *common.given_or_made(cfg, "prefs"), *adapters]
     shared = f"suites backbone seed blank_images pairs denoise_steps {common.SFT_KEYS}"
     code = ["likelihood.py", "workers.py", *cfg.policy_code]
-    stage = runs.open_stage(__file__, cfg, cfg.variant("validate"), shared, [*sft, prefs, *dpo.values()], code)
+    stage = runs.open_stage(__file__, cfg, cfg.variant("validate"), shared, inputs, code)
     folder = cfg.variant("validate")
     if stage is not None:
         measure_all(cfg, folder, dpo)

@@ -28,7 +28,7 @@ import torch
 import yaml
 
 import ranks
-from runs import HERE, STAGES, UserError, require
+from runs import HERE, STAGES, UserError, checkpoint_files, require
 
 # ---------------------------------------------------------------------------------------------------------------- LIBERO
 # Evaluation protocol of OpenVLA (experiments/robot/libero/run_libero_eval.py) and openpi (examples/libero/main.py).
@@ -387,12 +387,10 @@ def sft_inputs(cfg: RunConfig) -> list[Path]:
     return checkpoint_files(cfg.checkpoint) if cfg.checkpoint else [require(cfg.start_dir / "sft", "sft")]
 
 
-def checkpoint_files(path: str) -> list[Path]:
-    """The files of a checkpoint that decide what it is; UserError when it is not there."""
-    if not Path(path).exists():
-        raise UserError(f"no checkpoint {path}; give the folder that holds its model.safetensors")
-    files = sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]
-    return [p for p in files if p.suffix in (".json", ".safetensors")]
+def given_or_made(cfg: RunConfig, kind: str) -> list[Path]:
+    """Pairs ("prefs") or adapter ("dpo") as inputs of a stage: the files that are given, or the folder of stage 02 or 03."""
+    folder, hint = cfg.source(kind), f" adapter={cfg.adapter}" * (kind == "dpo") + f" pairs={cfg.pairs} start={cfg.start}"
+    return [require(folder, kind, hint)] if folder == cfg.variant(kind) else checkpoint_files(str(folder))
 
 
 def load_sft(cfg: RunConfig):
@@ -477,7 +475,11 @@ class RunConfig:
     tasks: list[int] = field(default_factory=list)  # task numbers within a suite; empty = all ten
     backbone: str = "pi05"
     model: dict = field(default_factory=dict)  # sizes and knobs of the backbone, see backbones/
+    stages: str = ""  # that run_all.sh runs where its command line names none; empty = its default
+    adapters: str = ""  # the same: which adapters it trains and evaluates
     checkpoint: str = ""  # folder of weights, published or 05_distill.py's, that 02 to 07 start from; empty = 01's
+    pairs_from: str = ""  # folder of preference pairs that 03 and 07 take; empty = 02's
+    adapters_from: str = ""  # folder that holds lora/ and dora/, trained adapters that 04 and 07 take; empty = 03's
     device: str = "cpu"  # or "cuda", with torchrun a GPU per rank
     dtype: str = "float32"  # of the large weights: "float32" or "bfloat16"; log-probabilities and flow stay float32
     seed: int = 42  # of training, of the policy's noise
@@ -517,6 +519,11 @@ class RunConfig:
     def start_dir(self) -> Path:
         """Where the SFT policy and the pairs are."""
         return self.seed_dir.with_name(f"seed{self.start_seed or self.seed}")
+
+    def source(self, kind: str) -> Path:
+        """Folder of the pairs ("prefs") or the adapter ("dpo") that a stage reads: one that is given, or that of 02 or 03."""
+        given = self.pairs_from if kind == "prefs" else self.adapters_from and f"{self.adapters_from}/{self.adapter}"
+        return Path(given) if given else self.variant(kind)
 
     @property
     def policy_code(self) -> list[str]:
@@ -650,7 +657,7 @@ def load_config(cls: type, section: str, argv: list[str]):
             raise UserError(f"{item!r}: no stage is called {prefix!r}; {did_you_mean(prefix, STAGES)}")
         if not dot or prefix == section:
             try:
-                put(inner, yaml.safe_load(text), "command line")
+                put(inner, yaml.safe_load(text) if text else "", "command line")  # key= clears a text
             except yaml.YAMLError as error:
                 raise UserError(f"{item!r} is not valid YAML after the equals sign") from error
     return cls(**values)

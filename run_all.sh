@@ -14,7 +14,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-CONFIG=configs/tiny.yaml STAGES="00 01 02 03 04 08" ADAPTERS="lora dora" BACKBONES="" OVERRIDES=()
+CONFIG=configs/tiny.yaml STAGES="" ADAPTERS="" BACKBONES="" OVERRIDES=()
 for argument in "$@"; do
   case $argument in
     adapters=*) ADAPTERS=${argument#*=} ;;
@@ -25,6 +25,9 @@ for argument in "$@"; do
     *) STAGES=$argument ;;
   esac
 done
+named() { [[ ! -f $CONFIG ]] || sed -n "s/^$1: *//p" "$CONFIG"; } # by the config, on a line of its own
+STAGES=${STAGES:-$(named stages)} ADAPTERS=${ADAPTERS:-$(named adapters)}
+STAGES=${STAGES:-00 01 02 03 04 08} ADAPTERS=${ADAPTERS:-lora dora}
 for number in $STAGES; do
   [[ $number =~ ^(0[0-8]|setup)$ ]] || { echo "error: no stage $number; STAGES is a list such as \"02 03 04\"" >&2; exit 2; }
 done

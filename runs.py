@@ -268,6 +268,14 @@ def require(folder: Path, stage: str, argv_hint: str = "") -> Path:
     return folder
 
 
+def checkpoint_files(path: str) -> list[Path]:
+    """The files of a checkpoint (or of pairs, or an adapter) that decide what it is; UserError when it is not there."""
+    if not Path(path).exists():
+        raise UserError(f"no checkpoint {path}; give the folder that holds its .safetensors")
+    files = sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]
+    return [p for p in files if p.suffix in (".json", ".jsonl", ".safetensors")]
+
+
 def save_checkpoint(path: Path, state: dict) -> None:
     """Training state (tensors, numbers, dicts and lists of them), written by rename. Read it with load_checkpoint."""
     temporary = path.with_name(f".{path.name}.tmp")
