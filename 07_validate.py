@@ -59,7 +59,7 @@ class Config(common.RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        common.at_least(self, n_pairs=2, draws=1, max_draws=4, repeats=4, ode_steps=1, probes=0, own_chunks=1, shift=0)
+        common.at_least(self, n_pairs=2, draws=1, max_draws=4, repeats=4, ode_steps=1, probes=0, own_chunks=2, shift=0)
         common.at_least(self, gradient_batches=0, gradient_probes=2)
         common.one_of("validate.draws", self.draws, draw_counts(self))
 

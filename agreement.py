@@ -352,7 +352,8 @@ def gradient_table(cosines: list[dict]) -> str:
             cells.append(f"{np.mean(mine):.3f} ({min(mine):.3f} to {max(mine):.3f})" if mine else "")
         label = "exact: one half of the probes against the other" if name == "exact" else name
         lines.append(f"| {label} | {k} | {cells[0]} | {cells[1]} |")
-    return "\n".join(lines) + "\n" if cosines else "no LoRA policy has been trained on these pairs (03_dpo.py)\n"
+    without = "not measured: no LoRA policy has been trained on these pairs (03_dpo.py), or validate.gradient_batches is 0"
+    return "\n".join(lines if cosines else [without]) + "\n"
 
 
 def cost_table(seconds: dict[str, float]) -> str:

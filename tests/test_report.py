@@ -270,7 +270,7 @@ def test_a_claim_is_complete_and_its_figures_are_in_the_files_it_names(claim):
 def test_verdicts_of_the_committed_results():
     verdicts = {claim["id"]: claims.judged(claim, PAPER["logs"])["verdict"] for claim in PAPER["claims"]}
     assert verdicts["interface"] == verdicts["adapter-size"] == "holds here"
-    assert verdicts["flow-dpo"] == "holds here"  # 140 branch pairs
+    assert verdicts["flow-dpo"] == "holds here"  # 116 branch pairs
     assert verdicts["flow-dpo-episode"] == verdicts["dora-object"] == "does not hold here"
     assert verdicts["openvla-sft"] == "not testable here"
 
@@ -398,7 +398,7 @@ def test_a_run_is_reported_as_far_as_it_has_come(tmp_path):
     text = (tmp_path / "tiny" / "report" / "report.md").read_text()
     assert text.count("| not run |") == len(stage.STAGES)
     rows = [
-        row for row in runs.read_json(RESULTS / "tiny_libero_object" / "table.json") if row["name"] in ("sft", "dpo-lora-branch")
+        row for row in runs.read_json(RESULTS / "tiny_libero_object" / "table.json") if row["name"] in ("sft", "sft-at750")
     ]
     for seed in (42, 1337):
         folder = tmp_path / "tiny" / "pi05" / f"seed{seed}"
@@ -420,7 +420,7 @@ def test_a_run_is_reported_as_far_as_it_has_come(tmp_path):
     (folder / "eval-sft" / "videos" / "libero_object-00-init40-success.gif").write_bytes(b"GIF89a")
     stage.main(cfg)
     text = (tmp_path / "tiny" / "report" / "report.md").read_text()
-    assert "| `05_profile.py` | latency and caches | 4 rows |" in text and text.count("| not run |") == len(stage.STAGES) - 2
+    assert "| `05_profile.py` | anatomy of the latency | 4 rows |" in text and text.count("| not run |") == len(stage.STAGES) - 2
     assert "under seeds 42 and 1337" in text, "the copied seed is found"
     seen = Seen((tmp_path / "tiny" / "report" / "index.html").read_text())
     assert sum(source.startswith("data:image/gif") for source in seen.sources) == 1

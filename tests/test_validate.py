@@ -255,6 +255,8 @@ def test_refusals():
     ):
         with pytest.raises(common.UserError, match=r"surrogate"):
             common.load_config(dpo.Config, "dpo", ["configs/micro.yaml", *bad.split()])
+    with pytest.raises(common.UserError, match="own_chunks"):  # of one chunk there is no spread
+        validate.Config(own_chunks=1)
 
 
 # ------------------------------------------------------------------------------------------------------------- stage 07
