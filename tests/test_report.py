@@ -397,9 +397,7 @@ def test_a_run_is_reported_as_far_as_it_has_come(tmp_path):
     stage.main(cfg)
     text = (tmp_path / "tiny" / "report" / "report.md").read_text()
     assert text.count("| not run |") == len(stage.STAGES)
-    rows = [
-        row for row in runs.read_json(RESULTS / "tiny_libero_object" / "table.json") if row["name"] in ("sft", "sft-at750")
-    ]
+    rows = [row for row in runs.read_json(RESULTS / "tiny_libero_object" / "table.json") if row["name"] in ("sft", "sft-at750")]
     for seed in (42, 1337):
         folder = tmp_path / "tiny" / "pi05" / f"seed{seed}"
         (folder / "profile").mkdir(parents=True)
