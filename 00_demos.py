@@ -294,7 +294,7 @@ def record_demo(env: sim.TaskEnv, init_state: int, repeat: int, cfg: Config, pat
         outcomes.append(outcome)
     success_step, steps = rows.pop("success_step", None), len(rows.get("actions", ()))
     summary = {"outcomes": outcomes, "steps": steps, "success_step": success_step}
-    with h5py.File(path.with_suffix(".tmp"), "w") as file:
+    with runs.replacing(path) as temporary, h5py.File(temporary, "w") as file:
         file.attrs.update(file_attributes(env) | {"summary": json.dumps(summary)})
         if rows:
             demo, last = file.create_group("demo"), (np.arange(steps) == steps - 1).astype(np.uint8)
@@ -302,7 +302,6 @@ def record_demo(env: sim.TaskEnv, init_state: int, repeat: int, cfg: Config, pat
             demo.attrs.update({"init_state_id": init_state, "success_step": success_step})  # not in LIBERO's
             for key, value in (rows | {"rewards": last, "dones": last}).items():
                 demo.create_dataset(key, data=value, compression="gzip" if value.dtype == np.uint8 else None)
-    path.with_suffix(".tmp").replace(path)
 
 
 def file_attributes(env: sim.TaskEnv) -> dict[str, str]:
@@ -326,23 +325,32 @@ def record_task(job: tuple[Config, str, int]) -> Iterator[dict]:
         if not path.is_file():
             env = env or sim.TaskEnv(suite, task, cfg.image_size, cfg.render)
             record_demo(env, init_state, repeat, cfg, path)
-        with h5py.File(path) as file:
-            yield json.loads(file.attrs["summary"])
+        try:
+            with h5py.File(path) as file:
+                summary = json.loads(file.attrs["summary"])
+        except (OSError, KeyError, ValueError) as error:
+            raise UserError(
+                f"{path} is damaged ({runs.one_line(error)}); remove it, the same command records it again"
+            ) from error
+        yield summary
     if env:
         env.close()
 
 
 def merge(parts: list[Path], path: Path) -> None:
     """One file per task from those of its demonstrations, written by rename."""
-    with h5py.File(path.with_suffix(".tmp"), "w") as file:
+    with runs.replacing(path) as temporary, h5py.File(temporary, "w") as file:
         data = file.create_group("data")
         for part in parts:
-            with h5py.File(part) as source:
-                data.attrs.update({key: value for key, value in source.attrs.items() if key != "summary"})
-                if "demo" in source:
-                    source.copy("demo", data, name=f"demo_{len(data)}")
+            try:
+                with h5py.File(part) as source:
+                    data.attrs.update({key: value for key, value in source.attrs.items() if key != "summary"})
+                    if "demo" in source:
+                        source.copy("demo", data, name=f"demo_{len(data)}")
+            except (OSError, RuntimeError) as error:
+                why = runs.one_line(error)
+                raise UserError(f"{part} does not go into {path} ({why}); remove it if it is damaged, or make room") from error
         data.attrs["num_demos"], data.attrs["total"] = len(data), sum(int(d.attrs["num_samples"]) for d in data.values())
-    path.with_suffix(".tmp").replace(path)
 
 
 # ------------------------------------------------------------------------------------------------------------------ main

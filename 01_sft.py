@@ -68,7 +68,8 @@ class Config(common.RunConfig):
         if self.train == "full" and self.dtype != "float32":
             raise common.UserError(f"sft.train=full needs dtype=float32, not {self.dtype}: AdamW's small steps get lost in it")
         common.divisible("sft.batch_size", self.batch_size)
-        common.at_least(self, head_coef=0)
+        common.at_least(self, head_coef=0, grad_clip=1e-9, alpha=1, head_temperature=1e-6)
+        common.at_most(self, ema=1)
         if (self.head_coef > 0) != bool(self.init_head) or (self.head_coef and (self.train != "full" or self.blank_images)):
             raise common.UserError("sft.head_coef > 0 and sft.init_head go together, with train=full and without blank_images")
 
@@ -186,7 +187,7 @@ def main(cfg: Config) -> None:
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
     if ranks.first():
-        runs.keep_rows(metrics, lambda row: row["step"] <= step)
+        runs.keep_rows(metrics, lambda row: row["step"] <= step, "step")
 
     # ---------------------------------------------------------------------------------------------- one loop, all in sight
     bar = common.progress(range(step, cfg.steps), initial=step, total=cfg.steps, desc="sft", unit="step")

@@ -25,6 +25,7 @@ Left out: IPO and other losses, label smoothing, reward models.
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass
 
@@ -74,7 +75,9 @@ class Config(common.RunConfig):
             raise common.UserError(f"dpo.draws={self.draws} must be even for surrogate=antithetic: noises come in pairs")
         common.time_weight(torch.zeros(1), self.weight)  # fails for an unknown one
         common.divisible("dpo.batch_size", self.batch_size)
-        if self.beta != "auto" and not (self.beta.replace(".", "", 1).replace("e-", "", 1).isdigit() and float(self.beta) > 0):
+        common.at_least(self, grad_clip=1e-9, alpha=1)
+        common.regex("dpo.targets", self.targets)
+        if self.beta != "auto" and not (re.fullmatch(r"[0-9]+\.?[0-9]*(e-?[0-9]+)?", self.beta) and 0 < float(self.beta) < 1e9):
             raise common.UserError(f'dpo.beta must be "auto" or a positive number, not {self.beta!r}')
 
 
@@ -149,9 +152,7 @@ def auto_beta(policy, pairs: dict, cfg: Config) -> float:
 
 # ------------------------------------------------------------------------------------------------------------------ data
 def load_pairs(cfg: Config) -> dict:
-    folder = cfg.source("prefs")
-    pairs = runs.load_tensors(folder / "pairs.safetensors")
-    pairs["instruction"] = [row["instruction"] for row in runs.read_jsonl(folder / "pairs.jsonl")]
+    pairs = common.read_pairs(cfg.source("prefs"))
     if cfg.blank_images:
         pairs = common.blank_images(pairs)
     if cfg.whole_chunk:
@@ -199,7 +200,7 @@ def main(cfg: Config) -> None:
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
     if ranks.first():
-        runs.keep_rows(metrics, lambda row: row["step"] <= step)
+        runs.keep_rows(metrics, lambda row: row["step"] <= step, "step")
 
     bar = common.progress(range(step, cfg.steps), initial=step, total=cfg.steps, desc=f"dpo {cfg.adapter}", unit="step")
     for step in bar:
@@ -240,7 +241,8 @@ def main(cfg: Config) -> None:
     if not ranks.first():
         return
     warn_about_scale(runs.read_jsonl(metrics))
-    adapted.save_pretrained(str(stage.dir))
+    with runs.writing(stage.dir):
+        adapted.save_pretrained(str(stage.dir))
     (stage.dir / "README.md").unlink(missing_ok=True)  # peft's empty model card
     stage.finish(beta=beta, trainable=k, pairs=n)
 

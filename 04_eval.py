@@ -43,6 +43,7 @@ class Config(common.RunConfig):
     def __post_init__(self):
         super().__post_init__()
         common.at_least(self, videos=0, noise_seed=0, dropout=0)
+        common.at_most(self, dropout=0.99)
         common.one_of("policy", self.policy, ("sft", "dpo"))
         common.one_of("eval.group", self.group, ("val", "test"))  # nothing else is for evaluation
         if self.dropout and (self.policy, self.adapter) != ("dpo", "lora"):
@@ -90,7 +91,8 @@ def save_gif(path: Path, frames: list) -> None:
     import imageio.v3 as imageio
 
     path.parent.mkdir(exist_ok=True)
-    imageio.imwrite(path, np.stack(frames).repeat(2, axis=1).repeat(2, axis=2), duration=200, loop=0)
+    with runs.writing(path):
+        imageio.imwrite(path, np.stack(frames).repeat(2, axis=1).repeat(2, axis=2), duration=200, loop=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------- tables

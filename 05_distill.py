@@ -111,7 +111,7 @@ def main(cfg: Config) -> None:
         student.load_state_dict(state["trained"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
-    runs.keep_rows(metrics, lambda row: row["step"] <= step)
+    runs.keep_rows(metrics, lambda row: row["step"] <= step, "step")
 
     bar = common.progress(range(step, cfg.steps), initial=step, total=cfg.steps, desc="distill", unit="step")
     for step in bar:

@@ -32,6 +32,7 @@ Left out: augmentation, queues of negatives, approximate search.
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,9 +148,11 @@ def encode(cfg: Config, folder: Path, frames: Frames) -> dict[str, np.memmap]:
     width = tower_of(policy).embeddings.position_embedding.weight.shape[1]
     for camera in CAMERAS:
         if ranks.first() and not (folder / f"{camera}.npy").is_file():
-            temporary = folder / f".{camera}.tmp"
-            np.lib.format.open_memmap(temporary, "w+", np.float32, (len(frames.step), width))[:] = np.nan
-            temporary.rename(folder / f"{camera}.npy")
+            with runs.replacing(folder / f"{camera}.npy") as temporary:
+                table = np.lib.format.open_memmap(temporary, "w+", np.float32, (len(frames.step), width))
+                with open(temporary, "r+b") as file:  # a disk that is full shows here, and not as a crash while writing to memory
+                    os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
+                table[:] = np.nan
     ranks.wait()
     tables = {camera: np.load(folder / f"{camera}.npy", mmap_mode="r+") for camera in CAMERAS}
     bar = common.progress(common.demonstrations(cfg, cfg.holdout), total=frames.episode[-1] + 1, desc="encode", unit="episode")
@@ -243,7 +246,7 @@ def train_all(features: dict, frames: Frames, cfg: Config, folder: Path) -> dict
     }
     if ranks.first():
         (folder / "heads").mkdir(exist_ok=True)
-        runs.keep_rows(metrics, lambda row: paths[row["trained_on"], row["variant"]].is_file())
+        runs.keep_rows(metrics, lambda row: paths[row["trained_on"], row["variant"]].is_file(), "trained_on variant")
     ranks.wait()
     for (split, variant), path in paths.items():
         there = path.is_file()

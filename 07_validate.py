@@ -88,12 +88,11 @@ def load_policy(cfg: Config, folder: Path | None):
 
 def load_pairs(cfg: Config) -> dict:
     """Up to n_pairs of the recipe's pairs, evenly spread: observations, and `chunks` (N, 2, H, 7), chosen first."""
-    pairs = runs.load_tensors(cfg.source("prefs") / "pairs.safetensors")
+    pairs = common.read_pairs(cfg.source("prefs"))
     index = torch.linspace(0, len(pairs["mask"]) - 1, min(cfg.n_pairs, len(pairs["mask"]))).round().long()
-    instructions = [row["instruction"] for row in runs.read_jsonl(cfg.source("prefs") / "pairs.jsonl")]
     kept = {key: pairs[key][index] for key in ("agentview", "wrist", "state")}
     kept["chunks"] = torch.stack([pairs["chosen"], pairs["rejected"]], dim=1)[index]
-    kept["instruction"] = [instructions[i] for i in index.tolist()]
+    kept["instruction"] = [pairs["instruction"][i] for i in index.tolist()]
     return common.blank_images(kept) if cfg.blank_images else kept
 
 

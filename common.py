@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import errno
 import hashlib
 import importlib
 import importlib.metadata
@@ -26,9 +27,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
+from safetensors import SafetensorError
 
 import ranks
-from runs import HERE, STAGES, UserError, checkpoint_files, require
+from data import Demo, read_demos, read_pairs  # noqa: F401 (the stages take them from here)
+from runs import HERE, STAGES, UserError, checkpoint_files, one_line, require
 
 # ---------------------------------------------------------------------------------------------------------------- LIBERO
 # Evaluation protocol of OpenVLA (experiments/robot/libero/run_libero_eval.py) and openpi (examples/libero/main.py).
@@ -95,60 +98,15 @@ def random_shift(images: torch.Tensor, pixels: int, generator: torch.Generator) 
     return images[torch.arange(b)[:, None, None], rows[:, :, None], cols[:, None, :]]
 
 
-@dataclass
-class Demo:
-    """One demonstration. Images are turned by 180 degrees to what policies see; frame i belongs to step image_steps[i]."""
-
-    task: int
-    number: int  # its number in the file
-    init_state: int  # LIBERO init state it starts from; -1 where the file does not say (the official ones)
-    instruction: str
-    actions: np.ndarray  # (T, 7) env units
-    state: np.ndarray  # (T, 8) eef_pos, axis-angle, gripper_qpos
-    image_steps: np.ndarray  # (N,)
-    agentview: np.ndarray  # (N, S, S, 3) uint8
-    wrist: np.ndarray  # (N, S, S, 3) uint8
-
-
-def read_demos(path: Path, task: int) -> Iterator[Demo]:
-    """Demonstrations of one LIBERO HDF5 file: the official ones (an image every step) and this kit's (obs/image_steps).
-
-    Raises:
-        UserError: not an HDF5 file, truncated, keys missing, or values that are not finite.
-    """
-    import h5py
-
-    try:
-        with h5py.File(path, "r") as file:
-            info = json.loads(file["data"].attrs["problem_info"])
-            names = sorted(file["data"], key=lambda n: int(n.rpartition("_")[2]))
-            for name in names:
-                group = file["data"][name]
-                obs, actions = group["obs"], group["actions"][()].astype(np.float32)
-                state = np.concatenate([obs["ee_pos"][()], obs["ee_ori"][()], obs["gripper_states"][()]], axis=1)
-                steps = obs["image_steps"][()] if "image_steps" in obs else np.arange(len(actions))
-                images = [obs[key][()][:, ::-1, ::-1] for key in ("agentview_rgb", "eye_in_hand_rgb")]
-                if not (np.isfinite(actions).all() and np.isfinite(state).all()):
-                    raise UserError(f"{path}: {name} has values that are not finite; record it again with 00_demos.py")
-                if actions.shape[1:] != (7,) or state.shape != (len(actions), 8) or any(len(i) != len(steps) for i in images):
-                    raise UserError(f"{path}: {name} has unexpected shapes; is this a LIBERO demonstration file?")
-                number, init = int(name.rpartition("_")[2]), int(group.attrs.get("init_state_id", -1))
-                instruction = info["language_instruction"]
-                instruction = instruction if isinstance(instruction, str) else " ".join(instruction)
-                yield Demo(task, number, init, instruction, actions, state.astype(np.float32), steps, *images)
-    except (OSError, KeyError, ValueError) as error:
-        raise UserError(f"{path} is not a complete LIBERO HDF5 file ({error}); record it again with 00_demos.py") from error
-
-
 def demonstrations(cfg, holdout: int) -> Iterator[tuple[str, bool, Demo]]:
     """(suite, held out, demonstration) of all demonstrations of a run, always in this order.
 
     Held out are those from the last `holdout` init states of each task, where it has more than so many.
 
     Raises:
-        UserError: there are none, or one starts from an init state that is kept for others.
+        UserError: there are none, one starts from an init state that is kept for others, or images differ in size.
     """
-    n = 0
+    sizes = set()
     for suite in cfg.suites:
         for path in sorted((cfg.data_dir / suite).glob("task_*.hdf5")):
             task = int(path.stem.rpartition("_")[2])
@@ -160,10 +118,11 @@ def demonstrations(cfg, holdout: int) -> Iterator[tuple[str, bool, Demo]]:
             starts = [d.init_state if d.init_state >= 0 else d.number for d in demos]
             distinct = sorted(set(starts))
             held = distinct[len(distinct) - holdout :] if len(distinct) > holdout else []
-            for start, demo in zip(starts, demos, strict=True):
-                n += 1
-                yield suite, start in held, demo
-    if not n:
+            sizes |= {demo.agentview.shape[1] for demo in demos}
+            if len(sizes) > 1:
+                raise UserError(f"{path}: images of {sorted(sizes)} pixels do not go together; record them anew, of one size")
+            yield from ((suite, start in held, demo) for start, demo in zip(starts, demos, strict=True))
+    if not sizes:
         raise UserError(f"no demonstrations under {cfg.data_dir} for suites {cfg.suites}, tasks {cfg.tasks or 'all'}")
 
 
@@ -338,7 +297,7 @@ def attach_adapter(policy, kind: str, rank: int, alpha: int, targets: str, seed:
     import dora
 
     one_of("adapter", kind, ("lora", "dora"))
-    if not any(re.fullmatch(targets, layer) for layer, _ in policy.named_modules()):
+    if not any(regex("targets", targets).fullmatch(layer) for layer, _ in policy.named_modules()):
         raise UserError(f"the regex {targets!r} matches no layer of the policy")
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets, use_dora=kind == "dora")
     if kind == "dora":
@@ -357,7 +316,10 @@ def load_adapter(policy, folder: Path, dropout: float = 0.0):
 
     if not (folder / "adapter_model.safetensors").is_file():
         raise UserError(f"{folder} holds no adapter_model.safetensors; run 03_dpo.py first")
-    adapted = PeftModel.from_pretrained(policy, str(folder))
+    try:
+        adapted = PeftModel.from_pretrained(policy, str(folder))
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{folder} holds no adapter of this policy ({one_line(error)}); run 03_dpo.py again") from error
     if not dropout:
         return adapted.merge_and_unload().eval()
     for layer in policy.eval().modules():
@@ -422,7 +384,10 @@ def propose(policy, obs: dict, cfg: RunConfig, generators: list[torch.Generator]
         raise UserError(f"execute={cfg.execute} actions of a chunk, but the policy's chunks have {policy.horizon}")
     prefix = policy.encode(obs).select(torch.zeros(len(generators), dtype=torch.long))
     noise = cfg.noise_scale * torch.cat([policy.noise(1, g) for g in generators])
-    return policy.sample_actions(prefix, noise, cfg.denoise_steps).cpu()
+    chunks = policy.sample_actions(prefix, noise, cfg.denoise_steps).cpu()
+    if not chunks.isfinite().all():
+        raise UserError("the policy's actions are not finite: its weights or statistics are damaged")
+    return chunks
 
 
 def carry_out(env, actions: np.ndarray) -> int:
@@ -499,7 +464,22 @@ class RunConfig:
     overwrite: bool = False  # redo a stage whose config, inputs or code have changed
 
     def __post_init__(self):
-        at_least(self, execute=1, denoise_steps=1, noise_scale=0, workers=1, image_size=16)
+        from backbones import BACKBONES
+
+        for f in dataclasses.fields(self):  # of any stage: no number is below 0, but a cosine, nor too large for a seed
+            value = getattr(self, f.name)
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, int | float) and not (f.name == "threshold" or 0 <= number <= 2**62):
+                    raise UserError(f"config key {f.name!r} must be 0 or more and no more than 2^62, not {value}")
+        at_least(self, execute=1, denoise_steps=1, workers=1, image_size=16)
+        at_most(self, image_size=480)
+        one_of("backbone", self.backbone, BACKBONES)
+        for suite in self.suites:
+            one_of("suite", suite, MAX_STEPS)
+        if not self.suites:
+            raise UserError(f"suites is empty; choose from {', '.join(MAX_STEPS)}")
+        if self.name != Path(self.name).name or self.name == ".." or not re.fullmatch(r"final|[0-9]+", self.start):
+            raise UserError(f"name={self.name!r} must be a folder's name, start={self.start!r} a step or 'final'")
         choices = {"render": ("fast", "default"), "pairs": ("branch", "episode", "whole"), "adapter": ("lora", "dora")}
         choices |= {"device": ("cpu", "cuda"), "dtype": ("float32", "bfloat16"), "surrogate": SURROGATES}
         for key, known in choices.items():
@@ -546,6 +526,20 @@ def at_least(cfg, **least: float) -> None:
             raise UserError(f"config key {key!r} must be at least {low}, not {getattr(cfg, key)}")
 
 
+def at_most(cfg, **most: float) -> None:
+    """UserError if a named config key is more than so much."""
+    for key, high in most.items():
+        if getattr(cfg, key) > high:
+            raise UserError(f"config key {key!r} must be at most {high}, not {getattr(cfg, key)}")
+
+
+def regex(key: str, text: str) -> re.Pattern:
+    try:
+        return re.compile(text)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise UserError(f"{key}={text!r} is no regular expression ({error})") from error
+
+
 def one_of(key: str, value, known) -> None:
     """UserError unless the value of a config key is a known one."""
     if value not in known:
@@ -557,18 +551,20 @@ def did_you_mean(word: str, known) -> str:
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(map(str, known))}"
 
 
-def _cast(value, kind, key: str):
+def typed(value, kind, key: str):
     """value as the field's type. PyYAML reads 5e-5 as a string: the type decides, not the spelling."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     try:
         if origin is list and isinstance(value, list):
-            return [_cast(v, args[0], key) for v in value]
+            return [typed(v, args[0], key) for v in value]
         if kind is dict and isinstance(value, dict):
             return value
         if kind is bool and isinstance(value, bool):
             return value
-        if kind is str and isinstance(value, str | int | float) and not isinstance(value, bool):
+        if kind is str and isinstance(value, str | int | float) and not isinstance(value, bool) and "\0" not in str(value):
             return str(value)
+        if kind is int and type(value) is int:  # as it is: a float has no room for large ones
+            return value
         if kind is int and not isinstance(value, bool) and float(value) == int(float(value)):
             return int(float(value))
         if kind is float and not isinstance(value, bool) and math.isfinite(float(value)):
@@ -579,21 +575,26 @@ def _cast(value, kind, key: str):
     raise UserError(f"config key {key!r} must be {name}, not {value!r}")
 
 
-def read_yaml(path: Path) -> dict:
-    """A config file, laid over the one of its folder that it names as `base`."""
+def read_yaml(path: Path, above: tuple[str, ...] = ()) -> dict:
+    """A config file, laid over the one of its folder that it names as `base`. above: those that led here."""
     if not path.is_file():
         near = did_you_mean(path.stem, [p.stem for p in (HERE / "configs").glob("*.yaml")])
         raise UserError(f"no config file {path}; {near}")
-    try:
-        data = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    data = parse_yaml(path.read_bytes(), str(path)) or {}
     if not isinstance(data, dict):
         raise UserError(f"{path} must hold `key: value` lines")
     base = data.pop("base", None)
-    if base == path.name or not isinstance(base, str | None):
+    if not isinstance(base, str | None) or (base and (Path(base).name != base or base in (*above, path.name))):
         raise UserError(f"{path}: base must name another YAML of its folder, not {base!r}")
-    return laid_over(read_yaml(path.parent / base), data) if base else data
+    return laid_over(read_yaml(path.parent / base, (*above, path.name)), data) if base else data
+
+
+def parse_yaml(text: str | bytes, where: str):
+    """Plain data of a YAML text; nothing in it is executed."""
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or a number that is none
+        raise UserError(f"{where} is not valid YAML: {one_line(error)}") from error
 
 
 def laid_over(below: dict, above: dict) -> dict:
@@ -633,7 +634,7 @@ def load_config(cls: type, section: str, argv: list[str]):
     def put(key: str, value, where: str):
         if key not in fields:
             raise UserError(f"{where}: unknown key {key!r}; {did_you_mean(key, fields)}")
-        values[key] = _cast(value, fields[key], key)
+        values[key] = typed(value, fields[key], key)
 
     for key, value in data.items():
         if key in STAGES or key == "model":
@@ -656,19 +657,22 @@ def load_config(cls: type, section: str, argv: list[str]):
         if dot and prefix not in STAGES:
             raise UserError(f"{item!r}: no stage is called {prefix!r}; {did_you_mean(prefix, STAGES)}")
         if not dot or prefix == section:
-            try:
-                put(inner, yaml.safe_load(text) if text else "", "command line")  # key= clears a text
-            except yaml.YAMLError as error:
-                raise UserError(f"{item!r} is not valid YAML after the equals sign") from error
+            value = parse_yaml(text, f"{item!r}, after the equals sign,") if text else ""  # key= clears a text
+            put(inner, value, "command line")
     return cls(**values)
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a script's main(); a UserError becomes one line on stderr and exit code 2."""
+    """Call a script's main(); a UserError becomes one line on stderr and exit code 2, and so does a disk that takes no more."""
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        print(f"error: {error}; make room, or name another folder with root=, the same command then goes on", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

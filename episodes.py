@@ -32,7 +32,7 @@ def gather(stage: runs.Stage, worker: Callable, cfg, tasks: list[tuple[str, int]
     """All rows of a stage, by task and init state. What episodes.jsonl lacks is played by `worker`, a generator of rows that
     takes (cfg, folder, suite, task, init states)."""
     path = stage.dir / "episodes.jsonl"
-    done = {(row["suite"], row["task"], row["init_state"]) for row in runs.read_jsonl(path)}
+    done = {(row["suite"], row["task"], row["init_state"]) for row in runs.read_jsonl(path, "suite task init_state success")}
     ranks.wait()  # all have read before any writes
     todo = [(s, t, [i for i in inits if (s, t, i) not in done]) for s, t in tasks]
     jobs = [(cfg, stage.dir, suite, task, rest) for suite, task, rest in todo if rest]

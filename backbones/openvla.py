@@ -91,6 +91,18 @@ class OpenVLAConfig:
                 raise UserError(f"model.{name} is {chosen}; choose from {known}, in this order")
         if self.dino.intermediate_size % self.dino.hidden_size:
             raise UserError("model.dino.intermediate_size must be a multiple of its hidden_size (4 times, as published)")
+        if self.llm.width % (2 * self.llm.num_heads):
+            raise UserError("model.llm.width must be a multiple of twice its num_heads: heads of an even size")
+        if any(t.hidden_size % t.num_attention_heads for t in (self.dino, self.siglip)) or self.image_size < self.patch_size:
+            raise UserError(
+                "model: a tower's hidden_size must be a multiple of its num_attention_heads, and a patch fit into the image"
+            )
+        try:
+            self.prompt.format(task="")
+        except (LookupError, ValueError, AttributeError) as error:
+            raise UserError(f"model.prompt={self.prompt!r} must be a text with {{task}} in it") from error
+        if self.n_bins < 2 or (not self.append_bins and self.n_bins > self.vocab_size):
+            raise UserError(f"model.n_bins={self.n_bins} must be 2 or more, and fit into the vocabulary")
         if self.conv_stem and self.patch_size & (self.patch_size - 1):
             raise UserError("model.conv_stem halves the image at each step: model.patch_size must be a power of 2")
         if max(self.bos, self.eos, self.space) >= self.vocab_size:

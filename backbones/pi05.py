@@ -89,6 +89,14 @@ class Pi05Config:
         shared = ("depth", "num_heads", "num_kv_heads", "head_dim")  # prefix and suffix meet in one attention
         if [getattr(self.vlm, k) for k in shared] != [getattr(self.expert, k) for k in shared]:
             raise UserError(f"model.vlm and model.expert must agree in {', '.join(shared)}; change one of them")
+        if self.vlm.num_heads % self.vlm.num_kv_heads or self.vision.hidden_size % self.vision.num_attention_heads:
+            raise UserError("model: num_heads must be a multiple of num_kv_heads, hidden_size of num_attention_heads")
+        if self.vlm.head_dim % 2 or self.expert.width % 2:
+            raise UserError("model: head_dim and expert.width must be even")
+        if self.vision.image_size < self.vision.patch_size or self.flow_dim < ACTION_DIM:
+            raise UserError(f"model: a patch must fit into the image, and flow_dim hold {ACTION_DIM} actions")
+        if not self.cameras or not set(self.cameras) <= {"agentview", "wrist"}:
+            raise UserError(f"model.cameras is {self.cameras}; choose from agentview, wrist")
         if self.conv_stem and (self.vision.patch_size & (self.vision.patch_size - 1)):
             raise UserError("model.conv_stem halves the image at each step: model.vision.patch_size must be a power of 2")
 

@@ -12,8 +12,9 @@ formats are those of the original code (tests/fixtures/keys-*.txt), and random c
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -57,7 +58,10 @@ def weight_files(path: Path) -> list[Path]:
         return [path]
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(runs.read_json(index).get("weight_map", {}).values()))
+        named = backbones.read_object(index).get("weight_map")
+        if not isinstance(named, dict) or not named or not all(isinstance(n, str) and "\0" not in n for n in named.values()):
+            raise UserError(f"{index} has no weight_map that names files; get the checkpoint again")
+        names = sorted(set(named.values()))
         if outside := [n for n in names if PurePosixPath(n).name != n]:
             raise UserError(f"{index} names {outside[0]!r}, which is not a file of its folder; get the checkpoint again")
         if absent := [n for n in names if not (path / n).is_file()]:
@@ -90,7 +94,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         except SafetensorError as error:
             raise UserError(f"{file} is truncated or no safetensors file ({error}); get it again") from error
     config = folder / "config.json"
-    return Checkpoint(folder, files, shapes, runs.read_json(config) if config.is_file() else {})
+    return Checkpoint(folder, files, shapes, backbones.read_object(config) if config.is_file() else {})
 
 
 # --------------------------------------------------------------------------------------------------------- OpenVLA's keys
@@ -318,8 +322,28 @@ def sizes(path: Path) -> dict:
     """The `model` section that a published checkpoint amounts to, or that the kit's own folder has."""
     if backbones.is_own(path):
         return backbones.config_of(path)
-    c = open_checkpoint(path)
-    return FORMATS[format_of(c)][1](c)
+    with reading(path):
+        c = open_checkpoint(path)
+        return FORMATS[format_of(c)][1](c)
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Files that are not built as their format is: whatever is stumbled over, in one line."""
+    try:
+        yield
+    except (
+        AttributeError,
+        IndexError,
+        KeyError,
+        RuntimeError,
+        SafetensorError,
+        TypeError,
+        ValueError,
+        ZeroDivisionError,
+    ) as error:
+        why = runs.one_line(error)
+        raise UserError(f"{path} is no checkpoint of OpenVLA or pi-0.5, or a damaged one ({why}); get it again") from error
 
 
 def load(path: str | Path, model: dict, suites: list[str]):
@@ -328,20 +352,16 @@ def load(path: str | Path, model: dict, suites: list[str]):
     Raises:
         UserError: whatever is missing, damaged or another model's, with the first key or file concerned.
     """
-    from tokenizers import Tokenizer
-
-    c = open_checkpoint(Path(path))
-    backbone, shapes, stats, native = FORMATS[format_of(c)]
-    with torch.device("meta"):
-        policy = backbones.build(backbone, common.laid_over(shapes(c), model))
-    fill(policy, c, native)
-    policy.norm_stats = stats(c, suites)
+    with reading(path):
+        c = open_checkpoint(Path(path))
+        backbone, shapes, stats, native = FORMATS[format_of(c)]
+        with torch.device("meta"):
+            policy = backbones.build(backbone, common.laid_over(shapes(c), model))
+        fill(policy, c, native)
+        policy.norm_stats = backbones.checked_stats(stats(c, suites), str(path))
     words = c.folder / "tokenizer.json"
     if not words.is_file():
         source = "google/paligemma-3b-pt-224" if backbone == "pi05" else "openvla/openvla-7b"
         raise UserError(f"{c.folder} holds no tokenizer.json; put that of {source} there")
-    try:
-        policy.tokenizer = Tokenizer.from_str(words.read_text())
-    except Exception as error:  # tokenizers raises nothing more special
-        raise UserError(f"{words} is no tokenizer ({json.dumps(str(error))[:80]}); get it again") from error
+    policy.tokenizer = backbones.read_tokenizer(words)
     return policy.eval()

@@ -1,5 +1,9 @@
-"""What the tests of both backbones feed a policy with."""
+"""What the tests of both backbones feed a policy with, and a file of demonstrations."""
 
+import json
+from pathlib import Path
+
+import h5py
 import numpy as np
 import torch
 
@@ -8,6 +12,7 @@ INSTRUCTIONS = [
     "open the drawer",
     "turn on the stove and put the moka pot on top of it",
 ]
+STATES = {"ee_pos": 3, "ee_ori": 3, "gripper_states": 2}  # datasets of the state in a file of demonstrations
 
 
 def stats(n: int, generator: np.random.Generator) -> dict:
@@ -28,3 +33,23 @@ def part(obs: dict, rows: list[int]) -> dict:
 
 def close(a, b, tolerance=2e-6):
     torch.testing.assert_close(a, b, atol=tolerance, rtol=0)
+
+
+def write_demonstrations(path: Path, init_states: list[int], steps: int = 13, every: int = 4, size: int = 32) -> None:
+    """A LIBERO HDF5 file as 00_demos.py writes it, of random numbers; row s of a demonstration's actions has s / 100 in its
+    first column, and so has the state, so that what belongs to a step can be seen."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    g = np.random.default_rng(len(init_states))
+    with h5py.File(path, "w") as file:
+        data = file.create_group("data")
+        data.attrs["problem_info"] = json.dumps({"language_instruction": INSTRUCTIONS[0]})
+        for i, init_state in enumerate(init_states):
+            demo = data.create_group(f"demo_{i}")
+            demo.attrs["init_state_id"] = init_state
+            arrays = {"actions": g.uniform(-1, 1, (steps, 7)), "obs/image_steps": np.arange(0, steps, every)}
+            arrays |= {f"obs/{key}": g.normal(size=(steps, n)) for key, n in STATES.items()}
+            arrays["actions"][:, 0] = arrays["obs/ee_pos"][:, 0] = np.arange(steps) / 100
+            images = (len(arrays["obs/image_steps"]), size, size, 3)
+            arrays |= {f"obs/{key}": g.integers(0, 256, images, np.uint8) for key in ("agentview_rgb", "eye_in_hand_rgb")}
+            for key, value in arrays.items():
+                demo[key] = value

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -204,6 +205,21 @@ def test_jsonl_survives_a_line_cut_short(tmp_path):
     path.write_text('{"a": 1}\nnonsense\n{"a": 2}\n')
     with pytest.raises(common.UserError, match="damaged"):
         runs.read_jsonl(path)
+
+
+def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, capsys):
+    for write, path in ((runs.append_jsonl, Path("/dev/full")), (runs.write_json, tmp_path / "no" / "such" / "folder.json")):
+        with pytest.raises(common.UserError, match=f"{path} cannot be written") as error:
+            write(path, {"a": 1})
+        assert "\n" not in str(error.value)
+    with pytest.raises(common.UserError, match=r"x\.safetensors cannot be written"):
+        runs.save_tensors(tmp_path / "no" / "x.safetensors", {"x": torch.zeros(2)})
+    with pytest.raises(SystemExit) as end:  # a library's own file
+        common.run(lambda: Path("/dev/full").write_text("x"))
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.startswith("error: ") and "make room" in said and said.count("\n") == 1
+    with pytest.raises(FileNotFoundError):  # any other is a mistake of the kit's, and shows where
+        common.run(lambda: (tmp_path / "nowhere").read_text())
 
 
 def test_source_hash_ignores_comments_and_docstrings_only(tmp_path):

@@ -3,6 +3,7 @@
 import importlib
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -116,3 +117,56 @@ def test_a_dry_run_prints_and_writes_nothing(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0 and "activations" in result.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------ what there is beforehand
+def stages(*overrides: str, path: str = TINY) -> dict:
+    names = ("demos", "sft", "prefs", "dpo", "eval")
+    return {name: config(runs.STAGES[name], name, *overrides, path=path) for name in names}
+
+
+def test_too_little_memory_or_disk_is_noticed_before_anything_starts(monkeypatch, tmp_path):
+    cfgs = stages(f"root={tmp_path / 'not' / 'there'}")
+    need, disk = memory.memory_needed(cfgs), memory.disk_needed(cfgs)
+    largest = max(main for main, _ in need.values())
+    assert largest == need["eval"][0] and 4.8e9 < largest < 5.5e9  # two simulators, and a small policy in each
+    assert 1e8 < disk < 1e9  # 200 demonstrations of 64 pixels, eight snapshots of 7 MB
+    for check, room, named in ((memory.check_memory, largest, "workers"), (memory.check_disk, disk, "root=")):
+        for free, ok in ((room, True), (room - 1, False)):
+            monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
+            monkeypatch.setattr(memory.shutil, "disk_usage", lambda folder, free=free: SimpleNamespace(free=free))
+            fits, said = check(cfgs)
+            assert fits == ok and (named in said) == (not ok) and "\n" not in said
+    assert not (tmp_path / "not").exists()
+    more = stages("workers=8", "demos.demos_per_init=10", "image_size=128")
+    assert memory.memory_needed(more)["demos"][0] == 4 * need["demos"][0] and memory.disk_needed(more) > 20 * disk
+
+
+def test_a_policy_of_seven_billion_parameters_needs_a_gpu_of_its_size(monkeypatch):
+    cfgs = stages("device=cuda", path=str(runs.HERE / "configs" / "openvla_7b.yaml"))
+    cfgs = {stage: cfgs[stage] for stage in ("demos", "dpo", "eval")}
+    of_gpu = {stage: gpu for stage, (_, gpu) in memory.memory_needed(cfgs).items()}
+    assert of_gpu["demos"] == 0 and of_gpu["dpo"] > 14 * 2**30
+    for free, ok in ((10**12, True), (8 * 2**30, False)):
+        monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free if device == "cuda" else 10**12)
+        fits, said = memory.check_memory(cfgs)
+        assert fits == ok and "GPU memory" in said
+
+
+def test_what_is_free_heeds_the_containers_limit(monkeypatch, tmp_path):
+    free = memory.free_memory("cpu")
+    assert 0 < free < 2**50
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("400000\n")
+    monkeypatch.setattr(memory, "Path", lambda *parts: tmp_path)
+    assert memory.free_memory("cpu") == 600_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.free_memory("cpu") > 600_000
+
+
+def test_a_build_for_gpus_where_there_is_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(common.UserError, match="device=cpu"):
+        common.RunConfig(device="cuda")
+    assert common.RunConfig().device == "cpu"

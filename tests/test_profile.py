@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -285,6 +286,23 @@ def test_a_changed_image_is_a_miss_and_becomes_what_is_compared_with():
     assert actor.policy.inferences == actor.policy.encoded == 5 and actor.hits == 0
     _, actor = carried_out(rule(reuse="prefix", cap=1), [scene()] * 5)
     assert actor.policy.encoded == 3 and actor.policy.inferences == 5
+
+
+def test_a_slow_drift_is_noticed():
+    """Each image is like the one before it; what counts is how far it is from the one that the kept values come from."""
+    drift = [scene() | {"agentview": np.full((32, 32, 3), 255 - 12 * i, np.uint8)} for i in range(12)]
+    drift = [
+        obs | {"wrist": np.concatenate([np.full((16, 32, 3), 12 * i, np.uint8), obs["wrist"][16:]])}
+        for i, obs in enumerate(drift)
+    ]
+    steps = [
+        caches.similarity(*(torch.from_numpy(np.stack([o["agentview"], o["wrist"]])) for o in two))
+        for two in itertools.pairwise(drift)
+    ]
+    _, actor = carried_out(rule(reuse="prefix", cap=100, threshold=min(steps) - 1e-4), drift)
+    assert 1 < actor.policy.encoded < 12
+    _, actor = carried_out(rule(reuse="prefix", cap=100, threshold=min(steps) - 1e-4), [drift[0]] * 12)
+    assert actor.policy.encoded == 1
 
 
 def test_no_reuse_is_what_evaluation_does():

@@ -331,6 +331,9 @@ def test_installation_checks_pass_here_and_notice_planted_faults(monkeypatch, tm
         assert check()[0], check()
     monkeypatch.setattr(mj, "__version__", "3.3.3")
     assert not preflight.check_mujoco()[0]
+    honest = preflight.runs.sha256  # one texture that was edited
+    monkeypatch.setattr(preflight.runs, "sha256", lambda path: honest(path) if path.name != "ceramic.png" else "")
+    assert not preflight.check_assets()[0]
     monkeypatch.setattr(sim.libraries(), "assets", tmp_path)
     assert not preflight.check_assets()[0]
     array = sim.init_state_array
@@ -344,9 +347,22 @@ def test_preflight_reports_what_cannot_run(monkeypatch, capsys):
 
     monkeypatch.setattr(preflight, "TaskEnv", broken)
     monkeypatch.setattr(preflight, "check_first_import", lambda: (True, "skipped"))
+    monkeypatch.setattr(sys, "argv", ["preflight.py"])
     with pytest.raises(common.UserError, match="2 checks"):
         preflight.main()
     assert "FAIL environment libero_goal: RuntimeError: no display" in capsys.readouterr().out
+
+
+def test_no_gl_is_one_line_with_the_remedy(env, monkeypatch):
+    def broken(*args):
+        raise ImportError("an OpenGL platform library has not been loaded")
+
+    env._renderer.close()
+    env._renderer = None
+    monkeypatch.setattr(mj, "Renderer", broken)
+    with pytest.raises(common.UserError, match=r"OpenGL platform.*apt-get install libegl1") as error:
+        env.frame("agentview")
+    assert "\n" not in str(error.value)
 
 
 # ----------------------------------------------------------------------------------------------------- worker processes
@@ -377,7 +393,7 @@ if __name__ == "__main__":
         assert workers == 1 or "job 1 of 3 (90)" in text, text
         assert outcome([1, 92], workers) == ("UserError", "mine")
     kind, text = outcome([91, 1, 2], 2)
-    assert kind == "RuntimeError" and "job 0 of 3 (91)" in text and "-9" in text, text
+    assert kind == "UserError" and "job 0 of 3 (91)" in text and "-9" in text, text
     print("done")
 """
 

@@ -336,6 +336,16 @@ def run(policy, tmp_path_factory):
     return cfg
 
 
+def test_the_first_step_of_dpo_is_at_the_reference(run):
+    """Policy and reference are one policy there, so with shared noise the margin is exactly 0, and the loss log 2."""
+    for surrogate in ("paper", "exact", "independent"):
+        first = runs.read_jsonl(dataclasses.replace(run, surrogate=surrogate).variant("dpo") / "metrics.jsonl")[0]
+        assert first["step"] == 1 and (first["rewards/margins"] == first["rewards/margin_std"] == 0) == (
+            surrogate != "independent"
+        )
+        assert surrogate == "independent" or first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
 def test_dpo_on_the_exact_likelihood_resumes_where_it_was(run, tmp_path, monkeypatch):
     for surrogate in ("exact", "independent"):
         cfg = dataclasses.replace(run, surrogate=surrogate)
