@@ -123,7 +123,7 @@ def test_cluster_bootstrap_is_wider_than_wilson_when_tasks_differ():
     values, clusters = np.repeat([1.0, 0.0], 50), np.repeat(np.arange(10), 10)
     low, high = common.cluster_bootstrap(values, clusters)
     wl, wh = common.wilson(50, 100)
-    assert low < wl and high > wh
+    assert low < wl - 0.1 and high > wh + 0.1  # ten tasks say less than a hundred episodes
 
 
 # ---------------------------------------------------------------------------------------------------------------- config

@@ -290,15 +290,10 @@ def test_a_changed_image_is_a_miss_and_becomes_what_is_compared_with():
 
 def test_a_slow_drift_is_noticed():
     """Each image is like the one before it; what counts is how far it is from the one that the kept values come from."""
-    drift = [scene() | {"agentview": np.full((32, 32, 3), 255 - 12 * i, np.uint8)} for i in range(12)]
-    drift = [
-        obs | {"wrist": np.concatenate([np.full((16, 32, 3), 12 * i, np.uint8), obs["wrist"][16:]])}
-        for i, obs in enumerate(drift)
-    ]
-    steps = [
-        caches.similarity(*(torch.from_numpy(np.stack([o["agentview"], o["wrist"]])) for o in two))
-        for two in itertools.pairwise(drift)
-    ]
+    a, b = (scene(seed)["wrist"] for seed in (0, 1))
+    drift = [scene() | {"wrist": (a + i / 11 * (b.astype(float) - a)).astype(np.uint8)} for i in range(12)]
+    cameras = [torch.from_numpy(np.stack([obs["agentview"], obs["wrist"]])) for obs in drift]
+    steps = [caches.similarity(*two) for two in itertools.pairwise(cameras)]
     _, actor = carried_out(rule(reuse="prefix", cap=100, threshold=min(steps) - 1e-4), drift)
     assert 1 < actor.policy.encoded < 12
     _, actor = carried_out(rule(reuse="prefix", cap=100, threshold=min(steps) - 1e-4), [drift[0]] * 12)
