@@ -34,8 +34,8 @@ import runs
 
 ALL = {name: tuple(stage[:2]) for name, stage in STAGES.items()}
 ALL["validate"] = ["07_validate.py"], f"{SEED_DIR}/validate-episode"
-cell = ["05_profile.py", "profile.measure=success", "profile.reuse=chunk", "execute=2", "start=final"]
-ALL["cell"] = cell, f"{SEED_DIR}/profile-chunk0.98x4-k2-euler10-val"
+cell = ["05_cells.py", "cells.reuse=chunk", "execute=2", "start=final"]
+ALL["cell"] = cell, f"{SEED_DIR}/cell-chunk0.98x4-k2-euler10-val"
 ALL["distill"] = ["05_distill.py", "start=final", "distill.steps=6", "distill.batch_size=4"], f"{SEED_DIR}/student"
 ALL["distill"][0].extend(["distill.checkpoint_every=2", "distill.log_every=1"])
 ALL["workers"] = ["04_eval.py", "tasks=[0,3]", "workers=2", "eval.n_init=1", "eval.videos=0"], f"{SEED_DIR}/eval-sft"
