@@ -99,10 +99,16 @@ def read_json(path: Path) -> dict:
         raise UserError(f"{path} cannot be read ({one_line(error)}); remove its folder and run its stage again") from error
 
 
+def fingerprint(identity: dict) -> str:
+    text = json.dumps({k: identity.get(k) for k in ("stage", "config", "inputs", "source", "versions")}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def read_identity(path: Path) -> dict:
     """done.json or started.json."""
     found = read_json(path)
-    if not isinstance(found, dict) or not all(isinstance(found.get(k), v) for k, v in IDENTITY.items()):
+    right = isinstance(found, dict) and all(isinstance(found.get(k), v) for k, v in IDENTITY.items())
+    if not right or ("versions" in found and fingerprint(found) != found["fingerprint"]):
         raise UserError(f"{path} is damaged; remove its folder and run its stage again")
     return found
 
@@ -259,8 +265,7 @@ def open_folder(script: str, cfg, folder: Path, shared: str, inputs: list[Path],
     for path in inputs:
         named = str(path.relative_to(run) if path.is_relative_to(run) else path)
         identity["inputs"][named] = sha256(path) if path.is_file() else fingerprint_of(path, run)
-    text = json.dumps({k: identity[k] for k in ("stage", "config", "inputs", "source", "versions")}, sort_keys=True)
-    identity["fingerprint"] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    identity["fingerprint"] = fingerprint(identity)
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = open(folder.with_name(f".{folder.name}.lock"), "w")  # noqa: SIM115 (held until the stage ends)
