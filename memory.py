@@ -228,7 +228,9 @@ def free_memory(device: str) -> int:
     free, groups = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
     for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
         if (groups / limit).is_file() and (most := (groups / limit).read_text().strip()).isdigit():
-            free = min(free, int(most) - int((groups / used).read_text()))
+            counts = dict(line.split() for line in (groups / limit).with_name("memory.stat").read_text().splitlines())
+            cache = int(counts.get("inactive_file", 0))  # of files, given back when it is needed
+            free = min(free, int(most) - int((groups / used).read_text()) + cache)
     return free
 
 

@@ -157,7 +157,8 @@ def test_what_is_free_heeds_the_containers_limit(monkeypatch, tmp_path):
     free = memory.free_memory("cpu")
     assert 0 < free < 2**50
     (tmp_path / "memory.max").write_text("1000000\n")
-    (tmp_path / "memory.current").write_text("400000\n")
+    (tmp_path / "memory.current").write_text("500000\n")
+    (tmp_path / "memory.stat").write_text("anon 300000\ninactive_file 100000\n")
     monkeypatch.setattr(memory, "Path", lambda *parts: tmp_path)
     assert memory.free_memory("cpu") == 600_000
     (tmp_path / "memory.max").write_text("max\n")
