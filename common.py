@@ -474,10 +474,8 @@ class RunConfig:
         at_least(self, execute=1, denoise_steps=1, workers=1, image_size=16)
         at_most(self, image_size=480)
         one_of("backbone", self.backbone, BACKBONES)
-        for suite in self.suites:
+        for suite in self.suites or [""]:
             one_of("suite", suite, MAX_STEPS)
-        if not self.suites:
-            raise UserError(f"suites is empty; choose from {', '.join(MAX_STEPS)}")
         if self.name != Path(self.name).name or self.name == ".." or not re.fullmatch(r"final|[0-9]+", self.start):
             raise UserError(f"name={self.name!r} must be a folder's name, start={self.start!r} a step or 'final'")
         choices = {"render": ("fast", "default"), "pairs": ("branch", "episode", "whole"), "adapter": ("lora", "dora")}
