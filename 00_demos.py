@@ -213,7 +213,12 @@ def main(cfg: Config) -> None:
         raise UserError(f"demos.source={source} is the folder that this stage writes")
     inputs = [source] if cfg.source and (source / "done.json").is_file() else []
     stage = runs.open_stage(
-        __file__, cfg, cfg.data_dir, "suites tasks image_size render", inputs, ["expert.py", "sim.py", "osc.py", "workers.py"]
+        __file__,
+        cfg,
+        cfg.data_dir,
+        "suites tasks image_size render",
+        inputs,
+        ["expert.py", "grasps.py", "sim.py", "osc.py", "workers.py"],
     )
     if stage is None:
         return

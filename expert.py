@@ -14,105 +14,11 @@ from scipy.spatial.transform import Rotation
 
 import sim
 from common import GRIPPER_CLOSE, GRIPPER_OPEN
+from grasps import RIM, UP, YAWS, collisions, limit, rim_grasp, surface_points, top_grasp, turn_between
 
 Actions = Iterator[np.ndarray]
-UP = np.array([0.0, 0.0, 1.0])
-TOP_DOWN = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]])  # hand points down, fingers open along world y
 SLIDE = 2  # mujoco's mjJNT_SLIDE
 SUPPORTS = {"floor", "main_table", "kitchen_table", "living_room_table", "study_table", "coffee_table"}
-# The hand as two boxes around the grasp point: half extents along (opening, across), lowest height above the grasp point.
-PALM, FINGERS, MAX_OPENING = (0.112, 0.040, 0.035), (0.065, 0.018, -0.010), 0.075  # metres
-YAWS = range(-85, 90, 5)  # turns of the hand about the vertical that are tried, in degrees
-RIM = range(-180, 180, 10)  # places around a rim that are tried, in degrees
-
-
-def surface_points(model, data, geoms: list[int], spacing: float = 0.012) -> np.ndarray:
-    """Points (N, 3) on the bounding boxes of geoms in world coordinates, at most `spacing` apart; cylinders are rounded."""
-    clouds = [np.empty((0, 3))]
-    for geom in geoms:
-        centre, half = model.geom_aabb[geom].reshape(2, 3)
-        axes = [np.linspace(-1, 1, int(np.clip(np.ceil(2 * h / spacing) + 1, 2, 25))) for h in half]
-        unit = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
-        unit = unit[np.abs(unit).max(1) > 0.999]  # the surface of the box
-        if model.geom_type[geom] in (3, 5):  # mjGEOM_CAPSULE, mjGEOM_CYLINDER
-            unit[:, :2] /= np.maximum(np.linalg.norm(unit[:, :2], axis=1, keepdims=True), 1)
-        clouds.append(data.geom_xpos[geom] + (centre + unit * half) @ data.geom_xmat[geom].reshape(3, 3).T)
-    return np.concatenate(clouds)
-
-
-def collisions(obstacles: np.ndarray, grasp_point: np.ndarray, opening: np.ndarray, across: np.ndarray) -> int:
-    """How many obstacle points (N, 3) lie inside the open hand above grasp_point; opening and across are its unit axes."""
-    offset = obstacles - grasp_point
-    u, v, z = np.abs(offset @ opening), np.abs(offset @ across), offset[:, 2]
-    return sum(int(((u < a) & (v < b) & (z > low)).sum()) for a, b, low in (PALM, FINGERS))
-
-
-def top_grasp(points: np.ndarray, obstacles: np.ndarray, depth: float, yaws=YAWS) -> tuple[np.ndarray, np.ndarray]:
-    """Position (3,) and rotation (3, 3) of a grasp from above: across the narrowest side of an object, clear of its neighbours.
-
-    points (N, 3) are the object's; the fingers close `depth` below its top, 8 mm above its bottom at least. The grasp may move
-    along the object to get clear; among equals the smallest turn of the hand wins.
-    """
-    height = max(points[:, 2].max() - depth, points[:, 2].min() + 0.008)
-    slab = points[(points[:, 2] > height - 0.012) & (points[:, 2] < height + 0.020), :2]  # what the fingers will touch
-    obstacles = obstacles[np.linalg.norm(obstacles[:, :2] - points[:, :2].mean(0), axis=1) < 0.22]
-    best = np.inf
-    for yaw in np.deg2rad(yaws):
-        opening, across = np.array([-np.sin(yaw), np.cos(yaw), 0]), np.array([-np.cos(yaw), -np.sin(yaw), 0])
-        u, v = slab @ opening[:2], slab @ across[:2]
-        width, half_length = np.ptp(u), np.ptp(v) / 2
-        for shift in (0, -0.5, 0.5) if half_length < 0.03 else (0, -0.25, 0.25, -0.5, 0.5, -0.75, 0.75):
-            along = (v.max() + v.min()) / 2 + shift * half_length
-            point = opening * (u.max() + u.min()) / 2 + across * along + UP * height
-            hits = collisions(obstacles, point, opening, across)
-            cost = width + 10 * (width > MAX_OPENING) + (hits > 0) + 0.001 * hits + 0.01 * abs(yaw) + 0.02 * abs(shift)
-            if cost < best:
-                best, position, rotation = cost, point, Rotation.from_rotvec(yaw * UP).as_matrix() @ TOP_DOWN
-    return position, rotation
-
-
-def rim_grasp(points, obstacles, middle, base, depth: float, angles) -> tuple[np.ndarray, np.ndarray]:
-    """Position (3,) and rotation (3, 3) of a grasp from above over the rim of a bowl or mug, one finger inside.
-
-    points (N, 3) are the object's, middle (3,) is its axis, base (3,) the robot's; the fingers close `depth` below the rim.
-    Among the angles (degrees around the axis) one is best that is clear of obstacles and of the handle, turns the hand little,
-    and does not stretch the arm, which cannot leave the straight posture again.
-    """
-    offset = points[:, :2] - middle[:2]
-    angle, radius = np.arctan2(offset[:, 1], offset[:, 0]), np.linalg.norm(offset, axis=1)
-    typical = np.median(radius[(points[:, 2] > points[:, 2].max() - depth - 0.012) & (radius > 0.5 * radius.max())])
-    obstacles = obstacles[np.linalg.norm(obstacles[:, :2] - middle[:2], axis=1) < 0.25]
-    best = np.inf
-    for phi in np.deg2rad(angles):
-        wedge = (np.abs(wrap(angle - phi, np.pi)) < 0.22) & (radius > 0.6 * typical)
-        if not wedge.any():
-            continue
-        height = points[wedge, 2].max() - depth
-        wall = radius[wedge & (points[:, 2] > height - 0.012) & (points[:, 2] < height + 0.014)]
-        if not len(wall) or wall.max() > 1.25 * typical:  # a handle
-            continue
-        opening, yaw = np.array([np.cos(phi), np.sin(phi), 0]), wrap(phi - np.pi / 2, np.pi / 2)
-        for inward in (0, 0.01, 0.018):
-            point = np.append(middle[:2], height) + ((wall.max() + wall.min()) / 2 - inward) * opening
-            hits, reach = collisions(obstacles, point, opening, np.cross(UP, opening)), np.linalg.norm((point - base)[:2])
-            cost = 0.02 * abs(yaw) + (hits > 0) + 0.01 * hits + inward + 1.5 * max(0, reach - 0.70)
-            if cost < best:
-                best, position, rotation = cost, point, Rotation.from_rotvec(yaw * UP).as_matrix() @ TOP_DOWN
-    return position, rotation
-
-
-def wrap(angle, half: float):
-    """The angle in [-half, half) that differs by a multiple of 2 half."""
-    return (angle + half) % (2 * half) - half
-
-
-def turn_between(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The rotation vector (3,) in world axes that turns rotation matrix a into b."""
-    return Rotation.from_matrix(b @ a.T).as_rotvec()
-
-
-def limit(vector: np.ndarray, norm: float) -> np.ndarray:
-    return vector * min(1.0, norm / max(np.linalg.norm(vector), 1e-12))
 
 
 # ---------------------------------------------------------------------------------------------------------------- expert
@@ -146,36 +52,35 @@ class Expert:
     def gap(self) -> float:  # metres between the fingers, whose coordinates run from -0.04 to 0.04
         return np.ptp(self.env.data.qpos[self.env.robot._ref_gripper_joint_pos_indexes])
 
-    def root(self, name: str) -> str:
+    def root(self, name: str) -> int:
         """The body that carries an object or a fixture."""
-        return (self.env.env.objects_dict | self.env.env.fixtures_dict)[name].root_body
+        return self.env.model.body((self.env.env.objects_dict | self.env.env.fixtures_dict)[name].root_body).id
 
     def spot(self, name: str) -> np.ndarray:
-        """Where something is, (3,): a site (LIBERO's regions), else the origin of an object or fixture."""
-        sites = {self.env.model.site(index).name for index in range(self.env.model.nsite)}
-        data = self.env.data
-        return (data.site(name) if name in sites else data.body(self.root(name))).xpos.copy()
+        """Where something is, (3,): the origin of an object or fixture, or a site (LIBERO's regions)."""
+        known = name in self.env.env.objects_dict or name in self.env.env.fixtures_dict
+        return (self.env.data.xpos[self.root(name)] if known else self.env.data.site(name).xpos).copy()
 
     def points(self, *names: str) -> np.ndarray:
         """Points (N, 3) on the collision geometry of objects and fixtures."""
-        model = self.env.model
-        return self._points(model.body_rootid, [model.body(self.root(name)).rootid[0] for name in names])
+        trees = self.env.model.body_rootid
+        return self.body_points(np.isin(trees, [trees[self.root(name)] for name in names]))
 
-    def _points(self, group: np.ndarray, chosen: list[int]) -> np.ndarray:
-        """The same of all bodies whose entry in group, (nbody,), is among the chosen ones."""
+    def body_points(self, chosen: np.ndarray) -> np.ndarray:
+        """The same of the bodies that are chosen, (nbody,) bool."""
         model = self.env.model
         solid = (model.geom_contype | model.geom_conaffinity) > 0
-        return surface_points(model, self.env.data, np.flatnonzero(solid & np.isin(group[model.geom_bodyid], chosen)))
+        return surface_points(model, self.env.data, np.flatnonzero(solid & chosen[model.geom_bodyid]))
 
     def obstacles(self, target: str) -> np.ndarray:
         return self.points(*sorted({*self.env.env.objects_dict, *self.env.env.fixtures_dict} - SUPPORTS - {target}))
 
     def touches(self, name: str) -> bool:
         """Whether an object touches anything but the robot."""
-        model, data = self.env.model, self.env.data
-        roots = model.body_rootid[model.geom_bodyid[data.contact.geom]]  # (contacts, 2)
-        target, robot = model.body(self.root(name)).rootid[0], model.body(self.env.robot.robot_model.root_body).rootid[0]
-        return bool(((roots == target).any(axis=1) & (roots != robot).all(axis=1)).any())
+        model = self.env.model
+        trees = model.body_rootid[model.geom_bodyid[self.env.data.contact.geom]]  # (contacts, 2)
+        target, robot = (model.body_rootid[body] for body in (self.root(name), model.site_bodyid[self.env.robot.eef_site_id]))
+        return bool(((trees == target).any(axis=1) & (trees != robot).all(axis=1)).any())
 
     def handle(self, joint: str) -> tuple[np.ndarray, np.ndarray]:
         """Of what a joint moves: the part that sticks out most towards opening, (3,), and that direction, (3,).
@@ -183,7 +88,7 @@ class Expert:
         LIBERO's drawers and doors are closed at 0 and open at negative coordinates.
         """
         model, data, j = self.env.model, self.env.data, self.env.model.joint(joint).id
-        points = self._points(np.arange(model.nbody), [model.jnt_bodyid[j]])
+        points = self.body_points(np.arange(model.nbody) == model.jnt_bodyid[j])
         arm = points.mean(0) - data.xanchor[j]
         out = -data.xaxis[j] if model.jnt_type[j] == SLIDE else -np.cross(data.xaxis[j], arm)
         out = out / np.linalg.norm(out)
@@ -241,6 +146,13 @@ def grip(e: Expert, position, rotation, patience=12) -> Actions:
             return
 
 
+def grasp_from_above(e: Expert, position, rotation) -> Actions:
+    """Come down on a grasp and close the fingers."""
+    yield from move_to(e, position + 0.08 * UP + e.jitter(), rotation, GRIPPER_OPEN, turn_tolerance=0.25)
+    yield from descend(e, position, rotation)
+    yield from grip(e, position, rotation)
+
+
 def pick_top(e: Expert, target: str, depth=0.024, yaws=YAWS, lift=0.06) -> Actions:
     """Grasp an object from above and lift it."""
     yield from take(e, target, *top_grasp(e.points(target), e.obstacles(target), depth, yaws), lift)
@@ -263,9 +175,7 @@ def take(e: Expert, target: str, position, rotation, lift, slide=(0, 0, 0)) -> A
     """Come from above to a grasp, close the fingers, and lift."""
     if e.position[2] < position[2] + 0.06:
         yield from move_to(e, np.append(e.position[:2], position[2] + 0.10), rotation, GRIPPER_OPEN)
-    yield from move_to(e, position + 0.08 * UP + e.jitter(), rotation, GRIPPER_OPEN, turn_tolerance=0.25)
-    yield from descend(e, position, rotation)
-    yield from grip(e, position, rotation)
+    yield from grasp_from_above(e, position, rotation)
     if any(slide):
         yield from move_to(e, e.position + slide, rotation, GRIPPER_CLOSE, tolerance=0.015, speed=0.6, patience=25)
     yield from lift_up(e, target, rotation, lift)
@@ -298,7 +208,7 @@ def carried(e: Expert, target: str, goal, rotation) -> np.ndarray:
     return goal - rotation @ e.rotation.T @ (e.spot(target) - e.position)
 
 
-def place(e: Expert, target: str, on: str, shift=(0, 0), up=0.10, opening=None, yaw_tolerance=np.inf) -> Actions:
+def place(e: Expert, target: str, on: str, shift=(0, 0), up=0.10, opening=None) -> Actions:
     """Carry the held object `up` metres over a site or an object, lower it until it touches something, and let go.
 
     shift: from the middle, in metres; opening: the direction of the fingers, if the hand must turn.
@@ -357,9 +267,7 @@ def slide(e: Expert, target: str, to: str, radius=0.064, height=0.009) -> Action
     phi = ahead + min(np.deg2rad([0, 15, -15, 30, -30, 45, -45, 60, -60]), key=cost)
     opening = np.array([np.cos(phi), np.sin(phi), 0])
     position, rotation = middle + radius * opening + height * UP, e.facing(-UP, opening)
-    yield from move_to(e, position + 0.08 * UP + e.jitter(), rotation, GRIPPER_OPEN, turn_tolerance=0.25)
-    yield from descend(e, position, rotation)
-    yield from grip(e, position, rotation)
+    yield from grasp_from_above(e, position, rotation)
     for _ in range(90):
         way = (goal - e.spot(target))[:2]
         if np.linalg.norm(way) < 0.012:
@@ -425,11 +333,9 @@ def turn_knob(e: Expert, joint: str, to=0.9) -> Actions:
     model, data, j = e.env.model, e.env.data, e.env.model.joint(joint).id
     body = model.jnt_bodyid[j]
     across, along = data.xmat[body].reshape(3, 3).T[:2]  # of the ridge
-    top = e._points(np.arange(model.nbody), [body])[:, 2].max()
+    top = e.body_points(np.arange(model.nbody) == body)[:, 2].max()
     position, rotation = np.append(data.xanchor[j][:2], top - 0.012) + 0.005 * along, e.facing(-UP, across)
-    yield from move_to(e, position + 0.08 * UP + e.jitter(), rotation, GRIPPER_OPEN, turn_tolerance=0.25)
-    yield from descend(e, position, rotation)
-    yield from grip(e, position, rotation)
+    yield from grasp_from_above(e, position, rotation)
     yield from follow(e, joint, to, rotation, lead=0.6)
     yield from release(e, e.rotation)
 
@@ -446,102 +352,87 @@ def pick_handle(e: Expert, target: str, tilt=45, lift=0.07) -> Actions:
 
 
 # ----------------------------------------------------------------------------------------------------------------- tasks
-def into_basket(name: str, shift: tuple[float, float] = (0, 0), **grasp) -> list[tuple]:
-    return [(pick_top, {"target": name, **grasp}), (drop_into, {"target": name, "container": "basket_1", "shift": shift})]
-
-
-LIBERO_OBJECT = [
-    *map(into_basket, ("alphabet_soup_1", "cream_cheese_1", "salad_dressing_1", "bbq_sauce_1", "ketchup_1")),
-    *map(into_basket, ("tomato_sauce_1", "butter_1")),
-    into_basket("milk_1", depth=0.030),  # any higher, and the gable of a carton wedges the fingers
-    into_basket("chocolate_pudding_1"),
-    into_basket("orange_juice_1", depth=0.030, yaws=range(70, 115, 5)),  # across the roof, whose ends hook on open fingers
-]
-
 BOWL, MUG, YELLOW_MUG, BOTTLE = "akita_black_bowl_1", "porcelain_mug_1", "white_yellow_mug_1", "wine_bottle_1"
-CABINET, STOVE = "wooden_cabinet_1", "flat_stove_1_cook_region"
+BURNER, KNOB, CABINET = "flat_stove_1_cook_region", "flat_stove_1_button", "wooden_cabinet_1"
+UP_THE_RACK = [(0, -0.10, 0.05), (0, -0.06, 0.04), (0, -0.03, 0.03), (0, -0.018, 0.02), (0, -0.012, 0.012)]
+INTO_MICROWAVE = [(-0.035, -0.197, -0.042), (-0.035, -0.197, -0.052), (-0.035, 0, -0.054), (-0.035, -0.01, -0.075)]
 
 
-def bowl(on: str, lift=0.06, **where) -> list[tuple]:
-    return [(pick_rim, {"target": BOWL, "goal": on, "lift": lift}), (place, {"target": BOWL, "on": on, **where})]
+def do(primitive, **parameters) -> tuple:
+    return primitive, parameters
 
 
-LIBERO_SPATIAL = [bowl("plate_1", lift=0.14 if task == 4 else 0.06) for task in range(10)]  # 4: out of a drawer
-
-LIBERO_GOAL = [
-    [(pull_open, {"joint": f"{CABINET}_middle_level", "to": -0.15, "tilt": 80})],
-    bowl(STOVE),
-    [
-        (pick_top, {"target": BOTTLE, "depth": 0.030}),
-        (place, {"target": BOTTLE, "on": f"{CABINET}_top_side", "shift": (0, 0.03)}),
-    ],
-    [
-        (pull_open, {"joint": f"{CABINET}_top_level", "to": -0.133, "tilt": 70}),
-        (pick_rim, {"target": BOWL, "depth": 0.024, "angles": [180], "pitch": 30, "lift": 0.12, "slide": (-0.09, 0.02, 0.012)}),
-        (place, {"target": BOWL, "on": f"{CABINET}_top_region", "shift": (0.012, 0.012)}),
-    ],
-    bowl(f"{CABINET}_top_side", shift=(0, 0.02)),
-    [(slide, {"target": "plate_1", "to": "main_table_stove_front_region"})],
-    [(pick_top, {"target": "cream_cheese_1", "depth": 0.012}), (place, {"target": "cream_cheese_1", "on": BOWL})],
-    [(turn_knob, {"joint": "flat_stove_1_button"})],
-    bowl("plate_1"),
-    [
-        (pick_top, {"target": BOTTLE, "depth": 0.035, "yaws": [90], "lift": 0.15}),
-        (
-            insert,
-            {
-                "target": BOTTLE,
-                "site": "wine_rack_1_top_region",
-                "pitch": 60,
-                "path": [(0, -0.10, 0.05), (0, -0.06, 0.04), (0, -0.03, 0.03), (0, -0.018, 0.02), (0, -0.012, 0.012)],
-            },
-        ),
-    ],
-]
+def into_basket(name: str, shift: tuple[float, float] = (0, 0), **grasp) -> list[tuple]:
+    return [do(pick_top, target=name, **grasp), do(drop_into, target=name, container="basket_1", shift=shift)]
 
 
-def both_into_basket(first, second):
+def both_into_basket(first: str, second: str) -> list[tuple]:
     return into_basket(first, shift=(0.03, 0)) + into_basket(second, shift=(-0.03, 0))
 
 
-def moka(number: int, shift=(0, 0)):
-    name = f"moka_pot_{number}"
-    return [(pick_top, {"target": name, "depth": 0.030}), (place, {"target": name, "on": STOVE, "shift": shift})]
+def bowl(on: str, lift=0.06, **where) -> list[tuple]:
+    return [do(pick_rim, target=BOWL, goal=on, lift=lift), do(place, target=BOWL, on=on, **where)]
 
 
-def mug(name, plate):
-    return [(pick_rim, {"target": name, "depth": 0.025}), (place, {"target": name, "on": plate})]
+def mug(name: str, plate: str) -> list[tuple]:
+    return [do(pick_rim, target=name, depth=0.025), do(place, target=name, on=plate)]
 
 
-LIBERO_10 = [
-    both_into_basket("alphabet_soup_1", "tomato_sauce_1"),
-    both_into_basket("cream_cheese_1", "butter_1"),
-    [(turn_knob, {"joint": "flat_stove_1_button"}), *moka(1)],
-    bowl("white_cabinet_1_bottom_region", up=0.13) + [(push_shut, {"joint": "white_cabinet_1_bottom_level", "tilt": 50})],
-    mug(MUG, "plate_1") + mug(YELLOW_MUG, "plate_2"),
-    [
-        (pick_top, {"target": "black_book_1", "depth": 0.030, "lift": 0.10}),
-        (place, {"target": "black_book_1", "on": "desk_caddy_1_back_contain_region", "opening": (1, 0, 0), "up": 0.08}),
+def moka(name: str, shift=(0, 0)) -> list[tuple]:
+    return [do(pick_top, target=name, depth=0.030), do(place, target=name, on=BURNER, shift=shift)]
+
+
+SUITES = {
+    "libero_object": [
+        *map(into_basket, ("alphabet_soup_1", "cream_cheese_1", "salad_dressing_1", "bbq_sauce_1", "ketchup_1")),
+        *map(into_basket, ("tomato_sauce_1", "butter_1")),
+        into_basket("milk_1", depth=0.030),  # any higher, and the gable of a carton wedges the fingers
+        into_basket("chocolate_pudding_1"),
+        into_basket("orange_juice_1", depth=0.030, yaws=range(70, 115, 5)),  # across the roof, whose ends hook on open fingers
     ],
-    mug(MUG, "plate_1")
-    + [
-        (pick_top, {"target": "chocolate_pudding_1", "depth": 0.016}),
-        (place, {"target": "chocolate_pudding_1", "on": "living_room_table_plate_right_region", "shift": (0, 0.01)}),
+    "libero_spatial": [bowl("plate_1", lift=0.14 if task == 4 else 0.06) for task in range(10)],  # 4: out of a drawer
+    "libero_goal": [
+        [do(pull_open, joint=f"{CABINET}_middle_level", to=-0.15, tilt=80)],
+        bowl(BURNER),
+        [do(pick_top, target=BOTTLE, depth=0.030), do(place, target=BOTTLE, on=f"{CABINET}_top_side", shift=(0, 0.03))],
+        [
+            do(pull_open, joint=f"{CABINET}_top_level", to=-0.133, tilt=70),
+            # the open drawer hangs over the bowl: grasp it on the robot's side, and draw it out before lifting it
+            do(pick_rim, target=BOWL, depth=0.024, angles=[180], pitch=30, lift=0.12, slide=(-0.09, 0.02, 0.012)),
+            do(place, target=BOWL, on=f"{CABINET}_top_region", shift=(0.012, 0.012)),
+        ],
+        bowl(f"{CABINET}_top_side", shift=(0, 0.02)),
+        [do(slide, target="plate_1", to="main_table_stove_front_region")],
+        [do(pick_top, target="cream_cheese_1", depth=0.012), do(place, target="cream_cheese_1", on=BOWL)],
+        [do(turn_knob, joint=KNOB)],
+        bowl("plate_1"),
+        [
+            do(pick_top, target=BOTTLE, depth=0.035, yaws=[90], lift=0.15),
+            do(insert, target=BOTTLE, site="wine_rack_1_top_region", pitch=60, path=UP_THE_RACK),
+        ],
     ],
-    both_into_basket("alphabet_soup_1", "cream_cheese_1"),
-    moka(2, (0.045, 0)) + moka(1, (-0.045, 0)),
-    [
-        (pick_handle, {"target": YELLOW_MUG}),
-        (
-            insert,
-            {
-                "target": YELLOW_MUG,
-                "site": "microwave_1_heating_region",
-                "path": [(-0.035, -0.197, -0.042), (-0.035, -0.197, -0.052), (-0.035, 0.0, -0.054), (-0.035, -0.01, -0.075)],
-            },
-        ),
-        (push_shut, {"joint": "microwave_1_microjoint", "tilt": 0, "lead": 0.4}),
+    "libero_10": [
+        both_into_basket("alphabet_soup_1", "tomato_sauce_1"),
+        both_into_basket("cream_cheese_1", "butter_1"),
+        [do(turn_knob, joint=KNOB), *moka("moka_pot_1")],
+        bowl("white_cabinet_1_bottom_region", up=0.13) + [do(push_shut, joint="white_cabinet_1_bottom_level", tilt=50)],
+        mug(MUG, "plate_1") + mug(YELLOW_MUG, "plate_2"),
+        [
+            do(pick_top, target="black_book_1", depth=0.030, lift=0.10),
+            do(place, target="black_book_1", on="desk_caddy_1_back_contain_region", opening=(1, 0, 0), up=0.08),
+        ],
+        [
+            *mug(MUG, "plate_1"),
+            do(pick_top, target="chocolate_pudding_1", depth=0.016),
+            do(place, target="chocolate_pudding_1", on="living_room_table_plate_right_region", shift=(0, 0.01)),
+        ],
+        both_into_basket("alphabet_soup_1", "cream_cheese_1"),
+        moka("moka_pot_2", shift=(0.045, 0)) + moka("moka_pot_1", shift=(-0.045, 0)),
+        [
+            do(pick_handle, target=YELLOW_MUG),
+            do(insert, target=YELLOW_MUG, site="microwave_1_heating_region", path=INTO_MICROWAVE),
+            do(push_shut, joint="microwave_1_microjoint", tilt=0, lead=0.4),
+        ],
     ],
-]
-SUITES = {"libero_object": LIBERO_OBJECT, "libero_spatial": LIBERO_SPATIAL, "libero_goal": LIBERO_GOAL, "libero_10": LIBERO_10}
+}
 TASKS = {(suite, task): steps for suite, rows in SUITES.items() for task, steps in enumerate(rows)}
