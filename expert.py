@@ -146,38 +146,38 @@ def grip(e: Expert, position, rotation, patience=12) -> Actions:
             return
 
 
-def grasp_from_above(e: Expert, position, rotation) -> Actions:
-    """Come down on a grasp and close the fingers."""
-    yield from move_to(e, position + 0.08 * UP + e.jitter(), rotation, GRIPPER_OPEN, turn_tolerance=0.25)
+def grasp_from_above(e: Expert, position, rotation, above=0.08) -> Actions:
+    """Come down on a grasp from so many metres above, and close the fingers."""
+    yield from move_to(e, position + above * UP + e.jitter(), rotation, GRIPPER_OPEN, turn_tolerance=0.25)
     yield from descend(e, position, rotation)
     yield from grip(e, position, rotation)
 
 
-def pick_top(e: Expert, target: str, depth=0.024, yaws=YAWS, lift=0.06) -> Actions:
-    """Grasp an object from above and lift it."""
-    yield from take(e, target, *top_grasp(e.points(target), e.obstacles(target), depth, yaws), lift)
+def pick_top(e: Expert, target: str, depth=0.024, yaws=YAWS, lift=0.06, above=0.08) -> Actions:
+    """Grasp an object from above and lift it; above: how high over the grasp to arrive, higher than what stands around it."""
+    yield from take(e, target, *top_grasp(e.points(target), e.obstacles(target), depth, yaws), lift, above=above)
 
 
-def pick_rim(e: Expert, target: str, goal=None, depth=0.026, angles=RIM, pitch=0, lift=0.06, slide=(0, 0, 0)) -> Actions:
+def pick_rim(e: Expert, target: str, goal=None, depth=0.026, angles=RIM, pitch=0, lift=0.06, drag=(0, 0, 0)) -> Actions:
     """Grasp a bowl, plate or mug over its rim and lift it; clear of what stands around it and around its goal.
 
-    pitch: degrees that the hand leans over towards the robot; slide: metres that the object moves along the table before.
+    pitch: degrees that the hand leans over towards the robot; drag: metres that the object moves along the table before.
     """
     points, obstacles, middle = e.points(target), e.obstacles(target), e.spot(target)
     if goal:
         obstacles = np.concatenate([obstacles, obstacles - (e.spot(goal) - np.append(middle[:2], points[:, 2].min()))])
     position, rotation = rim_grasp(points, obstacles, middle, e.base, depth, angles)
     rotation = Rotation.from_euler("y", -pitch, degrees=True).as_matrix() @ rotation
-    yield from take(e, target, position, rotation, lift, slide)
+    yield from take(e, target, position, rotation, lift, drag)
 
 
-def take(e: Expert, target: str, position, rotation, lift, slide=(0, 0, 0)) -> Actions:
+def take(e: Expert, target: str, position, rotation, lift, drag=(0, 0, 0), above=0.08) -> Actions:
     """Come from above to a grasp, close the fingers, and lift."""
     if e.position[2] < position[2] + 0.06:
         yield from move_to(e, np.append(e.position[:2], position[2] + 0.10), rotation, GRIPPER_OPEN)
-    yield from grasp_from_above(e, position, rotation)
-    if any(slide):
-        yield from move_to(e, e.position + slide, rotation, GRIPPER_CLOSE, tolerance=0.015, speed=0.6, patience=25)
+    yield from grasp_from_above(e, position, rotation, above)
+    if any(drag):
+        yield from move_to(e, e.position + drag, rotation, GRIPPER_CLOSE, tolerance=0.015, speed=0.6, patience=25)
     yield from lift_up(e, target, rotation, lift)
 
 
@@ -188,17 +188,20 @@ def lift_up(e: Expert, target: str, rotation, height=0.06) -> Actions:
         raise MissedGrasp(target)
 
 
-def drop_into(e: Expert, target: str, container: str, shift: tuple[float, float] = (0, 0)) -> Actions:
-    """Carry the held object over a container, lower it below the rim, let go, and rise. shift: from its middle, in metres."""
+def drop_into(e: Expert, target: str, container: str, shift: tuple[float, float] = (0, 0), rise=0) -> Actions:
+    """Carry the held object over a container, lower it below the rim, let go, and rise.
+
+    shift: from its middle, in metres; rise: how much higher to carry it, over what stands in the way.
+    """
     rotation, rim = e.rotation, e.points(container)[:, 2].max()
     middle = e.env.data.site(f"{container}_contain_region").xpos[:2] + shift
-    height = rim + 0.03 + e.position[2] - e.points(target)[:, 2].min()  # of the hand, with the object just above the rim
+    height = rim + 0.03 + e.position[2] - e.points(target)[:, 2].min() + rise  # of the hand, the object just above the rim
     lifted = np.append(e.position[:2], max(height - 0.05, e.position[2] + 0.02)) + e.jitter()
     yield from move_to(e, lifted, rotation, GRIPPER_CLOSE, tolerance=0.04)
     offset = (e.points(target).max(0) + e.points(target).min(0))[:2] / 2 - e.position[:2]
     over = np.append(middle - offset, height) + e.jitter()
     yield from move_to(e, over, rotation, GRIPPER_CLOSE)
-    inside = np.append(over[:2], max(over[2] - 0.09, rim + 0.015))  # the hand itself stays above the rim
+    inside = np.append(over[:2], max(over[2] - 0.09 - rise, rim + 0.015))  # the hand itself stays above the rim
     yield from move_to(e, inside, rotation, GRIPPER_CLOSE, tolerance=0.015, speed=0.8)
     yield from release(e, rotation)
 
@@ -208,10 +211,11 @@ def carried(e: Expert, target: str, goal, rotation) -> np.ndarray:
     return goal - rotation @ e.rotation.T @ (e.spot(target) - e.position)
 
 
-def place(e: Expert, target: str, on: str, shift=(0, 0), up=0.10, opening=None) -> Actions:
+def place(e: Expert, target: str, on: str, shift=(0, 0), up=0.10, down=None, opening=None) -> Actions:
     """Carry the held object `up` metres over a site or an object, lower it until it touches something, and let go.
 
-    shift: from the middle, in metres; opening: the direction of the fingers, if the hand must turn.
+    shift: from the middle, in metres; down: lower it to this height over the spot, whatever it touches;
+    opening: the direction of the fingers, if the hand must turn.
     """
     rotation = e.rotation if opening is None else e.facing(-UP, np.array(opening, float))
     bottom = e.spot(target)[2] - e.points(target)[:, 2].min()
@@ -222,7 +226,9 @@ def place(e: Expert, target: str, on: str, shift=(0, 0), up=0.10, opening=None) 
     yield from move_to(e, over + e.jitter(), rotation, GRIPPER_CLOSE, turn_tolerance=0.3)
     over = carried(e, target, goal + up * UP, rotation)
     yield from move_to(e, over, rotation, GRIPPER_CLOSE, tolerance=0.012, patience=20)
-    for _ in itertools.takewhile(lambda _: not e.touches(target), range(60)):
+    for _ in range(60):
+        if e.touches(target) if down is None else e.spot(target)[2] < goal[2] + down:
+            break
         below = carried(e, target, goal, rotation)
         yield e.towards(np.append(below[:2], e.position[2] - 0.04), rotation, GRIPPER_CLOSE, speed=0.6)
     yield from release(e, rotation)
@@ -342,11 +348,17 @@ def turn_knob(e: Expert, joint: str, to=0.9) -> Actions:
 
 def pick_handle(e: Expert, target: str, tilt=45, lift=0.07) -> Actions:
     """Grasp a mug by its handle, the hand leaning away from it, and lift it."""
-    points, middle = e.points(target), e.spot(target)
-    radius = np.linalg.norm((points - middle)[:, :2], axis=1)
-    bar = points[radius > radius.max() - 0.018]
-    bar = (bar.max(0) + bar.min(0)) / 2
-    out = (bar - middle) * [1, 1, 0] / np.linalg.norm((bar - middle)[:2])
+    points = e.points(target)
+    offset = (points - e.spot(target))[:, :2]
+
+    def extent(angle):
+        """(N,) along that direction, and the width of the outermost 12 mm across it: a handle is far out and narrow."""
+        along, across = offset @ [np.cos(angle), np.sin(angle)], offset @ [-np.sin(angle), np.cos(angle)]
+        return along, np.ptp(across[along > along.max() - 0.012])
+
+    angle = min(np.deg2rad(range(0, 360, 5)), key=lambda angle: extent(angle)[1] - 0.5 * extent(angle)[0].max())
+    along, out = extent(angle)[0], np.array([np.cos(angle), np.sin(angle), 0])
+    bar = points[along > along.max() - 0.018].mean(0)
     rotation = yield from seize(e, bar, out, np.cross(UP, out), tilt, past=0.004)
     yield from lift_up(e, target, rotation, lift)
 
@@ -362,12 +374,13 @@ def do(primitive, **parameters) -> tuple:
     return primitive, parameters
 
 
-def into_basket(name: str, shift: tuple[float, float] = (0, 0), **grasp) -> list[tuple]:
-    return [do(pick_top, target=name, **grasp), do(drop_into, target=name, container="basket_1", shift=shift)]
+def into_basket(name: str, shift: tuple[float, float] = (0, 0), rise=0, **grasp) -> list[tuple]:
+    return [do(pick_top, target=name, **grasp), do(drop_into, target=name, container="basket_1", shift=shift, rise=rise)]
 
 
 def both_into_basket(first: str, second: str) -> list[tuple]:
-    return into_basket(first, shift=(0.03, 0)) + into_basket(second, shift=(-0.03, 0))
+    high = {"above": 0.18, "rise": 0.08}  # over the cartons, which fall when they are touched
+    return into_basket(first, shift=(0.03, 0), **high) + into_basket(second, shift=(-0.03, 0), **high)
 
 
 def bowl(on: str, lift=0.06, **where) -> list[tuple]:
@@ -398,7 +411,7 @@ SUITES = {
         [
             do(pull_open, joint=f"{CABINET}_top_level", to=-0.133, tilt=70),
             # the open drawer hangs over the bowl: grasp it on the robot's side, and draw it out before lifting it
-            do(pick_rim, target=BOWL, depth=0.024, angles=[180], pitch=30, lift=0.12, slide=(-0.09, 0.02, 0.012)),
+            do(pick_rim, target=BOWL, depth=0.024, angles=[180], pitch=30, lift=0.12, drag=(-0.09, 0.02, 0.012)),
             do(place, target=BOWL, on=f"{CABINET}_top_region", shift=(0.012, 0.012)),
         ],
         bowl(f"{CABINET}_top_side", shift=(0, 0.02)),
@@ -419,7 +432,7 @@ SUITES = {
         mug(MUG, "plate_1") + mug(YELLOW_MUG, "plate_2"),
         [
             do(pick_top, target="black_book_1", depth=0.030, lift=0.10),
-            do(place, target="black_book_1", on="desk_caddy_1_back_contain_region", opening=(1, 0, 0), up=0.08),
+            do(place, target="black_book_1", on="desk_caddy_1_back_contain_region", opening=(1, 0, 0), down=-0.05),
         ],
         [
             *mug(MUG, "plate_1"),
