@@ -218,8 +218,10 @@ def place(e: Expert, target: str, on: str, shift=(0, 0), up=0.10, down=None, ope
     opening: the direction of the fingers, if the hand must turn.
     """
     rotation = e.rotation if opening is None else e.facing(-UP, np.array(opening, float))
-    bottom = e.spot(target)[2] - e.points(target)[:, 2].min()
-    goal = e.spot(on) + [*shift, bottom]
+    points, origin = e.points(target), e.spot(target)
+    goal = e.spot(on) + [*shift, origin[2] - points[:, 2].min()]  # of the object's origin
+    if down is not None:  # between walls it is the middle that counts
+        goal[:2] -= (rotation @ e.rotation.T @ ((points.max(0) + points.min(0)) / 2 - origin))[:2]
     rise = e.position + max(0, goal[2] + up - 0.02 - e.spot(target)[2]) * UP
     yield from move_to(e, rise + e.jitter(), e.rotation, GRIPPER_CLOSE, tolerance=0.04)
     over = carried(e, target, goal + up * UP, rotation)
