@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import importlib
 import os
 import pickle
 import signal
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 
 import common
+import expert
 import preflight
 import sim
 from workers import parallel
@@ -136,10 +136,9 @@ def test_long_contact_rich_episodes_are_robosuites_own_loop_bit_for_bit(suite, t
 
     env.reset(init)
     if suite == "libero_object":
-        demos = importlib.import_module("00_demos")
-        expert = demos.Expert(env, rng, 0.0)
-        for primitive, parameters in demos.TASKS[suite, task]:
-            for action in primitive(expert, **parameters):
+        hand = expert.Expert(env, rng, 0.0)
+        for primitive, parameters in expert.TASKS[suite, task]:
+            for action in primitive(hand, **parameters):
                 robosuite(action)
         assert env.success  # the object was grasped, carried and released
     push = np.zeros(7)
