@@ -381,6 +381,7 @@ def test_adapter_starts_as_an_identity_and_reference_switches_it_off(kind, tmp_p
     perturbed = score()
     with policy.reference():
         assert torch.equal(score(), base) and not torch.is_grad_enabled()
+    assert torch.equal(score(), perturbed)  # now, and not after a second time only
     with pytest.raises(ZeroDivisionError), policy.reference():
         raise ZeroDivisionError
     assert torch.equal(score(), perturbed) and torch.is_grad_enabled()
