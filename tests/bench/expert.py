@@ -42,6 +42,7 @@ def main(*arguments: str) -> None:
     suites = [a for a in arguments if "=" not in a] or ["libero_object", "libero_spatial", "libero_goal", "libero_10"]
     tasks = [int(t) for t in options.get("tasks", "0,1,2,3,4,5,6,7,8,9").split(",")]
     n, out, code = int(options["n"]), Path(options["out"]), {name: runs.source_hash(runs.HERE / name) for name in CODE}
+    out.parent.mkdir(parents=True, exist_ok=True)
     kept = runs.read_json(out) if out.is_file() else {}
     rows, began = kept["rows"] if kept.get("code") == code else [], time.process_time()
     print("| suite | task | first try | solved | steps | longest | instruction |\n" + 7 * "|---" + "|")
