@@ -104,7 +104,7 @@ def main(words: str = "", out: str = "") -> int:
     if wrong := [problem for row in rows for problem in problems(row)]:
         print("\n".join(wrong), file=sys.stderr)
         return 1
-    for library in LIBRARIES:  # for the forks; nothing of the kit's own, nor mujoco, which chooses its renderer when it is imported
+    for library in LIBRARIES:  # for the forks; not mujoco, which chooses its renderer on import
         importlib.import_module(library)
     results, passes = [], {}
     with tempfile.TemporaryDirectory() as folder:
