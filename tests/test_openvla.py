@@ -191,6 +191,10 @@ def test_images(shared_policy):
     policy = make_policy(image_pipeline="openvla", towers=["siglip"], image_size=64)
     grey = torch.full((1, 96, 96, 3), 128, dtype=torch.uint8)
     close(policy.pixels(grey), torch.full((1, 3, 64, 64), 128 / 255 * 2 - 1))
+    scene = observations(size=96)["agentview"][:1]
+    seen = openvla_images.resize_lanczos3(openvla_images.jpeg(scene[0].numpy()), 64)  # the frame as it was stored, then resized
+    seen = torch.from_numpy(openvla_images.center_crop(seen)).permute(2, 0, 1)[None] / 255 * 2 - 1
+    close(policy.pixels(scene), seen)
 
 
 # ----------------------------------------------------------------------------------------------------------- action tokens
