@@ -183,6 +183,7 @@ def settling(cfg) -> list[dict]:
     for surrogate, mine in [(arm, mine) for arm, mine in played.items() if mine]:
         row = {"policy": "dpo" if surrogate != "none" else "sft", "surrogate": surrogate, "n": len(mine)}
         row |= {"name": f"{surrogate if surrogate != 'none' else 'sft'}, seeds together"}
+        row |= {"adapter": cfg.adapter if surrogate != "none" else "none"}
         row |= {"train_seeds": sorted({int(key[0].removeprefix("seed")) for key in mine}), "successes": sum(mine.values())}
         row["ci95"] = list(common.wilson(row["successes"], row["n"]))
         both = [key for key in mine if key in paper]

@@ -12,6 +12,10 @@ INSTRUCTIONS = [
     "open the drawer",
     "turn on the stove and put the moka pot on top of it",
 ]
+SIZE = {"width": 32, "depth": 2, "mlp_dim": 48, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16}
+VISION = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+FLOW_MODEL = {"vlm": SIZE, "expert": SIZE, "vision": VISION | {"image_size": 32, "patch_size": 16}, "horizon": 4, "flow_dim": 7}
+FLOW_MODEL |= {"state_token": True, "gate_bias": 1.0}  # pi05 at a size for tests
 STATES = {"ee_pos": 3, "ee_ori": 3, "gripper_states": 2}  # datasets of the state in a file of demonstrations
 
 

@@ -14,18 +14,13 @@ import numpy as np
 import planted
 import pytest
 import torch
-from samples import INSTRUCTIONS, close, write_demonstrations
+from samples import FLOW_MODEL, INSTRUCTIONS, close, write_demonstrations
 
 import backbones
 import common
 import runs
 
 sft, prefs, evaluation = (importlib.import_module(name) for name in ("01_sft", "02_collect_prefs", "04_eval"))
-
-SIZE = {"width": 32, "depth": 2, "mlp_dim": 48, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16}
-VISION = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-MODEL = {"vlm": SIZE, "expert": SIZE, "vision": VISION | {"image_size": 32, "patch_size": 16}, "horizon": 4, "flow_dim": 7}
-MODEL |= {"state_token": True, "gate_bias": 1.0}
 
 
 # ------------------------------------------------------------------------------------------------------------- the table
@@ -50,7 +45,7 @@ def test_a_stream_is_the_same_in_every_process():
 def policy():
     """Its units are not the environment's: -1 and 1 are actions of -0.5 and 0.3."""
     torch.manual_seed(0)
-    made = backbones.build("pi05", MODEL, INSTRUCTIONS)
+    made = backbones.build("pi05", FLOW_MODEL, INSTRUCTIONS)
     stats = {"mean": 0.1, "std": 0.2, "q01": -0.5, "q99": 0.3}
     made.norm_stats = {kind: {k: [v] * n for k, v in stats.items()} for kind, n in (("action", 7), ("state", 8))}
     return made.eval()
@@ -178,7 +173,7 @@ def test_a_pair_takes_a_success_and_a_failure(won, monkeypatch):
 # -------------------------------------------------------------------------------------------------------- fine-tuning
 def config_of(tmp_path, **changes):
     values = {"steps": 1, "batch_size": 4, "draws": 2, "warmup": 0, "holdout": 1, "log_every": 1, "checkpoint_every": 1}
-    cfg = sft.Config(name="x", root=str(tmp_path), model=MODEL, tasks=[0], **values | changes)
+    cfg = sft.Config(name="x", root=str(tmp_path), model=FLOW_MODEL, tasks=[0], **values | changes)
     write_demonstrations(cfg.data_dir / "libero_object" / "task_00.hdf5", [0, 0, 1, 2])
     runs.write_json(cfg.data_dir / "done.json", {"stage": "00_demos", "inputs": {}, "fingerprint": "of the test"})
     return cfg

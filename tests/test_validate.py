@@ -10,7 +10,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from samples import INSTRUCTIONS
+from samples import FLOW_MODEL, INSTRUCTIONS
 from scipy import stats
 from torch.distributions import MultivariateNormal
 
@@ -19,19 +19,15 @@ import backbones
 import common
 import likelihood
 import runs
+from report import plots
 
 dpo, validate = importlib.import_module("03_dpo"), importlib.import_module("07_validate")
-
-SIZE = {"width": 32, "depth": 2, "mlp_dim": 48, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16}
-VISION = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-MODEL = {"vlm": SIZE, "expert": SIZE, "vision": VISION | {"image_size": 32, "patch_size": 16}, "horizon": 4, "flow_dim": 7}
-MODEL |= {"state_token": True, "gate_bias": 1.0}
 
 
 @pytest.fixture(scope="module")
 def policy():
     torch.manual_seed(0)
-    made = backbones.build("pi05", MODEL, INSTRUCTIONS)
+    made = backbones.build("pi05", FLOW_MODEL, INSTRUCTIONS)
     unit = {"mean": 0.0, "std": 1.0, "q01": -1.0, "q99": 1.0}
     made.norm_stats = {kind: {k: [v] * n for k, v in unit.items()} for kind, n in (("action", 7), ("state", 8))}
     with torch.no_grad():  # a field that bends: at its initialisation it is almost linear
@@ -435,6 +431,8 @@ def test_success_of_weights_that_were_made_anew_is_not_counted(tmp_path):
             runs.write_rows(folder / "episodes.jsonl", rows)
     counted = {row["surrogate"]: (row["successes"], row["n"], row["train_seeds"]) for row in agreement.settling(cfg)}
     assert counted == {"paper": (8, 10, [1, 2]), "exact": (8, 10, [1, 2])}
+    rows = [row | {"suite": "s", "start": "750"} for row in agreement.settling(cfg)]
+    plots.success(plots.COLOURS["light"] | {"ink": "black"}, rows)  # 08_report.py draws them as it does any policy's
     runs.write_json(dataclasses.replace(cfg, seed=2).variant("dpo") / "done.json", {"fingerprint": "now"})
     counted = {row["surrogate"]: (row["successes"], row["n"], row["train_seeds"]) for row in agreement.settling(cfg)}
     assert counted == {"paper": (4, 5, [1]), "exact": (8, 10, [1, 2])}
