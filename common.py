@@ -356,23 +356,18 @@ def given_or_made(cfg: RunConfig, kind: str) -> list[Path]:
 
 
 def load_sft(cfg: RunConfig):
-    """The policy that everything starts from, in evaluation mode: a published checkpoint where the config names one,
-    else that of stage 01, its final weights or the snapshot that `start` names."""
+    """The policy that everything starts from, in evaluation mode: `checkpoint` or that of stage 01, its final weights or the
+    snapshot that `start` names."""
     import backbones
 
-    if cfg.checkpoint:
-        if cfg.start != "final":
-            raise UserError(f"start={cfg.start} names a snapshot of 01_sft.py, but checkpoint={cfg.checkpoint} is given")
-        policy = backbones.load_policy(cfg.checkpoint, model=cfg.model, suites=cfg.suites)
-        if policy.backbone != cfg.backbone:
-            raise UserError(f"{cfg.checkpoint} is a checkpoint of {policy.backbone}; set backbone={policy.backbone}")
-    else:
-        folder = require(cfg.start_dir / "sft", "sft")
-        weights = "model.safetensors" if cfg.start == "final" else f"model-{cfg.start}.safetensors"
-        if not (folder / weights).is_file():
-            kept = ", ".join(sorted(p.stem.partition("-")[2] for p in folder.glob("model-*.safetensors"))) or "none"
-            raise UserError(f"no SFT snapshot of step {cfg.start!r} (kept: {kept}); see sft.snapshots")
-        policy = backbones.load_policy(folder, weights)
+    folder = Path(cfg.checkpoint) if cfg.checkpoint else require(cfg.start_dir / "sft", "sft")
+    weights = "model.safetensors" if cfg.start == "final" else f"model-{cfg.start}.safetensors"
+    if cfg.start != "final" and not (folder / weights).is_file():
+        kept = ", ".join(sorted(p.stem.partition("-")[2] for p in folder.glob("model-*.safetensors"))) or "none"
+        raise UserError(f"no SFT snapshot of step {cfg.start} in {folder} (kept: {kept}); see sft.snapshots")
+    policy = backbones.load_policy(folder, weights, cfg.model if cfg.checkpoint else None, cfg.suites)
+    if policy.backbone != cfg.backbone:
+        raise UserError(f"{folder} is a checkpoint of {policy.backbone}; set backbone={policy.backbone}")
     return policy.cast(cfg.dtype).to(ranks.place(cfg.device)).eval()
 
 
@@ -442,7 +437,7 @@ class RunConfig:
     model: dict = field(default_factory=dict)  # sizes and knobs of the backbone, see backbones/
     stages: str = ""  # that run_all.sh runs where its command line names none; empty = its default
     adapters: str = ""  # the same: which adapters it trains and evaluates
-    checkpoint: str = ""  # folder of weights, published or 05_distill.py's, that 02 to 07 start from; empty = 01's
+    checkpoint: str = ""  # folder of weights, published or the kit's, that 02 to 07 start from; empty = 01's
     pairs_from: str = ""  # folder of preference pairs that 03 and 07 take; empty = 02's
     adapters_from: str = ""  # folder that holds lora/ and dora/, trained adapters that 04 and 07 take; empty = 03's
     device: str = "cpu"  # or "cuda", with torchrun a GPU per rank

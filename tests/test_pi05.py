@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import backbones
 import common
+import runs
 from backbones import pi05
 from backbones.layers import Prefix
 from backbones.pi05 import Pi05, Pi05Config
@@ -325,6 +326,19 @@ def test_saved_policy_is_the_same_policy(tmp_path):
     same = [p.unnormalise(p.sample_actions(p.encode(obs), noise)) for p in (policy, loaded, copy.deepcopy(policy))]
     assert torch.equal(same[0], same[1]) and torch.equal(same[0], same[2])
     assert {f.name for f in tmp_path.iterdir()} == {"model.safetensors", "config.json", "norm_stats.json", "tokenizer.json"}
+
+
+def test_a_snapshot_of_a_given_checkpoint(tmp_path):
+    """checkpoint=FOLDER start=750 takes model-750.safetensors of that folder, and nothing else is a start."""
+    policy = make_policy()
+    policy.save(tmp_path)
+    last = policy.state_dict()["expert.norm.dense.bias"].clone()
+    runs.save_tensors(tmp_path / "model-750.safetensors", {k: v + 1 for k, v in policy.state_dict().items()})
+    for start, shift in (("final", 0), ("750", 1)):
+        started = common.load_sft(common.RunConfig(checkpoint=str(tmp_path), start=start))
+        assert torch.equal(started.state_dict()["expert.norm.dense.bias"], last + shift)
+    with pytest.raises(common.UserError, match=r"step 800 .*kept: 750"):
+        common.load_sft(common.RunConfig(checkpoint=str(tmp_path), start="800"))
 
 
 @pytest.mark.parametrize("damage", ["missing", "unknown", "shape"])
