@@ -28,6 +28,8 @@ from collections import Counter
 from pathlib import Path
 
 import psutil
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from test_pipeline import SEED_DIR, STAGES, command, copy_of_the_kit, outputs
 
 import runs

@@ -14,7 +14,8 @@ if [[ -z ${PYTHON:-} ]]; then
 fi
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-LONG=$LONG "$PYTHON" -m pytest -q ${ARGUMENTS[@]+"${ARGUMENTS[@]}"}
+# two processes, a file of tests in one of them
+LONG=$LONG OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder ${ARGUMENTS[@]+"${ARGUMENTS[@]}"}
 if [[ -n $LONG ]]; then
   "$PYTHON" tests/planted.py out=results/reliability
   "$PYTHON" tests/faults.py out=results/reliability
