@@ -185,13 +185,17 @@ class Stage:
         times: what else timing.json shall hold. facts: what else done.json shall.
 
         Raises:
-            UserError: a script was edited meanwhile; worker processes started since then have run the new code.
+            UserError: a script was edited meanwhile, so that worker processes started since then have run the new code; or a
+                file of tensors is damaged.
         """
         if edited := [name for name, source in self.identity["source"].items() if source != source_hash(HERE / name)]:
             raise UserError(f"{edited[0]} was edited while the stage ran, so {self.dir} may mix both; run it again")
         files = {str(p.relative_to(self.dir)): p for p in sorted(self.dir.rglob("*")) if p.is_file()}
         for name in [n for n in files if Path(n).name.startswith(".")]:
             files.pop(name).unlink()  # what a kill in the middle of a write left
+        for path in files.values():
+            if path.suffix == ".safetensors":
+                load_tensors(path)  # those written before an interruption are still what they were
         outputs = {n: sha256(p) for n, p in files.items() if n not in ("timing.json", "started.json", "checkpoint.pt")}
         usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
         timing = {"last_process_s": round(time.time() - self.began, 1), "peak_rss_mb": usage // 1024, "host": platform.platform()}
@@ -354,18 +358,34 @@ def load_checkpoint(path: Path) -> dict | None:
     raise UserError(f"{path} is damaged; remove it to train from the start")
 
 
+def digest(tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of tensors: names, types, shapes and bits."""
+    state = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        state.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        state.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return state.hexdigest()
+
+
 def save_tensors(path: Path, tensors: dict) -> None:
+    """A safetensors file that carries the digest of what is in it."""
     from safetensors.torch import save_file
 
+    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     with replacing(path) as temporary:
-        save_file({k: v.detach().contiguous().clone() for k, v in tensors.items()}, temporary)
+        save_file(tensors, temporary, {"sha256": digest(tensors)})
         temporary.chmod(0o644)  # safetensors makes it 0600
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
+    """The tensors of a safetensors file; UserError if it can't be read, or is not what save_tensors wrote."""
+    from safetensors import safe_open
 
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            written, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read ({one_line(error)}); remove its folder and run its stage again") from error
+    if (written or {}).get("sha256") not in (None, digest(tensors)):
+        raise UserError(f"{path} is damaged, its checksum is wrong; remove its folder and run its stage again")
+    return tensors

@@ -8,7 +8,7 @@ worker    a worker process killed (evaluation with two workers)
 input     an input file cut in half, or with one bit flipped
 partial   the same to a file that a killed stage had written
 twice     a second run started on the same folder
-place     another working directory, a source folder that may not be written, a user without rights, no GL library
+place     another working directory, a source folder that may not be written, no GL library
 
 After each the stage is run again. Its files must be those of the undisturbed run, or else one line must name the file and the
 remedy, and the remedy help. Everything lies in a folder whose name has a space. `moments` is how many kills each stage gets; of
@@ -270,15 +270,17 @@ def place(bench: Bench, name: str) -> None:
         return bench.note(name, "a source folder that may not be written", "not tried: needs root")
     kit = bench.without(name)
     shutil.copytree(kit / "runs", elsewhere / "runs", dirs_exist_ok=True)
-    for path in [bench.folder, elsewhere, *elsewhere.rglob("*")]:
-        os.chown(path, 65534, 65534)
-    options = {"cwd": kit, "capture_output": True, "text": True, "user": 65534, "env": os.environ | {"HOME": "/nonexistent"}}
-    refused = subprocess.run(command(script), **options)
-    result = subprocess.run(command(script, f"root={elsewhere / 'runs'}"), **options)
-    made = elsewhere / folder
+    shutil.rmtree(elsewhere / folder, ignore_errors=True)
+    subprocess.run(["mount", "--bind", kit, kit], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", kit], check=True)
+        refused = run(kit, name)
+        result = subprocess.run(command(script, f"root={elsewhere / 'runs'}"), cwd=kit, capture_output=True, text=True)
+    finally:
+        subprocess.run(["umount", kit], check=True)
     same = result.returncode == 0 and outputs(elsewhere, folder)["outputs"] == outputs(bench.undisturbed, folder)["outputs"]
     said = one_line(refused, refused.stderr) and "root=" in refused.stderr
-    outcome = SAID if said and same else f"{refused.stderr[-300:]!r}, {result.stderr[-300:]!r}, {made.exists()}"
+    outcome = SAID if said and same else f"{refused.stderr[-300:]!r}, {result.stderr[-300:]!r}"
     bench.note(name, "a source folder that may not be written", outcome)
 
 

@@ -207,6 +207,23 @@ def test_jsonl_survives_a_line_cut_short(tmp_path):
         runs.read_jsonl(path)
 
 
+def test_a_flipped_bit_in_tensors_is_found_when_they_are_read_and_before_a_stage_is_done(tmp_path):
+    tensors = {"a": torch.randn(3, 2), "b": torch.ones(2, dtype=torch.bool), "c": torch.randn(4).bfloat16(), "d": torch.tensor(1)}
+    stage = runs.open_stage("01_sft.py", Config(name="x", root=str(tmp_path)), tmp_path / "sft", "seed", [], [])
+    path = stage.dir / "model-4.safetensors"
+    runs.save_tensors(path, tensors)
+    assert all(torch.equal(value, tensors[key]) for key, value in runs.load_tensors(path).items())
+    whole = path.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")  # of the values
+    for at in range(start, len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(common.UserError, match=r"model-4\.safetensors (is damaged|cannot be read)"):
+            runs.load_tensors(path)
+    with pytest.raises(common.UserError, match="is damaged"):
+        stage.finish()
+    assert not (stage.dir / "done.json").exists()
+
+
 def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, capsys):
     for write, path in ((runs.append_jsonl, Path("/dev/full")), (runs.write_json, tmp_path / "no" / "such" / "folder.json")):
         with pytest.raises(common.UserError, match=f"{path} cannot be written") as error:
