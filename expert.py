@@ -14,7 +14,7 @@ from scipy.spatial.transform import Rotation
 
 import sim
 from common import GRIPPER_CLOSE, GRIPPER_OPEN
-from grasps import RIM, UP, YAWS, collisions, limit, rim_grasp, surface_points, top_grasp, turn_between
+from grasps import RIM, TOP_DOWN, UP, YAWS, collisions, limit, rim_grasp, surface_points, top_grasp, turn_between
 
 Actions = Iterator[np.ndarray]
 SLIDE = 2  # mujoco's mjJNT_SLIDE
@@ -98,13 +98,14 @@ class Expert:
     def facing(self, approach: np.ndarray, opening: np.ndarray) -> np.ndarray:
         """Rotation (3, 3) of a hand that points along approach, its fingers opening as near to `opening` as that allows.
 
-        Of the two that differ by half a turn the one nearer to the hand's present rotation.
+        Of the two that differ by half a turn the one nearer to the hand's present rotation and to its first: the last joint
+        does not turn all the way round.
         """
         approach = approach / np.linalg.norm(approach)
         opening = opening - approach * (opening @ approach)
         opening = opening / np.linalg.norm(opening)
         both = [np.stack([side, np.cross(approach, side), approach], axis=1) for side in (opening, -opening)]
-        return min(both, key=lambda rotation: np.linalg.norm(turn_between(self.rotation, rotation)))
+        return min(both, key=lambda to: sum(np.linalg.norm(turn_between(a, to)) for a in (self.rotation, TOP_DOWN)))
 
     def towards(self, position: np.ndarray, rotation: np.ndarray, gripper: float, speed: float = 1.0) -> np.ndarray:
         """The next action (7,) on the way to a pose: proportional to what remains, bounded in speed and acceleration."""
