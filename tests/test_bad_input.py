@@ -605,10 +605,11 @@ def test_a_folder_whose_done_json_is_none(content):
 def test_a_damaged_file_among_the_inputs_is_named(tmp_path):
     cfg = sft.Config(name="x", root=str(tmp_path))
     stage = runs.open_stage("01_sft.py", cfg, tmp_path / "x" / "sft", "seed", [], [])
-    (stage.dir / "model.safetensors").write_bytes(bytes(100))
+    path = stage.dir / "model.safetensors"
+    runs.save_tensors(path, {"x": torch.zeros(9)})
     stage.finish()
     runs.fingerprint_of(stage.dir, tmp_path / "x")
-    (stage.dir / "model.safetensors").write_bytes(bytes(99) + b"\1")
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")
     assert "model.safetensors is damaged" in refused(tmp_path, lambda: runs.fingerprint_of(stage.dir, tmp_path / "x"))
 
 
