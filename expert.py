@@ -159,17 +159,20 @@ def pick_top(e: Expert, target: str, depth=0.024, yaws=YAWS, lift=0.06, above=0.
     yield from take(e, target, *top_grasp(e.points(target), e.obstacles(target), depth, yaws), lift, above=above)
 
 
-def pick_rim(e: Expert, target: str, goal=None, depth=0.026, angles=RIM, pitch=0, lift=0.06, drag=(0, 0, 0)) -> Actions:
+def pick_rim(
+    e: Expert, target: str, goal=None, depth=0.026, angles=RIM, pitch=0, lift=0.06, drag=(0, 0, 0), above=0.08
+) -> Actions:
     """Grasp a bowl, plate or mug over its rim and lift it; clear of what stands around it and around its goal.
 
-    pitch: degrees that the hand leans over towards the robot; drag: metres that the object moves along the table before.
+    pitch: degrees that the hand leans over towards the robot; drag: metres that the object moves along the table before;
+    above: how high over the grasp to arrive, already turned.
     """
     points, obstacles, middle = e.points(target), e.obstacles(target), e.spot(target)
     if goal:
         obstacles = np.concatenate([obstacles, obstacles - (e.spot(goal) - np.append(middle[:2], points[:, 2].min()))])
     position, rotation = rim_grasp(points, obstacles, middle, e.base, depth, angles)
     rotation = Rotation.from_euler("y", -pitch, degrees=True).as_matrix() @ rotation
-    yield from take(e, target, position, rotation, lift, drag)
+    yield from take(e, target, position, rotation, lift, drag, above)
 
 
 def take(e: Expert, target: str, position, rotation, lift, drag=(0, 0, 0), above=0.08) -> Actions:
@@ -413,8 +416,8 @@ SUITES = {
         [do(pick_top, target=BOTTLE, depth=0.030), do(place, target=BOTTLE, on=f"{CABINET}_top_side", shift=(0, 0.03))],
         [
             do(pull_open, joint=f"{CABINET}_top_level", to=-0.133, tilt=70),
-            # the open drawer hangs over the bowl: grasp it on the robot's side, and draw it out before lifting it
-            do(pick_rim, target=BOWL, depth=0.024, angles=[180], pitch=30, lift=0.12, drag=(-0.09, 0.02, 0.012)),
+            # the open drawer hangs over the bowl: turn above it, grasp on the robot's side, and draw the bowl out before lifting it
+            do(pick_rim, target=BOWL, depth=0.024, angles=[180], pitch=30, lift=0.12, drag=(-0.09, 0.02, 0.012), above=0.2),
             do(place, target=BOWL, on=f"{CABINET}_top_region", shift=(0.012, 0.012)),
         ],
         bowl(f"{CABINET}_top_side", shift=(0, 0.02)),
