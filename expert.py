@@ -416,7 +416,7 @@ SUITES = {
         [do(pick_top, target=BOTTLE, depth=0.030), do(place, target=BOTTLE, on=f"{CABINET}_top_side", shift=(0, 0.03))],
         [
             do(pull_open, joint=f"{CABINET}_top_level", to=-0.133, tilt=70),
-            # the open drawer hangs over the bowl: turn above it, grasp on the robot's side, and draw the bowl out before lifting it
+            # the open drawer hangs over the bowl: turn above it, grasp on the robot's side, draw the bowl out before lifting it
             do(pick_rim, target=BOWL, depth=0.024, angles=[180], pitch=30, lift=0.12, drag=(-0.09, 0.02, 0.012), above=0.2),
             do(place, target=BOWL, on=f"{CABINET}_top_region", shift=(0.012, 0.012)),
         ],
