@@ -54,7 +54,7 @@ class Config(common.RunConfig):
     float64: bool = False  # the exact likelihood in double precision
     own_chunks: int = 8  # observations for the Euler map's density and the study of steps, probes and precision
     gradient_batches: int = 2  # of 8 pairs, in each of two states of the DPO training
-    gradient_probes: int = 8  # of the exact gradient, in two halves that are held against each other
+    gradient_probes: int = 8  # of the exact gradient; the first 1, 2, 4, ... of one half are held against the other half
     shift: int = 4  # augmentation of the published code's behaviour, pixels
 
     def __post_init__(self):
@@ -171,9 +171,13 @@ def own_chunks(job: tuple):
         along[f"steps/{n}"] = likelihood.ode_log_prob(velocity, own, one, likelihood.time_grid(n))
     double = likelihood.in_float64(policy, prefix, own)
     velocity64 = likelihood.velocity_of(*double[:2])
-    along["float64"] = likelihood.ode_log_prob(velocity64, double[2], likelihood.hutchinson(probes[:, :1].double()), grid).float()
+    along["float64"] = likelihood.ode_log_prob(velocity64, double[2], likelihood.hutchinson(probes[:, :1].double()), grid)
     for i in range(16):
         along[f"probe/{i}"] = likelihood.ode_log_prob(velocity, own, likelihood.hutchinson(probes[:, i : i + 1]), grid)
+    for n in (5, 10, 20, 40):  # what 03 would see of the pairs: one probe that both chunks share
+        one = dataclasses.replace(cfg, ode_steps=n, probes=1)
+        for i in range(8 if n == 10 else 1):
+            along[f"pair/{n}/{i}"] = exact(policy, prefix, chunks, one, common.stream(cfg.seed, "pair probes", i))
     pair_chunks = policy.pad(chunks.transpose(0, 1).flatten(0, 1))
     twice = likelihood.velocity_of(policy, prefix.select(torch.arange(len(index)).repeat(2)))
     inverse = likelihood.euler_log_prob(twice, pair_chunks, steps)
@@ -205,20 +209,19 @@ def gradients(job: tuple):
     for name, p in policy.named_parameters():
         if state == "start" and "lora_B" in name:
             p.data.zero_()
-    halves, one_probe = [], dataclasses.replace(cfg, probes=1, ode_steps=max(1, cfg.ode_steps // 2))
-    for half in range(2):
-        each = []
-        for i in range(cfg.gradient_probes // 2):  # one probe at a time: the graph of a second derivative is large
+    each, one_probe = [], dataclasses.replace(cfg, probes=1, ode_steps=max(1, cfg.ode_steps // 2))
+    for i in range(cfg.gradient_probes):  # one probe at a time: the graph of a second derivative is large
 
-            def score(term, half=half, i=i):
-                g = common.stream(cfg.seed, "gradient probes", half, i, index[0])
-                return exact(policy, policy.encode(obs), chunks, one_probe, g)
+        def score(term, i=i):
+            g = common.stream(cfg.seed, "gradient probes", i, index[0])
+            return exact(policy, policy.encode(obs), chunks, one_probe, g)
 
-            each.append(dpo_gradient(policy, score, betas["exact"]))
-        halves.append(torch.stack(each).mean(0))
-    truth = (halves[0] + halves[1]) / 2
-    row = {"state": state, "batch": index}
-    rows = [row | {"estimator": "exact", "draws": cfg.gradient_probes // 2, "cosine": F.cosine_similarity(*halves, dim=0).item()}]
+        each.append(dpo_gradient(policy, score, betas["exact"]))
+    probes, half = torch.stack(each), len(each) // 2
+    truth, row, rows = probes.mean(0), {"state": state, "batch": index}, []
+    for k in [2**i for i in range(half.bit_length())]:
+        cosine = F.cosine_similarity(probes[:k].mean(0), probes[half:].mean(0), dim=0).item()
+        rows.append(row | {"estimator": "exact", "draws": k, "cosine": cosine})
     for name in ESTIMATORS:
         for k in [k for k in (1, 4, 16, 64) if k <= cfg.max_draws and (name, k) != ("antithetic", 1)]:
 

@@ -144,8 +144,11 @@ def markdown(rows: list[dict], cfg) -> str:
     return "\n".join(said)
 
 
-def flow_facts(own: dict) -> list[dict]:
-    """What the policy's own samples say of the exact likelihood itself, in nats: Euler's density, steps, probes, precision."""
+def flow_facts(own: dict, pairs: Tensor) -> list[dict]:
+    """What some chunks say of the exact likelihood itself, in nats: Euler's density, steps, probes, precision.
+
+    pairs: the exact log p (N, 2) of all pairs' chunks.
+    """
     rows, n = [], len(own["exact"])
     probes = torch.stack([own[f"probe/{i}"] for i in range(16)])
 
@@ -160,9 +163,17 @@ def flow_facts(own: dict) -> list[dict]:
         add(
             f"error of {steps} midpoint steps, root mean square", (own[f"steps/{steps}"] - own["steps/80"]).square().mean().sqrt()
         )
-    add("float32 less float64, largest", (own["probe/0"] - own["float64"]).abs().max())
+    add("float32 less float64, largest", (own["probe/0"].double() - own["float64"]).abs().max())
     add("Hutchinson, standard deviation of one probe", probes.var(0).mean().sqrt())
     add("Hutchinson, mean of 16 probes less exact trace", (probes.mean(0) - own["exact"]).mean())
+    difference = {key: x[:, 0] - x[:, 1] for key, x in own.items() if key.startswith("pair/")}  # chosen less rejected
+    for steps in (5, 10, 20):
+        error = difference[f"pair/{steps}/0"] - difference["pair/40/0"]
+        add(f"a pair's difference, error of {steps} midpoint steps, root mean square", error.square().mean().sqrt())
+    shared = torch.stack([difference[f"pair/10/{i}"] for i in range(8)])
+    add("a pair's difference, standard deviation of one shared probe", shared.var(0).mean().sqrt())
+    spread = (pairs[:, 0] - pairs[:, 1]).var()
+    add("a pair's difference, variance of one shared probe over that between pairs", shared.var(0).mean() / spread, unit="")
     return rows
 
 
@@ -287,16 +298,8 @@ def cosine_by_draws(ax, cosines: list[dict]) -> None:
         mine = [r for r in cosines if (r["estimator"], r["state"]) == (name, state)]
         mean = {k: float(np.mean([r["cosine"] for r in mine if r["draws"] == k])) for k in sorted({r["draws"] for r in mine})}
         style = {"start": "-", "end": "--"}[state]
-        if name == "exact":
-            ax.axhline(
-                next(iter(mean.values())),
-                color=COLOURS[name],
-                linestyle=style,
-                label="exact: its two halves" if style == "-" else None,
-            )
-        else:
-            label = name if state == "start" else None
-            ax.plot(list(mean), list(mean.values()), style, marker="o", markersize=3, color=COLOURS[name], label=label)
+        label = None if state == "end" else "exact: probes against others" if name == "exact" else name
+        ax.plot(list(mean), list(mean.values()), style, marker="o", markersize=3, color=COLOURS[name], label=label)
     if cosines:
         ax.set_xscale("log", base=2)
         ax.legend(frameon=False, fontsize=8)
@@ -322,7 +325,7 @@ def report(cfg, folder: Path) -> None:
     found = {policy: found[policy] for policy in sorted(found, key=lambda p: (p != "sft", p))}
     cosines, own = runs.read_jsonl(folder / "gradients.jsonl"), runs.load_tensors(folder / "own.safetensors")
     timing, arms = runs.read_json(folder / "timing.json"), settling(cfg)
-    rows, facts = table(cfg, found, own["chunk"][0].numel()), flow_facts(own)
+    rows, facts = table(cfg, found, own["chunk"][0].numel()), flow_facts(own, found["sft"]["exact"])
     said = [f"# {cfg.name}, {cfg.pairs} pairs, start {cfg.start}, seed {cfg.seed}\n", markdown(rows, cfg)]
     said += [
         "## The exact likelihood itself\n",
@@ -351,7 +354,7 @@ def gradient_table(cosines: list[dict]) -> str:
         for state in ("start", "end"):
             mine = [r["cosine"] for r in cosines if (r["estimator"], r["draws"], r["state"]) == (name, k, state)]
             cells.append(f"{np.mean(mine):.3f} ({min(mine):.3f} to {max(mine):.3f})" if mine else "")
-        label = "exact: one half of the probes against the other" if name == "exact" else name
+        label = "exact: so many probes against other ones" if name == "exact" else name
         lines.append(f"| {label} | {k} | {cells[0]} | {cells[1]} |")
     without = "not measured: no LoRA policy has been trained on these pairs (03_dpo.py), or validate.gradient_batches is 0"
     return "\n".join(lines if cosines else [without]) + "\n"

@@ -327,4 +327,4 @@ def test_missing_input_names_the_stage_to_run(tmp_path):
 def test_every_config_is_one_for_every_stage(path):
     for section, script in runs.STAGES.items():
         cfg = common.load_config(importlib.import_module(script).Config, section, [str(path), "device=cpu"])
-        assert cfg.name == ("tiny" if path.stem == "tiny_exact" else path.stem)  # it adds to its run
+        assert cfg.name == ("tiny_grid" if path.stem == "tiny_exact" else path.stem)  # it adds to its run

@@ -400,6 +400,11 @@ def test_stage_07_from_end_to_end_killed_and_resumed(run, monkeypatch, capsys):
     assert row["value"] == pytest.approx(np.corrcoef(surrogate, truth)[0, 1], abs=1e-5)
     cosine = [r for r in rows if r["metric"] == "gradient cosine"]
     assert {r["state"] for r in cosine} == {"start", "end"} and all(-1.001 <= r["value"] <= 1.001 for r in cosine)
+    own = runs.load_tensors(folder / "own.safetensors")
+    probes = np.stack([(own[f"pair/10/{i}"][:, 0] - own[f"pair/10/{i}"][:, 1]).numpy() for i in range(8)])
+    spread = (measures["sft|exact"][:, 0] - measures["sft|exact"][:, 1]).numpy().var(ddof=1)
+    (shared,) = [r["value"] for r in rows if "one shared probe over" in r.get("metric", "")]
+    assert shared == pytest.approx(probes.var(0, ddof=1).mean() / spread, rel=1e-4)
     assert folder.with_suffix(".png").stat().st_size > 50_000 and "| paper | 4 | yes |" in folder.with_suffix(".md").read_text()
 
 
