@@ -99,22 +99,29 @@ def refresh(policy, tokens: Tensor, valid: Tensor, old: Prefix | None, index: Te
 
 # --------------------------------------------------------------------------------------------------------------- the actor
 @contextlib.contextmanager
-def timed(seconds: dict, part: str):
-    """Adds the CPU time of the block to seconds[part]."""
-    began = time.process_time()
+def timed(seconds: dict, part: str, device: torch.device):
+    """Adds the time of the block to seconds[part]: CPU time of this process; with a GPU wall time, its work done."""
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            return time.perf_counter()
+        return time.process_time()
+
+    began = now()
     yield
-    seconds[part] += time.process_time() - began
+    seconds[part] += now() - began
 
 
 class Actor:
     """A policy in one episode: call it with an observation and the look's number k, and it gives the actions (n, 7) to carry out.
 
     rule: a config with reuse, threshold, cap, relevant, execute, denoise_steps, solver, noise_scale, seed.
-    Counts looks, hits (for patches, the share of image tokens kept) and CPU seconds by what they went to.
+    Counts looks, hits (for patches, the share of image tokens kept) and seconds by what they went to.
     """
 
     def __init__(self, policy, rule, where: tuple):
-        self.policy, self.rule, self.where = policy, rule, where
+        self.policy, self.rule, self.where, self.device = policy, rule, where, next(policy.parameters()).device
         self.looks, self.hits, self.seconds = 0, 0.0, dict.fromkeys(("check", "encode", "act"), 0.0)
         self.seen = self.chunk = self.prefix = None  # images that the kept values come from, the chunk, the prefix
         self.streak = self.index = 0  # looks in a row that reused; actions of the chunk that are behind
@@ -127,7 +134,7 @@ class Actor:
 
     def __call__(self, obs: dict, k: int) -> np.ndarray:
         rule, self.looks = self.rule, self.looks + 1
-        with timed(self.seconds, "check"):
+        with timed(self.seconds, "check", self.device):
             obs, images = common.collate([obs]), torch.from_numpy(np.stack([obs["agentview"], obs["wrist"]]))
             hit = rule.reuse in ("chunk", "prefix") and self.may_reuse(images)
             self.hits, self.streak = self.hits + hit, self.streak + 1 if hit else 0
@@ -136,13 +143,13 @@ class Actor:
         if hit and rule.reuse == "chunk":
             self.index += rule.execute
         else:
-            with timed(self.seconds, "encode"):
+            with timed(self.seconds, "encode", self.device):
                 if rule.reuse == "patches":
                     self.keep_what_stands_still(obs)
                 elif not hit:
                     with torch.no_grad():
                         self.prefix = self.policy.encode(obs)
-            with timed(self.seconds, "act"):
+            with timed(self.seconds, "act", self.device):
                 self.chunk, self.index = self.infer(k), 0
         return self.chunk[self.index : self.index + rule.execute]
 
@@ -166,7 +173,7 @@ class Actor:
 
     def keep_what_stands_still(self, obs: dict) -> None:
         """The prefix of `obs`, image tokens that need no refreshing taken from the one before."""
-        rule, policy, device = self.rule, self.policy, next(self.policy.parameters()).device
+        rule, policy, device = self.rule, self.policy, self.device
         inputs = [x.to(device) for x in policy.inputs(obs)]
         with torch.no_grad():
             tokens, valid = policy.embed_prefix(*inputs)

@@ -57,7 +57,7 @@ for backbone in ${BACKBONES:-""}; do # a wrong key shows now, not in an hour
 done
 if [[ " $STAGES " == *" 00 "* && ! -d runs/$(basename "$CONFIG" .yaml) ]]; then # once: is this simulator everyone's simulator?
   echo "[setup] \$ python preflight.py $CONFIG"
-  "$PYTHON" preflight.py "$CONFIG" ${OVERRIDES[@]+"${OVERRIDES[@]}"}
+  "$PYTHON" preflight.py "$CONFIG" ${BACKBONES:+backbone="${BACKBONES##* }"} ${OVERRIDES[@]+"${OVERRIDES[@]}"}
 fi
 stage 00 00_demos.py
 for backbone in ${BACKBONES:-""}; do
