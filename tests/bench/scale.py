@@ -30,7 +30,8 @@ import numpy as np
 import psutil
 
 KIT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(KIT), str(KIT / "tests")]
+sys.path.insert(0, str(KIT / "tests"))
+sys.path.insert(0, str(KIT))
 import common
 import memory
 import runs
