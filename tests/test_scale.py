@@ -39,12 +39,12 @@ def test_fewer_than_three_sizes_are_no_line(sizes):
 
 def test_many_pairs_by_hand():
     line = {"a": 10.0, "b": 0.036, "memory_a": 1000.0, "memory_b": 0.05}
-    fits = {name: line for name in ("02 play-outs", "02 pairs, assembled", "03 pairs, one epoch")}
+    fits = dict.fromkeys(("02 play-outs", "02 pairs, assembled", "03 pairs, one epoch"), line)
     rows = {what: value for what, value, *_ in scale.many_pairs(fits, 5.0, 26_000, 21.0, 10**5)}
     assert rows["pairs.safetensors"] == pytest.approx(2.6)  # 10^5 x 26 kB
     assert rows["02: playing"] == pytest.approx(5.0)  # 5 x 10^5 play-outs x 0.036 s
     assert rows["02: assembling"] == pytest.approx(3610 / 3600) and rows["02: assembling, memory"] == pytest.approx(6.0)
-    assert rows["03: an epoch, batches of 8, pairs that fit into 21 GB"] == pytest.approx(400_000)  # (21000 - 1000) / 0.05
+    assert rows["03: an epoch, batches of 8, most that 21 GB hold"] == pytest.approx(400_000)  # (21000 - 1000) / 0.05
 
 
 def test_the_papers_grid_by_hand():
