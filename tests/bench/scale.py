@@ -1,6 +1,6 @@
 """What each stage costs against its size, and what follows for 10^6 pairs and for the paper's grid on GPUs.
 
-    python tests/bench/scale.py [series=03,04] [out=results/scale]      about 10 CPU minutes; series: those that begin so
+    python tests/bench/scale.py [series=03,04] [out=results/scale]      about 11 CPU minutes; series: those that begin so
 
 Each stage runs at four sizes, a doubling each, with configs/micro.yaml in a process of its own. `CPU s` is that of the process
 and all it started, imports included. cost = a + b x size is fitted by least squares to all sizes but the largest, which is then
@@ -62,7 +62,7 @@ def sft_of_width(root: Path, width: int) -> list[str]:
     vision = {"hidden_size": width, "intermediate_size": 2 * width}
     tiny = common.read_yaml(KIT / "configs" / "tiny.yaml")["pi05"]["model"]
     model = common.laid_over(tiny, {"vlm": size, "expert": size, "vision": vision})
-    return sft(root, "sft.init_from=", "sft.steps=16", f"model={json.dumps(model)}")
+    return sft(root, "sft.init_from=", "sft.steps=64", f"model={json.dumps(model)}")
 
 
 def head(root: Path, frames: int) -> list[str]:
@@ -109,11 +109,11 @@ def validate(root: Path, n: int) -> list[str]:
 
 SERIES = {  # name: script (or a function of this file), sizes, arguments (folder, size)
     "00 demonstrations": ("00_demos.py", (1, 2, 4, 8), lambda root, n: [f"demos.n_init={n}"]),
-    "01 steps of 4": ("01_sft.py", (16, 32, 64, 128), lambda root, n: sft(root, f"sft.steps={n}")),
-    "01 parameters, 16 steps": ("01_sft.py", (64, 96, 128, 192), sft_of_width),  # asked for by width
+    "01 steps of 4": ("01_sft.py", (32, 64, 128, 256), lambda root, n: sft(root, f"sft.steps={n}")),
+    "01 parameters, 64 steps": ("01_sft.py", (64, 96, 128, 192), sft_of_width),  # asked for by width
     "02 play-outs": ("02_collect_prefs.py", (2, 4, 8, 16), prefs),
     "02 pairs, assembled": ("assemble", (250, 500, 1000, 2000), parts_of_pairs),
-    "03 pairs, one epoch": ("03_dpo.py", (64, 128, 256, 512), dpo),
+    "03 pairs, one epoch": ("03_dpo.py", (256, 512, 1024, 2048), dpo),
     "04 episodes": ("04_eval.py", (1, 2, 4, 8), lambda root, n: [GIVEN, f"eval.n_init={n}", "eval.videos=0"]),
     "04 workers, 4 episodes": ("04_eval.py", (1, 2), lambda root, n: [GIVEN, "tasks=[0, 3]", "eval.videos=0", f"workers={n}"]),
     "06 frames": ("06_pretrain_head.py", (240, 480, 960, 1920), head),
