@@ -160,7 +160,7 @@ def run(command: list[str]) -> dict:
         while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
             for p in (tree, *tree.children(recursive=True)):
                 peaks.setdefault(p.pid, []).append(peak_kb(p.pid))
-            time.sleep(0.1)
+            time.sleep(0.3)
         process.returncode = os.waitstatus_to_exitcode(ended[1])
         said.seek(0)
         if process.returncode:
