@@ -28,7 +28,8 @@ def test_a_planted_line_is_found_and_the_largest_size_is_not_looked_at():
     found = scale.fitted(points({n: 7 + 0.25 * n for n in sizes} | {80: 99.0}, {n: 500 + 2 * n for n in sizes}))
     assert (found["a"], found["b"]) == pytest.approx((7, 0.25)) and found["predicted"] == pytest.approx(27)
     assert found["measured"] == 99.0 and found["peak_mb"] == [520, 660]
-    assert (found["memory_a"], found["memory_b"]) == pytest.approx((500, 2))
+    assert (found["memory_a"], found["memory_b"]) == pytest.approx((500, 2)) and found["grows"]
+    assert not scale.fitted(points({n: 7 + n for n in sizes}, {10: 500, 20: 509, 40: 498, 80: 503}))["grows"]
 
 
 @pytest.mark.parametrize("sizes", [[8], [8, 16], [8, 8, 16]])
@@ -38,13 +39,15 @@ def test_fewer_than_three_sizes_are_no_line(sizes):
 
 
 def test_many_pairs_by_hand():
-    line = {"a": 10.0, "b": 0.036, "memory_a": 1000.0, "memory_b": 0.05}
+    line = {"a": 10.0, "b": 0.036, "memory_a": 1000.0, "memory_b": 0.05, "grows": True}
     fits = dict.fromkeys(("02 play-outs", "02 pairs, assembled", "03 pairs, one epoch"), line)
     rows = {what: value for what, value, *_ in scale.many_pairs(fits, 5.0, 26_000, 21.0, 10**5)}
     assert rows["pairs.safetensors"] == pytest.approx(2.6)  # 10^5 x 26 kB
     assert rows["02: playing"] == pytest.approx(5.0)  # 5 x 10^5 play-outs x 0.036 s
     assert rows["02: assembling"] == pytest.approx(3610 / 3600) and rows["02: assembling, memory"] == pytest.approx(6.0)
     assert rows["03: an epoch, batches of 8, most that 21 GB hold"] == pytest.approx(400_000)  # (21000 - 1000) / 0.05
+    flat = {"03 pairs, one epoch": line | {"grows": False}}  # nothing to extrapolate
+    assert not any("memory" in what for what, *_ in scale.many_pairs(flat, 5.0, 26_000, 21.0))
 
 
 def test_the_papers_grid_by_hand():

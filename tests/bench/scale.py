@@ -4,7 +4,8 @@
 
 Each stage runs at four sizes, a doubling each, with configs/micro.yaml in a process of its own. `CPU s` is that of the process
 and all it started, imports included. cost = a + b x size is fitted by least squares to all sizes but the largest, which is then
-predicted and set beside what was measured. Peak memory: high-water marks (VmHWM) of the process and its children, added up.
+predicted and set beside what was measured. Peak memory: high-water marks (VmHWM) of the process and its children, added up;
+a line through all sizes, and `flat` where the largest size takes hardly more than the smallest.
 Real are the simulator, the policy (checkpoints/tiny_libero_object) and 01's demonstrations (checkpoints/try); made up are the
 frames of 06 (noise) and the pairs of 03, 07 and of 02's assembling (the twenty of checkpoints/try, repeated).
 
@@ -39,6 +40,7 @@ KIT, TRY = runs.HERE, runs.HERE / "checkpoints" / "try"
 UNITS = KIT / "results/tiny_libero_object/training/prefs-branch-at750-units.jsonl"
 GIVEN = "checkpoint=checkpoints/tiny_libero_object"
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
+NOISE_MB = 20  # a peak that grows by less is called flat
 CORES = 8  # of the CPU beside each GPU, for the simulator; assumed
 
 
@@ -196,7 +198,7 @@ def fitted(points: list[dict]) -> dict:
     sizes, cpu, mb = ([p[key] for p in points] for key in ("size", "cpu_s", "peak_mb"))
     (a, b), (memory_a, memory_b) = fit(sizes[:-1], cpu[:-1]), fit(sizes, mb)
     found = {"sizes": sizes, "cpu_s": cpu, "a": a, "b": b, "predicted": a + b * sizes[-1], "measured": cpu[-1]}
-    return found | {"peak_mb": [mb[0], mb[-1]], "memory_a": memory_a, "memory_b": memory_b}
+    return found | {"peak_mb": [mb[0], mb[-1]], "memory_a": memory_a, "memory_b": memory_b, "grows": mb[-1] - mb[0] > NOISE_MB}
 
 
 def many_pairs(fits: dict, playouts: float, pair_bytes: int, gigabytes: float, n: int = 10**6) -> list[tuple]:
@@ -208,6 +210,7 @@ def many_pairs(fits: dict, playouts: float, pair_bytes: int, gigabytes: float, n
     for name, what in (("02 pairs, assembled", "02: assembling"), ("03 pairs, one epoch", "03: an epoch, batches of 8")):
         if line := fits.get(name):
             rows.append((what, (line["a"] + n * line["b"]) / 3600, "core hours", "fitted"))
+        if line and line["grows"]:
             rows.append((f"{what}, memory", (line["memory_a"] + n * line["memory_b"]) / 1e3, "GB", "fitted"))
             most = (1e3 * gigabytes - line["memory_a"]) / max(line["memory_b"], 1e-9)
             rows.append((f"{what}, most that {gigabytes:.0f} GB hold", most, "pairs", "fitted"))
@@ -263,8 +266,9 @@ def report(points: list[dict]) -> tuple[dict, str]:
     fits, cells, grid = {name: fitted(some) for name, some in of.items() if len(some) > 3}, [], {}
     for name, f in fits.items():
         sizes, cpu = ", ".join(f"{n:,}" for n in f["sizes"]), ", ".join(f"{s:.0f}" for s in f["cpu_s"])
-        numbers = [f["predicted"], f["measured"], f["predicted"] / f["measured"], *f["peak_mb"], 1e3 * f["memory_b"]]
+        numbers = [f["predicted"], f["measured"], f["predicted"] / f["measured"], *f["peak_mb"]]
         cells.append([name, sizes, cpu, f"{f['a']:.1f}", f"{f['b']:.3g}", *(f"{x:,.4g}" for x in numbers)])
+        cells[-1].append(f"{1e3 * f['memory_b']:.3g}" if f["grows"] else "flat")
     said = [table("size | | CPU s | a | b | largest, predicted | measured | ratio | MB, smallest | largest | kB each", cells)]
     cells = [[p["size"], p["cpu_s"], p["wall_s"], p["peak_mb"]] for p in of["04 workers, 4 episodes"]]
     said.append(table("04, workers | CPU s | wall s | MB", cells))
