@@ -1,6 +1,6 @@
 """What each stage costs against its size, and what follows for 10^6 pairs and for the paper's grid on GPUs.
 
-    python tests/bench/scale.py [series=03,04] [out=results/scale]      about 11 CPU minutes; series: those that begin so
+    python tests/bench/scale.py [series=03,04] [out=results/scale]      about 15 CPU minutes; series: those that begin so
 
 Each stage runs at four sizes, a doubling each, with configs/micro.yaml in a process of its own. `CPU s` is that of the process
 and all it started, imports included. cost = a + b x size is fitted by least squares to all sizes but the largest, which is then
@@ -262,7 +262,7 @@ def table(head: str, rows: list[list]) -> str:
 
 def report(points: list[dict]) -> tuple[dict, str]:
     """Fits and extrapolations as data, and all tables as text."""
-    of = {name: [p for p in points if p["series"] == name] for name in SERIES}
+    of = {name: [p for p in points if p["series"] == name and p["asked"] in sizes] for name, (_, sizes, _) in SERIES.items()}
     fits, cells, grid = {name: fitted(some) for name, some in of.items() if len(some) > 3}, [], {}
     for name, f in fits.items():
         sizes, cpu = ", ".join(f"{n:,}" for n in f["sizes"]), ", ".join(f"{s:.0f}" for s in f["cpu_s"])
