@@ -64,6 +64,19 @@ def test_the_papers_grid_by_hand():
         assert hours["evaluation, simulator"] == pytest.approx(simulated / 3600 / gpus / scale.CORES)
 
 
+def test_the_report_has_every_series_and_says_how_each_number_is_known(monkeypatch):
+    monkeypatch.setattr(scale, "counted", lambda name: ({"lora": 1e15, "dora": 1e15}, 0.03, 1))
+    measured = {"wall_s": 1, "said": '{"step_s": 0.01, "look_s": 0.1, "reset_s": 1}'}
+    asked = [(name, n) for name, (_, sizes, _) in scale.SERIES.items() for n in sizes]
+    found = [measured | {"series": s, "asked": n, "size": n, "cpu_s": 5 + 2 * n, "peak_mb": 500 + n} for s, n in asked]
+    found.append(found[0] | {"asked": 3, "size": 3, "cpu_s": 1e9})  # kept of a time when another size was asked for
+    data, said = scale.report(found)
+    assert list(data["fits"]) == [name for name, (_, sizes, _) in scale.SERIES.items() if len(sizes) == 4]
+    assert all(f["b"] == pytest.approx(2) and f["predicted"] == pytest.approx(f["measured"]) for f in data["fits"].values())
+    assert all(known.startswith(("measured", "counted", "fitted")) for *_, known in data["million_pairs"])
+    assert data["paper_grid"].keys() == {"openvla_7b", "pi05"} and "| openvla_7b | DPO, GPU |" in said
+
+
 def test_a_measurement_counts_children_and_passes_on_their_failure():
     child = "import time; x = bytearray(b'x') * 300_000_000; t = time.process_time()\nwhile time.process_time() < t + 1: pass"
     found = scale.run([sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"])
