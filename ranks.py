@@ -5,14 +5,16 @@
 Training (01, 03, 06): every rank takes its rows of the same batch and gradients are averaged, so the result is that of one
 process but for rounding (03 with surrogate=independent: but for its draws too, each rank has its own). Rollouts (02, 04, the
 cells of 05): every rank takes its share of the tasks and appends to the same file; the result is the same. Only the first rank
-opens and finishes a stage. gloo on CPUs, nccl on GPUs.
+opens and finishes a stage. A rank that ends too early ends the job: torchrun stops the others, and the same command goes on.
+gloo on CPUs, nccl on GPUs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 
 import torch
@@ -45,6 +47,19 @@ def place(device: str) -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
 
 
+@contextlib.contextmanager
+def meeting() -> Iterator[None]:
+    """What the ranks do together; one line in place of a traceback when another one has ended."""
+    try:
+        yield
+    except RuntimeError as error:  # of gloo and nccl alike
+        from runs import UserError, one_line
+
+        said = f"rank {rank()} of {size()} lost another one, see what that one said ({one_line(error)})"
+        raise UserError(f"{said}; run the same command again, it goes on") from error
+
+
+@meeting()
 def wait() -> None:
     if size() > 1:
         dist.barrier()
@@ -55,6 +70,7 @@ def share(x):
     return x[rank() :: size()]
 
 
+@meeting()
 def told(message: str) -> str:
     """What the first rank says."""
     box = [message]
@@ -63,6 +79,7 @@ def told(message: str) -> str:
     return box[0]
 
 
+@meeting()
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Gradients of the mean over all rows, given that each rank has those of the mean over as many."""
     if size() == 1:
@@ -74,6 +91,7 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
         grad.copy_(total.view_as(grad) / size())
 
 
+@meeting()
 def mean(values: dict[str, float]) -> dict[str, float]:
     """Numbers averaged over the ranks."""
     if size() == 1:

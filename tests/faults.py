@@ -5,13 +5,16 @@
 kill      SIGKILL at random moments, by the CPU time used
 disk      a disk that is full at a random moment (a small tmpfs: needs root), with room again for the rerun
 worker    a worker process killed (evaluation with two workers)
+rank      one process of torchrun killed, of two or four in turn: the job must end by itself, with an exit code that is not 0; the
+          rerun is by torchrun and, from a copy of what was left, by one process
 input     an input file cut in half, or with one bit flipped
 partial   the same to a file that a killed stage had written
 twice     a second run started on the same folder
 place     another working directory, a source folder that may not be written, no GL library
 
 After each the stage is run again. Its files must be those of the undisturbed run, or else one line must name the file and the
-remedy, and the remedy help. Everything lies in a folder whose name has a space. `moments` is how many kills each stage gets; of
+remedy, and the remedy help (trainings on several ranks: weights within 1e-5, since sums are rounded in another order; episodes
+and pairs: the very files). Everything lies in a folder whose name has a space. `moments` is how many kills each stage gets; of
 the other faults it gets a seventh as many, one at least.
 """
 
@@ -28,6 +31,7 @@ from collections import Counter
 from pathlib import Path
 
 import psutil
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from test_pipeline import SEED_DIR, STAGES, command, copy_of_the_kit, outputs
@@ -43,15 +47,24 @@ ALL["distill"][0].extend(["distill.checkpoint_every=2", "distill.log_every=1"])
 ALL["workers"] = ["04_eval.py", "tasks=[0,3]", "workers=2", "eval.n_init=1", "eval.videos=0"], f"{SEED_DIR}/eval-sft"
 INPUTS = {"sft": ["demos"], "prefs": ["sft"], "dpo": ["sft", "prefs"], "eval": ["sft", "dpo"], "head": ["demos", "sft"]}
 INPUTS |= {"validate": ["sft", "prefs", "dpo"], "cell": ["sft"], "distill": ["demos", "sft"], "workers": ["sft"]}
+RANKED = ("sft", "prefs", "dpo", "eval", "head", "workers")  # started by torchrun as well
+TRAININGS = ("sft", "dpo", "head")
 SAME, SAID = "same result", "one line, then the same"
 
 
-def run(kit: Path, name: str, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(command(ALL[name][0]), cwd=kit, capture_output=True, text=True, **options)
+def of_ranks(name: str, processes: int) -> list[str]:
+    """A stage's command for so many processes."""
+    alone = command(ALL[name][0])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return alone if processes == 1 else torchrun + alone[1:]
 
 
-def start(kit: Path, name: str) -> subprocess.Popen:
-    return subprocess.Popen(command(ALL[name][0]), cwd=kit, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def run(kit: Path, name: str, processes: int = 1) -> subprocess.CompletedProcess:
+    return subprocess.run(of_ranks(name, processes), cwd=kit, capture_output=True, text=True)
+
+
+def start(kit: Path, name: str, processes: int = 1) -> subprocess.Popen:
+    return subprocess.Popen(of_ranks(name, processes), cwd=kit, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def cpu_time(pid: int) -> float:
@@ -75,6 +88,15 @@ def wait_for(process: subprocess.Popen, seconds: float) -> bool:
 def one_line(result: subprocess.CompletedProcess | subprocess.Popen, stderr: str) -> bool:
     lines = [line for line in stderr.splitlines() if line.strip() and "\r" not in line]
     return result.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: ")
+
+
+def close(got: Path, want: Path) -> bool:
+    """Two trainings that differ in rounding: the same weights within 1e-5, as many rows of metrics."""
+    for path in want.rglob("*.safetensors"):
+        a, b = (runs.load_tensors(folder / path.relative_to(want)) for folder in (got, want))
+        if a.keys() != b.keys() or any(not torch.allclose(a[key], b[key], atol=1e-5, rtol=0) for key in b):
+            return False
+    return len(runs.read_jsonl(got / "metrics.jsonl")) == len(runs.read_jsonl(want / "metrics.jsonl"))
 
 
 class Bench:
@@ -105,9 +127,16 @@ class Bench:
         """A random moment between the first share of a stage's CPU time (of which imports take a good part) and its end."""
         return self.rng.uniform(first, 1) * self.seconds[name]
 
-    def judge(self, kit: Path, name: str, remedy=None) -> str:
+    def same(self, kit: Path, name: str, rounded: bool) -> bool:
+        """Whether the stage gave what the undisturbed run gave; rounded: in another order of sums."""
+        folder = ALL[name][1]
+        if rounded:
+            return (kit / folder / "done.json").is_file() and close(kit / folder, self.undisturbed / folder)
+        return outputs(kit, folder) == outputs(self.undisturbed, folder)
+
+    def judge(self, kit: Path, name: str, remedy=None, processes: int = 1, rounded: bool = False) -> str:
         """Run the stage again. -> SAME, SAID (after the remedy of its error), or what else it was."""
-        result, said = run(kit, name), False
+        result, said = run(kit, name, processes), False
         if result.returncode:
             if remedy is None or not one_line(result, result.stderr):
                 return f"exit code {result.returncode}: {result.stderr.strip()[-300:]}"
@@ -116,7 +145,7 @@ class Bench:
             result = run(kit, name)
             if result.returncode:
                 return f"exit code {result.returncode} after the remedy: {result.stderr.strip()[-300:]}"
-        if outputs(kit, ALL[name][1]) != outputs(self.undisturbed, ALL[name][1]):
+        if not self.same(kit, name, rounded):
             return "another result, without a word"
         return SAID if said else SAME
 
@@ -180,6 +209,38 @@ def worker(bench: Bench, name: str) -> None:
     said = one_line(process, stderr) or process.returncode == 0
     outcome = bench.judge(kit, name)
     bench.note(name, "a worker killed", outcome if said else f"{stderr[-300:]!r}, then: {outcome}")
+
+
+def rank(bench: Bench, name: str) -> None:
+    if name not in RANKED:
+        return
+    tried = sum(row[:2] == (name, "a rank killed") for row in bench.rows) // 2  # a row for each way to run it again
+    processes = 4 if tried % 2 and name != "dpo" else 2  # dpo's batch is 2
+    kit = bench.without(name)
+    folder = kit / ALL[name][1]
+    process = start(kit, name, processes)
+    while process.poll() is None and not (folder / "started.json").exists():
+        time.sleep(0.01)
+    wait_for(process, cpu_time(process.pid) + bench.rng.uniform(0, 0.5) * bench.seconds[name])
+    agent = [psutil.Process(process.pid)] if process.poll() is None else []
+    living = [p for a in agent for p in a.children() if ALL[name][0][0] in p.cmdline()]
+    if living:
+        bench.rng.choice(living).kill()
+    try:
+        process.communicate(timeout=600)
+    except subprocess.TimeoutExpired:
+        for p in [*agent[0].children(recursive=True), *agent]:
+            p.kill()
+        process.communicate()
+        return bench.note(name, "a rank killed", "the job hangs")
+    if (folder / "done.json").is_file():
+        return bench.note(name, "a rank killed", "not tried: it was done by then")
+    if process.returncode == 0:
+        return bench.note(name, "a rank killed", "exit code 0")
+    copy = shutil.copytree(kit, kit.with_name("a copy of the kit"), dirs_exist_ok=False)
+    for again, n in ((kit, processes), (copy, 1)):
+        bench.note(name, "a rank killed", bench.judge(again, name, processes=n, rounded=name in TRAININGS))
+    shutil.rmtree(copy)
 
 
 def damage(path: Path, how: str, rng: random.Random) -> None:
@@ -285,7 +346,7 @@ def place(bench: Bench, name: str) -> None:
 
 
 FAULTS = {"kill": kill, "disk": disk, "worker": worker, "input": damaged_input, "partial": damaged_partial, "twice": twice}
-FAULTS["place"] = place
+FAULTS |= {"place": place, "rank": rank}
 
 
 # ------------------------------------------------------------------------------------------------------------------ table

@@ -130,8 +130,8 @@ def test_an_edited_script_is_rerun_with_what_depends_on_it_and_nothing_else(fini
     assert outputs(kit, STAGES["dpo"][1])["outputs"] != outputs(finished, STAGES["dpo"][1])["outputs"]
 
 
-def torchrun(kit: Path, *arguments: str) -> subprocess.CompletedProcess:
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+def torchrun(kit: Path, *arguments: str, processes: int = 2) -> subprocess.CompletedProcess:
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     return subprocess.run([*run, *arguments], cwd=kit, capture_output=True, text=True)
 
 
@@ -153,16 +153,20 @@ def test_two_ranks_train_what_one_process_trains(finished, tmp_path):
     assert refused.returncode != 0 and "dpo.batch_size=3 can't be split" in refused.stderr
 
 
-def test_two_ranks_play_the_episodes_of_one_process(finished, tmp_path):
+def test_two_ranks_and_four_play_the_episodes_of_one_process(finished, tmp_path):
+    """Of two tasks, so that two of the four have nothing to play."""
     episodes = []
-    for number in range(2):
-        kit = copy_of_the_kit(tmp_path / f"kit{number}")
+    for processes in (1, 2, 4):
+        kit = copy_of_the_kit(tmp_path / f"kit{processes}")
         shutil.copytree(finished / SEED_DIR / "sft", kit / SEED_DIR / "sft")
         arguments = ["04_eval.py", "configs/micro.yaml", "tasks=[0, 3]", "eval.n_init=1", "eval.videos=0"]
-        result = torchrun(kit, *arguments) if number else subprocess.run([sys.executable, *arguments], cwd=kit)
+        alone = [sys.executable, *arguments]
+        result = torchrun(kit, *arguments, processes=processes) if processes > 1 else subprocess.run(alone, cwd=kit)
         assert result.returncode == 0, getattr(result, "stderr", "")
-        episodes.append((kit / SEED_DIR / "eval-sft" / "episodes.jsonl").read_text())
-    assert episodes[0] == episodes[1] and episodes[0].count("\n") == 2
+        episodes.append(outputs(kit, f"{SEED_DIR}/eval-sft"))
+        rows = runs.read_jsonl(kit / SEED_DIR / "eval-sft" / "episodes.jsonl")
+        assert [(row["task"], row["init_state"]) for row in rows] == [(0, 40), (3, 40)]
+    assert episodes[0] == episodes[1] == episodes[2]
 
 
 def test_init_states_of_the_test_group_cannot_be_trained_on(finished):
