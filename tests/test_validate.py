@@ -441,3 +441,13 @@ def test_success_of_weights_that_were_made_anew_is_not_counted(tmp_path):
     runs.write_json(dataclasses.replace(cfg, seed=2).variant("dpo") / "done.json", {"fingerprint": "now"})
     counted = {row["surrogate"]: (row["successes"], row["n"], row["train_seeds"]) for row in agreement.settling(cfg)}
     assert counted == {"paper": (4, 5, [1]), "exact": (8, 10, [1, 2])}
+
+
+def test_noise_without_signal_is_100_and_with_signal_its_ratio():
+    g = common.stream(0, "no signal")
+    truth = torch.randn(400, generator=g)
+    pure = torch.randn(4, 400, generator=g)
+    pure = pure - pure.mean(0)  # the repeats' mean says nothing at all
+    assert agreement.compare(pure, truth)["noise"][0] == pytest.approx(100)
+    seen = 2 * truth + 0.5 * torch.randn(4, 400, generator=g)
+    assert agreement.compare(seen, truth)["noise"][0] == pytest.approx(0.25 / (4 * float(truth.var())), rel=0.1)
