@@ -309,7 +309,7 @@ def cosine_by_draws(ax, cosines: list[dict]) -> None:
 
 
 def success_bars(ax, arms: list[dict]) -> None:
-    titled(ax, "Success after DPO on held-out init states", "", "success, % (Wilson 95 %)")
+    titled(ax, "Success after DPO on held-out init states" + ("" if arms else ": not run"), "", "success, % (Wilson 95 %)")
     for i, arm in enumerate(arms):
         rate, (low, high) = 100 * arm["successes"] / max(1, arm["n"]), arm["ci95"]
         ax.bar(i, rate, 0.6, yerr=[[rate - 100 * low], [100 * high - rate]], capsize=3, color=COLOURS[arm["surrogate"]])
