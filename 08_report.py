@@ -205,7 +205,11 @@ def images(experiment: Experiment, groups: dict[str, list[dict]], folder: Path) 
                 rows,
                 metric_names(rows),
             )
-    return made + [Image(path.name, f"{path.parent.name}: {path.stem}", path.read_bytes()) for path in experiment.drawn]
+    for path in experiment.drawn:
+        name, content = "-".join(path.absolute().parts[-3:]), path.read_bytes()  # folders of several stages and seeds
+        (folder / name).write_bytes(content)
+        made.append(Image(name, f"{path.parent.name}: {path.stem}", content))
+    return made
 
 
 def clips(videos: list[Path], most: int = 12) -> list[Image]:
