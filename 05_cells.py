@@ -68,6 +68,13 @@ def play(job: tuple):
 NO_REUSE = {"reuse": "none", "solver": "euler", "denoise_steps": 10}
 
 
+def teacher(checkpoint: str) -> str:
+    """The checkpoint that a student was made from, by its done.json; of any other, itself."""
+    done = Path(checkpoint) / "done.json"
+    facts = runs.read_json(done) if done.is_file() else {"stage": ""}
+    return facts["config"]["checkpoint"] if facts["stage"] == "05_distill" else checkpoint
+
+
 def cells_table(cfg: Config) -> list[dict]:
     """A row per finished cell, paired with the one that reuses nothing and looks as often, in ten Euler steps."""
     cells, rows = episodes.finished(cfg.seed_dir, "cell-*", cfg.group), []
@@ -81,7 +88,7 @@ def cells_table(cfg: Config) -> list[dict]:
         row |= {"ms_per_step": sum(spent.values()), "ms_per_step_parts": spent} | episodes.summarise(played)
         row |= {"command": timing["command"], "commit": timing["commit"]}
         same = {key: facts["config"][key] for key in ("execute", "start")}
-        for checkpoint in ("", facts["config"]["checkpoint"]):  # a student's is its teacher's, a published one's its own
+        for checkpoint in ("", teacher(facts["config"]["checkpoint"])):  # a student's is its teacher's, a published one's its own
             base = cell_name(replace(cfg, **NO_REUSE, **same, checkpoint=checkpoint))
             if base in found and base != name:
                 row |= {"paired_with": base} | episodes.paired(played, found[base][1])

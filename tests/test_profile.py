@@ -3,6 +3,7 @@
 import functools
 import importlib
 import itertools
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -429,6 +430,21 @@ def test_table_of_cells_pairs_with_the_same_look_interval(checkpoint, tmp_path):
     assert "gained" not in rows["none-k2-euler10"] and "gained" not in rows["none-k5-euler10"]
     text = cells.cells_markdown(list(rows.values()))
     assert "nothing new" in text and {line.count("|") for line in text.splitlines()} == {11}
+
+
+@pytest.mark.parametrize("checkpoint", ["", "published"])
+def test_a_student_is_paired_with_its_teacher(checkpoint, tmp_path):
+    cfg = rule(root=str(tmp_path), name="x", execute=8, denoise_steps=10, checkpoint=checkpoint)
+    finished_cell(cfg, [True] * 10, 0)
+    (student := tmp_path / "student").mkdir()
+    runs.write_json(student / "done.json", {"stage": "05_distill", "config": {"checkpoint": checkpoint}})
+    facts = {"config": {"suites": ["libero_object"], "execute": 8, "start": "final", "checkpoint": str(student)}}
+    folder = cfg.seed_dir / "cell-student-none-k8-euler1-val"
+    shutil.copytree(cfg.seed_dir / f"cell-{cells.cell_name(cfg)}-val", folder)
+    facts = runs.read_json(folder / "done.json") | {"cell": "student-none-k8-euler1"} | facts
+    runs.write_json(folder / "done.json", facts | {"config": facts["config"] | {"group": "val"}})
+    rows = {row["name"]: row for row in cells.cells_table(cfg)}
+    assert rows["student-none-k8-euler1"]["paired_with"] == cells.cell_name(cfg)
 
 
 # ----------------------------------------------------------------------------------------------------------------- stage
