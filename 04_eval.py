@@ -101,10 +101,8 @@ PROTOCOL = ("suites", "image_size", "render", "execute", "denoise_steps", "noise
 
 
 def results_table(cfg: Config) -> list[dict]:
-    """A row per finished evaluation of this seed and group of init states, paired with the SFT policy it started from.
-
-    Evaluations of weights that have been made anew since are left out.
-    """
+    """A row per finished evaluation of this seed and group of init states, paired with the SFT policy it started from; of several
+    suites one for each beside. Evaluations of weights that have been made anew since are left out."""
     found = {
         facts["policy"]: (facts, played, timing) for facts, played, timing in episodes.finished(cfg.seed_dir, "eval-*", cfg.group)
     }
@@ -114,28 +112,32 @@ def results_table(cfg: Config) -> list[dict]:
         used = facts["config"]
         is_dpo, start = used["policy"] == "dpo", "sft" if used["start"] == "final" else f"sft-at{used['start']}"
         start += f"-noise{used['noise_seed']}" if used["noise_seed"] else ""
-        row = {"suite": " ".join(used["suites"]), "backbone": cfg.backbone, "policy": used["policy"], "name": name}
+        row = {"backbone": cfg.backbone, "policy": used["policy"], "name": name}
         row |= {"adapter": used["adapter"] if is_dpo else "none", "pairs": used["pairs"] if is_dpo else "none"}
         row |= {"surrogate": used["surrogate"] if is_dpo else "none"}
         row |= {"start": used["start"], "blank_images": used["blank_images"], "group": cfg.group, "train_seeds": [used["seed"]]}
         row |= {"noise_seed": used["noise_seed"] or used["seed"]}
-        row |= episodes.summarise(played) | {"command": timing["command"], "commit": timing["commit"]}
+        row |= {"command": timing["command"], "commit": timing["commit"]}
         base = found.get(start)
         same_weights = base and base[0]["inputs"].items() <= facts["inputs"].items()  # not another start_seed's
-        if name != start and same_weights and all(base[0]["config"][key] == used[key] for key in PROTOCOL):
-            row |= episodes.paired(played, base[1])
-        rows.append(row)
+        is_paired = name != start and same_weights and all(base[0]["config"][key] == used[key] for key in PROTOCOL)
+        for suites in [used["suites"], *([s] for s in used["suites"] if len(used["suites"]) > 1)]:
+            mine = [episode for episode in played if episode["suite"] in suites]
+            rows.append(row | {"suite": " ".join(suites)} | episodes.summarise(mine))
+            if is_paired:
+                rows[-1] |= {"paired_with": start} | episodes.paired(mine, base[1])
     return rows
 
 
 def markdown(rows: list[dict]) -> str:
     """`over tasks`: the interval that a bootstrap of whole tasks gives. p: exact McNemar on the same episodes."""
-    lines = ["| policy | success | 95 % interval | over tasks | crashes | against its SFT start | gained / lost | p |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
+    lines = ["| policy | suite | success | 95 % interval | over tasks | crashes | against its SFT start | gained / lost | p |"]
+    lines.append("|---" * 9 + "|")
     for r in rows:
         (low, high), (tlow, thigh) = r["ci95"], r["ci95_tasks"]
         cells = [
             r["name"],
+            r["suite"].replace(" ", ", "),
             f"{r['successes']} / {r['n']}",
             f"{low:.1%} to {high:.1%}",
             f"{tlow:.0%} to {thigh:.0%}",

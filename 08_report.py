@@ -17,6 +17,7 @@ differences, tests between two files of episodes (report/audit.py), and differen
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 from collections import defaultdict
@@ -24,6 +25,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import common
+import episodes
 import runs
 from backbones import BACKBONES
 from report import audit, claims, plots
@@ -74,7 +76,29 @@ def of_run(cfg: Config, backbone: str) -> Experiment:
             found.training[name] = audit.read_lines(path)[0]
         found.drawn += [*sorted(seed_dir.glob("*.png")), *sorted(seed_dir.glob("*/*.png"))]
         found.videos += sorted(seed_dir.glob("eval-*/videos/*.gif"))
+    found.rows += over_seeds(folder, found.rows)
     return found
+
+
+def over_seeds(folder: Path, rows: list[dict]) -> list[dict]:
+    """What several training seeds have, a row with the episodes of all of them: of each evaluation, group and suite."""
+    groups, pooled = defaultdict(list), []
+    for row in [row for row in rows if script(row) == "04_eval.py" and row["noise_seed"] == row["train_seeds"][0]]:
+        groups[row["name"], row["suite"], row["group"]].append(row)
+    for (name, suite, group), mine in groups.items():
+        seeds = [row["train_seeds"][0] for row in mine]
+        if len(seeds) == 1:
+            continue
+        file = f"{'' if group == 'test' else '-' + group}/episodes.jsonl"
+        played = defaultdict(list)
+        for policy, seed in itertools.product({name, mine[0].get("paired_with", name)}, seeds):
+            lines = runs.read_jsonl(folder / f"seed{seed}" / f"eval-{policy}{file}")
+            played[policy] += [episode for episode in lines if episode["suite"] in suite.split()]
+        row = {key: value for key, value in mine[0].items() if key != "noise_seed"} | {"train_seeds": seeds}
+        pooled.append(row | episodes.summarise(played[name]))
+        if all("paired_with" in row for row in mine):
+            pooled[-1] |= episodes.paired(played[name], played[mine[0]["paired_with"]])
+    return pooled
 
 
 def of_results(table: Path, top: Path) -> Experiment:
@@ -97,17 +121,22 @@ def completed(row: dict) -> dict:
 
 
 def success_table(rows: list[dict]) -> Table:
-    """Success rates of one group of init states. `over tasks`: the interval of a bootstrap that draws whole tasks."""
+    """Success rates of one group of init states. `over tasks`: the interval of a bootstrap that draws whole tasks. Of several
+    suites p is corrected for all rows of the table as well."""
     several = len({row["suite"] for row in rows}) > 1
     seeds = len({str(row["train_seeds"]) for row in rows}) > 1
     head = ["policy", *["suite"] * several, *["seeds"] * seeds, "success", "95 % interval", "over tasks", "crashes"]
-    table = Table([*head, "against its SFT start (95 %)", "gained / lost", "p"], [])
-    for r in sorted(rows, key=plots.by_suite):
-        cells = [r["name"], *[r["suite"]] * several, *[", ".join(map(str, r["train_seeds"]))] * seeds]
+    table = Table([*head, "against its SFT start (95 %)", "gained / lost", "p", *["p (Holm)"] * several], [])
+    rows = sorted(rows, key=plots.by_suite)
+    tested = [i for i, row in enumerate(rows) if "p_vs_sft" in row]
+    corrected = dict(zip(tested, audit.holm([rows[i]["p_vs_sft"] for i in tested]), strict=True))
+    for i, r in enumerate(rows):
+        cells = [r["name"], *[plots.short(r["suite"])] * several, *[", ".join(map(str, r["train_seeds"]))] * seeds]
         cells += [f"{r['successes']} / {r['n']}", percent(r["ci95"])]
         cells += [percent(r["ci95_tasks"]) if r["ci95_tasks"] else "", r["crashes"]]
         if "diff_vs_sft" in r:
             cells += [claims.said_difference(r), f"{r.get('gained', '')} / {r.get('lost', '')}", p_value(r["p_vs_sft"])]
+            cells += [p_value(corrected[i])] * several
         table.rows.append(cells + [""] * (len(table.head) - len(cells)))
     return table
 
@@ -184,6 +213,7 @@ def images(experiment: Experiment, groups: dict[str, list[dict]], folder: Path) 
         add("differences", "Difference to the SFT policy that each started from, on the same episodes", plots.forest, differences)
     curve = [row for row in groups["val"] if row["policy"] == "sft" and not row["blank_images"]]
     curve = [row for row in curve if script(row) != "05_cells.py"]  # its cells reuse, look or solve in other ways
+    curve = [row for row in curve if row["suite"] == max((r["suite"] for r in curve), key=len)]  # of all suites
     losses = next((rows for name, rows in experiment.training.items() if name.startswith("sft") and rows), [])
     if len(curve) > 1 and losses:
         add("learning_curve", "What more training buys, on validation init states", plots.learning_curve, curve, losses)
@@ -224,7 +254,9 @@ def clips(videos: list[Path], most: int = 12) -> list[Image]:
 def chapter(experiment: Experiment, folder: Path) -> tuple[list[Block], dict[str, Table]]:
     """The page's blocks on one experiment, and its tables by the name that a README calls them."""
     name, rates = experiment.title, [row for row in experiment.rows if "successes" in row]
-    groups = {group: [row for row in rates if row["group"] == group] for group in ("test", "val")}
+    many = {(row["name"], row["suite"], row["group"]) for row in rates if len(row["train_seeds"]) > 1}  # seeds in one row
+    single = [r for r in rates if (r["name"], r["suite"], r["group"]) in many and len(r["train_seeds"]) == 1]
+    groups = {group: [row for row in rates if row["group"] == group and row not in single] for group in ("test", "val")}
     blocks, tables = [f"## {name}"], {}
 
     def add(heading: str, suffix: str, table: Table):
@@ -235,6 +267,8 @@ def chapter(experiment: Experiment, folder: Path) -> tuple[list[Block], dict[str
         add("Success on held-out init states (40-49)", "", success_table(groups["test"]))
     if groups["val"]:
         add("Success on validation init states (35-39)", "/val", success_table(groups["val"]))
+    if single:
+        add("Seed by seed", "/seeds", success_table([row for row in single if row["group"] == "test"]))
     blocks.append(images(experiment, groups, folder))
     for (stage, _), rows in sorted(by_stage(experiment.rows).items()):
         add(title(stage), f"/{stage.removesuffix('.py')}", metrics_table(rows))

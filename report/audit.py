@@ -157,8 +157,9 @@ def baseline_of(policy: str, policies: set[str]) -> str | None:
     """The `sft` policy that shares most words with this one's name, if this one is none itself; of a cell of 05 the one that
     looks as often and reuses nothing."""
     if cell := re.fullmatch(r"(?P<run>.*/)?cell-.+-(?P<k>k\d+)-[a-z]+\d+(?P<start>-at\d+)?(?P<group>-val)?", policy):
-        plain = f"{cell['run'] or ''}cell-none-{cell['k']}-euler10{cell['start'] or ''}{cell['group'] or ''}"
-        return plain if plain in policies and plain != policy else None
+        plain = f"{cell['run'] or ''}cell-", f"none-{cell['k']}-euler10{cell['start'] or ''}{cell['group'] or ''}"
+        fits = [p for p in policies if p.startswith(plain[0]) and (p == "".join(plain) or p.endswith(f"-{plain[1]}"))]
+        return min(fits, key=len) if fits and policy not in fits else None
     words = set(re.split(r"[-_/]", policy))
     fits = {p: set(re.split(r"[-_/]", p)) - {"sft"} for p in policies if "sft" in re.split(r"[-_/]", p)}
     fits = {p: rest for p, rest in fits.items() if rest <= words}
@@ -240,7 +241,7 @@ def summaries(folder: Path, cells: dict) -> list[Finding]:
 def table_findings(where: str, path: Path, rows: list[dict]) -> list[Finding]:
     """Rows of a table.json against episodes/{eval,cell}-<name>.jsonl beside it: counts, and those of the paired difference."""
     findings = []
-    for row in [row for row in rows if "successes" in row and "name" in row]:
+    for row in [row for row in rows if {"successes", "name", "suite", "train_seeds"} <= row.keys()]:
         suffix = "" if row.get("group", "test") == "test" else f"-{row['group']}"
         start = "sft" if row.get("start", "final") == "final" else f"sft-at{row['start']}"
         start += "".join(re.findall(r"-noise\d+", row["name"]))  # 04_eval.py: paired under the same noise
@@ -248,7 +249,10 @@ def table_findings(where: str, path: Path, rows: list[dict]) -> list[Finding]:
         mine, base = (path.parent / "episodes" / f"{kind}-{name}{suffix}.jsonl" for name in (row["name"], start))
         if not mine.is_file():
             continue
-        a, b = ({(s, seed, p): e for s, seed, p, e in episodes_of(file)} for file in (mine, base))
+        suites, seeds = row["suite"].split(), [row["noise_seed"]] if "noise_seed" in row else row["train_seeds"]
+        a, b = (
+            {(s, seed, p): e for s, seed, p, e in episodes_of(file) if s in suites and seed in seeds} for file in (mine, base)
+        )
         valid = [e.success for e in a.values() if not e.crash]
         if (sum(valid), len(valid)) != (row["successes"], row["n"]):
             text = f"it says {row['successes']} of {row['n']} successes, the episodes give {sum(valid)} of {len(valid)}"

@@ -12,6 +12,7 @@ import random
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,6 +20,7 @@ from pathlib import Path
 import pytest
 
 import common
+import episodes
 import runs
 from report import audit, claims, page
 
@@ -72,7 +74,7 @@ def kit_folder(folder: Path) -> Path:
         runs.write_rows(folder / "episodes" / f"eval-{name}.jsonl", lines)
     valid = of["dpo-lora-branch"][1:], of["sft"][1:]
     gained, lost = (sum(a["success"] > b["success"] for a, b in zip(*both, strict=True)) for both in (valid, valid[::-1]))
-    row = {"group": "test", "start": "final"}
+    row = {"group": "test", "start": "final", "suite": "libero_goal", "train_seeds": [42]}
     sft = row | {"name": "sft", "n": 100, "successes": sum(r["success"] for r in of["sft"])}
     dpo = row | {"name": "dpo-lora-branch", "n": 99, "successes": sum(r["success"] for r in valid[0])}
     runs.write_json(folder / "table.json", [sft, dpo | {"gained": gained, "lost": lost}])
@@ -197,6 +199,13 @@ def test_a_cell_is_paired_with_the_one_that_reuses_nothing():
     assert audit.baseline_of("tiny/cell-none-k5-euler2-val", policies) == "tiny/cell-none-k5-euler10-val"
     assert audit.baseline_of("tiny/cell-none-k8-euler2-val", policies) is None
     assert audit.baseline_of("tiny/dpo-lora", policies) == "tiny/sft"
+    given = {
+        "tiny/cell-given-none-k8-euler10-val",
+        "tiny/cell-given-none-k2-euler10-val",
+    }  # of a given checkpoint, and its student
+    assert audit.baseline_of("tiny/cell-given-chunk0.98x4-k2-euler10-val", given) == "tiny/cell-given-none-k2-euler10-val"
+    assert audit.baseline_of("tiny/cell-student-none-k8-euler1-val", given) == "tiny/cell-given-none-k8-euler10-val"
+    assert all(audit.baseline_of(each, given) is None for each in given)
 
 
 def test_episodes_that_agree_under_two_seeds_count_once(tmp_path):
@@ -425,6 +434,45 @@ def test_a_run_is_reported_as_far_as_it_has_come(tmp_path):
     seen = Seen((tmp_path / "tiny" / "report" / "index.html").read_text())
     assert sum(source.startswith("data:image/gif") for source in seen.sources) == 1
     assert len(runs.read_json(tmp_path / "tiny" / "report" / "table.json")) == 8
+
+
+def test_every_suite_has_a_row_and_all_seeds_together_have_one(tmp_path, monkeypatch):
+    evaluation, suites, played = importlib.import_module("04_eval"), ["libero_goal", "libero_10"], {}
+    monkeypatch.setattr(sys, "argv", ["04_eval.py"])
+    for seed, policy in itertools.product((42, 1337), ("sft", "dpo")):
+        cfg = evaluation.Config(root=str(tmp_path), name="x", seed=seed, suites=suites, policy=policy)
+        name = evaluation.policy_name(cfg)
+        shared = (
+            "suites backbone seed image_size render blank_images execute denoise_steps noise_scale start adapter pairs surrogate"
+        )
+        made = runs.open_stage("04_eval.py", cfg, cfg.seed_dir / f"eval-{name}", shared, [], [])
+        rows = [
+            {"suite": suite, "seed": seed, "task": r["task"], "init_state": 40 + r["init"], "steps": 9, "crash": ""}
+            | {"success": r["success"]}
+            for i, suite in enumerate(suites)
+            for r in outcomes(0.5, seed + 10 * i + (policy == "dpo"))
+        ]
+        played |= {(policy, row["suite"], seed, row["task"], row["init_state"]): row["success"] for row in rows}
+        episodes.finish(made, rows, policy=name)
+        runs.write_json(cfg.seed_dir / "results.json", evaluation.results_table(cfg))
+    report_cfg = stage.Config(root=str(tmp_path), name="x", suites=suites)
+    rows = [row for row in stage.of_run(report_cfg, "pi05").rows if row["policy"] == "dpo"]
+    assert len(rows) == 3 * 3, "two suites and both, under two seeds and both"
+    for row in rows:
+        mine = {
+            k[1:]: won
+            for k, won in played.items()
+            if k[0] == "dpo" and k[1] in row["suite"].split() and k[2] in row["train_seeds"]
+        }
+        base = {k[1:]: won for k, won in played.items() if k[0] == "sft"}
+        assert (row["successes"], row["n"]) == (sum(mine.values()), len(mine)) and len(mine) in (100, 200, 400)
+        assert (row["gained"], row["lost"]) == tuple(sum(won - base[k] == d for k, won in mine.items()) for d in (1, -1))
+    stage.main(report_cfg)
+    text = (tmp_path / "x" / "report" / "report.md").read_text()
+    table, by_seed = text.split("### Seed by seed")
+    assert table.count("| dpo-lora-branch |") == 3 and "p (Holm)" in table and by_seed.count("| dpo-lora-branch | ") >= 6
+    holm = audit.holm(sorted(row["p_vs_sft"] for row in rows if len(row["train_seeds"]) == 2))
+    assert all(f"| {page.p_value(p)} |" in table for p in holm)
 
 
 def test_an_audit_by_command(tmp_path, capsys):
