@@ -207,7 +207,7 @@ def images(experiment: Experiment, groups: dict[str, list[dict]], folder: Path) 
         path = folder / f"{name}-{slug(experiment.title)}.png"
         made.append(Image(path.name, alt, *plots.dressed(draw, *arguments, path=path)))
 
-    if held_out:
+    if held_out and not all("hit_rate" in row for row in held_out):
         add("success", "Success on held-out init states", plots.success, held_out)
     if differences := [row for row in held_out if "gained" in row]:
         add("differences", "Difference to the SFT policy that each started from, on the same episodes", plots.forest, differences)
@@ -217,6 +217,9 @@ def images(experiment: Experiment, groups: dict[str, list[dict]], folder: Path) 
     losses = next((rows for name, rows in experiment.training.items() if name.startswith("sft") and rows), [])
     if len(curve) > 1 and losses:
         add("learning_curve", "What more training buys, on validation init states", plots.learning_curve, curve, losses)
+    for group, words in (("val", "validation"), ("test", "held-out")):
+        if many := [row for row in groups[group] if "hit_rate" in row]:
+            add(f"cells-{group}", f"Caches, fewer looks and fewer denoise steps, on {words} init states", plots.cells, many)
     variants = defaultdict(dict)  # by pairs and start, then by adapter
     for name, rows in experiment.training.items():
         if name.startswith("dpo-") and rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -145,6 +146,38 @@ def dpo(colours: dict, curves: dict[str, list[dict]]):
     ax.set(xlabel="DPO step", ylabel="beta x log-ratio to reference")
     ax.grid()
     ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(curves), borderaxespad=0.2)
+    return figure
+
+
+def of_cell(row: dict) -> tuple[tuple, str]:
+    """A cell of 05, by its name: its place in a list, and in words."""
+    fits = re.fullmatch(r"(.+-)?(none|[a-z]+(?=\d))([\d.]*)x?(\d*)-k(\d+)-([a-z]+)(\d+)(-at\d+)?", row["name"])
+    given, reuse, threshold, cap, k, solver, steps, start = fits.groups()
+    said = "" if reuse == "none" else f"{reuse} at {threshold}, {cap} in a row; "
+    said += f"look every {k}, {solver} {steps}" + (", student" if given == "student-" else "")
+    said += f", from step {start[3:]}" if start else ""
+    return (reuse != "none", reuse, int(k), given == "student-", solver, int(steps), float(threshold or 0)), said
+
+
+def cells(colours: dict, rows: list[dict]):
+    """Success (left, Wilson intervals) and CPU ms of the policy per step of the environment (right) of each cell of 05."""
+    rows = sorted(rows, key=of_cell)[::-1]
+    figure, (ax, right) = plt.subplots(1, 2, figsize=(7.6, 0.8 + 0.27 * len(rows)), sharey=True)
+    reuses = [of_cell(row)[0][0] for row in rows]
+    ink = [colours["dora"] if reuse else colours["sft"] for reuse in reuses]
+    for i, r in enumerate(rows):
+        ax.plot([100 * x for x in r["ci95"]], [i, i], color=ink[i], linewidth=2)
+        ax.plot(100 * r["successes"] / r["n"], i, "s", color=ink[i], markersize=5)
+    right.barh(range(len(rows)), [r["ms_per_step"] for r in rows], 0.62, color=ink)
+    for i, r in enumerate(rows):
+        hits = f"   {r['hit_rate']:.0%} hits" if reuses[i] else ""
+        right.text(r["ms_per_step"], i, f" {r['ms_per_step']:.2f}{hits}", va="center", fontsize=8)
+    ax.set_yticks(range(len(rows)), [of_cell(row)[1] for row in rows], fontsize=8)
+    ax.set(xlim=(0, 101), ylim=(-0.6, len(rows) - 0.4), xlabel="success, % (95 %)")
+    right.set(xlim=(0, 2 * max(r["ms_per_step"] for r in rows)), xlabel="CPU ms per step")
+    for panel in (ax, right):
+        panel.grid(axis="x")
+        panel.tick_params(axis="y", length=0)
     return figure
 
 
