@@ -479,7 +479,7 @@ def test_cells_are_said_in_words_and_stand_in_order():
     names = ["none-k2-euler10", "none-k8-euler1", "student-none-k8-euler1", "none-k8-euler10", "none-k10-euler10"]
     names += ["given-chunk0.92x4-k2-euler10", "given-chunk0.999x4-k2-euler10", "prefix0x1000-k2-heun2-at750"]
     rows = [{"name": name} for name in names]
-    assert sorted(rows[::-1], key=plots.of_cell) == [rows[i] for i in (0, 1, 3, 2, 4, 5, 6, 7)]
+    assert sorted(rows, key=plots.of_cell) == [rows[i] for i in (0, 1, 3, 2, 4, 5, 6, 7)]
     assert plots.of_cell(rows[2])[1] == "look every 8, euler 1, student"
     assert plots.of_cell(rows[7])[1] == "prefix at 0, 1000 in a row; look every 2, heun 2, from step 750"
 
