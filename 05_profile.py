@@ -302,7 +302,7 @@ def plot(rows: list[dict], title: str, path) -> None:
     ax.set_xlabel("ms per inference, median (blue: what a prefix cache could save)")
     ax.set_title(title, loc="left", fontsize=10)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+    figure.legend(frameon=False, fontsize=7, ncols=4, loc="outside lower center")
     figure.savefig(path)
 
 

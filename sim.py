@@ -301,7 +301,10 @@ class TaskEnv:
         self._renderer = self._renderer or self._make_renderer()
         model, camera_id = self.model, self.model.camera(CAMERAS[camera]).id
         self._geometry()
-        visible = (model.geom_group != 0) & ~self._out_of_view(camera_id)
+        drawable = model.geom_group != 0
+        visible = drawable & ~self._out_of_view(camera_id)
+        if self.render_mode == "default" and (visible & self._mirrors).any():
+            visible = drawable  # they may show what the camera does not see
         if self.render_mode == "fast" and model.cam_bodyid[camera_id] == 0 and not self._has_glass:
             image = self._layered(camera_id, visible)
         else:
@@ -354,14 +357,17 @@ class TaskEnv:
         renderer.update_scene(self._view, scene_option=self._option)
         shown = renderer.scene.geoms[: renderer.scene.ngeom]
         self._has_glass = any(g.objtype == self._mj.mjtObj.mjOBJ_GEOM and g.rgba[3] < 1 for g in shown)
+        flat = np.isin(self.model.geom_type, (self._mj.mjtGeom.mjGEOM_PLANE, self._mj.mjtGeom.mjGEOM_BOX))  # mujoco's mirrors
+        has_material, material = self.model.geom_matid >= 0, self.model.geom_matid
+        self._mirrors = flat & has_material & (self.model.mat_reflectance[material] > 0)
         roots = self.model.body_rootid[self.model.geom_bodyid]
         self._of_robot = roots == self.model.body(self.robot.robot_model.root_body).rootid[0]  # it never rests
         self._pose, self._resting, self._layer = np.zeros((self.model.ngeom + 1, 12), np.float32), None, None
         return renderer
 
     def _out_of_view(self, camera: int) -> np.ndarray:
-        """(ngeom,) bool: bounding box outside of the camera's pyramid. Not drawing these geoms changes no pixel and saves a good
-        part of a frame: its cost on a CPU is 300,000 triangles, not pixels."""
+        """(ngeom,) bool: bounding box outside of the camera's pyramid. Unless a mirror is in view, not drawing these geoms changes
+        no pixel and saves a part of a frame, which on a CPU costs as much as its 300,000 triangles do, not its pixels."""
         view, model = self._view, self.model
         corners = np.array(list(itertools.product((-1, 1), repeat=3)))[:, None] * model.geom_aabb[:, 3:] + model.geom_aabb[:, :3]
         corners = np.einsum("gij,kgj->kgi", view.geom_xmat.reshape(-1, 3, 3), corners) + view.geom_xpos  # (8, ngeom, 3)

@@ -240,6 +240,22 @@ def test_leaving_out_invisible_geoms_changes_no_pixel(env, monkeypatch):
     assert same(frames, {camera: env.frame(camera) for camera in sim.CAMERAS}) == []
 
 
+def test_a_mirror_shows_what_the_camera_does_not_see():
+    """The cabinet's boxes reflect: leaving out what is out of view changed up to 262 of the wrist's 4096 pixels."""
+    with contextlib.closing(sim.TaskEnv("libero_spatial", 0, 64, "default")) as env:
+        env.reset(0)
+        for action in 0.5 * actions(0, 8):
+            env.step(action)
+        seen, hidden = env.frame("wrist"), env._out_of_view(env.model.camera("robot0_eye_in_hand").id)
+        env._out_of_view = lambda camera: np.zeros(env.model.ngeom, bool)
+        assert hidden.sum() > 3 and np.array_equal(seen, env.frame("wrist"))
+        env._out_of_view, env._mirrors = (
+            lambda camera: hidden,
+            np.zeros(env.model.ngeom, bool),
+        )  # as if there were none
+        assert not np.array_equal(seen, env.frame("wrist"))
+
+
 def test_a_layer_of_what_rests_changes_no_pixel(env, monkeypatch):
     env._renderer.close()
     env._renderer, env.render_mode, drawn = None, "fast", []
