@@ -366,8 +366,8 @@ class TaskEnv:
         return renderer
 
     def _out_of_view(self, camera: int) -> np.ndarray:
-        """(ngeom,) bool: bounding box outside of the camera's pyramid. Unless a mirror is in view, not drawing these geoms changes
-        no pixel and saves a part of a frame, which on a CPU costs as much as its 300,000 triangles do, not its pixels."""
+        """(ngeom,) bool: bounding box outside of the camera's pyramid. Unless a mirror is in view, leaving these out changes no
+        pixel and saves a part of a frame, which on a CPU costs as much as its 300,000 triangles do, not its pixels."""
         view, model = self._view, self.model
         corners = np.array(list(itertools.product((-1, 1), repeat=3)))[:, None] * model.geom_aabb[:, 3:] + model.geom_aabb[:, :3]
         corners = np.einsum("gij,kgj->kgi", view.geom_xmat.reshape(-1, 3, 3), corners) + view.geom_xpos  # (8, ngeom, 3)
