@@ -44,10 +44,13 @@ class Finding:
 
 
 def policy_of(path: Path, folder: Path) -> str:
-    """The policy that a file's place names: openvla_dpo_libero_goal_dora_seed42.jsonl is openvla_dpo_dora."""
+    """The policy that a file's place names: openvla_dpo_libero_goal_dora_seed42.jsonl is openvla_dpo_dora. A cell of 05 keeps
+    its name, in which 0.92x4 is a threshold and a cap."""
     *folders, name = path.relative_to(folder).with_suffix("").parts
     parts = [part for part in folders if not re.fullmatch(r"seed\d+|episodes", part)]
     parts += [] if name == "episodes" else [name]  # the kit's: a folder per evaluation
+    if parts and parts[-1].startswith("cell-"):
+        return "/".join(parts)
     last = re.sub(r"[-_]{2,}", lambda m: m[0][0], re.sub(NOISE, "", parts[-1] if parts else name)).strip("-_")
     return "/".join([*parts[:-1], last or name])
 

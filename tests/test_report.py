@@ -192,6 +192,13 @@ def test_the_audit_checks_the_kits_tables(tmp_path):
     assert sorted(found.kind for found in audit.audit(folder)["findings"]) == ["baseline", "summary"]
 
 
+def test_a_cell_keeps_its_name():
+    folder, names = Path("x"), [f"cell-tiny_libero_object-chunk{t}x4-k2-euler10-val" for t in (0.92, 0.95)]
+    assert [audit.policy_of(folder / "episodes" / f"{name}.jsonl", folder) for name in names] == names
+    assert audit.policy_of(folder / "seed42" / names[0] / "episodes.jsonl", folder) == names[0]
+    assert audit.policy_of(folder / "openvla_dpo_libero_goal_dora_5x10_seed42.jsonl", folder) == "openvla_dpo_dora"
+
+
 def test_a_cell_is_paired_with_the_one_that_reuses_nothing():
     plain, chunk = "tiny/cell-none-k2-euler10-val", "tiny/cell-chunk0.98x4-k2-euler5-val"
     policies = {plain, chunk, "tiny/sft", "tiny/cell-none-k5-euler10-val", "tiny/dpo-lora"}

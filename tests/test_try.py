@@ -62,7 +62,7 @@ def test_pairs_and_demonstrations_are_whole(backbone):
 
 def test_the_repository_stays_small():
     files = [path for path in (runs.HERE / "checkpoints").rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 15e6 and max(path.stat().st_size for path in files) < 5e6
+    assert sum(path.stat().st_size for path in files) < 20e6 and max(path.stat().st_size for path in files) < 5e6
 
 
 def test_given_pairs_are_a_stages_inputs_and_the_first_margin_is_zero(tmp_path):
