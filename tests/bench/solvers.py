@@ -25,7 +25,7 @@ import data
 import runs
 
 STEPS, FINE = (1, 2, 3, 5, 10, 20), 400
-TIMES = (1.0, 0.8, 0.6, 0.4, 0.2, 0.1, 0.05, 0.02, 0.01)
+TIMES = (1.0, 0.8, 0.6, 0.4, 0.2, 0.1, 0.05, 0.02, 0.01, 0.0)
 
 
 def observations() -> dict:
@@ -59,7 +59,8 @@ def main() -> None:
         t = 1 - i * h
         v, ahead = (policy.velocity(prefix, x, torch.tensor([max(0.0, s)])) for s in (t, t - h))
         if any(abs(t - s) < h / 2 for s in TIMES):
-            print(f"| {abs(t):.2f} | {rms(v):.3f} | {rms(ahead - v):.4f} |")
+            change = f"{rms(ahead - v):.4f}" if t > h / 2 else ""  # there is nothing behind t = 0
+            print(f"| {abs(t):.2f} | {rms(v):.3f} | {change} |")
         x = x - h * v
 
 
