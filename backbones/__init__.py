@@ -177,7 +177,7 @@ class Policy(nn.Module):
 
         layers = [m for m in self.modules() if isinstance(m, BaseTunerLayer)]
         was_off = [m.disable_adapters for m in layers]
-        trainable = [(p, p.requires_grad) for p in self.parameters()]
+        trainable = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
         try:
             for layer in layers:
                 layer.enable_adapters(False)

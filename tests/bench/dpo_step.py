@@ -6,7 +6,8 @@ Published order: a full forward pass, image towers and prefix included, for each
 reference), 16 in all, each over the batch of 8 pairs. Here: what no adapter touches is computed once for all epochs, the rest of
 the prefix once for policy and reference each, and both chunks under all draws are one batch of the expert. Draws are shared in
 both orders, so that the values must agree. Times are CPU times of this process on one thread, medians over rounds in which both
-take turns. At pi-0.5's published size operations are counted on the meta device, forward (policy, reference) and backward apart.
+take turns; at last with the expert's layers compiled, which needs a C++ compiler and a minute. At pi-0.5's published size
+operations are counted on the meta device, forward (policy, reference) and backward apart.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,13 +25,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import backbones
+import backbones.pi05
 import common
 import memory
 import runs
 
 dpo = importlib.import_module("03_dpo")
 PAIRS, DRAWS, BETA = 8, 4, 1.0
+PARTS = ("forward", "backward")
 EXPERT = r"expert\.layers\.\d+\.self_attn\.[qkvo]_proj"
 
 
@@ -73,8 +76,9 @@ def adapted(policy, targets: str):
     return policy
 
 
-def bench(targets: str, repeats: int) -> dict:
+def bench(targets: str, layer: Callable, repeats: int) -> dict:
     """Median milliseconds of forward and backward in both orders, and that loss and gradients agree."""
+    backbones.pi05.expert_layer = layer
     policy = backbones.load_policy(runs.HERE / "checkpoints" / "tiny_libero_object").requires_grad_(False)
     adapted(policy, targets or policy.adapter_targets)
     obs, *batch = dpo.batch_of(make_pairs(policy, 64), torch.arange(PAIRS))
@@ -96,9 +100,6 @@ def bench(targets: str, repeats: int) -> dict:
     both = zip(rows["published"], rows["kit"], strict=True)
     found = {f"{name}_{part}": 1e3 * statistics.median(r[i] for r in rows[name]) for name in rows for i, part in enumerate(PARTS)}
     return found | {"ratio": statistics.median(sum(a) / sum(b) for a, b in both)}
-
-
-PARTS = ("forward", "backward")
 
 
 def count(targets: str) -> dict:
@@ -123,18 +124,25 @@ def count(targets: str) -> dict:
 
 def main(repeats: int) -> None:
     torch.set_num_threads(1)
-    said = {}
+    layer, said = backbones.pi05.expert_layer, {}
+    compiled = torch.compile(layer, dynamic=False)
     head = "published: forward | backward | here: forward | backward | ratio of the sums |\n" + 6 * "|---" + "|"
-    for title, measure, unit in (
-        (f"tiny policy, CPU ms a step, median of {repeats}", lambda targets: bench(targets, repeats), 1),
-        ("pi-0.5, 10^12 operations a step", count, 1e12),
-    ):
-        print(f"| {title}; adapters in | {head}")
-        for where, targets in (("language model and expert", ""), ("expert alone", EXPERT)):
-            r = said[f"{title.split(',')[0]}, {where}"] = measure(targets)
-            cells = [f"{r[f'{name}_{part}'] / unit:.4g}" for name in ("published", "kit") for part in PARTS]
-            print(f"| {where} | {' | '.join(cells)} | {r['ratio']:.1f} |")
-        print()
+    tiny, counted = f"tiny policy, CPU ms a step, median of {repeats}", "pi-0.5, 10^12 operations a step"
+    rows = {
+        (tiny, "language model and expert"): lambda: bench("", layer, repeats),
+        (tiny, "expert alone"): lambda: bench(EXPERT, layer, repeats),
+        (tiny, "expert alone, its layers compiled by Torch in both orders"): lambda: bench(EXPERT, compiled, repeats),
+        (counted, "language model and expert"): lambda: count(""),
+        (counted, "expert alone"): lambda: count(EXPERT),
+    }
+    for (title, where), measure in rows.items():
+        if where == "language model and expert":
+            print(f"\n| {title}; adapters in | {head}")
+        r = said[f"{title.split(',')[0]}, {where}"] = measure()
+        unit = 1e12 if title == counted else 1
+        cells = [f"{r[f'{name}_{part}'] / unit:.4g}" for name in ("published", "kit") for part in PARTS]
+        print(f"| {where} | {' | '.join(cells)} | {r['ratio']:.1f} |", flush=True)
+    print()
     print(json.dumps({"repeats": repeats, "pairs": PAIRS, "draws": DRAWS} | said))
 
 

@@ -126,11 +126,14 @@ def main(tasks: str = "0,5", inits: str = "40,41", pixels: str = "256", processe
         per_hour[kind] = 3600 * at_once * n / sum(row["wall_s"] for row in rows[kind])
     print(f"{SUITE}, {pixels} px, {n} episodes, {os.cpu_count()} cores")
     print("frames, success and steps of `default` are those of the standard loop\n")
-    print("| loop | processes | Mesa threads | solved | episodes per hour | ratio | CPU s per episode |\n" + 7 * "|---" + "|")
+    head = "loop | processes | Mesa threads | solved | outcome as standard | episodes per hour | ratio | CPU s per episode"
+    print(f"| {head} |\n" + 8 * "|---" + "|")
     for kind in KINDS:
         cpu, solved = sum(row["cpu_s"] for row in rows[kind]) / n, sum(row["success"] for row in rows[kind])
         shape = f"1 | {mesa}" if kind == "standard" else f"{processes} | 1"
-        print(f"| {kind} | {shape} | {solved} | {per_hour[kind]:.0f} | {per_hour[kind] / per_hour['standard']:.1f} | {cpu:.1f} |")
+        same = sum(a["success"] == b["success"] for a, b in zip(rows["standard"], rows[kind], strict=True))
+        speed = f"{per_hour[kind]:.0f} | {per_hour[kind] / per_hour['standard']:.1f}"
+        print(f"| {kind} | {shape} | {solved} | {same} of {n} | {speed} | {cpu:.1f} |")
     labels = list(dict.fromkeys(label for kind in KINDS for part in found[kind] for label in part["parts"]))
     print("\n| CPU s per episode | " + " | ".join(labels) + " |\n" + (1 + len(labels)) * "|---" + "|")
     for kind in KINDS:
