@@ -350,8 +350,8 @@ FAULTS |= {"place": place, "rank": rank}
 
 
 # ------------------------------------------------------------------------------------------------------------------ table
-def markdown(rows: list[tuple[str, str, str]], moments: int) -> str:
-    lines = [f"`python tests/faults.py moments={moments}`", ""]
+def markdown(rows: list[tuple[str, str, str]], arguments: str) -> str:
+    lines = [f"`python tests/faults.py {arguments}`", ""]
     lines += ["| stage | fault | tried | same result | one line, then the same | anything else |", "| --- " * 6 + "|"]
     for stage, fault in dict.fromkeys((stage, fault) for stage, fault, _ in rows):
         found = Counter(outcome for s, f, outcome in rows if (s, f) == (stage, fault))
@@ -370,7 +370,8 @@ def main(moments: int = 20, stages: str = "", faults: str = "", seed: int = 0, o
             for kind in kinds:
                 for _ in range(moments if kind == "kill" else 1 if kind in ("twice", "place") else max(1, moments // 7)):
                     FAULTS[kind](bench, name)
-    table = markdown(bench.rows, moments)
+    only = (f" stages={stages}" if stages else "") + (f" faults={faults}" if faults else "")
+    table = markdown(bench.rows, f"moments={moments}{only}")
     print(table)
     if out:
         Path(out).mkdir(parents=True, exist_ok=True)
