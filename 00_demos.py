@@ -18,6 +18,8 @@ Differences from the paper, which fine-tunes on LIBERO's human demonstrations:
 - No regrasping: a try that misses its grasp or its goal is dropped, counted, and repeated with other noise.
 """
 
+import contextlib
+import io
 import itertools
 import json
 import shutil
@@ -105,12 +107,21 @@ def try_until_success(env: sim.TaskEnv, init_state: int, repeat: int, cfg: Confi
     return outcomes, rows
 
 
+@contextlib.contextmanager
+def hdf5_file(path: Path) -> Iterator[h5py.File]:
+    """An HDF5 file, made in memory and then written by rename: the library itself crashes on a disk that is full."""
+    content = io.BytesIO()
+    with h5py.File(content, "w") as file:
+        yield file
+    runs.write_atomic(path, content.getbuffer())
+
+
 def record_demo(env: sim.TaskEnv, init_state: int, repeat: int, cfg: Config, path: Path) -> None:
     """Write one demonstration, or why there is none, by rename."""
     outcomes, rows = try_until_success(env, init_state, repeat, cfg)
     success_step, steps = rows.pop("success_step", None), len(rows.get("actions", ()))
     summary = {"outcomes": outcomes, "steps": steps, "success_step": success_step}
-    with runs.replacing(path) as temporary, h5py.File(temporary, "w") as file:
+    with hdf5_file(path) as file:
         file.attrs.update(file_attributes(env) | {"summary": json.dumps(summary)})
         if rows:
             demo, last = file.create_group("demo"), (np.arange(steps) == steps - 1).astype(np.uint8)
@@ -155,7 +166,7 @@ def record_task(job: tuple[Config, str, int]) -> Iterator[dict]:
 
 def merge(parts: list[Path], path: Path) -> None:
     """One file per task from those of its demonstrations, written by rename."""
-    with runs.replacing(path) as temporary, h5py.File(temporary, "w") as file:
+    with hdf5_file(path) as file:
         data = file.create_group("data")
         for part in parts:
             try:
@@ -165,7 +176,7 @@ def merge(parts: list[Path], path: Path) -> None:
                         source.copy("demo", data, name=f"demo_{len(data)}")
             except (OSError, RuntimeError) as error:
                 why = runs.one_line(error)
-                raise UserError(f"{part} does not go into {path} ({why}); remove it if it is damaged, or make room") from error
+                raise UserError(f"{part} is damaged ({why}); remove it, the same command records it again") from error
         data.attrs["num_demos"], data.attrs["total"] = len(data), sum(int(d.attrs["num_samples"]) for d in data.values())
 
 

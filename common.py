@@ -665,7 +665,8 @@ def run(main: Callable[[], None]) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
-        print(f"error: {error}; make room, or name another folder with root=, the same command then goes on", file=sys.stderr)
+        said = " ".join(str(error).split())
+        print(f"error: {said}; make room, or name another folder with root=, the same command then goes on", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -3,6 +3,8 @@
 import importlib
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import h5py
@@ -245,3 +247,28 @@ def test_official_files_are_adopted(file, record, tmp_path):
     copy.write_bytes(file.read_bytes())
     linked = record(source=tmp_path / "official")
     assert linked.is_symlink() and len(list(common.read_demos(linked, TASK))) == 2
+
+
+WRITES = """
+import importlib, resource, signal, sys
+import h5py, numpy as np
+sys.path.insert(0, sys.argv[1])
+import common
+demos = importlib.import_module("00_demos")
+def write():
+    with demos.hdf5_file(demos.Path(sys.argv[2])) as file:
+        for key in range(8):
+            images = np.random.default_rng(key).integers(0, 255, (10, 64, 64, 3), np.uint8)
+            file.create_dataset(str(key), data=images, compression="gzip")
+            file.flush()
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+common.run(write)
+"""
+
+
+def test_a_disk_that_takes_no_more_is_one_line_and_no_crash_of_hdf5(tmp_path):
+    path = tmp_path / "task_00.hdf5"
+    done = subprocess.run([sys.executable, "-c", WRITES, str(common.HERE), str(path)], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert f"{path} cannot be written" in done.stderr and not any(tmp_path.iterdir())
