@@ -91,8 +91,8 @@ def save_gif(path: Path, frames: list) -> None:
     import imageio.v3 as imageio
 
     path.parent.mkdir(exist_ok=True)
-    with runs.writing(path):
-        imageio.imwrite(path, np.stack(frames).repeat(2, axis=1).repeat(2, axis=2), duration=200, loop=0)
+    images = np.stack(frames).repeat(2, axis=1).repeat(2, axis=2)
+    runs.write_atomic(path, imageio.imwrite("<bytes>", images, extension=".gif", duration=200, loop=0))
 
 
 # ---------------------------------------------------------------------------------------------------------------- tables

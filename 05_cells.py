@@ -65,6 +65,7 @@ def play(job: tuple):
     env.close()
 
 
+PROTOCOL = ("suites", "image_size", "render", "execute", "noise_scale")  # what the two of a pair share, beside the weights
 NO_REUSE = {"reuse": "none", "solver": "euler", "denoise_steps": 10}
 
 
@@ -87,12 +88,11 @@ def cells_table(cfg: Config) -> list[dict]:
         row |= {"hit_rate": sum(r["hits"] for r in played) / max(1, sum(r["looks"] for r in played))}
         row |= {"ms_per_step": sum(spent.values()), "ms_per_step_parts": spent} | episodes.summarise(played)
         row |= {"command": timing["command"], "commit": timing["commit"]}
-        same = {key: facts["config"][key] for key in ("execute", "start")}
-        for checkpoint in ("", teacher(facts["config"]["checkpoint"])):  # a student's is its teacher's, a published one's its own
-            base = cell_name(replace(cfg, **NO_REUSE, **same, checkpoint=checkpoint))
-            if base in found and base != name:
-                row |= {"paired_with": base} | episodes.paired(played, found[base][1])
-                break
+        mine = facts["config"]
+        same = {key: mine[key] for key in ("execute", "start")} | {"checkpoint": teacher(mine["checkpoint"])}
+        base = cell_name(replace(cfg, **NO_REUSE, **same))
+        if base in found and base != name and all(found[base][0]["config"][key] == mine[key] for key in PROTOCOL):
+            row |= {"paired_with": base} | episodes.paired(played, found[base][1])
         rows.append(row)
     return rows
 

@@ -323,8 +323,15 @@ def main(cfg: Config) -> None:
     inputs = common.sft_inputs(cfg) if cfg.weights == "sft" else []
     shared = f"backbone seed image_size denoise_steps {common.SFT_KEYS}"
     stage = runs.open_stage(__file__, cfg, cfg.seed_dir / "profile", shared, inputs, ["memory.py", *cfg.policy_code])
-    if stage is None:
-        return
+    folder = cfg.seed_dir / "profile"
+    if stage is not None:
+        print(anatomy(cfg, stage))
+    points, timing = runs.read_json(folder / "latency.json")["points"], runs.read_json(folder / "timing.json")
+    runs.write_json(folder / "table.json", shares(cfg, points[0], timing))
+
+
+def anatomy(cfg: Config, stage: runs.Stage) -> str:
+    """Measure every point; write latency.json, table.md and the plot. -> the table, and a line of JSON."""
     torch.set_num_threads(cfg.threads)
     policy, rows = common.load_sft(cfg) if cfg.weights == "sft" else random_policy(cfg), []
     for label, point in common.progress(points(cfg, policy), desc="profile", unit="point"):
@@ -339,13 +346,8 @@ def main(cfg: Config) -> None:
     runs.write_atomic(stage.dir / "table.md", table + "\n")
     plot(rows, f"{cfg.backbone}, {facts['parameters']:,} parameters, {cfg.device}", stage.dir / "anatomy.png")
     stage.finish()
-    runs.write_json(stage.dir / "table.json", shares(cfg, rows[0], runs.read_json(stage.dir / "timing.json")))
-    print(table)
-    print(
-        json.dumps(
-            facts | {"points": [{k: r[k] for k in ("label", "p50_ms", "p95_ms", "prefix_share", "ceiling")} for r in rows]}
-        )
-    )
+    said = [{key: row[key] for key in ("label", "p50_ms", "p95_ms", "prefix_share", "ceiling")} for row in rows]
+    return f"{table}\n{json.dumps(facts | {'points': said})}"
 
 
 if __name__ == "__main__":

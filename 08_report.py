@@ -80,6 +80,9 @@ def of_run(cfg: Config, backbone: str) -> Experiment:
     return found
 
 
+PAIRED = ("paired_with", "diff_vs_sft", "gained", "lost", "p_vs_sft", "paired_n")  # keys of a row's comparison
+
+
 def over_seeds(folder: Path, rows: list[dict]) -> list[dict]:
     """What several training seeds have, a row with the episodes of all of them: of each evaluation, group and suite."""
     groups, pooled = defaultdict(list), []
@@ -94,10 +97,11 @@ def over_seeds(folder: Path, rows: list[dict]) -> list[dict]:
         for policy, seed in itertools.product({name, mine[0].get("paired_with", name)}, seeds):
             lines = runs.read_jsonl(folder / f"seed{seed}" / f"eval-{policy}{file}")
             played[policy] += [episode for episode in lines if episode["suite"] in suite.split()]
-        row = {key: value for key, value in mine[0].items() if key != "noise_seed"} | {"train_seeds": seeds}
+        row = {key: value for key, value in mine[0].items() if key not in ("noise_seed", *PAIRED)} | {"train_seeds": seeds}
         pooled.append(row | episodes.summarise(played[name]))
         if all("paired_with" in row for row in mine):
-            pooled[-1] |= episodes.paired(played[name], played[mine[0]["paired_with"]])
+            base = mine[0]["paired_with"]
+            pooled[-1] |= {"paired_with": base} | episodes.paired(played[name], played[base])
     return pooled
 
 
@@ -126,7 +130,7 @@ def success_table(rows: list[dict]) -> Table:
     several = len({row["suite"] for row in rows}) > 1
     seeds = len({str(row["train_seeds"]) for row in rows}) > 1
     head = ["policy", *["suite"] * several, *["seeds"] * seeds, "success", "95 % interval", "over tasks", "crashes"]
-    table = Table([*head, "against its SFT start (95 %)", "gained / lost", "p", *["p (Holm)"] * several], [])
+    table = Table([*head, f"against {plots.baseline(rows)} (95 %)", "gained / lost", "p", *["p (Holm)"] * several], [])
     rows = sorted(rows, key=plots.by_suite)
     tested = [i for i, row in enumerate(rows) if "p_vs_sft" in row]
     corrected = dict(zip(tested, audit.holm([rows[i]["p_vs_sft"] for i in tested]), strict=True))
@@ -178,7 +182,7 @@ def metric_names(rows: list[dict]) -> list[str]:
 
 def script(row: dict) -> str:
     """The stage that made a row: the script in its command."""
-    return next((word for word in row["command"].split() if word.endswith(".py")), "")
+    return next((Path(word).name for word in row["command"].split() if word.endswith(".py")), "")
 
 
 def title(stage: str) -> str:
@@ -210,7 +214,8 @@ def images(experiment: Experiment, groups: dict[str, list[dict]], folder: Path) 
     if held_out and not all("hit_rate" in row for row in held_out):
         add("success", "Success on held-out init states", plots.success, held_out)
     if differences := [row for row in held_out if "gained" in row]:
-        add("differences", "Difference to the SFT policy that each started from, on the same episodes", plots.forest, differences)
+        words = f"Difference to {plots.baseline(differences)}, on the same episodes"
+        add("differences", words, plots.forest, differences)
     curve = [row for row in groups["val"] if row["policy"] == "sft" and not row["blank_images"]]
     curve = [row for row in curve if script(row) != "05_cells.py"]  # its cells reuse, look or solve in other ways
     curve = [row for row in curve if row["suite"] == max((r["suite"] for r in curve), key=len)]  # of all suites

@@ -189,7 +189,11 @@ class Actor:
             self.seen, self.age = now, torch.zeros(n, dtype=torch.long, device=device)
         self.seen = torch.where(stale[:n, None], now, self.seen)
         self.age = torch.where(stale[:n], 0, self.age + 1)
-        self.prefix, self.attention = refresh(policy, tokens, valid, self.prefix, stale.nonzero()[:, 0], n)
+        old = self.prefix  # its text may be longer or shorter (states as digits), and is made anew in any case
+        if old is not None:
+            images = Prefix(old.keys[..., :n, :], old.values[..., :n, :], old.valid[:, :n])
+            old = images.widen(tokens.shape[1])
+        self.prefix, self.attention = refresh(policy, tokens, valid, old, stale.nonzero()[:, 0], n)
 
 
 def sees_on_a_hit(policy, rule) -> list[str]:

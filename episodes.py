@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -49,22 +50,27 @@ def gather(stage: runs.Stage, worker: Callable, cfg, tasks: list[tuple[str, int]
 
 def finish(stage: runs.Stage, rows: list[dict], **facts) -> None:
     """The stage is done: its rows in order, the wall times beside them in timing.json."""
-    walls = {f"{r['suite']}-{r['task']}-{r['init_state']}": r.pop("wall_s", None) for r in rows}
+    timing = stage.dir / "timing.json"  # before the rows lose their times, so that a stop between loses none
+    if not timing.is_file():
+        walls = {f"{r['suite']}-{r['task']}-{r['init_state']}": r.get("wall_s") for r in rows}
+        runs.write_json(timing, {"episodes_s": walls})
+    rows = [{key: value for key, value in row.items() if key != "wall_s"} for row in rows]
     runs.write_rows(stage.dir / "episodes.jsonl", rows)
     runs.write_json(stage.dir / "summary.json", {"seed": stage.identity["config"]["seed"]} | facts | summarise(rows))
-    stage.finish({"episodes_s": walls}, **facts)
+    stage.finish({"episodes_s": runs.read_json(timing)["episodes_s"]}, **facts)
 
 
 def finished(seed_dir: Path, pattern: str, group: str) -> list[tuple[dict, list[dict], dict]]:
     """done.json, rows and timing.json of a seed's finished folders of episodes on a group of init states, by name. Those whose
     weights have been made anew since are left out."""
-    run, found = seed_dir.parents[1], []
+    run, found, hash_of = seed_dir.parents[1], [], functools.cache(runs.sha256)  # checkpoints may be large
 
     def unchanged(name: str, made_from: str) -> bool:
         path = run / name / "done.json"
         if path.is_file():
             return runs.read_json(path)["fingerprint"] == made_from
-        return Path(name).is_file() or (run / name).is_file()  # of a checkpoint; a student's lies in the run
+        files = [path for path in (Path(name), run / name) if path.is_file()]  # of a checkpoint; a student's lies in the run
+        return any(hash_of(path) == made_from for path in files)
 
     for done in sorted(seed_dir.glob(f"{pattern}/done.json"), key=lambda p: p.parent.name):
         facts = runs.read_json(done)

@@ -159,10 +159,16 @@ def incomplete(cells: dict) -> list[Finding]:
 def baseline_of(policy: str, policies: set[str]) -> str | None:
     """The `sft` policy that shares most words with this one's name, if this one is none itself; of a cell of 05 the one that
     looks as often and reuses nothing."""
-    if cell := re.fullmatch(r"(?P<run>.*/)?cell-.+-(?P<k>k\d+)-[a-z]+\d+(?P<start>-at\d+)?(?P<group>-val)?", policy):
-        plain = f"{cell['run'] or ''}cell-", f"none-{cell['k']}-euler10{cell['start'] or ''}{cell['group'] or ''}"
-        fits = [p for p in policies if p.startswith(plain[0]) and (p == "".join(plain) or p.endswith(f"-{plain[1]}"))]
-        return min(fits, key=len) if fits and policy not in fits else None
+    rule = r"(none|(chunk|prefix|patches)[\d.]+x\d+)"
+    if cell := re.fullmatch(rf"(?P<run>(.*/)?cell-)(?P<of>.*?){rule}-(?P<look>k\d+-)[a-z]+\d+(?P<rest>(-at\d+)?(-val)?)", policy):
+        plain = f"none-{cell['look']}euler10{cell['rest']}"
+        if cell["of"] != "student-":
+            own = f"{cell['run']}{cell['of']}{plain}"  # of the same weights
+            return own if own in policies and own != policy else None
+        fits = [
+            p for p in policies if re.fullmatch(re.escape(cell["run"]) + "(.+-)?" + re.escape(plain), p) and "student" not in p
+        ]
+        return fits[0] if len(fits) == 1 else None  # its teacher's, where it is plain which that is
     words = set(re.split(r"[-_/]", policy))
     fits = {p: set(re.split(r"[-_/]", p)) - {"sft"} for p in policies if "sft" in re.split(r"[-_/]", p)}
     fits = {p: rest for p, rest in fits.items() if rest <= words}

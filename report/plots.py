@@ -48,6 +48,11 @@ def colour(colours: dict, row: dict) -> str:
     return colours[row["adapter"]] if row["policy"] == "dpo" else colours["sft" if row["policy"] == "sft" else "other"]
 
 
+def baseline(rows: list[dict]) -> str:
+    """What the rows' differences are to, in words."""
+    return "no reuse in ten Euler steps" if any("hit_rate" in row for row in rows) else "its SFT start"
+
+
 def labels(rows: list[dict]) -> list[str]:
     """A name for each row, with what tells rows of one name apart: suite, seed."""
     suites, seeds = {row["suite"] for row in rows}, {str(row.get("train_seeds")) for row in rows}
@@ -95,7 +100,7 @@ def success(colours: dict, rows: list[dict]):
 
 
 def forest(colours: dict, rows: list[dict]):
-    """Differences to the SFT policy on the same episodes, in points, with their intervals and exact p-values."""
+    """Differences to the baseline on the same episodes, in points, with their intervals and exact p-values."""
     rows = sorted(rows, key=by_suite)[::-1]
     figure, ax = plt.subplots(figsize=(5.4, 0.85 + 0.34 * len(rows)))
     for i, r in enumerate(rows):
@@ -105,7 +110,7 @@ def forest(colours: dict, rows: list[dict]):
         ax.annotate(f"p = {r['p_vs_sft']:.2g}", (1.02, i), xycoords=("axes fraction", "data"), va="center", fontsize=9)
     ax.axvline(0, color=colours["ink"], linewidth=0.9)
     ax.set_yticks(range(len(rows)), labels(rows))
-    ax.set(ylim=(-0.6, len(rows) - 0.4), xlabel="points against the SFT start, same episodes (95 %)")
+    ax.set(ylim=(-0.6, len(rows) - 0.4), xlabel=f"points against {baseline(rows)}, same episodes (95 %)")
     ax.grid(axis="x")
     ax.tick_params(axis="y", length=0)
     return figure

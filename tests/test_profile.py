@@ -340,6 +340,20 @@ def test_patches_that_stand_still_are_kept_until_the_cap_and_the_wanted_never():
     assert never.hits == 0
 
 
+def test_patches_are_kept_when_the_prompt_grows_or_shrinks():
+    policy = make_policy(prompt="lerobot")
+    states = [np.full(8, value, np.float32) for value in (0, -0.95, 0.5)]
+    lengths = {policy.embed(common.collate([scene() | {"state": state}])).tokens.shape[1] for state in states}
+    assert len(lengths) > 1, "the state is text, of other lengths"
+    kept = caches.Actor(policy, rule(reuse="patches", threshold=0.5, relevant=0.0), ("s", 0, 0))
+    for k, state in enumerate(states):
+        kept(scene() | {"state": state}, k)
+        whole = policy.encode(common.collate([scene() | {"state": state}]))
+        assert kept.prefix.keys.shape == whole.keys.shape and kept.prefix.keys.isfinite().all()
+        torch.testing.assert_close(kept.prefix.keys[:, 0], whole.keys[:, 0])  # before tokens have seen one another
+    assert kept.hits == pytest.approx(2)
+
+
 def test_refusals():
     with pytest.raises(common.UserError, match="patches"):
         caches.Actor(make_policy("openvla"), rule(reuse="patches"), ("s", 0, 0))
@@ -397,7 +411,7 @@ def finished_cell(cfg, wins: list[bool], hits: float) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"weights")
     name = cells.cell_name(cfg)
-    shared, folder = "suites seed execute start checkpoint", cfg.seed_dir / f"cell-{name}-val"
+    shared, folder = "suites seed image_size render execute noise_scale start checkpoint", cfg.seed_dir / f"cell-{name}-val"
     stage = runs.open_stage("05_cells.py", cfg, folder, shared, weights, [])
     rows = [
         {
@@ -432,17 +446,58 @@ def test_table_of_cells_pairs_with_the_same_look_interval(checkpoint, tmp_path):
     assert "nothing new" in text and {line.count("|") for line in text.splitlines()} == {11}
 
 
+def test_a_cell_is_paired_with_its_own_weights_in_its_own_circumstances(tmp_path):
+    own = rule(root=str(tmp_path), name="x", execute=2, denoise_steps=10)
+    given = replace(own, checkpoint="published")
+    finished_cell(own, [False] * 10, 0)
+    for cfg, wins in ((given, 8), (replace(given, denoise_steps=1), 9), (replace(given, denoise_steps=2, noise_scale=0), 9)):
+        finished_cell(cfg, [True] * wins + [False] * (10 - wins), 0)
+    rows = {row["name"]: row for row in cells.cells_table(given)}
+    assert rows["published-none-k2-euler1"]["paired_with"] == "published-none-k2-euler10"
+    assert rows["published-none-k2-euler1"]["gained"] == 1
+    for unpaired in ("none-k2-euler10", "published-none-k2-euler10", "published-none-k2-euler2"):
+        assert "paired_with" not in rows[unpaired], unpaired
+
+
+def test_a_cell_of_weights_that_have_changed_since_is_left_out(tmp_path):
+    cfg = rule(root=str(tmp_path), name="x", execute=2, denoise_steps=10, checkpoint="published")
+    finished_cell(cfg, [True] * 10, 0)
+    assert len(cells.cells_table(cfg)) == 1
+    (cfg.seed_dir / "published" / "model.safetensors").write_bytes(b"others")
+    assert cells.cells_table(cfg) == []
+
+
+def test_a_disk_that_is_full_at_the_end_loses_no_wall_times(tmp_path, monkeypatch):
+    cfg, write = rule(root=str(tmp_path), name="x", execute=2, denoise_steps=10), runs.write_json
+
+    def full(path, data):
+        if path.name == "summary.json":
+            raise common.UserError("full")
+        write(path, data)
+
+    with monkeypatch.context() as patch, pytest.raises(common.UserError, match="full"):
+        patch.setattr(runs, "write_json", full)
+        finished_cell(cfg, [True] * 10, 0)
+    folder = cfg.seed_dir / f"cell-{cells.cell_name(cfg)}-val"
+    rows = runs.read_jsonl(folder / "episodes.jsonl")
+    assert "wall_s" not in rows[0]
+    stage = runs.open_stage(
+        "05_cells.py", cfg, folder, "suites seed image_size render execute noise_scale start checkpoint", [], []
+    )
+    episodes.finish(stage, rows, cell=cells.cell_name(cfg), sees_on_a_hit=["images"])
+    assert cells.cells_table(cfg)[0]["ms_per_step"] == pytest.approx(6)
+
+
 @pytest.mark.parametrize("checkpoint", ["", "published"])
 def test_a_student_is_paired_with_its_teacher(checkpoint, tmp_path):
     cfg = rule(root=str(tmp_path), name="x", execute=8, denoise_steps=10, checkpoint=checkpoint)
     finished_cell(cfg, [True] * 10, 0)
     (student := tmp_path / "student").mkdir()
     runs.write_json(student / "done.json", {"stage": "05_distill", "config": {"checkpoint": checkpoint}})
-    facts = {"config": {"suites": ["libero_object"], "execute": 8, "start": "final", "checkpoint": str(student)}}
     folder = cfg.seed_dir / "cell-student-none-k8-euler1-val"
     shutil.copytree(cfg.seed_dir / f"cell-{cells.cell_name(cfg)}-val", folder)
-    facts = runs.read_json(folder / "done.json") | {"cell": "student-none-k8-euler1"} | facts
-    runs.write_json(folder / "done.json", facts | {"config": facts["config"] | {"group": "val"}})
+    facts = runs.read_json(folder / "done.json") | {"cell": "student-none-k8-euler1"}
+    runs.write_json(folder / "done.json", facts | {"config": facts["config"] | {"checkpoint": str(student)}})
     rows = {row["name"]: row for row in cells.cells_table(cfg)}
     assert rows["student-none-k8-euler1"]["paired_with"] == cells.cell_name(cfg)
 
@@ -464,8 +519,10 @@ def test_the_stage_writes_tables_a_plot_and_one_line_of_json(tmp_path, capsys, m
     assert said["p50"] == point["p50_ms"] and 0 < said["denoise_share"] < 1 - said["prefix_share"]
     last = capsys.readouterr().out.strip().splitlines()
     assert any(line.startswith("{") and '"ceiling"' in line for line in last)
+    (folder / "table.json").unlink()  # as after a kill at the last moment
     profile.main(cfg)
     assert "already done" in capsys.readouterr().out
+    assert {row["metric"]: row["value"] for row in runs.read_json(folder / "table.json")} == said
 
 
 # ---------------------------------------------------------------------------------------------------------------- student

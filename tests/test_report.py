@@ -213,6 +213,10 @@ def test_a_cell_is_paired_with_the_one_that_reuses_nothing():
     assert audit.baseline_of("tiny/cell-given-chunk0.98x4-k2-euler10-val", given) == "tiny/cell-given-none-k2-euler10-val"
     assert audit.baseline_of("tiny/cell-student-none-k8-euler1-val", given) == "tiny/cell-given-none-k8-euler10-val"
     assert all(audit.baseline_of(each, given) is None for each in given)
+    given |= {"tiny/cell-student-none-k8-euler10-val", "tiny/cell-none-k8-euler10-val"}  # as if all had been tried
+    assert audit.baseline_of("tiny/cell-given-none-k8-euler1-val", given) == "tiny/cell-given-none-k8-euler10-val"
+    assert audit.baseline_of("tiny/cell-none-k8-euler1-val", given) == "tiny/cell-none-k8-euler10-val"
+    assert audit.baseline_of("tiny/cell-student-none-k8-euler1-val", given) is None, "its teacher may be either"
 
 
 def test_episodes_that_agree_under_two_seeds_count_once(tmp_path):
@@ -474,6 +478,13 @@ def test_every_suite_has_a_row_and_all_seeds_together_have_one(tmp_path, monkeyp
         base = {k[1:]: won for k, won in played.items() if k[0] == "sft"}
         assert (row["successes"], row["n"]) == (sum(mine.values()), len(mine)) and len(mine) in (100, 200, 400)
         assert (row["gained"], row["lost"]) == tuple(sum(won - base[k] == d for k, won in mine.items()) for d in (1, -1))
+    lone = [dict(r) for r in stage.of_run(report_cfg, "pi05").rows if len(r["train_seeds"]) == 1]
+    for row in [r for r in lone if r["train_seeds"] == [1337]]:
+        for key in stage.PAIRED:
+            row.pop(key, None)  # as if that seed's SFT had not been evaluated
+    pooled = stage.over_seeds(tmp_path / "x" / "pi05", lone)
+    assert pooled and not any(key in row for row in pooled for key in stage.PAIRED)
+    assert all(stage.script({"command": f"python {where}04_eval.py x"}) == "04_eval.py" for where in ("", "./", "/a b/"))
     stage.main(report_cfg)
     text = (tmp_path / "x" / "report" / "report.md").read_text()
     table, by_seed = text.split("### Seed by seed")
