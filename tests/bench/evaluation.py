@@ -107,7 +107,7 @@ def start(kind: str, tasks: list[int], inits: str, pixels: str, mesa: str) -> li
 
 
 def main(tasks: str = "0,5", inits: str = "40,41", pixels: str = "256", processes: str = "2", mesa: str = "1") -> None:
-    numbers, found = [int(task) for task in tasks.split(",")], {}
+    numbers, found, wall = [int(task) for task in tasks.split(",")], {}, dict.fromkeys(KINDS, 0.0)
     for kind in KINDS:
         at_once, found[kind] = 1 if kind == "standard" else int(processes), []
         for i in range(0, len(numbers), at_once):
@@ -116,14 +116,13 @@ def main(tasks: str = "0,5", inits: str = "40,41", pixels: str = "256", processe
                 out, _ = process.communicate()
                 assert process.returncode == 0, kind
                 found[kind].append(json.loads(out))
+                wall[kind] += sum(row["wall_s"] for row in found[kind][-1]["rows"]) / len(running)
     rows = {kind: [row for part in found[kind] for row in part["rows"]] for kind in KINDS}
     for a, b in zip(rows["standard"], rows["default"], strict=True):
         for key in ("task", "init_state", "success", "steps", "looks", "shown"):
             assert a[key] == b[key], (key, a, b)
-    n, per_hour = len(rows["standard"]), {}
-    for kind in KINDS:
-        at_once = 1 if kind == "standard" else int(processes)
-        per_hour[kind] = 3600 * at_once * n / sum(row["wall_s"] for row in rows[kind])
+    n = len(rows["standard"])
+    per_hour = {kind: 3600 * n / seconds for kind, seconds in wall.items()}
     print(f"{SUITE}, {pixels} px, {n} episodes, {os.cpu_count()} cores")
     print("frames, success and steps of `default` are those of the standard loop\n")
     head = "loop | processes | Mesa threads | solved | outcome as standard | episodes per hour | ratio | CPU s per episode"
