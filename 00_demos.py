@@ -210,8 +210,10 @@ def adopt(cfg: Config, tasks: list[tuple[str, int]]) -> list[dict]:
         found = sorted([*folder.glob(official), *folder.glob(f"task_{task:02d}.hdf5")])
         if len(found) != 1:
             raise UserError(f"source: {folder} holds {len(found)} files {official} or task_{task:02d}.hdf5, but one is needed")
-        size = next(common.read_demos(found[0], task)).agentview.shape[1]
-        if size != cfg.image_size:
+        demo = next(common.read_demos(found[0], task), None)
+        if demo is None:
+            raise UserError(f"source: {found[0]} holds no demonstration; record it again, or leave task {task} out with tasks=")
+        if (size := demo.agentview.shape[1]) != cfg.image_size:
             raise UserError(f"{found[0]} has images of {size} px: set image_size={size}")
         link = cfg.data_dir / suite / f"task_{task:02d}.hdf5"
         link.unlink(missing_ok=True)

@@ -172,6 +172,8 @@ def main(cfg: Config) -> None:
         return
     torch.set_num_threads(cfg.threads)
     policy = backbones.load_policy(cfg.init_from, model=cfg.model, suites=cfg.suites) if cfg.init_from else None
+    if policy and policy.backbone != cfg.backbone:
+        raise common.UserError(f"{cfg.init_from} is a checkpoint of {policy.backbone}; set backbone={policy.backbone}")
     train, val, instructions = load_data(cfg, policy.horizon if policy else horizon)
     policy = make_policy(cfg, policy, train, instructions)
     averaged = copy.deepcopy(policy)

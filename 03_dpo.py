@@ -183,10 +183,11 @@ def main(cfg: Config) -> None:
     torch.set_num_threads(cfg.threads)
     pairs = load_pairs(cfg)
     policy = common.load_sft(cfg)  # eval mode throughout: no dropout in any log-probability
+    common.check_pairs(pairs, policy)
     adapted = common.attach_adapter(policy, cfg.adapter, cfg.rank, cfg.alpha, cfg.targets or policy.adapter_targets, cfg.seed)
     policy.recompute = cfg.recompute
     trainable = {name: p for name, p in policy.named_parameters() if p.requires_grad}
-    beta = auto_beta(policy, pairs, cfg) if cfg.beta == "auto" else float(cfg.beta)
+    beta = float(ranks.told(repr(auto_beta(policy, pairs, cfg)))) if cfg.beta == "auto" else float(cfg.beta)
     n, k = len(pairs["mask"]), sum(p.numel() for p in trainable.values())
     print(f"[03_dpo] {n} pairs, {cfg.adapter} with {k:,} parameters, beta {beta:.4g}", flush=True)
     optimizer = torch.optim.AdamW(trainable.values(), lr=cfg.lr, weight_decay=cfg.weight_decay)

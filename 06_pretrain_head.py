@@ -136,6 +136,15 @@ def list_frames(cfg: Config) -> Frames:
 
 
 # -------------------------------------------------------------------------------------------------------------- features
+def is_whole(path: Path) -> bool:
+    """Whether a table is there in its full length: opened for writing, NumPy would fill a shorter one up with zeros."""
+    try:
+        np.load(path, mmap_mode="r")
+    except (FileNotFoundError, ValueError, EOFError):
+        return False
+    return True
+
+
 @torch.no_grad()
 def encode(cfg: Config, folder: Path, frames: Frames) -> dict[str, np.memmap]:
     """Pooled features (N, W) of both cameras, float32 files of the folder, memory-mapped.
@@ -147,7 +156,7 @@ def encode(cfg: Config, folder: Path, frames: Frames) -> dict[str, np.memmap]:
         shuffle_weights(tower_of(policy), cfg.seed)
     width = tower_of(policy).embeddings.position_embedding.weight.shape[1]
     for camera in CAMERAS:
-        if ranks.first() and not (folder / f"{camera}.npy").is_file():
+        if ranks.first() and not is_whole(folder / f"{camera}.npy"):
             with runs.replacing(folder / f"{camera}.npy") as temporary:
                 table = np.lib.format.open_memmap(temporary, "w+", np.float32, (len(frames.step), width))
                 with open(temporary, "r+b") as file:  # a disk that is full shows here, and not as a crash while writing to memory

@@ -211,11 +211,11 @@ def images(experiment: Experiment, groups: dict[str, list[dict]], folder: Path) 
         path = folder / f"{name}-{slug(experiment.title)}.png"
         made.append(Image(path.name, alt, *plots.dressed(draw, *arguments, path=path)))
 
-    if held_out and not all("hit_rate" in row for row in held_out):
-        add("success", "Success on held-out init states", plots.success, held_out)
-    if differences := [row for row in held_out if "gained" in row]:
-        words = f"Difference to {plots.baseline(differences)}, on the same episodes"
-        add("differences", words, plots.forest, differences)
+    if evaluated := [row for row in held_out if "hit_rate" not in row]:
+        add("success", "Success on held-out init states", plots.success, evaluated)
+    for name, reused in (("differences", False), ("differences-cells", True)):
+        if rows := [row for row in held_out if "gained" in row and ("hit_rate" in row) == reused]:
+            add(name, f"Difference to {plots.baseline(rows)}, on the same episodes", plots.forest, rows)
     curve = [row for row in groups["val"] if row["policy"] == "sft" and not row["blank_images"]]
     curve = [row for row in curve if script(row) != "05_cells.py"]  # its cells reuse, look or solve in other ways
     curve = [row for row in curve if row["suite"] == max((r["suite"] for r in curve), key=len)]  # of all suites
@@ -271,10 +271,10 @@ def chapter(experiment: Experiment, folder: Path) -> tuple[list[Block], dict[str
         tables[name + suffix] = table
         blocks.extend([f"### {heading}", table])
 
-    if groups["test"]:
-        add("Success on held-out init states (40-49)", "", success_table(groups["test"]))
-    if groups["val"]:
-        add("Success on validation init states (35-39)", "/val", success_table(groups["val"]))
+    for group, words, suffix in (("test", "held-out init states (40-49)", ""), ("val", "validation init states (35-39)", "/val")):
+        for reused, what, more in ((False, "Success", ""), (True, "Caches, fewer looks and fewer denoise steps", "/cells")):
+            if rows := [row for row in groups[group] if ("hit_rate" in row) == reused]:
+                add(f"{what} on {words}", suffix + more, success_table(rows))
     if single:
         add("Seed by seed", "/seeds", success_table([row for row in single if row["group"] == "test"]))
     blocks.append(images(experiment, groups, folder))

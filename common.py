@@ -30,7 +30,7 @@ import yaml
 from safetensors import SafetensorError
 
 import ranks
-from data import Demo, read_demos, read_pairs  # noqa: F401 (the stages take them from here)
+from data import Demo, check_pairs, read_demos, read_pairs  # noqa: F401 (the stages take them from here)
 from runs import HERE, STAGES, UserError, checkpoint_files, one_line, require
 
 # ---------------------------------------------------------------------------------------------------------------- LIBERO
@@ -108,10 +108,11 @@ def demonstrations(cfg, holdout: int) -> Iterator[tuple[str, bool, Demo]]:
     """
     sizes = set()
     for suite in cfg.suites:
-        for path in sorted((cfg.data_dir / suite).glob("task_*.hdf5")):
+        folder, selected = cfg.data_dir / suite, [f"task_{task:02d}.hdf5" for task in sorted(cfg.tasks)]
+        if absent := [name for name in selected if not (folder / name).is_file()]:
+            raise UserError(f"{folder / absent[0]} is not there; run 00_demos.py for this task too")
+        for path in [folder / name for name in selected] or sorted(folder.glob("task_*.hdf5")):
             task = int(path.stem.rpartition("_")[2])
-            if cfg.tasks and task not in cfg.tasks:
-                continue
             demos = list(read_demos(path, task))
             if wrong := [d for d in demos if d.init_state not in (-1, *INIT_GROUPS["demos"])]:
                 raise UserError(f"{path}: demo_{wrong[0].number} starts from init state {wrong[0].init_state}, kept for others")
@@ -351,7 +352,8 @@ def sft_inputs(cfg: RunConfig) -> list[Path]:
 
 def given_or_made(cfg: RunConfig, kind: str) -> list[Path]:
     """Pairs ("prefs") or adapter ("dpo") as inputs of a stage: the files that are given, or the folder of stage 02 or 03."""
-    folder, hint = cfg.source(kind), f" adapter={cfg.adapter}" * (kind == "dpo") + f" pairs={cfg.pairs} start={cfg.start}"
+    folder, own = cfg.source(kind), f" adapter={cfg.adapter} surrogate={cfg.surrogate} seed={cfg.seed}"
+    hint = f" backbone={cfg.backbone} pairs={cfg.pairs} start={cfg.start}" + own * (kind == "dpo")
     return [require(folder, kind, hint)] if folder == cfg.variant(kind) else checkpoint_files(str(folder))
 
 
@@ -471,6 +473,8 @@ class RunConfig:
         one_of("backbone", self.backbone, BACKBONES)
         for suite in self.suites or [""]:
             one_of("suite", suite, MAX_STEPS)
+        if len({*self.suites}) < len(self.suites) or len({*self.tasks}) < len(self.tasks):
+            raise UserError(f"suites={self.suites}, tasks={self.tasks}: name each once, episodes would count twice")
         if self.name != Path(self.name).name or self.name == ".." or not re.fullmatch(r"final|[0-9]+", self.start):
             raise UserError(f"name={self.name!r} must be a folder's name, start={self.start!r} a step or 'final'")
         choices = {"render": ("fast", "default"), "pairs": ("branch", "episode", "whole"), "adapter": ("lora", "dora")}
@@ -502,7 +506,9 @@ class RunConfig:
     def policy_code(self) -> list[str]:
         """The files that make this policy what it is."""
         names = ["__init__", "layers", *sorted(p.stem for p in (HERE / "backbones").glob(f"{self.backbone}*.py"))]
-        return [f"backbones/{name}.py" for name in names + ["published"] * bool(self.checkpoint)]
+        return [
+            f"backbones/{name}.py" for name in names + ["published"] * bool(self.checkpoint or getattr(self, "init_from", ""))
+        ]
 
     def variant(self, kind: str) -> Path:
         """Folder of a stage that depends on `pairs`, `start`, `adapter`, `surrogate`: prefs, dpo, validate."""
@@ -655,6 +661,18 @@ def load_config(cls: type, section: str, argv: list[str]):
     return cls(**values)
 
 
+DISK_ERRORS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+}
+
+
 def run(main: Callable[[], None]) -> None:
     """Call a script's main(); a UserError becomes one line on stderr and exit code 2, and so does a disk that takes no more."""
     try:
@@ -663,7 +681,7 @@ def run(main: Callable[[], None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+        if error.errno not in DISK_ERRORS:
             raise
         said = " ".join(str(error).split())
         print(f"error: {said}; make room, or name another folder with root=, the same command then goes on", file=sys.stderr)

@@ -62,6 +62,15 @@ def read_demos(path: Path, task: int) -> Iterator[Demo]:
         raise UserError(f"{path} is not a complete LIBERO HDF5 file ({why}); record it again with 00_demos.py") from error
 
 
+def check_pairs(pairs: dict, policy) -> None:
+    """UserError unless the chunks are as long as the policy's: another one's are in other units as well."""
+    h, horizon = pairs["chosen"].shape[1], policy.horizon
+    if h != horizon:
+        raise UserError(
+            f"the pairs have chunks of {h} actions, the policy of {horizon}: they are another policy's, see pairs_from"
+        )
+
+
 def read_pairs(folder: Path) -> dict:
     """The preference pairs of 02_collect_prefs.py: pairs.safetensors, and `instruction`, a list of N strings.
 

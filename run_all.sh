@@ -14,7 +14,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-CONFIG=configs/tiny.yaml STAGES="" ADAPTERS="" BACKBONES="" OVERRIDES=()
+unset ADAPTERS # which may be given as none
+CONFIG=configs/tiny.yaml STAGES="" BACKBONES="" OVERRIDES=()
 for argument in "$@"; do
   case $argument in
     adapters=*) ADAPTERS=${argument#*=} ;;
@@ -25,9 +26,18 @@ for argument in "$@"; do
     *) STAGES=$argument ;;
   esac
 done
-named() { [[ ! -f $CONFIG ]] || sed -n "s/^$1: *//p" "$CONFIG"; } # by the config, on a line of its own
-STAGES=${STAGES:-$(named stages)} ADAPTERS=${ADAPTERS:-$(named adapters)}
-STAGES=${STAGES:-00 01 02 03 04 08} ADAPTERS=${ADAPTERS:-lora dora}
+named() { # what a config, or else the one that it is laid over, has of a key, on a line of its own
+  [[ -f $2 ]] || return 0
+  local found base
+  found=$(sed -n "s/^$1: *\([^#]*\).*/\1/p" "$2") base=$(sed -n "s/^base: *//p" "$2")
+  if [[ -n $found || -z $base ]]; then echo "$found"; else named "$1" "$(dirname "$2")/$base"; fi
+}
+STAGES=${STAGES:-$(named stages "$CONFIG")}
+STAGES=${STAGES:-00 01 02 03 04 08}
+if [[ -z ${ADAPTERS+given} ]]; then
+  ADAPTERS=$(named adapters "$CONFIG")
+  ADAPTERS=${ADAPTERS:-lora dora}
+fi
 for number in $STAGES; do
   [[ $number =~ ^(0[0-8]|setup)$ ]] || { echo "error: no stage $number; STAGES is a list such as \"02 03 04\"" >&2; exit 2; }
 done

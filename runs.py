@@ -281,15 +281,17 @@ def open_folder(script: str, cfg, folder: Path, shared: str, inputs: list[Path],
         if not (folder / marker).is_file():
             continue
         old = read_identity(folder / marker)
-        if old["fingerprint"] == identity["fingerprint"]:
+        gone = [n for n in old.get("outputs", ()) if not (folder / n).is_file() and not n.startswith("videos/")]
+        if old["fingerprint"] == identity["fingerprint"] and not gone:
             if marker == "done.json":
                 print(f"[{name}] already done: {folder}", flush=True)
                 return None
             print(f"[{name}] goes on in {folder}", flush=True)
             return Stage(folder, identity, time.time(), lock)
-        because = _difference(old, identity)
+        because = f"{folder / gone[0]} is missing" if gone else _difference(old, identity)
         if not cfg.overwrite:
-            raise UserError(f"{folder} was made with other settings ({because}); add overwrite=true to redo it")
+            why = because if gone else f"{folder} was made with other settings ({because})"
+            raise UserError(f"{why}; add overwrite=true to redo it")
         print(f"[{name}] redone, because of: {because}", flush=True)
         (folder / marker).unlink()  # first: a folder that is half removed must not look like a finished one
     if folder.is_dir() and any(folder.iterdir()) and not cfg.overwrite:
@@ -308,10 +310,13 @@ def fingerprint_of(folder: Path, run: Path) -> str:
     """
     done = read_identity(folder / "done.json")
     for earlier, fingerprint in done["inputs"].items():
-        path = run / earlier / "done.json"
-        if path.is_file() and read_identity(path)["fingerprint"] != fingerprint:
+        path, files = run / earlier / "done.json", [p for p in (run / earlier, Path(earlier)) if p.is_file()]
+        found = [read_identity(path)["fingerprint"]] if path.is_file() else [sha256(p) for p in files]
+        if found and fingerprint not in found:
             raise UserError(f"{folder} was made from another {earlier}; run {done['stage']}.py again, with overwrite=true")
     for name, its in done.get("outputs", {}).items():
+        if not (folder / name).is_file() and not name.startswith("videos/"):
+            raise UserError(f"{folder / name} is missing; run {done['stage']}.py again, with overwrite=true")
         if (folder / name).is_file() and sha256(folder / name) != its:
             raise UserError(f"{folder / name} is damaged, or was edited; remove {folder} and run {done['stage']}.py again")
     return done["fingerprint"]

@@ -160,6 +160,8 @@ def test_config_casts_by_type_and_command_line_wins(tmp_path):
         ("", "steps", "not key=value"),
         ("", "sfft.steps=1", "no stage is called"),
         ("", "workers=two", "must be int"),
+        ("", "tasks=[0,0]", "name each once"),
+        ("suites: [libero_goal, libero_goal]", None, "name each once"),
     ],
 )
 def test_bad_config_is_one_line_that_names_the_key(tmp_path, text, override, hint):
@@ -235,6 +237,10 @@ def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, capsys):
         common.run(lambda: Path("/dev/full").write_text("x"))
     said = capsys.readouterr().err
     assert end.value.code == 2 and said.startswith("error: ") and "make room" in said and said.count("\n") == 1
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(SystemExit):
+        common.run(lambda: (tmp_path / "file" / "runs").mkdir())
+    assert "Not a directory" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError):  # any other is a mistake of the kit's, and shows where
         common.run(lambda: (tmp_path / "nowhere").read_text())
 
@@ -306,6 +312,35 @@ def test_what_was_made_from_an_older_input_is_refused(tmp_path):
     made("sft", [], steps=9)
     with pytest.raises(common.UserError, match="dpo was made from another sft"):
         made("eval", ["sft", "dpo"])
+    weights = tmp_path / "model.safetensors"  # of a checkpoint, outside the run
+    weights.write_bytes(b"one")
+    made("dpo", [weights])
+    made("eval", [weights, "dpo"])
+    weights.write_bytes(b"another")
+    with pytest.raises(common.UserError, match=r"dpo was made from another .*model\.safetensors"):
+        made("eval", [weights, "dpo"])
+
+
+def test_an_output_that_is_gone_is_noticed_and_the_remedy_helps(tmp_path):
+    def made(name, inputs, **kwargs):
+        cfg, folder = Config(name="exp", root=str(tmp_path), **kwargs), tmp_path / "exp" / name
+        if stage := runs.open_stage("01_sft.py", cfg, folder, "seed", inputs, []):
+            for file in ("model.bin", "videos/a.gif"):
+                (folder / file).parent.mkdir(exist_ok=True)
+                (folder / file).write_text("x")
+            stage.finish()
+        return folder
+
+    folder = made("sft", [])
+    (folder / "videos" / "a.gif").unlink()  # nobody reads it
+    made("dpo", [folder])
+    (folder / "model.bin").unlink()
+    with pytest.raises(common.UserError, match=r"model\.bin is missing; run 01_sft\.py again, with overwrite=true"):
+        made("eval", [folder])
+    with pytest.raises(common.UserError, match=r"model\.bin is missing; add overwrite=true"):
+        made("sft", [])
+    made("sft", [], overwrite=True)
+    made("eval", [folder])
 
 
 def test_done_json_lists_the_hash_of_every_file(tmp_path):

@@ -3,6 +3,7 @@
 pytest tests/test_try.py
 """
 
+import dataclasses
 import importlib
 import os
 import subprocess
@@ -101,3 +102,20 @@ def test_a_config_names_the_stages_where_the_command_line_does_not():
     assert scripts("configs/try.yaml", "02 03", "adapters=lora dora") == ["02_collect_prefs.py", "03_dpo.py", "03_dpo.py"]
     assert scripts("03") == ["03_dpo.py", "03_dpo.py"]
     assert {name[:2] for name in scripts()} == {"00", "01", "02", "03", "04", "08"}
+    assert scripts("configs/tiny_blank.yaml", "00 01 04", "adapters=") == ["00_demos.py", "01_sft.py", "04_eval.py", "04_eval.py"]
+    assert {name[:2] for name in scripts("configs/tiny_exact.yaml")} == {"02", "03", "04", "08"}, "those of its base"
+
+
+def test_what_belongs_to_another_policy_is_refused(tmp_path):
+    others = {"pi05": "openvla", "openvla": "pi05"}
+    for backbone, other in others.items():
+        arguments = (f"root={tmp_path}", f"backbone={backbone}", f"pairs_from={TRY / other / 'prefs'}")
+        with pytest.raises(common.UserError, match="they are another policy's"):
+            dpo.main(config(dpo.Config, "dpo", *arguments))
+    sft = importlib.import_module("01_sft")
+    cfg = config(sft.Config, "sft", f"root={tmp_path}", "backbone=openvla", f"sft.init_from={TRY / 'pi05' / 'sft'}")
+    demos = importlib.import_module("00_demos")
+    demos.main(config(demos.Config, "demos", f"root={tmp_path}"))
+    with pytest.raises(common.UserError, match="is a checkpoint of pi05; set backbone=pi05"):
+        sft.main(dataclasses.replace(cfg, model={}))
+    assert "backbones/published.py" in cfg.policy_code and "backbones/published.py" not in sft.Config().policy_code
