@@ -113,7 +113,7 @@ def hdf5_file(path: Path) -> Iterator[h5py.File]:
     content = io.BytesIO()
     with h5py.File(content, "w") as file:
         yield file
-    runs.write_atomic(path, content.getbuffer())
+    runs.write_atomic(path, content.getvalue())
 
 
 def record_demo(env: sim.TaskEnv, init_state: int, repeat: int, cfg: Config, path: Path) -> None:

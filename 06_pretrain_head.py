@@ -16,12 +16,12 @@ alone, in four protocols:
     held-out episodes   neither the head nor 01_sft.py saw the query's episode (the last init states); neighbours from the rest
     held-out tasks      the head never saw the query's task; neighbours come from other episodes of all tasks
 
-The head comes in three variants: "paper"; "masked", where near frames of one episode are no negatives; "corrected", which also
-standardises what comes in (over the training frames; folded into the first layer afterwards, so it is the same head). Beside
-them: the head before training, the tower's features as they are and standardised, 8 x 8 pixels and proprioception (both
-standardised), and chance, exactly. recall@k is the share of queries with a right frame among the k nearest; right is one of the
-same task, of the same episode, or of the same moment (same task, |dt| <= near).
-In "held-out tasks" only the head is new to the task: the tower was fine-tuned on all of them, unless encoder=random.
+The head comes in three variants: "paper"; "masked", where near anchors of one episode are no negatives, nor are their partners;
+"corrected", which also standardises what comes in (over the training frames; folded into the first layer afterwards, so it is
+the same head). Beside them: the head before training, the tower's features as they are and standardised, 8 x 8 pixels and
+proprioception (both standardised), and chance, exactly. recall@k is the share of queries with
+a right frame among the k nearest; right is one of the same task, of the same episode, or of the same moment (same task,
+|dt| <= near). In "held-out tasks" only the head is new to the task: the tower was fine-tuned on all, unless encoder=random.
 
 t + 5: the paper's frames are LIBERO's, one per step of 0.05 s. Here t counts steps too, and the partner is the image nearest to
 t + gap: one image further on where every 4th step has one (t + 4), exactly 5 in the official files.

@@ -16,7 +16,7 @@ An estimator is a scheme of draws (t, eps) (common.make_draws) and a weight on t
 `shared`: the same draws in all terms of a quantity, as in 03; otherwise every term has its own. All score whole chunks, as the
 exact likelihood must (03 by default scores the executed actions of a chunk; dpo.whole_chunk=true makes it the same).
 Every estimate is repeated with fresh draws. An estimator's `noise` is the variance between repeats over that between pairs, its
-`bias` what more draws would not cure: 1 - r^2 between its mean over the repeats and the exact values, so after the best scale.
+`bias` what more repeats would not cure: 1 - r^2 between its mean over endless ones and the exact values, after the best scale.
 The tables and plots are made by agreement.py from what this stage measures.
 For an autoregressive policy log p is exact in closed form: there is nothing to validate.
 Left out: marginals of the executed actions (no closed form), policies in bfloat16, GPUs.
@@ -103,17 +103,17 @@ def rows_of(pairs: dict, index: list[int]) -> tuple[dict, Tensor]:
 
 
 def velocity_errors(policy, prefix, chunks: Tensor, draws: common.Draws) -> Tensor:
-    """Squared velocity error (K, n, 2) of both chunks (n, 2, H, 7) of each pair, under the same draws."""
-    n, _, h, _ = chunks.shape
-    both, prefix = policy.pad(chunks.transpose(0, 1).flatten(0, 1)), prefix.select(torch.arange(n).repeat(2))
+    """Squared velocity error (K, n, c) of the c chunks (n, c, H, 7) of each pair, two or one, under the same draws."""
+    n, c, h, _ = chunks.shape
+    flat, prefix = policy.pad(chunks.transpose(0, 1).flatten(0, 1)), prefix.select(torch.arange(n).repeat(c))
     errors = common.flow_matching_error(
-        lambda index, x, t: policy.velocity(prefix.select(index), x, t), both, draws.repeat(2), torch.ones(2 * n, h)
+        lambda index, x, t: policy.velocity(prefix.select(index), x, t), flat, draws.repeat(c), torch.ones(c * n, h)
     )
-    return errors.unflatten(1, (2, n)).transpose(1, 2)
+    return errors.unflatten(1, (c, n)).transpose(1, 2)
 
 
 def estimate(policy, obs, chunks: Tensor, name: str, k: int, g: torch.Generator, cfg: Config) -> tuple[Tensor, Tensor]:
-    """One estimate of log p (n, 2), and the errors (K, n, 2) it is the weighted mean of. Differentiable.
+    """One estimate of log p (n, c), and the errors (K, n, c) it is the weighted mean of. Differentiable.
 
     obs: observations, or (but for "independent") their prefix.
     """
@@ -226,9 +226,10 @@ def gradients(job: tuple):
         for k in [k for k in (1, 4, 16, 64) if k <= cfg.max_draws and (name, k) != ("antithetic", 1)]:
 
             def score(term, name=name, k=k):
-                own = term if name == "independent" else ""
-                g = common.stream(cfg.seed, "gradient", k, own, index[0])
-                return estimate(policy, obs, chunks, name, k, g, cfg)[0]
+                if name != "independent":
+                    return estimate(policy, obs, chunks, name, k, common.stream(cfg.seed, "gradient", k, "", index[0]), cfg)[0]
+                g = common.stream(cfg.seed, "gradient", k, term, index[0])  # and from chunk to chunk, as 03's code has it
+                return torch.cat([estimate(policy, obs, chunks[:, i : i + 1], name, k, g, cfg)[0] for i in (0, 1)], dim=1)
 
             cosine = F.cosine_similarity(dpo_gradient(policy, score, betas[name]), truth, dim=0).item()
             rows.append(row | {"estimator": name, "draws": k, "cosine": cosine})

@@ -61,24 +61,31 @@ def correlations(x: np.ndarray, y: np.ndarray, pair: np.ndarray) -> dict:
     return {name: (float(v[0]), *np.nanquantile(v[1:], (0.025, 0.975))) for name, v in found.items()}
 
 
-def compare(estimates: Tensor, truth: Tensor) -> dict:
+def compare(estimates: Tensor, truth: Tensor, shared: Tensor | None = None) -> dict:
     """An estimator's differences or margins (R, N) against the exact ones (N,): name of a metric -> (value, low, high).
 
-    A noise of 100 is the most that is said: no spread between pairs can be told from the repeats' own.
+    shared: the same with shared draws, where those of `estimates` are not. Rolled repeats have each draw twice, with either
+    sign: their mean is the shared one's, and their variance over repeats s^2 is too large, by what the mean lacks.
+    A noise of 100 is the most that is said: no spread between pairs can be told from the repeats' own. Bias and scale are those
+    of the estimator's mean over endless repeats: the mean's own noise is taken off.
     """
     right = (estimates.sign() == truth.sign()).float()
     repeats, n = estimates.shape
     pair = np.tile(np.arange(n), repeats)
-    variance, mean = estimates.var(0), estimates.mean(0)
-    signal = (mean.var() - variance.mean() / repeats).clamp(min=variance.mean() / 100 + 1e-12)  # between pairs, noise taken off
+    together = estimates if shared is None else shared
+    mean, of_mean = together.mean(0).numpy(), together.var(0).numpy()
+    variance = of_mean if shared is None else ((repeats - 1) * estimates.var(0).numpy() + of_mean) / repeats
+    picks = np.stack([np.arange(n), *common.np_stream(0, "noise").integers(n, size=(2000, n))])  # the sample itself comes first
+    signal = mean[picks].var(1, ddof=1) - of_mean[picks].mean(1) / repeats  # between pairs, noise taken off
+    noise = variance[picks].mean(1) / np.maximum(signal, variance[picks].mean(1) / 100 + 1e-12)
+    interval = (None, None) if noise[0] >= 99 else tuple(np.quantile(noise[1:], (0.025, 0.975)))
+    told = mean.var(ddof=1) / max(signal[0], mean.var(ddof=1) / 100 + 1e-12)  # what noise takes off r^2 and slope
     r = np.corrcoef(mean, truth)[0, 1]
-    slope = float(((mean - mean.mean()) * (truth - truth.mean())).sum() / (mean - mean.mean()).square().sum())
-    noise = [float(v / signal) for v in (variance.mean(), *common.cluster_bootstrap(variance.numpy(), np.arange(n)))]
     return {
         "sign agreement": (float(right.mean()), *common.cluster_bootstrap(right.flatten().numpy(), pair)),
-        "noise": tuple(noise),
-        "bias": (float(1 - r**2), None, None),
-        "scale": (slope, None, None),  # nats per unit of the estimator
+        "noise": (float(noise[0]), *interval),
+        "bias": (float(max(0.0, 1 - r**2 * told)), None, None),
+        "scale": (float(np.cov(mean, truth)[0, 1] / mean.var(ddof=1) * told), None, None),  # nats per unit of the estimator
     }
 
 
@@ -109,7 +116,7 @@ def table(cfg, found: dict[str, dict], dims: int) -> list[dict]:
                 for what, base in [("difference", None)] + ([("margin", ref)] if ref else []):
                     value = quantity(tensors[key], base and base[key], shared)
                     exactly = quantity(truth[None], base and base["exact"][None], True)[0]
-                    metrics = compare(value, exactly)
+                    metrics = compare(value, exactly, None if shared else quantity(tensors[key], base and base[key], True))
                     if k in (cfg.draws, cfg.max_draws):
                         metrics |= correlations(value[0].numpy(), exactly.numpy(), np.arange(n))
                     add(policy, name, k, shared, what, metrics, n)

@@ -81,7 +81,7 @@ def replacing(path: Path) -> Iterator[Path]:
             raise
 
 
-def write_atomic(path: Path, content: str | bytes | memoryview) -> None:
+def write_atomic(path: Path, content: str | bytes) -> None:
     with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()

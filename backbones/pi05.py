@@ -228,7 +228,7 @@ class Pi05(Policy):
 
     def tokenize(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Token ids and their validity, both (B, longest prompt), padded on the right."""
-        if self.tokenizer is None or self.tokenizer.get_vocab_size() > self.cfg.vocab_size:
+        if self.tokenizer is None or self.tokenizer.get_vocab_size(with_added_tokens=False) > self.cfg.vocab_size:
             raise UserError(f"the policy has no tokenizer, or one of more than model.vocab_size={self.cfg.vocab_size} words")
         rows = [([BOS] + e.ids)[: self.cfg.max_tokens] for e in self.tokenizer.encode_batch(prompts, add_special_tokens=False)]
         ids = nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=PAD)

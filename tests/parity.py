@@ -145,7 +145,8 @@ def openvla(x: dict[str, Tensor], sizes: dict) -> Iterator[Row]:
     taught = labels[(labels != -100) & (labels != cfg.eos)].view(len(ids), -1)
     last = policy.follow(layers_of(prefix), prefix.valid, torch.full((len(ids), 1), cfg.space))[0]
     yield "logits_full_last", last[0, -1], x["out.logits_full_last"], 5e-5
-    chunk = policy.decode_actions(taught).view(len(ids), 1, -1)
+    chunk = policy.decode_actions(taught).where(taught != end - cfg.n_bins, 1.0)  # the two highest tokens share a centre
+    chunk = chunk.view(len(ids), 1, -1)
     yield "loss", policy.sft_loss(prefix, chunk)[None], x["out.loss"], 1e-5
     tokens = x["in.single_prompt_ids"].expand(2, -1)
     prefix = policy.prefill(*policy.embed_prefix(images, tokens, torch.ones_like(tokens, dtype=torch.bool)))[0]

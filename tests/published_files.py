@@ -68,8 +68,15 @@ def statistics(n: int) -> dict:
     return {key: value.tolist() for key, value in named.items()}
 
 
-def write_tokenizer(folder: Path) -> None:
-    (folder / "tokenizer.json").write_text(backbones.build_tokenizer(INSTRUCTIONS).to_str())
+def write_tokenizer(folder: Path, words: int = 0) -> None:
+    """words: as PaliGemma's own, so many of them and an added one for images, which no prompt holds and no weight stands for."""
+    tokenizer = json.loads(backbones.build_tokenizer(INSTRUCTIONS).to_str())
+    vocab = tokenizer["model"]["vocab"]
+    vocab |= {f"<loc{i:04d}>": i for i in range(len(vocab), words)}
+    if words:
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        tokenizer["added_tokens"].append({"id": words, "content": "<image>", "special": True} | flags)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
 def write_openvla(folder: Path) -> dict[str, torch.Tensor]:
@@ -102,7 +109,7 @@ def write_lerobot(folder: Path, **config) -> dict[str, torch.Tensor]:
         if key in ("mean", "std")
     }
     save_file(named, folder / "policy_preprocessor_step_5_normalizer_processor.safetensors")
-    write_tokenizer(folder)
+    write_tokenizer(folder, words=300)
     return made
 
 
@@ -114,5 +121,5 @@ def write_openpi(folder: Path) -> dict[str, torch.Tensor]:
     assets = folder / "assets" / "physical-intelligence" / "libero"
     assets.mkdir(parents=True)
     (assets / "norm_stats.json").write_text(json.dumps({"norm_stats": {"actions": statistics(7), "state": statistics(8)}}))
-    write_tokenizer(folder)
+    write_tokenizer(folder, words=300)
     return made

@@ -302,8 +302,15 @@ def test_the_estimators_of_the_stage_are_those_of_training(policy):
     pairs, cfg = some_pairs(2), validate.Config()
     obs, chosen, rejected, _ = dpo.batch_of(pairs, torch.arange(2))
     whole = torch.ones(2, 4, dtype=torch.bool)
+    cfg_of_training = dpo.Config(surrogate="independent")
+    with torch.no_grad():
+        g = common.stream(0, "d")
+        want = [dpo.independent_log_prob(policy, obs, chunk, whole, g, cfg_of_training) for chunk in (chosen, rejected)]
+        g = common.stream(0, "d")
+        got = [validate.estimate(policy, obs, chunk[:, None], "independent", 4, g, cfg)[0][:, 0] for chunk in (chosen, rejected)]
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-5)
     for name, (scheme, weight) in validate.ESTIMATORS.items():
-        if name == "independent":
+        if name == "independent":  # 07 scores both chunks at once, and takes the terms of a margin from different repeats
             continue
         with torch.no_grad():
             mine, _ = validate.estimate(policy, obs, torch.stack([chosen, rejected], 1), name, 4, common.stream(0, "d"), cfg)
@@ -443,11 +450,25 @@ def test_success_of_weights_that_were_made_anew_is_not_counted(tmp_path):
     assert counted == {"paper": (4, 5, [1]), "exact": (8, 10, [1, 2])}
 
 
+def test_noise_of_draws_that_are_not_shared_is_that_of_independent_ones():
+    g, n, repeats = common.stream(0, "unshared"), 2000, 4
+    truth, both = torch.randn(n, 2, generator=g), 3 * torch.randn(repeats, n, 1, generator=g)  # a draw's error, of both chunks
+    scores = truth + both + 0.3 * torch.randn(repeats, n, 2, generator=g)
+    exactly = truth[:, 0] - truth[:, 1]
+    own, shared = (agreement.quantity(scores, None, each) for each in (False, True))
+    value, low, high = agreement.compare(own, exactly, shared)["noise"]
+    expected = 2 * (9 + 0.09) / exactly.var().item()
+    assert low < expected < high and value == pytest.approx(expected, rel=0.1)
+    assert agreement.compare(shared, exactly)["noise"][0] == pytest.approx(0.01 * expected * 9 / 9.09, rel=0.1)
+    bias = agreement.compare(own, exactly, shared)["bias"][0]
+    assert bias < 0.01, "the estimator is right but for its noise"
+
+
 def test_noise_without_signal_is_100_and_with_signal_its_ratio():
     g = common.stream(0, "no signal")
     truth = torch.randn(400, generator=g)
     pure = torch.randn(4, 400, generator=g)
     pure = pure - pure.mean(0)  # the repeats' mean says nothing at all
-    assert agreement.compare(pure, truth)["noise"][0] == pytest.approx(100)
+    assert agreement.compare(pure, truth)["noise"] == (pytest.approx(100), None, None)
     seen = 2 * truth + 0.5 * torch.randn(4, 400, generator=g)
     assert agreement.compare(seen, truth)["noise"][0] == pytest.approx(0.25 / (4 * float(truth.var())), rel=0.1)
