@@ -187,7 +187,7 @@ def share(total: int, parts: int, part: int) -> int:
 
 def gather(cfg: Config, tasks: list, attempts: Path, parts: Path) -> None:
     """Make the attempts that are not there yet: their pairs as files of `parts`, then a line in `attempts`."""
-    done, jobs = runs.read_jsonl(attempts, "suite task unit playouts pairs"), []
+    done, jobs = runs.read_jsonl(attempts, "suite task unit init_state outcome playouts pairs"), []
     ranks.wait()  # all have read before any writes
     for i, (suite, task) in enumerate(tasks):
         mine = [row for row in done if (row["suite"], row["task"]) == (suite, task)]
