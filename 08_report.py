@@ -80,7 +80,7 @@ def of_run(cfg: Config, backbone: str) -> Experiment:
     return found
 
 
-PAIRED = ("paired_with", "diff_vs_sft", "gained", "lost", "p_vs_sft", "paired_n")  # keys of a row's comparison
+PAIRED = ("paired_with", "diff_vs_sft", "gained", "lost", "p_vs_sft", "paired_n", "deff")  # keys of a row's comparison
 
 
 def over_seeds(folder: Path, rows: list[dict]) -> list[dict]:

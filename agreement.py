@@ -209,7 +209,7 @@ def settling(cfg) -> list[dict]:
         row["ci95"] = list(common.wilson(row["successes"], row["n"]))
         both = [key for key in mine if key in paper]
         if surrogate != "paper" and both:
-            test = common.mcnemar([mine[key] for key in both], [paper[key] for key in both])
+            test = common.mcnemar([mine[key] for key in both], [paper[key] for key in both], [key[1:] for key in both])
             row |= {
                 "gained_vs_paper": test["only_a"],
                 "lost_vs_paper": test["only_b"],

@@ -107,13 +107,16 @@ def paired(rows: list[dict], base: list[dict]) -> dict:
     """Difference to a baseline on the episodes (suite, task, init state, seed) that both ran without a crash."""
     key = ("suite", "task", "init_state", "seed")
     theirs = {tuple(row[k] for k in key): row["success"] for row in base if not row["crash"]}
-    both = [(row["success"], theirs[t]) for row in rows if not row["crash"] and (t := tuple(row[k] for k in key)) in theirs]
-    test = common.mcnemar([a for a, _ in both], [b for _, b in both])
+    both = [
+        (row["success"], theirs[t], t[:3]) for row in rows if not row["crash"] and (t := tuple(row[k] for k in key)) in theirs
+    ]
+    test = common.mcnemar([a for a, _, _ in both], [b for _, b, _ in both], [place for *_, place in both])
     difference = (test["only_a"] - test["only_b"]) / max(1, len(both))
     return {
         "diff_vs_sft": difference,
         "gained": test["only_a"],
         "lost": test["only_b"],
         "p_vs_sft": test["p"],
+        "deff": test["deff"],
         "paired_n": len(both),
     }

@@ -283,11 +283,12 @@ def episodes_of(file: Path):
 
 
 # ------------------------------------------------------------------------------------------------------------------ tables
-def paired_interval(gained: int, lost: int, n: int) -> tuple[float, float]:
+def paired_interval(gained: int, lost: int, n: int, deff: float = 1.0) -> tuple[float, float]:
     """95 % interval of a difference of paired proportions: Bonett and Price's, a Wald interval after one episode is added to
-    each of gained and lost (J. Educ. Behav. Stat. 37, 2012). It has a width even where nothing was gained or lost."""
+    each of gained and lost (J. Educ. Behav. Stat. 37, 2012). It has a width even where nothing was gained or lost.
+    deff: what common.mcnemar says of pairs that are not independent."""
     up, down = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
-    half = 1.959964 * np.sqrt((up + down - (up - down) ** 2) / (n + 2))
+    half = 1.959964 * np.sqrt(deff * (up + down - (up - down) ** 2) / (n + 2))
     return float(max(-1.0, up - down - half)), float(min(1.0, up - down + half))
 
 
@@ -317,12 +318,15 @@ def rates(cells: dict, again: set[Key]) -> list[dict]:
 
 
 def compared(a: dict, b: dict) -> dict:
-    """Paired comparison of two sets of episodes {key: Episode}, on those that both have and neither crashed in."""
+    """Paired comparison of two sets of episodes {(suite, seed, place): Episode}, on those that both have without a crash."""
     both = [k for k in a.keys() & b.keys() if not a[k].crash and not b[k].crash]
-    test = common.mcnemar([a[k].success for k in both], [b[k].success for k in both])
+    test = common.mcnemar([a[k].success for k in both], [b[k].success for k in both], [(k[0], k[2]) for k in both])
     gained, lost, n = test["only_a"], test["only_b"], len(both)
     row = {"paired_n": n, "gained": gained, "lost": lost, "diff": (gained - lost) / max(1, n), "p": test["p"]}
-    return row | {"ci95": paired_interval(gained, lost, n), "wins": [sum(x[k].success for k in both) for x in (a, b)]}
+    return row | {
+        "ci95": paired_interval(gained, lost, n, test["deff"]),
+        "wins": [sum(x[k].success for k in both) for x in (a, b)],
+    }
 
 
 def pairs(cells: dict, again: set[Key]) -> list[dict]:

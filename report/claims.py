@@ -60,7 +60,7 @@ def said_difference(row: dict) -> str:
     """A row's difference to its SFT start, with an interval where the row says how many episodes were gained and lost."""
     if "gained" not in row:
         return f"{100 * row['diff_vs_sft']:+.1f} points"
-    return points(row["diff_vs_sft"], audit.paired_interval(row["gained"], row["lost"], row["paired_n"]))
+    return points(row["diff_vs_sft"], audit.paired_interval(row["gained"], row["lost"], row["paired_n"], row.get("deff", 1.0)))
 
 
 def said_by_row(row: dict, key: str = "") -> str:

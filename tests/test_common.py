@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import itertools
 import json
 import math
 from pathlib import Path
@@ -113,10 +114,23 @@ def test_wilson_against_published_values():
 def test_mcnemar_against_the_binomial_sum():
     a = [True] * 35 + [False] * 25 + [True] * 100
     b = [False] * 35 + [True] * 25 + [True] * 100
-    test = common.mcnemar(a, b)
+    test = common.mcnemar(a, b, range(160))
     tail = sum(math.comb(60, i) for i in range(26)) / 2**60
     assert (test["only_a"], test["only_b"]) == (35, 25) and test["p"] == pytest.approx(2 * tail)
-    assert common.mcnemar([True, False], [True, False])["p"] == 1.0
+    assert common.mcnemar([True, False], [True, False], [0, 1])["p"] == 1.0 and test["deff"] == 1.0
+
+
+def test_pairs_of_one_place_change_sign_together():
+    """Against all assignments of signs to six places, whose pairs are three seeds."""
+    g = np.random.default_rng(0)
+    a, b, places = g.random(18) < 0.7, g.random(18) < 0.4, np.arange(18) % 6
+    d = np.array([(a[places == i].astype(int) - b[places == i]).sum() for i in range(6)])
+    sums = [abs((np.array(signs) * d).sum()) for signs in itertools.product((-1, 1), repeat=6)]
+    assert common.mcnemar(a, b, places)["p"] == pytest.approx(np.mean([s >= abs(d.sum()) for s in sums]))
+    once = common.mcnemar(a[:6], b[:6], places[:6])
+    thrice = common.mcnemar(np.tile(a[:6], 3), np.tile(b[:6], 3), places)  # the same episodes under three seeds: nothing new
+    assert thrice["p"] == once["p"] and thrice["deff"] == pytest.approx(3, rel=0.2)
+    assert common.mcnemar(np.tile(a[:6], 3), np.tile(b[:6], 3), np.arange(18))["p"] < once["p"]
 
 
 def test_cluster_bootstrap_is_wider_than_wilson_when_tasks_differ():
