@@ -196,7 +196,7 @@ def full_disk(bench: Bench, name: str, share: float, slack: int) -> str:
     kit = bench.without(name)
     (kit / "runs").rename(kit / "before") if (kit / "runs").exists() else (kit / "before").mkdir()
     (kit / "runs").mkdir()
-    weigh = lambda folder: sum(p.stat().st_blocks * 512 for p in folder.rglob("*"))  # noqa: E731
+    weigh = lambda folder: sum(p.stat().st_blocks * 512 for p in folder.rglob("*") if p.is_file())  # noqa: E731
     there, own = weigh(kit / "before"), weigh(bench.undisturbed / ALL[name][1])
     size = there + max(4096, int(own * share) + slack)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", kit / "runs"], check=True)
