@@ -88,6 +88,8 @@ def checked_stats(stats: dict, where: str) -> dict:
     """norm_stats as they are, if all that normalisation reads is so many finite numbers."""
     for kind, n in {"action": common.ACTION_DIM, "state": 8}.items():
         found = stats.get(kind, {})
+        if kind in stats and not found:
+            raise UserError(f"{where} has no statistics of the {kind}; get the checkpoint again")
         for name in ("mean", "std", "q01", "q99", "min", "max", "mask"):
             values = found.get(name, [0] * n) if isinstance(found, dict) else None
             right = isinstance(values, list) and len(values) == n and all(isinstance(v, int | float) for v in values)
