@@ -23,6 +23,7 @@ import sys
 import time
 import typing
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,9 +114,29 @@ def read_identity(path: Path) -> dict:
     return found
 
 
+CHECKSUM = ', "crc32": '  # before the last number of each line, until its stage is finished and its hashes stand for it
+
+
+def plain_line(row: dict) -> str:
+    return json.dumps(row, sort_keys=True, allow_nan=False) + "\n"
+
+
+def sealed_line(row: dict) -> str:
+    text = plain_line(row)[:-2]  # without its brace, which follows the checksum
+    return f"{text}{CHECKSUM}{zlib.crc32(text.encode())}}}\n"
+
+
+def opened_line(line: str) -> tuple[dict, bool]:
+    """The row of a line, and whether it was sealed; ValueError if it is not what was written."""
+    text, mark, crc = line.rpartition(CHECKSUM)
+    if mark and crc != f"{zlib.crc32(text.encode())}}}":
+        raise ValueError("a line has another checksum than it was written with")
+    return json.loads(text + "}" if mark else line), bool(mark)
+
+
 def append_jsonl(path: Path, row: dict) -> None:
     """One more line, or UserError and none; several processes may append to one file."""
-    line = json.dumps(row, sort_keys=True, allow_nan=False).encode() + b"\n"
+    line = sealed_line(row).encode()
     with writing(path), open(path, "ab", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
         size = file.seek(0, os.SEEK_END)
@@ -131,20 +152,22 @@ def read_jsonl(path: Path, needs: str = "") -> list[dict]:
     """Complete lines of a JSONL file; a last line cut short by a kill does not count.
 
     Raises:
-        UserError: a line that is not JSON, or no object with the keys in `needs`.
+        UserError: a line that is not JSON, no object with the keys in `needs`, or not what was written.
     """
     if not path.is_file():
         return []
     try:
         *lines, rest = path.read_text().split("\n")
-        rows = [json.loads(line) for line in lines]
+        rows, sealed = zip(*map(opened_line, lines), strict=True) if lines else ((), ())
+        if any(sealed) and not all(sealed):
+            raise ValueError(f"line {sealed.index(False) + 1} has lost its checksum")
         if wrong := [i for i, row in enumerate(rows) if not isinstance(row, dict) or not set(needs.split()) <= row.keys()]:
             raise ValueError(f"line {wrong[0] + 1} is no object with {needs or 'keys'}")
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({one_line(error)}); remove its folder and run its stage again") from error
     if rest:  # drop the cut line, so that the next one starts on a line of its own
         write_atomic(path, "".join(line + "\n" for line in lines))
-    return rows
+    return list(rows)
 
 
 def keep_rows(path: Path, keep: Callable[[dict], bool], needs: str = "") -> list[dict]:
@@ -155,7 +178,7 @@ def keep_rows(path: Path, keep: Callable[[dict], bool], needs: str = "") -> list
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
-    write_atomic(path, "".join(json.dumps(row, sort_keys=True, allow_nan=False) + "\n" for row in rows))
+    write_atomic(path, "".join(map(sealed_line, rows)))
 
 
 def sha256(path: Path) -> str:
@@ -196,6 +219,8 @@ class Stage:
         for path in files.values():
             if path.suffix == ".safetensors":
                 load_tensors(path)  # those written before an interruption are still what they were
+            elif path.suffix == ".jsonl":
+                write_atomic(path, "".join(map(plain_line, read_jsonl(path))))
         outputs = {n: sha256(p) for n, p in files.items() if n not in ("timing.json", "started.json", "checkpoint.pt")}
         usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
         timing = {"last_process_s": round(time.time() - self.began, 1), "peak_rss_mb": usage // 1024, "host": platform.platform()}

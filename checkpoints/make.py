@@ -41,7 +41,7 @@ def some_pairs(source: Path, target: Path) -> None:
     index = torch.linspace(0, len(rows) - 1, PAIRS).round().long()
     target.mkdir(parents=True, exist_ok=True)
     runs.save_tensors(target / "pairs.safetensors", {key: value[index] for key, value in pairs.items()})
-    runs.write_rows(target / "pairs.jsonl", [rows[i] for i in index.tolist()])
+    runs.write_atomic(target / "pairs.jsonl", "".join(runs.plain_line(rows[i]) for i in index.tolist()))
 
 
 @torch.no_grad()

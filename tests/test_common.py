@@ -223,6 +223,25 @@ def test_jsonl_survives_a_line_cut_short(tmp_path):
         runs.read_jsonl(path)
 
 
+def test_any_flipped_bit_in_rows_is_found_before_a_stage_is_done(tmp_path):
+    """In a value, a key, the checksum itself; a line whose end is gone counts as cut short, and is made again."""
+    stage = runs.open_stage("01_sft.py", Config(name="x", root=str(tmp_path)), tmp_path / "sft", "seed", [], [])
+    path, rows = stage.dir / "metrics.jsonl", [{"step": 1, "loss": 0.25, "of": "a"}, {"step": 2, "loss": 1e-3, "of": "ä"}]
+    for row in rows:
+        runs.append_jsonl(path, row)
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        for bit in range(8):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
+            try:
+                assert runs.read_jsonl(path) == rows[:1] and at == len(whole) - 1
+            except common.UserError as error:
+                assert "is damaged" in str(error)
+    path.write_bytes(whole)
+    stage.finish()
+    assert runs.read_jsonl(path) == rows and path.read_text() == "".join(map(runs.plain_line, rows))
+
+
 def test_a_flipped_bit_in_tensors_is_found_when_they_are_read_and_before_a_stage_is_done(tmp_path):
     tensors = {"a": torch.randn(3, 2), "b": torch.ones(2, dtype=torch.bool), "c": torch.randn(4).bfloat16(), "d": torch.tensor(1)}
     stage = runs.open_stage("01_sft.py", Config(name="x", root=str(tmp_path)), tmp_path / "sft", "seed", [], [])
