@@ -162,7 +162,7 @@ def main(cfg: Config) -> None:
     shared += " adapter pairs surrogate" if cfg.policy == "dpo" else ""
     name = policy_name(cfg)
     folder = cfg.seed_dir / f"eval-{name}{'' if cfg.group == 'test' else '-' + cfg.group}"
-    code = ["sim.py", "osc.py", "workers.py", "episodes.py", *cfg.policy_code]
+    code = ["sim.py", "osc.py", "workers.py", "episodes.py", "stats.py", *cfg.policy_code]
     stage = runs.open_stage(__file__, cfg, folder, shared, inputs, code)
     if stage is not None:
         rows = episodes.gather(stage, evaluate, cfg, tasks, inits, f"eval {name}")

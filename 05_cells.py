@@ -120,7 +120,7 @@ def main(cfg: Config) -> None:
         raise common.UserError("caches compare images, and black ones are all alike; set blank_images=false")
     tasks, inits, suffix = sim.tasks(cfg), common.init_states(cfg.group, cfg.n_init), "-val" if cfg.group == "val" else ""
     shared = f"suites tasks backbone seed image_size render execute denoise_steps noise_scale {common.SFT_KEYS}"
-    code = ["sim.py", "osc.py", "workers.py", "episodes.py", "caches.py", *cfg.policy_code]
+    code = ["sim.py", "osc.py", "workers.py", "episodes.py", "stats.py", "caches.py", *cfg.policy_code]
     folder = cfg.seed_dir / f"cell-{cell_name(cfg)}{suffix}"
     stage = runs.open_stage(__file__, cfg, folder, shared, common.sft_inputs(cfg), code)
     if stage is not None:

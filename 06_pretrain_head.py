@@ -44,6 +44,7 @@ import common
 import memory
 import ranks
 import runs
+import stats
 from contrastive import Head, info_nce, load_head, pooled, shuffle_weights, tower_of
 from head_report import markdown, plot_losses, plot_map, plot_neighbours
 from retrieval import AT, hits, nearest
@@ -327,7 +328,7 @@ def retrieval(features: dict, frames: Frames, heads: dict, cfg: Config) -> list[
                     for i, k in enumerate(AT):
                         said = about | {"metric": f"recall@{k}"}
                         value = hit[of, :k].any(1).astype(float)
-                        interval = common.cluster_bootstrap(value, frames.episode[queries][of], n=2000)
+                        interval = stats.cluster_bootstrap(value, frames.episode[queries][of], n=2000)
                         rows.append(said | {"features": name, "value": value.mean(), "ci95": interval})
                         if name == "proprioception":  # once, as the last row
                             rows.append(said | {"features": "chance", "value": by_chance[of, i].mean(), "ci95": None})
@@ -354,7 +355,7 @@ def progress_rows(features: dict, frames: Frames, heads: dict, cfg: Config) -> l
             found["rising"].append((np.diff(similarity) > 0).mean())
             found["rank correlation"].append(spearmanr(similarity, frames.step[own]).statistic)
         for metric, values in found.items():
-            interval = common.cluster_bootstrap(np.array(values), episodes, n=2000)
+            interval = stats.cluster_bootstrap(np.array(values), episodes, n=2000)
             said = {"suite": "all", "protocol": "progress", "right": "", "n": len(episodes), "metric": metric}
             said |= {"unit": "share" if metric == "rising" else "correlation"}
             rows.append(said | {"features": name, "value": float(np.mean(values)), "ci95": interval})
@@ -389,9 +390,8 @@ def main(cfg: Config) -> None:
     inputs = [cfg.data_dir, *common.sft_inputs(cfg)]
     name = "head" + ("" if cfg.start == "final" else f"-at{cfg.start}") + ("-random" if cfg.encoder == "random" else "")
     shared = f"suites tasks backbone seed image_size {common.SFT_KEYS}"
-    stage = runs.open_stage(
-        __file__, cfg, cfg.seed_dir / name, shared, inputs, ["contrastive.py", "retrieval.py", "head_report.py", *cfg.policy_code]
-    )
+    code = ["contrastive.py", "retrieval.py", "head_report.py", "stats.py", *cfg.policy_code]
+    stage = runs.open_stage(__file__, cfg, cfg.seed_dir / name, shared, inputs, code)
     if stage is not None:
         torch.set_num_threads(cfg.threads)
         frames = list_frames(cfg)

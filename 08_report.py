@@ -27,6 +27,7 @@ from pathlib import Path
 import common
 import episodes
 import runs
+import stats
 from backbones import BACKBONES
 from report import audit, claims, plots
 from report.page import PILLS, Block, Image, Table, as_html, as_markdown, fill_in, number, p_value, percent, points, slug
@@ -133,7 +134,7 @@ def success_table(rows: list[dict]) -> Table:
     table = Table([*head, f"against {plots.baseline(rows)} (95 %)", "gained / lost", "p", *["p (Holm)"] * several], [])
     rows = sorted(rows, key=plots.by_suite)
     tested = [i for i, row in enumerate(rows) if "p_vs_sft" in row]
-    corrected = dict(zip(tested, audit.holm([rows[i]["p_vs_sft"] for i in tested]), strict=True))
+    corrected = dict(zip(tested, stats.holm([rows[i]["p_vs_sft"] for i in tested]), strict=True))
     for i, r in enumerate(rows):
         cells = [r["name"], *[plots.short(r["suite"])] * several, *[", ".join(map(str, r["train_seeds"]))] * seeds]
         cells += [f"{r['successes']} / {r['n']}", percent(r["ci95"])]

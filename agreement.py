@@ -15,6 +15,7 @@ from torch import Tensor
 import common
 import episodes
 import runs
+import stats
 
 INK, GRID = "#222222", "#dddddd"
 COLOURS = {"paper": "#1f77b4", "paper-noise": "#7fb2d9", "paper-elbo": "#2a9d8f", "antithetic": "#9467bd", "elbo": "#d9822b"}
@@ -82,7 +83,7 @@ def compare(estimates: Tensor, truth: Tensor, shared: Tensor | None = None) -> d
     told = mean.var(ddof=1) / max(signal[0], mean.var(ddof=1) / 100 + 1e-12)  # what noise takes off r^2 and slope
     r = np.corrcoef(mean, truth)[0, 1]
     return {
-        "sign agreement": (float(right.mean()), *common.cluster_bootstrap(right.flatten().numpy(), pair)),
+        "sign agreement": (float(right.mean()), *stats.cluster_bootstrap(right.flatten().numpy(), pair)),
         "noise": (float(noise[0]), *interval),
         "bias": (float(max(0.0, 1 - r**2 * told)), None, None),
         "scale": (float(np.cov(mean, truth)[0, 1] / mean.var(ddof=1) * told), None, None),  # nats per unit of the estimator
@@ -206,10 +207,11 @@ def settling(cfg) -> list[dict]:
         row |= {"name": f"{surrogate if surrogate != 'none' else 'sft'}, seeds together"}
         row |= {"adapter": cfg.adapter if surrogate != "none" else "none"}
         row |= {"train_seeds": sorted({int(key[0].removeprefix("seed")) for key in mine}), "successes": sum(mine.values())}
-        row["ci95"] = list(common.wilson(row["successes"], row["n"]))
+        deff = stats.design_effect(list(mine.values()), [key[1:] for key in mine])
+        row["ci95"] = list(stats.wilson(row["successes"], row["n"], deff))
         both = [key for key in mine if key in paper]
         if surrogate != "paper" and both:
-            test = common.mcnemar([mine[key] for key in both], [paper[key] for key in both], [key[1:] for key in both])
+            test = stats.mcnemar([mine[key] for key in both], [paper[key] for key in both], [key[1:] for key in both])
             row |= {
                 "gained_vs_paper": test["only_a"],
                 "lost_vs_paper": test["only_b"],

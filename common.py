@@ -395,50 +395,6 @@ def carry_out(env, actions: np.ndarray) -> int:
     return len(actions)
 
 
-# ------------------------------------------------------------------------------------------------------------ statistics
-def wilson(successes: int, n: int) -> tuple[float, float]:
-    """95 % Wilson interval of a success rate."""
-    if n == 0:
-        return (0.0, 1.0)
-    from scipy.stats import binomtest
-
-    interval = binomtest(successes, n).proportion_ci(0.95, method="wilson")
-    return (float(interval.low), float(interval.high))
-
-
-def mcnemar(a: list[bool], b: list[bool], places: list) -> dict:
-    """Exact two-sided test of paired successes: how often only a and only b succeeded, and p under a fair coin for each place.
-
-    places: where each pair was played (task, init state). Pairs of one place, under several seeds, are not independent: their
-    differences change sign together. With one pair for each it is McNemar's test. `deff` is by how much the variance of the
-    difference is larger for it, 1 or more.
-    """
-    assert len(a) == len(b) == len(places), (len(a), len(b), len(places))
-    only_a = sum(x and not y for x, y in zip(a, b, strict=True))
-    only_b = sum(y and not x for x, y in zip(a, b, strict=True))
-    total, of_place = only_a - only_b, {}
-    for x, y, place in zip(a, b, places, strict=True):
-        of_place[place] = of_place.get(place, 0) + int(x) - int(y)
-    steps = [abs(d) for d in of_place.values() if d]
-    chance = np.ones(1)  # of each sum of signed steps, from the lowest to the highest
-    for d in steps:
-        chance = (np.pad(chance, (2 * d, 0)) + np.pad(chance, (0, 2 * d))) / 2
-    sums = np.arange(-sum(steps), sum(steps) + 1)
-    p = min(1.0, float(chance[abs(sums) >= abs(total)].sum()))
-    alone = only_a + only_b - total**2 / max(1, len(a))
-    deff = (sum(d * d for d in steps) - total**2 / max(1, len(of_place))) / alone if alone > 0 else 1.0
-    return {"only_a": only_a, "only_b": only_b, "p": p, "deff": max(1.0, deff)}
-
-
-def cluster_bootstrap(values: np.ndarray, clusters: np.ndarray, seed: int = 0, n: int = 10_000) -> tuple[float, float]:
-    """95 % interval of a mean over episodes that come in clusters (tasks): whole clusters are drawn with replacement."""
-    groups = [values[clusters == c] for c in np.unique(clusters)]
-    sums, counts = np.array([g.sum() for g in groups], float), np.array([len(g) for g in groups], float)
-    picks = np_stream(seed, "bootstrap").integers(len(groups), size=(n, len(groups)))
-    means = sums[picks].sum(1) / counts[picks].sum(1)
-    return tuple(float(q) for q in np.quantile(means, (0.025, 0.975)))
-
-
 # ---------------------------------------------------------------------------------------------------------------- config
 @dataclass
 class RunConfig:

@@ -13,6 +13,7 @@ import common
 import ranks
 import runs
 import sim
+import stats
 import workers
 
 
@@ -87,12 +88,13 @@ def summarise(rows: list[dict]) -> dict:
     tasks = sorted({(row["suite"], row["task"]) for row in valid})
     of_task = [[row["success"] for row in valid if (row["suite"], row["task"]) == task] for task in tasks]
     clusters = np.concatenate([np.full(len(s), i) for i, s in enumerate(of_task)]) if tasks else np.zeros(0)
+    places = [(row["suite"], row["task"], row["init_state"]) for row in valid]
     return {
         "n": len(valid),
         "successes": wins,
         "crashes": len(rows) - len(valid),
-        "ci95": common.wilson(wins, len(valid)),
-        "ci95_tasks": common.cluster_bootstrap(np.concatenate(of_task).astype(float), clusters) if len(tasks) > 1 else (0.0, 1.0),
+        "ci95": stats.wilson(wins, len(valid), stats.design_effect([row["success"] for row in valid], places)),
+        "ci95_tasks": stats.cluster_bootstrap(np.concatenate(of_task).astype(float), clusters) if len(tasks) > 1 else (0.0, 1.0),
         "tasks": {f"{suite}/{task}": [sum(s), len(s)] for (suite, task), s in zip(tasks, of_task, strict=True)},
         "mean_steps": float(np.mean([row["steps"] for row in valid])) if valid else 0.0,
     }
@@ -105,7 +107,7 @@ def paired(rows: list[dict], base: list[dict]) -> dict:
     both = [
         (row["success"], theirs[t], t[:3]) for row in rows if not row["crash"] and (t := tuple(row[k] for k in key)) in theirs
     ]
-    test = common.mcnemar([a for a, _, _ in both], [b for _, b, _ in both], [place for *_, place in both])
+    test = stats.mcnemar([a for a, _, _ in both], [b for _, b, _ in both], [place for *_, place in both])
     difference = (test["only_a"] - test["only_b"]) / max(1, len(both))
     return {
         "diff_vs_sft": difference,

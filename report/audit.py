@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 import common
+import stats
 
 FEW = 100  # episodes below which an interval is wider than 20 points at a success rate of one half
 NOISE = r"^eval-|libero_(spatial|object|goal|10|90|long10)|\d+x\d+|multiseed|seed\d+"  # in a file's name: no policy's
@@ -283,25 +284,6 @@ def episodes_of(file: Path):
 
 
 # ------------------------------------------------------------------------------------------------------------------ tables
-def paired_interval(gained: int, lost: int, n: int, deff: float = 1.0) -> tuple[float, float]:
-    """95 % interval of a difference of paired proportions: Bonett and Price's, a Wald interval after one episode is added to
-    each of gained and lost (J. Educ. Behav. Stat. 37, 2012). It has a width even where nothing was gained or lost.
-    deff: what common.mcnemar says of pairs that are not independent."""
-    up, down = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
-    half = 1.959964 * np.sqrt(deff * (up + down - (up - down) ** 2) / (n + 2))
-    return float(max(-1.0, up - down - half)), float(min(1.0, up - down + half))
-
-
-def holm(p: list[float]) -> list[float]:
-    """Holm's step-down correction of p-values for testing them all."""
-    order = sorted(range(len(p)), key=lambda i: p[i])
-    corrected, largest = [0.0] * len(p), 0.0
-    for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(p) - rank) * p[i]))
-        corrected[i] = largest
-    return corrected
-
-
 def rates(cells: dict, again: set[Key]) -> list[dict]:
     """A row per policy and suite, all seeds together; those whose episodes only repeat another seed's count once."""
     rows = []
@@ -309,22 +291,23 @@ def rates(cells: dict, again: set[Key]) -> list[dict]:
         seeds = sorted(seed for p, s, seed in cells if (p, s) == (policy, suite))
         once = [seed for seed in seeds if (policy, suite, seed) not in again]
         won, n, crashes = count(cells, policy, suite, once)
-        episodes = [(task, e.success) for seed in once for (task, _), e in cells[policy, suite, seed].items() if not e.crash]
-        tasks = np.array([task for task, _ in episodes])
-        over_tasks = common.cluster_bootstrap(np.array([w for _, w in episodes], float), tasks) if len(set(tasks)) > 1 else None
+        episodes = [(place, e.success) for seed in once for place, e in cells[policy, suite, seed].items() if not e.crash]
+        tasks, won_each = np.array([task for (task, _), _ in episodes]), np.array([w for _, w in episodes], float)
+        over_tasks = stats.cluster_bootstrap(won_each, tasks) if len(set(tasks)) > 1 else None
+        deff = stats.design_effect(won_each, [place for place, _ in episodes])
         row = {"policy": policy, "suite": suite, "seeds": seeds, "episodes": count(cells, policy, suite)[1], "successes": won}
-        rows.append(row | {"n": n, "crashes": crashes, "ci95": common.wilson(won, n), "ci95_tasks": over_tasks})
+        rows.append(row | {"n": n, "crashes": crashes, "ci95": stats.wilson(won, n, deff), "ci95_tasks": over_tasks})
     return rows
 
 
 def compared(a: dict, b: dict) -> dict:
     """Paired comparison of two sets of episodes {(suite, seed, place): Episode}, on those that both have without a crash."""
     both = [k for k in a.keys() & b.keys() if not a[k].crash and not b[k].crash]
-    test = common.mcnemar([a[k].success for k in both], [b[k].success for k in both], [(k[0], k[2]) for k in both])
+    test = stats.mcnemar([a[k].success for k in both], [b[k].success for k in both], [(k[0], k[2]) for k in both])
     gained, lost, n = test["only_a"], test["only_b"], len(both)
     row = {"paired_n": n, "gained": gained, "lost": lost, "diff": (gained - lost) / max(1, n), "p": test["p"]}
     return row | {
-        "ci95": paired_interval(gained, lost, n, test["deff"]),
+        "ci95": stats.paired_interval(gained, lost, n, test["deff"]),
         "wins": [sum(x[k].success for k in both) for x in (a, b)],
     }
 
@@ -346,7 +329,7 @@ def pairs(cells: dict, again: set[Key]) -> list[dict]:
             found = compared(mine, flat[base])
             if found["paired_n"]:
                 rows.append({"policy": policy, "against": base, "suite": suite} | found)
-    for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True):
+    for row, p in zip(rows, stats.holm([row["p"] for row in rows]), strict=True):
         row["p_holm"] = p
     return rows
 

@@ -9,6 +9,7 @@ import yaml
 
 import common
 import runs
+import stats
 from report import audit
 from report.page import Table, number, p_value, percent, points
 
@@ -60,7 +61,7 @@ def said_difference(row: dict) -> str:
     """A row's difference to its SFT start, with an interval where the row says how many episodes were gained and lost."""
     if "gained" not in row:
         return f"{100 * row['diff_vs_sft']:+.1f} points"
-    return points(row["diff_vs_sft"], audit.paired_interval(row["gained"], row["lost"], row["paired_n"], row.get("deff", 1.0)))
+    return points(row["diff_vs_sft"], stats.paired_interval(row["gained"], row["lost"], row["paired_n"], row.get("deff", 1.0)))
 
 
 def said_by_row(row: dict, key: str = "") -> str:
@@ -111,5 +112,5 @@ def logs_table(logs: dict) -> Table:
             says = logs["paper"].get(policy, {}).get(suite)
             by_seed = ", ".join(f"{seed}: {w}/{k}" for seed, (w, k) in cells.items())
             row = [policy, suite, by_seed, f"{won} / {n}", f"{100 * won / n:.1f} %", "" if says is None else f"{says} %"]
-            table.rows.append([*row, distinct, percent(common.wilson(sum(w for w, _ in once), distinct))])
+            table.rows.append([*row, distinct, percent(stats.wilson(sum(w for w, _ in once), distinct))])
     return table

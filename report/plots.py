@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import EngFormatter
 
-from report import audit
+import stats
 from report.page import number
 
 INK = {"light": "#1c2128", "dark": "#e4e7eb"}
@@ -104,7 +104,7 @@ def forest(colours: dict, rows: list[dict]):
     rows = sorted(rows, key=by_suite)[::-1]
     figure, ax = plt.subplots(figsize=(5.4, 0.85 + 0.34 * len(rows)))
     for i, r in enumerate(rows):
-        low, high = audit.paired_interval(r["gained"], r["lost"], r["paired_n"], r.get("deff", 1.0))
+        low, high = stats.paired_interval(r["gained"], r["lost"], r["paired_n"], r.get("deff", 1.0))
         ax.plot([100 * low, 100 * high], [i, i], color=colour(colours, r), linewidth=2.2, solid_capstyle="butt")
         ax.plot(100 * r["diff_vs_sft"], i, "s", color=colour(colours, r), markersize=6)
         ax.annotate(f"p = {r['p_vs_sft']:.2g}", (1.02, i), xycoords=("axes fraction", "data"), va="center", fontsize=9)

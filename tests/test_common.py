@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 
 import common
 import runs
+import stats
 
 
 # ---------------------------------------------------------------------------------------------------------------- LIBERO
@@ -106,18 +108,18 @@ def test_streams_depend_on_every_name_and_on_nothing_else():
 
 # ------------------------------------------------------------------------------------------------------------ statistics
 def test_wilson_against_published_values():
-    assert common.wilson(38, 50) == pytest.approx((0.626, 0.857), abs=5e-4)
-    assert common.wilson(450, 500) == pytest.approx((0.871, 0.923), abs=5e-4)
-    assert common.wilson(0, 0) == (0.0, 1.0)
+    assert stats.wilson(38, 50) == pytest.approx((0.626, 0.857), abs=5e-4)
+    assert stats.wilson(450, 500) == pytest.approx((0.871, 0.923), abs=5e-4)
+    assert stats.wilson(0, 0) == (0.0, 1.0)
 
 
 def test_mcnemar_against_the_binomial_sum():
     a = [True] * 35 + [False] * 25 + [True] * 100
     b = [False] * 35 + [True] * 25 + [True] * 100
-    test = common.mcnemar(a, b, range(160))
+    test = stats.mcnemar(a, b, range(160))
     tail = sum(math.comb(60, i) for i in range(26)) / 2**60
     assert (test["only_a"], test["only_b"]) == (35, 25) and test["p"] == pytest.approx(2 * tail)
-    assert common.mcnemar([True, False], [True, False], [0, 1])["p"] == 1.0 and test["deff"] == 1.0
+    assert stats.mcnemar([True, False], [True, False], [0, 1])["p"] == 1.0 and test["deff"] == 1.0
 
 
 def test_pairs_of_one_place_change_sign_together():
@@ -126,17 +128,29 @@ def test_pairs_of_one_place_change_sign_together():
     a, b, places = g.random(18) < 0.7, g.random(18) < 0.4, np.arange(18) % 6
     d = np.array([(a[places == i].astype(int) - b[places == i]).sum() for i in range(6)])
     sums = [abs((np.array(signs) * d).sum()) for signs in itertools.product((-1, 1), repeat=6)]
-    assert common.mcnemar(a, b, places)["p"] == pytest.approx(np.mean([s >= abs(d.sum()) for s in sums]))
-    once = common.mcnemar(a[:6], b[:6], places[:6])
-    thrice = common.mcnemar(np.tile(a[:6], 3), np.tile(b[:6], 3), places)  # the same episodes under three seeds: nothing new
+    assert stats.mcnemar(a, b, places)["p"] == pytest.approx(np.mean([s >= abs(d.sum()) for s in sums]))
+    once = stats.mcnemar(a[:6], b[:6], places[:6])
+    thrice = stats.mcnemar(np.tile(a[:6], 3), np.tile(b[:6], 3), places)  # the same episodes under three seeds: nothing new
     assert thrice["p"] == once["p"] and thrice["deff"] == pytest.approx(3, rel=0.2)
-    assert common.mcnemar(np.tile(a[:6], 3), np.tile(b[:6], 3), np.arange(18))["p"] < once["p"]
+    assert stats.mcnemar(np.tile(a[:6], 3), np.tile(b[:6], 3), np.arange(18))["p"] < once["p"]
+
+
+def test_seeds_that_agree_narrow_no_interval():
+    """Against the one seed where all agree, and against scipy's interval of independent episodes where none has to."""
+    g = np.random.default_rng(1)
+    once, places = list(g.random(100) < 0.7), list(range(100))
+    wins = sum(once)
+    assert stats.design_effect(once, places) == 1.0 and stats.design_effect(once * 3, places * 3) == pytest.approx(3)
+    assert stats.wilson(3 * wins, 300, 3.0) == pytest.approx(stats.wilson(wins, 100))
+    assert stats.wilson(wins, 100) == pytest.approx(tuple(binomtest(wins, 100).proportion_ci(0.95, method="wilson")), abs=1e-6)
+    assert stats.design_effect(list(g.random(3000) < 0.7), list(range(1000)) * 3) == pytest.approx(1, abs=0.1)
+    assert stats.design_effect([1, 1], [0, 1]) == stats.design_effect([], []) == 1.0
 
 
 def test_cluster_bootstrap_is_wider_than_wilson_when_tasks_differ():
     values, clusters = np.repeat([1.0, 0.0], 50), np.repeat(np.arange(10), 10)
-    low, high = common.cluster_bootstrap(values, clusters)
-    wl, wh = common.wilson(50, 100)
+    low, high = stats.cluster_bootstrap(values, clusters)
+    wl, wh = stats.wilson(50, 100)
     assert low < wl - 0.1 and high > wh + 0.1  # ten tasks say less than a hundred episodes
 
 

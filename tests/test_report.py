@@ -22,6 +22,7 @@ import pytest
 import common
 import episodes
 import runs
+import stats
 from report import audit, claims, page, plots
 
 stage = importlib.import_module("08_report")
@@ -252,8 +253,8 @@ def test_a_folder_without_episodes_is_one_line(tmp_path):
 
 # -------------------------------------------------------------------------------------------------------------- statistics
 def test_holm_by_hand():
-    assert audit.holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
-    assert audit.holm([0.9, 0.8]) == [1.0, 1.0] and audit.holm([]) == []
+    assert stats.holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
+    assert stats.holm([0.9, 0.8]) == [1.0, 1.0] and stats.holm([]) == []
 
 
 @pytest.mark.parametrize("up, down", [(0.1, 0.1), (0.02, 0.02), (0.3, 0.1), (0.0, 0.05)])
@@ -263,12 +264,12 @@ def test_the_paired_interval_covers_the_truth(up, down):
     for gained in range(n + 1):
         for lost in range(n + 1 - gained):
             ways = math.comb(n, gained) * math.comb(n - gained, lost)
-            low, high = audit.paired_interval(gained, lost, n)
+            low, high = stats.paired_interval(gained, lost, n)
             same = 1 - up - down
             covered += ways * up**gained * down**lost * same ** (n - gained - lost) * (low <= up - down <= high)
     assert covered >= 0.94
-    low, high = audit.paired_interval(7, 3, 40)
-    assert audit.paired_interval(3, 7, 40) == pytest.approx((-high, -low)) and low < 0.1 < high
+    low, high = stats.paired_interval(7, 3, 40)
+    assert stats.paired_interval(3, 7, 40) == pytest.approx((-high, -low)) and low < 0.1 < high
 
 
 # ------------------------------------------------------------------------------------------------------------------ claims
@@ -329,7 +330,7 @@ def test_the_public_logs_add_up():
         "76.0 %",
         "76 %",
         50,
-        page.percent(common.wilson(38, 50)),
+        page.percent(stats.wilson(38, 50)),
     ]
 
 
@@ -489,7 +490,7 @@ def test_every_suite_has_a_row_and_all_seeds_together_have_one(tmp_path, monkeyp
     text = (tmp_path / "x" / "report" / "report.md").read_text()
     table, by_seed = text.split("### Seed by seed")
     assert table.count("| dpo-lora-branch |") == 3 and "p (Holm)" in table and by_seed.count("| dpo-lora-branch | ") >= 6
-    holm = audit.holm(sorted(row["p_vs_sft"] for row in rows if len(row["train_seeds"]) == 2))
+    holm = stats.holm(sorted(row["p_vs_sft"] for row in rows if len(row["train_seeds"]) == 2))
     assert all(f"| {page.p_value(p)} |" in table for p in holm)
 
 

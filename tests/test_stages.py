@@ -324,7 +324,7 @@ def test_a_crash_is_neither_success_nor_failure():
     rows = episodes([1, 1, 0]) + episodes([0], task=1, crash="Diverged")
     summary = evaluation.episodes.summarise(rows)
     assert (summary["n"], summary["successes"], summary["crashes"]) == (3, 2, 1)
-    assert summary["ci95"] == common.wilson(2, 3) and summary["tasks"] == {"s/0": [2, 3]}
+    assert summary["ci95"] == evaluation.episodes.stats.wilson(2, 3) and summary["tasks"] == {"s/0": [2, 3]}
 
 
 def test_pairing_uses_the_same_episodes_only():

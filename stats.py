@@ -1,0 +1,81 @@
+"""Intervals and tests of success rates.
+
+Episodes of one place (task, init state) under several seeds are not independent. What is here takes that into account by their
+places, or by the design effect `deff`: by how much it makes a variance larger than that of as many independent episodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+import common
+
+Z = 1.959964  # 95 %
+
+
+def wilson(wins: int, n: int, deff: float = 1.0) -> tuple[float, float]:
+    """95 % Wilson interval of a success rate, of n / deff episodes."""
+    if n == 0:
+        return (0.0, 1.0)
+    p, each = wins / n, Z**2 * deff / n
+    middle, half = p + each / 2, np.sqrt(each * p * (1 - p) + each**2 / 4)
+    return (max(0.0, float((middle - half) / (1 + each))), min(1.0, float((middle + half) / (1 + each))))
+
+
+def design_effect(values: Sequence[float], places: Sequence) -> float:
+    """Of the mean of values that come from so many places: 1 with one value each, as many as seeds where all seeds agree."""
+    left, of_place = np.asarray(values, float) - sum(values) / max(1, len(values)), {}
+    for value, place in zip(left, places, strict=True):
+        of_place[place] = of_place.get(place, 0.0) + value
+    alone = float((left**2).sum())
+    return max(1.0, sum(x * x for x in of_place.values()) / alone) if alone > 0 else 1.0
+
+
+def mcnemar(a: list[bool], b: list[bool], places: list) -> dict:
+    """Exact two-sided test of paired successes: how often only a and only b succeeded, and p under a fair coin for each place.
+
+    places: where each pair was played (task, init state). Pairs of one place, under several seeds, are not independent: their
+    differences change sign together. With one pair for each it is McNemar's test. `deff` is by how much the variance of the
+    difference is larger for it.
+    """
+    assert len(a) == len(b) == len(places), (len(a), len(b), len(places))
+    differences, of_place = [int(x) - int(y) for x, y in zip(a, b, strict=True)], {}
+    for d, place in zip(differences, places, strict=True):
+        of_place[place] = of_place.get(place, 0) + d
+    steps = [abs(d) for d in of_place.values() if d]
+    chance = np.ones(1)  # of each sum of signed steps, from the lowest to the highest
+    for d in steps:
+        chance = (np.pad(chance, (2 * d, 0)) + np.pad(chance, (0, 2 * d))) / 2
+    sums = np.arange(-sum(steps), sum(steps) + 1)
+    p = min(1.0, float(chance[abs(sums) >= abs(sum(differences))].sum()))
+    return {"only_a": differences.count(1), "only_b": differences.count(-1), "p": p, "deff": design_effect(differences, places)}
+
+
+def paired_interval(gained: int, lost: int, n: int, deff: float = 1.0) -> tuple[float, float]:
+    """95 % interval of a difference of paired proportions: Bonett and Price's, a Wald interval after one episode is added to
+    each of gained and lost (J. Educ. Behav. Stat. 37, 2012). It has a width even where nothing was gained or lost.
+    deff: what mcnemar says of pairs that are not independent."""
+    up, down = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
+    half = Z * np.sqrt(deff * (up + down - (up - down) ** 2) / (n + 2))
+    return float(max(-1.0, up - down - half)), float(min(1.0, up - down + half))
+
+
+def holm(p: list[float]) -> list[float]:
+    """Holm's step-down correction of p-values for testing them all."""
+    order = sorted(range(len(p)), key=lambda i: p[i])
+    corrected, largest = [0.0] * len(p), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(p) - rank) * p[i]))
+        corrected[i] = largest
+    return corrected
+
+
+def cluster_bootstrap(values: np.ndarray, clusters: np.ndarray, seed: int = 0, n: int = 10_000) -> tuple[float, float]:
+    """95 % interval of a mean over episodes that come in clusters (tasks): whole clusters are drawn with replacement."""
+    groups = [values[clusters == c] for c in np.unique(clusters)]
+    sums, counts = np.array([g.sum() for g in groups], float), np.array([len(g) for g in groups], float)
+    picks = common.np_stream(seed, "bootstrap").integers(len(groups), size=(n, len(groups)))
+    means = sums[picks].sum(1) / counts[picks].sum(1)
+    return tuple(float(q) for q in np.quantile(means, (0.025, 0.975)))
