@@ -24,7 +24,7 @@ import itertools
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,20 +108,20 @@ def try_until_success(env: sim.TaskEnv, init_state: int, repeat: int, cfg: Confi
 
 
 @contextlib.contextmanager
-def hdf5_file(path: Path) -> Iterator[h5py.File]:
+def hdf5_file(path: Path, write: Callable = runs.write_atomic) -> Iterator[h5py.File]:
     """An HDF5 file, made in memory and then written by rename: the library itself crashes on a disk that is full."""
     content = io.BytesIO()
     with h5py.File(content, "w") as file:
         yield file
-    runs.write_atomic(path, content.getvalue())
+    write(path, content.getvalue())
 
 
 def record_demo(env: sim.TaskEnv, init_state: int, repeat: int, cfg: Config, path: Path) -> None:
-    """Write one demonstration, or why there is none, by rename."""
+    """Write one demonstration, or why there is none: an HDF5 file that a checksum follows."""
     outcomes, rows = try_until_success(env, init_state, repeat, cfg)
     success_step, steps = rows.pop("success_step", None), len(rows.get("actions", ()))
     summary = {"outcomes": outcomes, "steps": steps, "success_step": success_step}
-    with hdf5_file(path) as file:
+    with hdf5_file(path, runs.write_sealed) as file:
         file.attrs.update(file_attributes(env) | {"summary": json.dumps(summary)})
         if rows:
             demo, last = file.create_group("demo"), (np.arange(steps) == steps - 1).astype(np.uint8)
@@ -152,14 +152,8 @@ def record_task(job: tuple[Config, str, int]) -> Iterator[dict]:
         if not path.is_file():
             env = env or sim.TaskEnv(suite, task, cfg.image_size, cfg.render)
             record_demo(env, init_state, repeat, cfg, path)
-        try:
-            with h5py.File(path) as file:
-                summary = json.loads(file.attrs["summary"])
-        except (OSError, KeyError, ValueError) as error:
-            raise UserError(
-                f"{path} is damaged ({runs.one_line(error)}); remove it, the same command records it again"
-            ) from error
-        yield summary
+        with h5py.File(io.BytesIO(runs.read_sealed(path))) as file:
+            yield json.loads(file.attrs["summary"])
     if env:
         env.close()
 
@@ -169,14 +163,10 @@ def merge(parts: list[Path], path: Path) -> None:
     with hdf5_file(path) as file:
         data = file.create_group("data")
         for part in parts:
-            try:
-                with h5py.File(part) as source:
-                    data.attrs.update({key: value for key, value in source.attrs.items() if key != "summary"})
-                    if "demo" in source:
-                        source.copy("demo", data, name=f"demo_{len(data)}")
-            except (OSError, RuntimeError) as error:
-                why = runs.one_line(error)
-                raise UserError(f"{part} is damaged ({why}); remove it, the same command records it again") from error
+            with h5py.File(io.BytesIO(runs.read_sealed(part))) as source:
+                data.attrs.update({key: value for key, value in source.attrs.items() if key != "summary"})
+                if "demo" in source:
+                    source.copy("demo", data, name=f"demo_{len(data)}")
         data.attrs["num_demos"], data.attrs["total"] = len(data), sum(int(d.attrs["num_samples"]) for d in data.values())
 
 

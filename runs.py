@@ -89,6 +89,18 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         os.fsync(file.fileno())
 
 
+def write_sealed(path: Path, content: bytes) -> None:
+    """A file of an unfinished stage's own, its checksum behind it."""
+    write_atomic(path, content + hashlib.sha256(content).digest())
+
+
+def read_sealed(path: Path) -> bytes:
+    content = path.read_bytes()
+    if hashlib.sha256(content[:-32]).digest() != content[-32:]:
+        raise UserError(f"{path} is damaged; remove it, the same command makes it again")
+    return content[:-32]
+
+
 def write_json(path: Path, data) -> None:
     write_atomic(path, json.dumps(data, indent=1, sort_keys=True, allow_nan=False) + "\n")
 

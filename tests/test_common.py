@@ -256,6 +256,18 @@ def test_any_flipped_bit_in_rows_is_found_before_a_stage_is_done(tmp_path):
     assert runs.read_jsonl(path) == rows and path.read_text() == "".join(map(runs.plain_line, rows))
 
 
+def test_a_sealed_file_is_whole_or_refused(tmp_path):
+    path, content = tmp_path / "20-00.hdf5", bytes(range(5))
+    runs.write_sealed(path, content)
+    assert runs.read_sealed(path) == content
+    whole = path.read_bytes()
+    flipped = [whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :] for at in range(len(whole))]
+    for damaged in [*flipped, *(whole[:n] for n in range(len(whole))), whole + b"x"]:
+        path.write_bytes(damaged)
+        with pytest.raises(common.UserError, match=r"20-00\.hdf5 is damaged; remove it"):
+            runs.read_sealed(path)
+
+
 def test_a_flipped_bit_in_tensors_is_found_when_they_are_read_and_before_a_stage_is_done(tmp_path):
     tensors = {"a": torch.randn(3, 2), "b": torch.ones(2, dtype=torch.bool), "c": torch.randn(4).bfloat16(), "d": torch.tensor(1)}
     stage = runs.open_stage("01_sft.py", Config(name="x", root=str(tmp_path)), tmp_path / "sft", "seed", [], [])
