@@ -90,6 +90,18 @@ def compare(estimates: Tensor, truth: Tensor, shared: Tensor | None = None) -> d
     }
 
 
+def always_positive(found: dict[str, dict]) -> list[dict]:
+    """How often the exact difference or margin is positive: the sign agreement of a guess that never looks."""
+    rows = []
+    for policy, tensors in found.items():
+        for what, ref in [("difference", None)] + [("margin", found["sft"]["exact"][None])] * (policy != "sft"):
+            won = quantity(tensors["exact"][None], ref, True)[0] > 0
+            row = {"policy": policy, "surrogate": "exact", "quantity": what, "metric": f"{policy}: positive exact {what}s"}
+            rows.append(row | {"value": won.float().mean().item(), "unit": "of all", "n": len(won)})
+            rows[-1]["ci95"] = list(stats.wilson(int(won.sum()), len(won)))
+    return rows
+
+
 def passes(name: str, k: int, cfg, dims: int) -> int:
     """Passes of the action expert per chunk; a vector-Jacobian product is counted as one."""
     return k if name != "exact" else 2 * cfg.ode_steps * (1 + (cfg.probes or dims))
@@ -337,7 +349,7 @@ def report(cfg, folder: Path) -> None:
     found = {policy: found[policy] for policy in sorted(found, key=lambda p: (p != "sft", p))}
     cosines, own = runs.read_jsonl(folder / "gradients.jsonl"), runs.load_tensors(folder / "own.safetensors")
     timing, arms = runs.read_json(folder / "timing.json"), settling(cfg)
-    rows, facts = table(cfg, found, own["chunk"][0].numel()), flow_facts(own, found["sft"]["exact"])
+    rows, facts = table(cfg, found, own["chunk"][0].numel()), [*always_positive(found), *flow_facts(own, found["sft"]["exact"])]
     said = [f"# {cfg.name}, {cfg.pairs} pairs, start {cfg.start}, seed {cfg.seed}\n", markdown(rows, cfg)]
     said += [
         "## The exact likelihood itself\n",
