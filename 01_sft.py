@@ -37,7 +37,6 @@ import runs
 
 @dataclass
 class Config(common.RunConfig):
-    init_from: str = ""  # folder of a checkpoint to start from, the kit's or a published one; empty = from scratch
     train: str = "full"  # "full", or an adapter: "lora" | "dora"
     steps: int = 3000
     batch_size: int = 32  # observations
@@ -165,7 +164,7 @@ def main(cfg: Config) -> None:
     runs.require(cfg.data_dir, "demos")
     inputs = [cfg.data_dir, *(p for path in (cfg.init_from, cfg.init_head) if path for p in runs.checkpoint_files(path))]
     horizon = 0 if cfg.init_from else backbones.horizon(cfg.backbone, cfg.model)
-    shared = "suites tasks backbone model seed blank_images device dtype"
+    shared = "suites tasks backbone model init_from seed blank_images device dtype"
     code = [*["contrastive.py"] * (cfg.head_coef > 0), *["dora.py"] * (cfg.train == "dora"), *cfg.policy_code]
     stage = runs.open_stage(__file__, cfg, cfg.seed_dir / "sft", shared, inputs, code)
     if stage is None:

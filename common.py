@@ -408,7 +408,8 @@ class RunConfig:
     model: dict = field(default_factory=dict)  # sizes and knobs of the backbone, see backbones/
     stages: str = ""  # that run_all.sh runs where its command line names none; empty = its default
     adapters: str = ""  # the same: which adapters it trains and evaluates
-    checkpoint: str = ""  # folder of weights, published or the kit's, that 02 to 07 start from; empty = 01's
+    init_from: str = ""  # folder of a checkpoint, published or the kit's, that 01 starts from; empty = from scratch
+    checkpoint: str = ""  # folder of such weights that 02 to 07 start from; empty = 01's
     pairs_from: str = ""  # folder of preference pairs that 03 and 07 take; empty = 02's
     adapters_from: str = ""  # folder that holds lora/ and dora/, trained adapters that 04 and 07 take; empty = 03's
     device: str = "cpu"  # or "cuda", with torchrun a GPU per rank
@@ -475,9 +476,7 @@ class RunConfig:
     def policy_code(self) -> list[str]:
         """The files that make this policy what it is."""
         names = ["__init__", "layers", *sorted(p.stem for p in (HERE / "backbones").glob(f"{self.backbone}*.py"))]
-        return [
-            f"backbones/{name}.py" for name in names + ["published"] * bool(self.checkpoint or getattr(self, "init_from", ""))
-        ]
+        return [f"backbones/{name}.py" for name in names + ["published"] * bool(self.checkpoint or self.init_from)]
 
     def variant(self, kind: str) -> Path:
         """Folder of a stage that depends on `pairs`, `start`, `adapter`, `surrogate`: prefs, dpo, validate."""

@@ -13,7 +13,6 @@ launching of kernels, which dominates eager code at batch 1. It says what the ha
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from pathlib import Path
 
@@ -40,7 +39,7 @@ def size(tensors) -> int:
 def make_policy(cfg, trained: str) -> nn.Module:
     """The config's policy without content, in the dtype it would have. trained: "full", "lora", "dora" or "" (nothing)."""
     model = cfg.model
-    if start := cfg.checkpoint or getattr(cfg, "init_from", ""):
+    if start := cfg.checkpoint or cfg.init_from:
         from backbones import published
 
         model = common.laid_over(published.sizes(Path(start)), cfg.model)
@@ -237,10 +236,8 @@ def free_memory(device: str) -> int:
 
 def memory_needed(cfgs: dict) -> dict[str, tuple[int, int]]:
     """Bytes by stage, from the config of each: of main memory, and of the GPU where the config is for one."""
-    found, start = {}, cfgs["sft"].init_from
+    found = {}
     for stage, cfg in cfgs.items():
-        if start and stage not in ("demos", "sft") and not cfg.checkpoint:  # what 01 makes of it has its size
-            cfg = dataclasses.replace(cfg, checkpoint=start)
         model = 0 if stage == "demos" or (stage == "sft" and cfg.checkpoint) else sum(estimate(cfg, stage)["parts"].values())
         processes = cfg.workers if stage in ("demos", "prefs", "eval") else 1
         simulator = SIMULATOR_GB if stage in ("demos", "prefs", "eval") else PYTORCH_GB

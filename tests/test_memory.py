@@ -177,7 +177,6 @@ def test_a_build_for_gpus_where_there_is_none(monkeypatch):
 
 def test_a_run_that_starts_from_a_checkpoint_has_its_size():
     """smoke.yaml names no sizes: they are those of the policy that comes with the kit, not the published ones."""
-    cfgs = stages(
-        f"sft.init_from={runs.HERE / 'checkpoints' / 'tiny_libero_object'}", path=str(runs.HERE / "configs" / "smoke.yaml")
-    )
+    cfgs = stages(f"init_from={runs.HERE / 'checkpoints' / 'tiny_libero_object'}", path=str(runs.HERE / "configs" / "smoke.yaml"))
     assert max(main for main, _ in memory.memory_needed(cfgs).values()) < 6e9 and memory.disk_needed(cfgs) < 1e9
+    assert all(memory.estimate(cfgs[stage], stage)["parts"]["weights"] < 10e6 for stage in ("sft", "prefs", "dpo", "eval"))
