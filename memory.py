@@ -214,7 +214,7 @@ def report(cfg, stage: str) -> None:
     print(f"{'together':>30}  {total / 2**30:9.3f} GiB{f', in each of {processes} processes' if processes > 1 else ''}")
     if stage in ("sft", "dpo", "prefs", "eval"):
         print(time_needed(cfg, stage))
-    if not cfg.checkpoint and not cfg.model:  # the published shapes
+    if not (cfg.checkpoint or cfg.init_from or cfg.model):  # the published shapes
         print(f"to download: {found['parameters'] * 2 / 1e9:.0f} GB in bfloat16; a checkpoint in float32 has twice that")
 
 
