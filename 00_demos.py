@@ -32,6 +32,7 @@ import h5py
 import numpy as np
 
 import common
+import disk
 import memory
 import runs
 import sim
@@ -108,7 +109,7 @@ def try_until_success(env: sim.TaskEnv, init_state: int, repeat: int, cfg: Confi
 
 
 @contextlib.contextmanager
-def hdf5_file(path: Path, write: Callable = runs.write_atomic) -> Iterator[h5py.File]:
+def hdf5_file(path: Path, write: Callable = disk.write_atomic) -> Iterator[h5py.File]:
     """An HDF5 file, made in memory and then written by rename: the library itself crashes on a disk that is full."""
     content = io.BytesIO()
     with h5py.File(content, "w") as file:
@@ -121,7 +122,7 @@ def record_demo(env: sim.TaskEnv, init_state: int, repeat: int, cfg: Config, pat
     outcomes, rows = try_until_success(env, init_state, repeat, cfg)
     success_step, steps = rows.pop("success_step", None), len(rows.get("actions", ()))
     summary = {"outcomes": outcomes, "steps": steps, "success_step": success_step}
-    with hdf5_file(path, runs.write_sealed) as file:
+    with hdf5_file(path, disk.write_sealed) as file:
         file.attrs.update(file_attributes(env) | {"summary": json.dumps(summary)})
         if rows:
             demo, last = file.create_group("demo"), (np.arange(steps) == steps - 1).astype(np.uint8)
@@ -152,7 +153,7 @@ def record_task(job: tuple[Config, str, int]) -> Iterator[dict]:
         if not path.is_file():
             env = env or sim.TaskEnv(suite, task, cfg.image_size, cfg.render)
             record_demo(env, init_state, repeat, cfg, path)
-        with h5py.File(io.BytesIO(runs.read_sealed(path))) as file:
+        with h5py.File(io.BytesIO(disk.read_sealed(path))) as file:
             yield json.loads(file.attrs["summary"])
     if env:
         env.close()
@@ -163,7 +164,7 @@ def merge(parts: list[Path], path: Path) -> None:
     with hdf5_file(path) as file:
         data = file.create_group("data")
         for part in parts:
-            with h5py.File(io.BytesIO(runs.read_sealed(part))) as source:
+            with h5py.File(io.BytesIO(disk.read_sealed(part))) as source:
                 data.attrs.update({key: value for key, value in source.attrs.items() if key != "summary"})
                 if "demo" in source:
                     source.copy("demo", data, name=f"demo_{len(data)}")
@@ -237,9 +238,9 @@ def main(cfg: Config) -> None:
         (stage.dir / suite).mkdir(exist_ok=True)
     if not (stage.dir / "demos.json").is_file():  # written when every task's file is there
         rows = (adopt if cfg.source else record)(cfg, tasks)
-        runs.write_atomic(stage.dir / "demos.json", json.dumps(rows, indent=1) + "\n")  # columns in this order
+        disk.write_atomic(stage.dir / "demos.json", json.dumps(rows, indent=1) + "\n")  # columns in this order
     shutil.rmtree(stage.dir / "parts", ignore_errors=True)
-    rows = runs.read_json(stage.dir / "demos.json")
+    rows = disk.read_json(stage.dir / "demos.json")
     for line in [rows[0], *(row.values() for row in rows)]:
         print("  ".join(f"{cell:>12}" for cell in line))
     stage.finish(kept=sum(row["kept"] for row in rows))

@@ -30,6 +30,7 @@ import torch
 import backbones
 import common
 import contrastive
+import disk
 import memory
 import ranks
 import runs
@@ -181,14 +182,14 @@ def main(cfg: Config) -> None:
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
 
     step, metrics = 0, stage.dir / "metrics.jsonl"
-    state = runs.load_checkpoint(stage.dir / "checkpoint.pt")
+    state = disk.load_checkpoint(stage.dir / "checkpoint.pt")
     if state:
         policy.load_state_dict(state["policy"])
         averaged.load_state_dict(state["averaged"])
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
     if ranks.first():
-        runs.keep_rows(metrics, lambda row: row["step"] <= step, "step")
+        disk.keep_rows(metrics, lambda row: row["step"] <= step, "step")
 
     # ---------------------------------------------------------------------------------------------- one loop, all in sight
     bar = common.progress(range(step, cfg.steps), initial=step, total=cfg.steps, desc="sft", unit="step")
@@ -231,12 +232,12 @@ def main(cfg: Config) -> None:
             if val and (done % (4 * cfg.log_every) == 0 or done == cfg.steps):
                 row["val_loss"] = validation_loss(averaged, val, cfg)
             bar.set_postfix({key: f"{row[key]:.3f}" for key in ("loss", "val_loss") if key in row})
-            runs.append_jsonl(metrics, row)
+            disk.append_jsonl(metrics, row)
         if done in cfg.snapshots:
-            runs.save_tensors(stage.dir / f"model-{done}.safetensors", merged(averaged, cfg).state_dict())
+            disk.save_tensors(stage.dir / f"model-{done}.safetensors", merged(averaged, cfg).state_dict())
         if done % cfg.checkpoint_every == 0:
             modules = {"policy": policy, "averaged": averaged, "optimizer": optimizer}
-            runs.save_checkpoint(
+            disk.save_checkpoint(
                 stage.dir / "checkpoint.pt", {"step": done} | {key: m.state_dict() for key, m in modules.items()}
             )
 

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 
 import common
+import disk
 import memory
 import ranks
 import runs
@@ -187,7 +188,7 @@ def share(total: int, parts: int, part: int) -> int:
 
 def gather(cfg: Config, tasks: list, attempts: Path, parts: Path) -> None:
     """Make the attempts that are not there yet: their pairs as files of `parts`, then a line in `attempts`."""
-    done, jobs = runs.read_jsonl(attempts, "suite task unit init_state outcome playouts pairs"), []
+    done, jobs = disk.read_jsonl(attempts, "suite task unit init_state outcome playouts pairs"), []
     ranks.wait()  # all have read before any writes
     for i, (suite, task) in enumerate(tasks):
         mine = [row for row in done if (row["suite"], row["task"]) == (suite, task)]
@@ -197,8 +198,8 @@ def gather(cfg: Config, tasks: list, attempts: Path, parts: Path) -> None:
     found = sum(len(row["pairs"]) for row in done)
     for _, (row, tensors) in workers.parallel(collect, ranks.share(jobs), cfg.workers):
         for i, pair in enumerate(tensors):
-            runs.save_tensors(part(parts, row, i), {key: torch.as_tensor(value) for key, value in pair.items()})
-        runs.append_jsonl(attempts, row)  # the attempt counts from here on
+            disk.save_tensors(part(parts, row, i), {key: torch.as_tensor(value) for key, value in pair.items()})
+        disk.append_jsonl(attempts, row)  # the attempt counts from here on
         found += len(tensors)
         bar.update(row["playouts"])
         bar.set_postfix(pairs=f"{found}/{cfg.n_pairs}")
@@ -211,15 +212,15 @@ def part(parts: Path, row: dict, i: int) -> Path:
 
 def assemble(attempts: Path, parts: Path, folder: Path) -> None:
     """All pairs in one file, in the order of tasks and attempts and not of their making; pairs.jsonl last."""
-    rows = sorted(runs.read_jsonl(attempts), key=lambda row: (row["suite"], row["task"], row["unit"]))
+    rows = sorted(disk.read_jsonl(attempts), key=lambda row: (row["suite"], row["task"], row["unit"]))
     found = [(row, i, facts) for row in rows for i, facts in enumerate(row["pairs"])]
     if not found:
         raise common.UserError(f"{len(rows)} attempts gave no pair (see {attempts}); raise prefs.max_playouts")
-    pairs = [runs.load_tensors(part(parts, row, i)) for row, i, _ in found]
-    runs.save_tensors(folder / "pairs.safetensors", {key: torch.stack([p[key] for p in pairs]) for key in pairs[0]})
-    runs.write_rows(attempts, rows)
+    pairs = [disk.load_tensors(part(parts, row, i)) for row, i, _ in found]
+    disk.save_tensors(folder / "pairs.safetensors", {key: torch.stack([p[key] for p in pairs]) for key in pairs[0]})
+    disk.write_rows(attempts, rows)
     where = ("suite", "task", "unit", "init_state")
-    runs.write_rows(folder / "pairs.jsonl", [{key: row[key] for key in where} | facts for row, _, facts in found])
+    disk.write_rows(folder / "pairs.jsonl", [{key: row[key] for key in where} | facts for row, _, facts in found])
 
 
 def summary(rows: list[dict]) -> str:
@@ -258,7 +259,7 @@ def main(cfg: Config) -> None:
     if not ranks.first():
         return
     shutil.rmtree(parts, ignore_errors=True)
-    rows = runs.read_jsonl(attempts)
+    rows = disk.read_jsonl(attempts)
     print(summary(rows))
     stage.finish(pairs=sum(len(row["pairs"]) for row in rows), playouts=sum(row["playouts"] for row in rows))
 

@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 
 import common
+import disk
 import likelihood
 import memory
 import ranks
@@ -195,13 +196,13 @@ def main(cfg: Config) -> None:
     begun = None if cfg.surrogate == "independent" else begin_all(policy, pairs, cfg.batch_size)
 
     step, metrics = 0, stage.dir / "metrics.jsonl"
-    state = runs.load_checkpoint(stage.dir / "checkpoint.pt")
+    state = disk.load_checkpoint(stage.dir / "checkpoint.pt")
     if state:
         policy.load_state_dict(state["adapter"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
     if ranks.first():
-        runs.keep_rows(metrics, lambda row: row["step"] <= step, "step")
+        disk.keep_rows(metrics, lambda row: row["step"] <= step, "step")
 
     bar = common.progress(range(step, cfg.steps), initial=step, total=cfg.steps, desc=f"dpo {cfg.adapter}", unit="step")
     for step in bar:
@@ -233,16 +234,16 @@ def main(cfg: Config) -> None:
             row |= {"logps/chosen": pi_w.mean().item(), "logps/rejected": pi_l.mean().item()}
             row = ranks.mean(row) | {"step": done, "grad_norm": grad_norm.item(), "lr": common.learning_rate(step, cfg)}
             if ranks.first():
-                runs.append_jsonl(metrics, row)
+                disk.append_jsonl(metrics, row)
             bar.set_postfix(loss=f"{row['loss']:.3f}", margin=f"{row['rewards/margins']:.2f}")
         if done % cfg.checkpoint_every == 0 and ranks.first():
             state = {"step": done, "adapter": trainable, "optimizer": optimizer.state_dict()}
-            runs.save_checkpoint(stage.dir / "checkpoint.pt", state)
+            disk.save_checkpoint(stage.dir / "checkpoint.pt", state)
 
     if not ranks.first():
         return
-    warn_about_scale(runs.read_jsonl(metrics))
-    with runs.writing(stage.dir):
+    warn_about_scale(disk.read_jsonl(metrics))
+    with disk.writing(stage.dir):
         adapted.save_pretrained(str(stage.dir))
     (stage.dir / "README.md").unlink(missing_ok=True)  # peft's empty model card
     stage.finish(beta=beta, trainable=k, pairs=n)

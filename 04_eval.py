@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 import common
+import disk
 import episodes
 import memory
 import ranks
@@ -92,7 +93,7 @@ def save_gif(path: Path, frames: list) -> None:
 
     path.parent.mkdir(exist_ok=True)
     images = np.stack(frames).repeat(2, axis=1).repeat(2, axis=2)
-    runs.write_atomic(path, imageio.imwrite("<bytes>", images, extension=".gif", duration=200, loop=0))
+    disk.write_atomic(path, imageio.imwrite("<bytes>", images, extension=".gif", duration=200, loop=0))
 
 
 # ---------------------------------------------------------------------------------------------------------------- tables
@@ -173,8 +174,8 @@ def main(cfg: Config) -> None:
         return
     rows = results_table(cfg)
     stem = "results" if cfg.group == "test" else f"results-{cfg.group}"
-    runs.write_json(cfg.seed_dir / f"{stem}.json", rows)
-    runs.write_atomic(cfg.seed_dir / f"{stem}.md", markdown(rows) + "\n")
+    disk.write_json(cfg.seed_dir / f"{stem}.json", rows)
+    disk.write_atomic(cfg.seed_dir / f"{stem}.md", markdown(rows) + "\n")
     print(markdown(rows), flush=True)
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import caches
 import common
+import disk
 import episodes
 import memory
 import ranks
@@ -72,7 +73,7 @@ NO_REUSE = {"reuse": "none", "solver": "euler", "denoise_steps": 10}
 def teacher(checkpoint: str) -> str:
     """The checkpoint that a student was made from, by its done.json; of any other, itself."""
     done = Path(checkpoint) / "done.json"
-    facts = runs.read_json(done) if done.is_file() else {"stage": ""}
+    facts = disk.read_json(done) if done.is_file() else {"stage": ""}
     return facts["config"]["checkpoint"] if facts["stage"] == "05_distill" else checkpoint
 
 
@@ -130,8 +131,8 @@ def main(cfg: Config) -> None:
             episodes.finish(stage, rows, cell=cell_name(cfg), sees_on_a_hit=sees)
     if ranks.first():
         rows = cells_table(cfg)
-        runs.write_json(cfg.seed_dir / f"cells{suffix}.json", rows)
-        runs.write_atomic(cfg.seed_dir / f"cells{suffix}.md", cells_markdown(rows) + "\n")
+        disk.write_json(cfg.seed_dir / f"cells{suffix}.json", rows)
+        disk.write_atomic(cfg.seed_dir / f"cells{suffix}.md", cells_markdown(rows) + "\n")
         print(cells_markdown(rows), flush=True)
 
 

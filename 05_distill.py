@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 import common
+import disk
 import memory
 import runs
 
@@ -106,12 +107,12 @@ def main(cfg: Config) -> None:
     val_noise = teacher.noise(len(val), common.stream(0, "distill validation"))
 
     step, metrics = 0, stage.dir / "metrics.jsonl"
-    state = runs.load_checkpoint(stage.dir / "checkpoint.pt")
+    state = disk.load_checkpoint(stage.dir / "checkpoint.pt")
     if state:
         student.load_state_dict(state["trained"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
-    runs.keep_rows(metrics, lambda row: row["step"] <= step, "step")
+    disk.keep_rows(metrics, lambda row: row["step"] <= step, "step")
 
     bar = common.progress(range(step, cfg.steps), initial=step, total=cfg.steps, desc="distill", unit="step")
     for step in bar:
@@ -132,11 +133,11 @@ def main(cfg: Config) -> None:
             with torch.no_grad():
                 val_rmse = distance(student, teacher, val, val_noise.to(val.valid.device), cfg.denoise_steps).sqrt().item()
             row = {"step": done, "rmse": loss.sqrt().item(), "val_rmse": val_rmse, "grad_norm": grad_norm.item()}
-            runs.append_jsonl(metrics, row)
+            disk.append_jsonl(metrics, row)
             bar.set_postfix(val_rmse=f"{val_rmse:.3f}")
         if done % cfg.checkpoint_every == 0:
             state = {"step": done, "trained": trained, "optimizer": optimizer.state_dict()}
-            runs.save_checkpoint(stage.dir / "checkpoint.pt", state)
+            disk.save_checkpoint(stage.dir / "checkpoint.pt", state)
     student.save(stage.dir)
     stage.finish(observations=len(train))
 

@@ -33,6 +33,7 @@ import numpy as np
 import torch
 
 import common
+import disk
 import memory
 import runs
 
@@ -326,8 +327,8 @@ def main(cfg: Config) -> None:
     folder = cfg.seed_dir / "profile"
     if stage is not None:
         print(anatomy(cfg, stage))
-    points, timing = runs.read_json(folder / "latency.json")["points"], runs.read_json(folder / "timing.json")
-    runs.write_json(folder / "table.json", shares(cfg, points[0], timing))
+    points, timing = disk.read_json(folder / "latency.json")["points"], disk.read_json(folder / "timing.json")
+    disk.write_json(folder / "table.json", shares(cfg, points[0], timing))
 
 
 def anatomy(cfg: Config, stage: runs.Stage) -> str:
@@ -342,8 +343,8 @@ def anatomy(cfg: Config, stage: runs.Stage) -> str:
     facts = {"device": cfg.device, "weights": cfg.weights, "clock": "CUDA events" if cfg.device == "cuda" else "CPU time"}
     facts |= {"threads": cfg.threads, "torch": torch.__version__, "parameters": sum(p.numel() for p in policy.parameters())}
     table = latency_table(rows, roof, cfg)
-    runs.write_json(stage.dir / "latency.json", facts | {"points": rows, "roofline": roof, "paper": PAPER})
-    runs.write_atomic(stage.dir / "table.md", table + "\n")
+    disk.write_json(stage.dir / "latency.json", facts | {"points": rows, "roofline": roof, "paper": PAPER})
+    disk.write_atomic(stage.dir / "table.md", table + "\n")
     plot(rows, f"{cfg.backbone}, {facts['parameters']:,} parameters, {cfg.device}", stage.dir / "anatomy.png")
     stage.finish()
     said = [{key: row[key] for key in ("label", "p50_ms", "p95_ms", "prefix_share", "ceiling")} for row in rows]

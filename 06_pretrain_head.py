@@ -41,6 +41,7 @@ import numpy as np
 import torch
 
 import common
+import disk
 import memory
 import ranks
 import runs
@@ -158,7 +159,7 @@ def encode(cfg: Config, folder: Path, frames: Frames) -> dict[str, np.memmap]:
     width = tower_of(policy).embeddings.position_embedding.weight.shape[1]
     for camera in CAMERAS:
         if ranks.first() and not is_whole(folder / f"{camera}.npy"):
-            with runs.replacing(folder / f"{camera}.npy") as temporary:
+            with disk.replacing(folder / f"{camera}.npy") as temporary:
                 table = np.lib.format.open_memmap(temporary, "w+", np.float32, (len(frames.step), width))
                 with open(temporary, "r+b") as file:  # a disk that is full shows here, and not as a crash while writing to memory
                     os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
@@ -256,7 +257,7 @@ def train_all(features: dict, frames: Frames, cfg: Config, folder: Path) -> dict
     }
     if ranks.first():
         (folder / "heads").mkdir(exist_ok=True)
-        runs.keep_rows(metrics, lambda row: paths[row["trained_on"], row["variant"]].is_file(), "trained_on variant")
+        disk.keep_rows(metrics, lambda row: paths[row["trained_on"], row["variant"]].is_file(), "trained_on variant")
     ranks.wait()
     for (split, variant), path in paths.items():
         there = path.is_file()
@@ -264,8 +265,8 @@ def train_all(features: dict, frames: Frames, cfg: Config, folder: Path) -> dict
         if not there:
             head, logged = train(features, frames, splits(frames, cfg)[split], split, variant, cfg)
             if ranks.first():
-                runs.write_rows(metrics, [*runs.read_jsonl(metrics), *logged])
-                runs.save_tensors(path, head.state_dict())
+                disk.write_rows(metrics, [*disk.read_jsonl(metrics), *logged])
+                disk.save_tensors(path, head.state_dict())
             ranks.wait()
         heads[split, variant] = load_head(path).to(ranks.place(cfg.device))
     return heads
@@ -404,11 +405,11 @@ def main(cfg: Config) -> None:
         rows = retrieval(features, frames, heads, cfg)
         if frames.held.any():
             rows += progress_rows(features, frames, heads, cfg)
-        runs.write_json(stage.dir / "rows.json", rows)
+        disk.write_json(stage.dir / "rows.json", rows)
         parts = protocols(frames, cfg)
         (part,) = parts.get("held-out episodes", parts["other episodes"])
         vectors = representations(features, frames, heads, part[0], cfg)
-        plot_losses(runs.read_jsonl(stage.dir / "metrics.jsonl"), cfg, stage.dir / "loss.png")
+        plot_losses(disk.read_jsonl(stage.dir / "metrics.jsonl"), cfg, stage.dir / "loss.png")
         plot_map(vectors, frames, stage.dir / "map.png")
         names = ("head, paper", "head, corrected")
         plot_neighbours(*neighbours(vectors, frames, part, names, cfg), frames, names, stage.dir / "neighbours.png")
@@ -416,11 +417,11 @@ def main(cfg: Config) -> None:
     if not ranks.first():
         return
     folder = cfg.seed_dir / name
-    timing, rows = runs.read_json(folder / "timing.json"), runs.read_json(folder / "rows.json")
+    timing, rows = disk.read_json(folder / "timing.json"), disk.read_json(folder / "rows.json")
     about = {"backbone": cfg.backbone, "encoder": cfg.encoder, "train_seeds": [cfg.seed]}
     about |= {"command": timing["command"], "commit": timing["commit"]}
-    runs.write_json(folder / "table.json", [about | row for row in rows])
-    runs.write_atomic(folder / "table.md", markdown(rows, cfg))
+    disk.write_json(folder / "table.json", [about | row for row in rows])
+    disk.write_atomic(folder / "table.md", markdown(rows, cfg))
     print(markdown(rows, cfg), flush=True)
 
 

@@ -37,6 +37,7 @@ from torch import Tensor
 
 import agreement
 import common
+import disk
 import likelihood
 import memory
 import runs
@@ -241,13 +242,13 @@ def do_missing(function, jobs: dict[str, tuple], parts: Path, cfg: Config, title
     """The results of all jobs by name; those that a file of `parts` does not hold yet are worked on."""
 
     def read(path: Path):
-        return runs.load_tensors(path) if path.suffix == ".safetensors" else runs.read_jsonl(path)
+        return disk.load_tensors(path) if path.suffix == ".safetensors" else disk.read_jsonl(path)
 
     paths = {name: parts / f"{name}.{'jsonl' if function is gradients else 'safetensors'}" for name in jobs}
     todo = [name for name, path in paths.items() if not path.is_file()]
     results = workers.parallel(function, [jobs[name] for name in todo], cfg.workers)
     for i, result in common.progress(results, total=len(jobs), initial=len(jobs) - len(todo), desc=title):
-        (runs.save_tensors if isinstance(result, dict) else runs.write_rows)(paths[todo[i]], result)
+        (disk.save_tensors if isinstance(result, dict) else disk.write_rows)(paths[todo[i]], result)
     return {name: read(path) for name, path in paths.items()}
 
 
@@ -273,7 +274,7 @@ def dpo_folders(cfg: Config) -> dict[str, Path]:
     """Every finished DPO of this recipe and start, or the one adapter that is given."""
     if cfg.adapters_from:
         return {cfg.variant("dpo").name: cfg.source("dpo")}
-    done = {p.parent: runs.read_json(p)["config"] for p in sorted(cfg.seed_dir.glob("dpo-*/done.json"))}
+    done = {p.parent: disk.read_json(p)["config"] for p in sorted(cfg.seed_dir.glob("dpo-*/done.json"))}
     return {p.name: p for p, used in done.items() if (used["pairs"], used["start"]) == (cfg.pairs, cfg.start)}
 
 
@@ -302,9 +303,9 @@ def measure_all(cfg: Config, folder: Path, dpo: dict[str, Path]) -> None:
             for b, block in enumerate(blocks[: cfg.gradient_batches]):
                 jobs[f"gradient-{state}-{b}"] = (cfg, path, pairs, block, betas, state)
     cosines = [row for rows in do_missing(gradients, jobs, parts, cfg, "gradients").values() for row in rows]
-    runs.save_tensors(folder / "measures.safetensors", measures)
-    runs.save_tensors(folder / "own.safetensors", own)
-    runs.write_rows(folder / "gradients.jsonl", cosines)
+    disk.save_tensors(folder / "measures.safetensors", measures)
+    disk.save_tensors(folder / "own.safetensors", own)
+    disk.write_rows(folder / "gradients.jsonl", cosines)
     shutil.rmtree(parts)
 
 
@@ -328,9 +329,9 @@ def main(cfg: Config) -> None:
     if stage is not None:
         measure_all(cfg, folder, dpo)
         stage.finish(policies=["sft", *dpo])
-    timing = runs.read_json(folder / "timing.json")
+    timing = disk.read_json(folder / "timing.json")
     if "cpu_s_per_chunk" not in timing:  # also after a kill between the two
-        runs.write_json(folder / "timing.json", timing | {"cpu_s_per_chunk": costs(cfg, load_pairs(cfg))})
+        disk.write_json(folder / "timing.json", timing | {"cpu_s_per_chunk": costs(cfg, load_pairs(cfg))})
     agreement.report(cfg, folder)
 
 

@@ -25,8 +25,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import common
+import disk
 import episodes
-import runs
 import stats
 from backbones import BACKBONES
 from report import audit, claims, plots
@@ -70,7 +70,7 @@ def of_run(cfg: Config, backbone: str) -> Experiment:
     seeds = sorted(folder.glob("seed*"), key=lambda path: (len(path.name), path.name))
     for seed_dir in seeds:
         for path in [*sorted(seed_dir.glob("*.json")), *sorted(seed_dir.glob("*/table.json"))]:
-            table = runs.read_json(path)
+            table = disk.read_json(path)
             found.rows += map(completed, table) if isinstance(table, list) else []
         for path in sorted(seed_dir.glob("*/metrics.jsonl")):
             name = path.parent.name + (f", {seed_dir.name}" if len(seeds) > 1 else "")
@@ -96,7 +96,7 @@ def over_seeds(folder: Path, rows: list[dict]) -> list[dict]:
         file = f"{'' if group == 'test' else '-' + group}/episodes.jsonl"
         played = defaultdict(list)
         for policy, seed in itertools.product({name, mine[0].get("paired_with", name)}, seeds):
-            lines = runs.read_jsonl(folder / f"seed{seed}" / f"eval-{policy}{file}")
+            lines = disk.read_jsonl(folder / f"seed{seed}" / f"eval-{policy}{file}")
             played[policy] += [episode for episode in lines if episode["suite"] in suite.split()]
         row = {key: value for key, value in mine[0].items() if key not in ("noise_seed", *PAIRED)} | {"train_seeds": seeds}
         pooled.append(row | episodes.summarise(played[name]))
@@ -110,7 +110,7 @@ def of_results(table: Path, top: Path) -> Experiment:
     """One folder of committed results."""
     folder, drawn_here = table.parent, re.compile("success|differences|dpo|learning_curve")
     name = str(folder.relative_to(top)) if folder != top else folder.name
-    found = Experiment(name, [completed(row) for row in runs.read_json(table)])
+    found = Experiment(name, [completed(row) for row in disk.read_json(table)])
     logs = [path for path in sorted(folder.glob("training/*.jsonl")) if path.stem.startswith(("sft", "dpo-"))]
     found.training = {path.stem: audit.read_lines(path)[0] for path in logs}
     found.episodes = folder / "episodes" if (folder / "episodes").is_dir() else None
@@ -328,9 +328,9 @@ def report(cfg: Config, experiments: list[Experiment], folder: Path) -> dict[str
     for experiment in experiments:
         found, named = chapter(experiment, folder)
         blocks, tables = blocks + found, tables | named
-    runs.write_atomic(folder / "index.html", as_html(blocks))
-    runs.write_atomic(folder / "report.md", as_markdown(blocks))
-    runs.write_json(folder / "claims.json", judged)
+    disk.write_atomic(folder / "index.html", as_html(blocks))
+    disk.write_atomic(folder / "report.md", as_markdown(blocks))
+    disk.write_json(folder / "claims.json", judged)
     print(f"claims: {counts}\nreport: {folder / 'index.html'}")
     return tables
 
@@ -347,7 +347,7 @@ def audited(folder: Path, out: Path) -> bool:
             findings_list(found["findings"]),
             "Facts about files; what caused them is not established here.",
         ]
-    runs.write_atomic(out / "audit.md", as_markdown(blocks))
+    disk.write_atomic(out / "audit.md", as_markdown(blocks))
     print(as_markdown(blocks), end="")
     return not found["findings"]
 
@@ -368,11 +368,11 @@ def main(cfg: Config) -> None:
         experiments.sort(key=lambda e: (not any("successes" in row for row in e.rows), e.title))
     else:
         experiments = [of_run(cfg, b) for b in BACKBONES if replace(cfg, backbone=b).seed_dir.parent.is_dir()]
-        runs.write_json(folder / "table.json", [row for experiment in experiments for row in experiment.rows])
+        disk.write_json(folder / "table.json", [row for experiment in experiments for row in experiment.rows])
     tables = report(cfg, experiments, folder)
     if cfg.readme:
         path = Path(cfg.readme)
-        runs.write_atomic(path, fill_in(path.read_text(), tables))
+        disk.write_atomic(path, fill_in(path.read_text(), tables))
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import common
+import disk
 import episodes
-import runs
 import stats
 
 INK, GRID = "#222222", "#dddddd"
@@ -343,12 +343,12 @@ def success_bars(ax, arms: list[dict]) -> None:
 def report(cfg, folder: Path) -> None:
     """From a finished folder of 07: <folder>.json, .md and .png beside it. Evaluations (04) that came later are taken in."""
     found: dict[str, dict] = {}
-    for key, tensor in runs.load_tensors(folder / "measures.safetensors").items():
+    for key, tensor in disk.load_tensors(folder / "measures.safetensors").items():
         policy, _, name = key.partition("|")
         found.setdefault(policy, {})[name] = tensor
     found = {policy: found[policy] for policy in sorted(found, key=lambda p: (p != "sft", p))}
-    cosines, own = runs.read_jsonl(folder / "gradients.jsonl"), runs.load_tensors(folder / "own.safetensors")
-    timing, arms = runs.read_json(folder / "timing.json"), settling(cfg)
+    cosines, own = disk.read_jsonl(folder / "gradients.jsonl"), disk.load_tensors(folder / "own.safetensors")
+    timing, arms = disk.read_json(folder / "timing.json"), settling(cfg)
     rows, facts = table(cfg, found, own["chunk"][0].numel()), [*always_positive(found), *flow_facts(own, found["sft"]["exact"])]
     said = [f"# {cfg.name}, {cfg.pairs} pairs, start {cfg.start}, seed {cfg.seed}\n", markdown(rows, cfg)]
     said += [
@@ -365,9 +365,9 @@ def report(cfg, folder: Path) -> None:
     ]
     seconds = timing["cpu_s_per_chunk"].items()
     cost_rows = [{"metric": "cost per chunk", "surrogate": name, "value": s, "unit": "CPU s"} for name, s in seconds]
-    runs.write_json(folder.with_suffix(".json"), [common_keys | r for r in [*rows, *facts, *gradient_rows, *cost_rows, *arms]])
+    disk.write_json(folder.with_suffix(".json"), [common_keys | r for r in [*rows, *facts, *gradient_rows, *cost_rows, *arms]])
     page(cfg, found, rows, cosines, arms, folder.with_suffix(".png"))
-    runs.write_atomic(folder.with_suffix(".md"), "\n".join(said) + "\n")
+    disk.write_atomic(folder.with_suffix(".md"), "\n".join(said) + "\n")
     print("\n".join(said), flush=True)
 
 

@@ -31,7 +31,8 @@ from safetensors import SafetensorError
 
 import ranks
 from data import Demo, check_pairs, read_demos, read_pairs  # noqa: F401 (the stages take them from here)
-from runs import HERE, STAGES, UserError, checkpoint_files, one_line, require
+from disk import UserError, one_line
+from runs import HERE, STAGES, checkpoint_files, require
 
 # ---------------------------------------------------------------------------------------------------------------- LIBERO
 # Evaluation protocol of OpenVLA (experiments/robot/libero/run_libero_eval.py) and openpi (examples/libero/main.py).

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import runs
+import disk
 from common import UserError, stream
 
 
@@ -33,13 +33,13 @@ class Head(nn.Module):
 
 def load_head(path: str) -> Head:
     """A head that 06_pretrain_head.py has saved, frozen."""
-    tensors = runs.load_tensors(path)
+    tensors = disk.load_tensors(path)
     try:
         (hidden, width), dim = tensors["fc1.weight"].shape, len(tensors["fc2.bias"])
         head = Head(width, hidden, dim).requires_grad_(False)
         head.load_state_dict(tensors)
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path} is no head of 06_pretrain_head.py ({runs.one_line(error)})") from error
+        raise UserError(f"{path} is no head of 06_pretrain_head.py ({disk.one_line(error)})") from error
     return head
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from runs import UserError, load_tensors, one_line, read_jsonl
+from disk import UserError, load_tensors, one_line, read_jsonl
 
 
 @dataclass

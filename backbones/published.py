@@ -24,7 +24,7 @@ from torch import Tensor
 
 import backbones
 import common
-import runs
+import disk
 from common import UserError
 
 
@@ -241,7 +241,7 @@ def suite_stats(published: dict, suite: str) -> dict:
 
 def openvla_stats(c: Checkpoint, suites: list[str]) -> dict:
     own = c.folder / "dataset_statistics.json"  # of a fine-tuning run: counts more than what the config has
-    published = runs.read_json(own) if own.is_file() else c.config.get("norm_stats", {})
+    published = disk.read_json(own) if own.is_file() else c.config.get("norm_stats", {})
     if not suites:
         raise UserError(f"{c.folder} has statistics of {', '.join(published) or 'no suite'}; say whose are wanted (suites)")
     first, *others = (suite_stats(published, suite) for suite in suites)
@@ -254,7 +254,7 @@ def lerobot_stats(c: Checkpoint, suites: list[str]) -> dict:
     found = sorted(c.folder.glob("policy_preprocessor*normalizer*.safetensors"))
     if not found:
         raise UserError(f"{c.folder} holds no policy_preprocessor*normalizer*.safetensors, the statistics; get the whole folder")
-    tensors = runs.load_tensors(found[0])
+    tensors = disk.load_tensors(found[0])
     named = {"action": ("action.", 7), "state": ("observation.state.", 8)}
     return {
         kind: {key.removeprefix(prefix): t.flatten().tolist()[:n] for key, t in tensors.items() if key.startswith(prefix)}
@@ -268,7 +268,7 @@ def openpi_stats(c: Checkpoint, suites: list[str]) -> dict:
         raise UserError(
             f"{c.folder} holds {len(found)} files norm_stats.json instead of one; copy openpi's assets folder into it"
         )
-    stats = runs.read_json(found[0])
+    stats = disk.read_json(found[0])
     stats = stats.get("norm_stats", stats)
     return {
         kind: {key: values[:n] for key, values in stats[theirs].items() if values is not None}
@@ -342,7 +342,7 @@ def reading(path: Path) -> Iterator[None]:
         ValueError,
         ZeroDivisionError,
     ) as error:
-        why = runs.one_line(error)
+        why = disk.one_line(error)
         raise UserError(f"{path} is no checkpoint of OpenVLA or pi-0.5, or a damaged one ({why}); get it again") from error
 
 

@@ -17,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import backbones
 import common
-import runs
+import disk
 
 HERE = Path(__file__).resolve().parent / "try"
 STARTS = {"pi05": "750", "openvla": "final"}  # as configs/tiny.yaml has them
@@ -37,11 +37,11 @@ def demonstrations(source: Path, target: Path) -> None:
 
 def some_pairs(source: Path, target: Path) -> None:
     """Evenly spread over the file, and so over tasks."""
-    pairs, rows = runs.load_tensors(source / "pairs.safetensors"), runs.read_jsonl(source / "pairs.jsonl")
+    pairs, rows = disk.load_tensors(source / "pairs.safetensors"), disk.read_jsonl(source / "pairs.jsonl")
     index = torch.linspace(0, len(rows) - 1, PAIRS).round().long()
     target.mkdir(parents=True, exist_ok=True)
-    runs.save_tensors(target / "pairs.safetensors", {key: value[index] for key, value in pairs.items()})
-    runs.write_atomic(target / "pairs.jsonl", "".join(runs.plain_line(rows[i]) for i in index.tolist()))
+    disk.save_tensors(target / "pairs.safetensors", {key: value[index] for key, value in pairs.items()})
+    disk.write_atomic(target / "pairs.jsonl", "".join(disk.plain_line(rows[i]) for i in index.tolist()))
 
 
 @torch.no_grad()
@@ -70,7 +70,7 @@ def main(run: Path) -> None:
             policy = common.load_adapter(backbones.load_policy(folder / "sft", weights), made)
             margins[f"{backbone} {adapter}"] = [round(x, 3) for x in (log_ratios(policy, pairs, dpo) - reference).tolist()]
         backbones.load_policy(folder / "sft", weights).to(torch.bfloat16).save(target / "sft")
-    runs.write_json(HERE / "margins.json", margins)
+    disk.write_json(HERE / "margins.json", margins)
 
 
 if __name__ == "__main__":

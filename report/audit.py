@@ -57,7 +57,7 @@ def policy_of(path: Path, folder: Path) -> str:
 
 
 def read_lines(path: Path) -> tuple[list[dict], int]:
-    """Objects of a JSONL file, and how many lines are none. (runs.read_jsonl would mend the file; an audit leaves it.)"""
+    """Objects of a JSONL file, and how many lines are none. (disk.read_jsonl would mend the file; an audit leaves it.)"""
     rows, bad = [], 0
     for line in path.read_text(errors="replace").splitlines():
         try:

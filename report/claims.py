@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 import common
+import disk
 import runs
 import stats
 from report import audit
@@ -50,7 +51,7 @@ def look_up(ours: dict) -> dict | None:
         return None
     if "episodes" in ours:
         return audit.compared(*({found[:3]: found[3] for found in audit.episodes_of(path)} for path in paths))
-    rows = runs.read_json(paths[0]) if paths[0].suffix == ".json" else audit.read_lines(paths[0])[0]
+    rows = disk.read_json(paths[0]) if paths[0].suffix == ".json" else audit.read_lines(paths[0])[0]
     fits = [row for row in rows if all(row.get(key) == value for key, value in ours["where"].items())]
     if len(fits) != 1:
         raise common.UserError(f"configs/paper.yaml: {len(fits)} rows of {paths[0]} have {ours['where']}; a claim needs one")

@@ -36,7 +36,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from test_pipeline import SEED_DIR, STAGES, command, copy_of_the_kit, outputs
 
-import runs
+import disk
 
 ALL = {name: tuple(stage[:2]) for name, stage in STAGES.items()}
 ALL["validate"] = ["07_validate.py"], f"{SEED_DIR}/validate-episode"
@@ -93,10 +93,10 @@ def one_line(result: subprocess.CompletedProcess | subprocess.Popen, stderr: str
 def close(got: Path, want: Path) -> bool:
     """Two trainings that differ in rounding: the same weights within 1e-5, as many rows of metrics."""
     for path in want.rglob("*.safetensors"):
-        a, b = (runs.load_tensors(folder / path.relative_to(want)) for folder in (got, want))
+        a, b = (disk.load_tensors(folder / path.relative_to(want)) for folder in (got, want))
         if a.keys() != b.keys() or any(not torch.allclose(a[key], b[key], atol=1e-5, rtol=0) for key in b):
             return False
-    return len(runs.read_jsonl(got / "metrics.jsonl")) == len(runs.read_jsonl(want / "metrics.jsonl"))
+    return len(disk.read_jsonl(got / "metrics.jsonl")) == len(disk.read_jsonl(want / "metrics.jsonl"))
 
 
 class Bench:
@@ -132,8 +132,8 @@ class Bench:
         folder = ALL[name][1]
         if rounded:
             return (kit / folder / "done.json").is_file() and close(kit / folder, self.undisturbed / folder)
-        files = runs.read_json(kit / folder / "done.json")["outputs"]  # are they what they are said to be?
-        whole = all(runs.sha256(kit / folder / name) == its for name, its in files.items())
+        files = disk.read_json(kit / folder / "done.json")["outputs"]  # are they what they are said to be?
+        whole = all(disk.sha256(kit / folder / name) == its for name, its in files.items())
         return whole and outputs(kit, folder) == outputs(self.undisturbed, folder)
 
     def judge(self, kit: Path, name: str, remedy=None, processes: int = 1, rounded: bool = False) -> str:
@@ -181,7 +181,7 @@ def kill(bench: Bench, name: str) -> None:
     bench.note(name, "kill -9", bench.judge(kit, name) if kit else "not tried: it was done by then")
 
 
-def disk(bench: Bench, name: str) -> None:
+def fill_disk(bench: Bench, name: str) -> None:
     if os.getuid():
         return bench.note(name, "disk full", "not tried: needs root")
     share = bench.rng.uniform(0.05, 0.9)
@@ -370,7 +370,7 @@ def place(bench: Bench, name: str) -> None:
     bench.note(name, "a source folder that may not be written", outcome)
 
 
-FAULTS = {"kill": kill, "disk": disk, "worker": worker, "input": damaged_input, "partial": damaged_partial, "twice": twice}
+FAULTS = {"kill": kill, "disk": fill_disk, "worker": worker, "input": damaged_input, "partial": damaged_partial, "twice": twice}
 FAULTS |= {"place": place, "rank": rank}
 
 
@@ -400,7 +400,7 @@ def main(moments: int = 20, stages: str = "", faults: str = "", seed: int = 0, o
     print(table)
     if out:
         Path(out).mkdir(parents=True, exist_ok=True)
-        runs.write_atomic(Path(out) / "faults.md", table)
+        disk.write_atomic(Path(out) / "faults.md", table)
     accepted = (SAME, SAID, "had room enough")
     return int(any(outcome not in accepted and not outcome.startswith("not tried") for *_, outcome in bench.rows))
 

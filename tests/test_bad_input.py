@@ -31,6 +31,7 @@ import backbones
 import common
 import contrastive
 import data
+import disk
 import runs
 from report import audit
 
@@ -481,7 +482,7 @@ def test_no_pickle_is_ever_opened(own, tmp_path):
             (folder / name).write_bytes(bomb)
         (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}')
         refused(there, lambda folder=folder: backbones.load_policy(folder))
-        refused(there, lambda folder=folder: runs.load_checkpoint(folder / "checkpoint.pt"))
+        refused(there, lambda folder=folder: disk.load_checkpoint(folder / "checkpoint.pt"))
         refused(there, lambda folder=folder: data.read_pairs(folder))
         refused(there, lambda folder=folder: contrastive.load_head(str(folder / "model.safetensors")))
         refused(there, lambda folder=folder: common.load_adapter(backbones.load_policy(own), folder))
@@ -501,7 +502,7 @@ def test_the_state_of_a_training_cut_short_or_with_a_bit_flipped(place, cut, bit
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "checkpoint.pt"
         state = {"step": 3, "policy": {"w": torch.arange(500.0)}}
-        runs.save_checkpoint(path, state)
+        disk.save_checkpoint(path, state)
         content = bytearray(path.read_bytes())
         at = int(place * len(content))
         if cut:
@@ -510,7 +511,7 @@ def test_the_state_of_a_training_cut_short_or_with_a_bit_flipped(place, cut, bit
             content[at] ^= 1 << bit
             path.write_bytes(content)
         try:
-            found = runs.load_checkpoint(path)
+            found = disk.load_checkpoint(path)
             assert not cut and found["step"] == 3 and torch.equal(found["policy"]["w"], state["policy"]["w"])
         except common.UserError as error:
             assert "damaged" in str(error) and "\n" not in str(error)
@@ -534,8 +535,8 @@ def write_pairs(folder: Path, change) -> None:
     tensors |= {"state": torch.randn(4, 8, generator=g), "mask": torch.ones(4, 5, dtype=torch.bool)}
     rows = [{"instruction": "open the drawer"} for _ in range(4)]
     change(tensors, rows)
-    runs.save_tensors(folder / "pairs.safetensors", tensors)
-    runs.write_rows(folder / "pairs.jsonl", rows)
+    disk.save_tensors(folder / "pairs.safetensors", tensors)
+    disk.write_rows(folder / "pairs.jsonl", rows)
 
 
 @inputs(40)
@@ -593,7 +594,7 @@ def test_lines_that_are_no_rows(good, bad, at):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
         path.write_bytes(b"".join(line + b"\n" for line in [*good[:at], bad, *good[at:]]))
-        refused(Path(folder), lambda: runs.read_jsonl(path, "suite task"))
+        refused(Path(folder), lambda: disk.read_jsonl(path, "suite task"))
         audit.audit(Path(folder)) if any(b"success" in line for line in good) else None
 
 
@@ -615,7 +616,7 @@ def test_a_damaged_file_among_the_inputs_is_named(tmp_path):
     cfg = sft.Config(name="x", root=str(tmp_path))
     stage = runs.open_stage("01_sft.py", cfg, tmp_path / "x" / "sft", "seed", [], [])
     path = stage.dir / "model.safetensors"
-    runs.save_tensors(path, {"x": torch.zeros(9)})
+    disk.save_tensors(path, {"x": torch.zeros(9)})
     stage.finish()
     runs.fingerprint_of(stage.dir, tmp_path / "x")
     path.write_bytes(path.read_bytes()[:-1] + b"\1")

@@ -13,6 +13,7 @@ import torch
 from scipy.stats import binomtest
 
 import common
+import disk
 import runs
 import stats
 
@@ -226,15 +227,15 @@ def test_missing_config_names_the_nearest():
 # ----------------------------------------------------------------------------------------------------------- run folders
 def test_jsonl_survives_a_line_cut_short(tmp_path):
     path = tmp_path / "rows.jsonl"
-    runs.append_jsonl(path, {"a": 1})
+    disk.append_jsonl(path, {"a": 1})
     with open(path, "a") as file:
         file.write('{"a": 2')
-    assert runs.read_jsonl(path) == [{"a": 1}]
-    runs.append_jsonl(path, {"a": 3})
-    assert runs.read_jsonl(path) == [{"a": 1}, {"a": 3}]
+    assert disk.read_jsonl(path) == [{"a": 1}]
+    disk.append_jsonl(path, {"a": 3})
+    assert disk.read_jsonl(path) == [{"a": 1}, {"a": 3}]
     path.write_text('{"a": 1}\nnonsense\n{"a": 2}\n')
     with pytest.raises(common.UserError, match="damaged"):
-        runs.read_jsonl(path)
+        disk.read_jsonl(path)
 
 
 def test_any_flipped_bit_in_rows_is_found_before_a_stage_is_done(tmp_path):
@@ -242,56 +243,56 @@ def test_any_flipped_bit_in_rows_is_found_before_a_stage_is_done(tmp_path):
     stage = runs.open_stage("01_sft.py", Config(name="x", root=str(tmp_path)), tmp_path / "sft", "seed", [], [])
     path, rows = stage.dir / "metrics.jsonl", [{"step": 1, "loss": 0.25, "of": "a"}, {"step": 2, "loss": 1e-3, "of": "ä"}]
     for row in rows:
-        runs.append_jsonl(path, row)
+        disk.append_jsonl(path, row)
     whole = path.read_bytes()
     for at in range(len(whole)):
         for bit in range(8):
             path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
             try:
-                assert runs.read_jsonl(path) == rows[:1] and at == len(whole) - 1
+                assert disk.read_jsonl(path) == rows[:1] and at == len(whole) - 1
             except common.UserError as error:
                 assert "is damaged" in str(error)
     path.write_bytes(whole)
     stage.finish()
-    assert runs.read_jsonl(path) == rows and path.read_text() == "".join(map(runs.plain_line, rows))
+    assert disk.read_jsonl(path) == rows and path.read_text() == "".join(map(disk.plain_line, rows))
 
 
 def test_a_sealed_file_is_whole_or_refused(tmp_path):
     path, content = tmp_path / "20-00.hdf5", bytes(range(5))
-    runs.write_sealed(path, content)
-    assert runs.read_sealed(path) == content
+    disk.write_sealed(path, content)
+    assert disk.read_sealed(path) == content
     whole = path.read_bytes()
     flipped = [whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :] for at in range(len(whole))]
     for damaged in [*flipped, *(whole[:n] for n in range(len(whole))), whole + b"x"]:
         path.write_bytes(damaged)
         with pytest.raises(common.UserError, match=r"20-00\.hdf5 is damaged; remove it"):
-            runs.read_sealed(path)
+            disk.read_sealed(path)
 
 
 def test_a_flipped_bit_in_tensors_is_found_when_they_are_read_and_before_a_stage_is_done(tmp_path):
     tensors = {"a": torch.randn(3, 2), "b": torch.ones(2, dtype=torch.bool), "c": torch.randn(4).bfloat16(), "d": torch.tensor(1)}
     stage = runs.open_stage("01_sft.py", Config(name="x", root=str(tmp_path)), tmp_path / "sft", "seed", [], [])
     path = stage.dir / "model-4.safetensors"
-    runs.save_tensors(path, tensors)
-    assert all(torch.equal(value, tensors[key]) for key, value in runs.load_tensors(path).items())
+    disk.save_tensors(path, tensors)
+    assert all(torch.equal(value, tensors[key]) for key, value in disk.load_tensors(path).items())
     whole = path.read_bytes()
     start = 8 + int.from_bytes(whole[:8], "little")  # of the values
     for at in range(start, len(whole)):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         with pytest.raises(common.UserError, match=r"model-4\.safetensors (is damaged|cannot be read)"):
-            runs.load_tensors(path)
+            disk.load_tensors(path)
     with pytest.raises(common.UserError, match="is damaged"):
         stage.finish()
     assert not (stage.dir / "done.json").exists()
 
 
 def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, capsys):
-    for write, path in ((runs.append_jsonl, Path("/dev/full")), (runs.write_json, tmp_path / "no" / "such" / "folder.json")):
+    for write, path in ((disk.append_jsonl, Path("/dev/full")), (disk.write_json, tmp_path / "no" / "such" / "folder.json")):
         with pytest.raises(common.UserError, match=f"{path} cannot be written") as error:
             write(path, {"a": 1})
         assert "\n" not in str(error.value)
     with pytest.raises(common.UserError, match=r"x\.safetensors cannot be written"):
-        runs.save_tensors(tmp_path / "no" / "x.safetensors", {"x": torch.zeros(2)})
+        disk.save_tensors(tmp_path / "no" / "x.safetensors", {"x": torch.zeros(2)})
     with pytest.raises(SystemExit) as end:  # a library's own file
         common.run(lambda: Path("/dev/full").write_text("x"))
     said = capsys.readouterr().err
@@ -407,7 +408,7 @@ def test_done_json_lists_the_hash_of_every_file(tmp_path):
     (stage.dir / "a.txt").write_text("x")
     stage.finish()
     done = json.loads((tmp_path / "s" / "done.json").read_text())
-    assert done["outputs"] == {"a.txt": runs.sha256(tmp_path / "s" / "a.txt")}
+    assert done["outputs"] == {"a.txt": disk.sha256(tmp_path / "s" / "a.txt")}
 
 
 def test_missing_input_names_the_stage_to_run(tmp_path):

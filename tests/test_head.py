@@ -17,8 +17,8 @@ from samples import INSTRUCTIONS, observations, stats
 import backbones
 import common
 import contrastive
+import disk
 import retrieval
-import runs
 
 stage = importlib.import_module("06_pretrain_head")
 
@@ -106,7 +106,7 @@ def test_folding_the_standardisation_in_changes_no_output(tmp_path):
     torch.manual_seed(0)
     head, x = contrastive.Head(8, 16, 4), 5 + 3 * torch.randn(10, 8)
     want = head((x - x.mean(0)) / x.std(0))
-    runs.save_tensors(tmp_path / "head.safetensors", head.fold_in(x.mean(0), x.std(0)).state_dict())
+    disk.save_tensors(tmp_path / "head.safetensors", head.fold_in(x.mean(0), x.std(0)).state_dict())
     torch.testing.assert_close(contrastive.load_head(tmp_path / "head.safetensors")(x), want, atol=1e-5, rtol=0)
 
 
@@ -138,7 +138,7 @@ def test_the_random_tower_keeps_every_number_and_no_place():
 
 def test_the_auxiliary_loss_of_the_fine_tuning_reaches_the_tower_alone(tmp_path):
     sft, policy, obs = importlib.import_module("01_sft"), policy_of("pi05"), observations()
-    runs.save_tensors(tmp_path / "head.safetensors", contrastive.Head(16, 8, 4).state_dict())
+    disk.save_tensors(tmp_path / "head.safetensors", contrastive.Head(16, 8, 4).state_dict())
     head = contrastive.load_head(tmp_path / "head.safetensors")
     loss = sft.view_loss(policy, head, obs, sft.Config())
     a, b = (head(contrastive.pooled(policy, obs[camera])).detach() for camera in ("agentview", "wrist"))
@@ -315,7 +315,7 @@ def write_demos(folder) -> None:
                     obs[key] = (image + steps[:, None, None, None]).astype(np.uint8)
                 for key, value in obs.items():
                     demo[f"obs/{key}"] = value
-    runs.write_json(folder / "done.json", {"fingerprint": "made by the test", "inputs": {}, "stage": "00_demos"})
+    disk.write_json(folder / "done.json", {"fingerprint": "made by the test", "inputs": {}, "stage": "00_demos"})
 
 
 @pytest.fixture
@@ -345,13 +345,13 @@ def test_demonstrations_are_held_out_by_their_last_init_states(configured):
 
 
 def files_of(folder) -> dict:
-    return runs.read_json(folder / "done.json")["outputs"]
+    return disk.read_json(folder / "done.json")["outputs"]
 
 
 def test_killed_twice_and_run_again_gives_the_same_files(configured, monkeypatch):
     cfg, folder = configured, configured.seed_dir / "head"
     stage.main(cfg)
-    want, table = files_of(folder), runs.read_json(folder / "table.json")
+    want, table = files_of(folder), disk.read_json(folder / "table.json")
     assert {"loss.png", "map.png", "neighbours.png", "metrics.jsonl", "heads/tasks-2-corrected.safetensors"} <= want.keys()
     keys = {"metric", "value", "unit", "n", "ci95", "command", "commit", "suite", "backbone", "train_seeds"}
     assert all(keys <= row.keys() for row in table)

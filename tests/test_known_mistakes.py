@@ -18,7 +18,7 @@ from samples import FLOW_MODEL, INSTRUCTIONS, close, write_demonstrations
 
 import backbones
 import common
-import runs
+import disk
 
 sft, prefs, evaluation = (importlib.import_module(name) for name in ("01_sft", "02_collect_prefs", "04_eval"))
 
@@ -175,7 +175,7 @@ def config_of(tmp_path, **changes):
     values = {"steps": 1, "batch_size": 4, "draws": 2, "warmup": 0, "holdout": 1, "log_every": 1, "checkpoint_every": 1}
     cfg = sft.Config(name="x", root=str(tmp_path), model=FLOW_MODEL, tasks=[0], **values | changes)
     write_demonstrations(cfg.data_dir / "libero_object" / "task_00.hdf5", [0, 0, 1, 2])
-    runs.write_json(cfg.data_dir / "done.json", {"stage": "00_demos", "inputs": {}, "fingerprint": "of the test"})
+    disk.write_json(cfg.data_dir / "done.json", {"stage": "00_demos", "inputs": {}, "fingerprint": "of the test"})
     return cfg
 
 
@@ -198,7 +198,7 @@ def test_the_first_loss_written_out(tmp_path):
     """In the policy's units, on augmented images, with the draws of openpi's training."""
     cfg = config_of(tmp_path, shift=2)
     sft.main(cfg)
-    (row,) = runs.read_jsonl(cfg.seed_dir / "sft" / "metrics.jsonl")
+    (row,) = disk.read_jsonl(cfg.seed_dir / "sft" / "metrics.jsonl")
     train, _, instructions = sft.load_data(cfg, 4)
     made = sft.make_policy(cfg, None, train, instructions)
     index, g = common.shuffled(42, "sft", 0, 4, 12), common.stream(42, "sft", 0)
@@ -219,7 +219,7 @@ def test_what_is_saved_is_the_average_of_the_weights(tmp_path):
     for ema in (0.0, 0.998):
         cfg = config_of(tmp_path / str(ema), ema=ema)
         sft.main(cfg)
-        ends[ema] = runs.load_tensors(cfg.seed_dir / "sft" / "model.safetensors")
+        ends[ema] = disk.load_tensors(cfg.seed_dir / "sft" / "model.safetensors")
     train, _, instructions = sft.load_data(cfg, 4)
     begun = sft.make_policy(cfg, None, train, instructions).state_dict()
     moved = 0
@@ -245,5 +245,5 @@ def test_fine_tuning_goes_on_where_it_was(tmp_path, monkeypatch):
         sft.main(cut)
     gc.collect()  # the folder's lock
     sft.main(cut)
-    outputs = [runs.read_json(cfg.seed_dir / "sft" / "done.json")["outputs"] for cfg in (whole, cut)]
+    outputs = [disk.read_json(cfg.seed_dir / "sft" / "done.json")["outputs"] for cfg in (whole, cut)]
     assert outputs[0] == outputs[1]

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import backbones
 import common
-import runs
+import disk
 from backbones import pi05
 from backbones.layers import Prefix
 from backbones.pi05 import Pi05, Pi05Config
@@ -333,7 +333,7 @@ def test_a_snapshot_of_a_given_checkpoint(tmp_path):
     policy = make_policy()
     policy.save(tmp_path)
     last = policy.state_dict()["expert.norm.dense.bias"].clone()
-    runs.save_tensors(tmp_path / "model-750.safetensors", {k: v + 1 for k, v in policy.state_dict().items()})
+    disk.save_tensors(tmp_path / "model-750.safetensors", {k: v + 1 for k, v in policy.state_dict().items()})
     for start, shift in (("final", 0), ("750", 1)):
         started = common.load_sft(common.RunConfig(checkpoint=str(tmp_path), start=start))
         assert torch.equal(started.state_dict()["expert.norm.dense.bias"], last + shift)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import runs
+import disk
 
 KIT = Path(__file__).resolve().parent.parent
 SEED_DIR = "runs/micro/pi05/seed42"
@@ -45,7 +45,7 @@ def stage(kit: Path, name: str, *more: str) -> subprocess.CompletedProcess:
 
 
 def outputs(kit: Path, folder: str) -> dict:
-    done = runs.read_json(kit / folder / "done.json")
+    done = disk.read_json(kit / folder / "done.json")
     return {"outputs": done["outputs"], "fingerprint": done["fingerprint"]}
 
 
@@ -125,7 +125,7 @@ def test_an_edited_script_is_rerun_with_what_depends_on_it_and_nothing_else(fini
         assert f"[{untouched}] already done" in result.stdout
     report = kit / "runs" / "micro" / "report"
     assert {p.name for p in report.iterdir()} >= {"index.html", "table.json", "success-micro-pi05.png"}
-    names = [row["name"] for row in runs.read_json(report / "table.json") if "successes" in row]
+    names = [row["name"] for row in disk.read_json(report / "table.json") if "successes" in row]
     assert names == ["sft", "dpo-lora-episode"] and str(report.relative_to(kit)) in result.stdout
     assert outputs(kit, STAGES["dpo"][1])["outputs"] != outputs(finished, STAGES["dpo"][1])["outputs"]
 
@@ -148,7 +148,7 @@ def test_two_ranks_train_what_one_process_trains(finished, tmp_path):
         assert got.keys() == want.keys()
         for key in want:
             torch.testing.assert_close(got[key], want[key], atol=1e-5, rtol=0)
-        assert len(runs.read_jsonl(kit / folder / "metrics.jsonl")) == len(runs.read_jsonl(finished / folder / "metrics.jsonl"))
+        assert len(disk.read_jsonl(kit / folder / "metrics.jsonl")) == len(disk.read_jsonl(finished / folder / "metrics.jsonl"))
     refused = torchrun(kit, "03_dpo.py", "configs/micro.yaml", "dpo.batch_size=3", "overwrite=true")
     assert refused.returncode != 0 and "dpo.batch_size=3 can't be split" in refused.stderr
 
@@ -164,7 +164,7 @@ def test_two_ranks_and_four_play_the_episodes_of_one_process(finished, tmp_path)
         result = torchrun(kit, *arguments, processes=processes) if processes > 1 else subprocess.run(alone, cwd=kit)
         assert result.returncode == 0, getattr(result, "stderr", "")
         episodes.append(outputs(kit, f"{SEED_DIR}/eval-sft"))
-        rows = runs.read_jsonl(kit / SEED_DIR / "eval-sft" / "episodes.jsonl")
+        rows = disk.read_jsonl(kit / SEED_DIR / "eval-sft" / "episodes.jsonl")
         assert [(row["task"], row["init_state"]) for row in rows] == [(0, 40), (3, 40)]
     assert episodes[0] == episodes[1] == episodes[2]
 

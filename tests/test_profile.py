@@ -14,6 +14,7 @@ from torchdiffeq import odeint
 import backbones
 import caches
 import common
+import disk
 import episodes
 import runs
 
@@ -468,7 +469,7 @@ def test_a_cell_of_weights_that_have_changed_since_is_left_out(tmp_path):
 
 
 def test_a_disk_that_is_full_at_the_end_loses_no_wall_times(tmp_path, monkeypatch):
-    cfg, write = rule(root=str(tmp_path), name="x", execute=2, denoise_steps=10), runs.write_json
+    cfg, write = rule(root=str(tmp_path), name="x", execute=2, denoise_steps=10), disk.write_json
 
     def full(path, data):
         if path.name == "summary.json":
@@ -476,10 +477,10 @@ def test_a_disk_that_is_full_at_the_end_loses_no_wall_times(tmp_path, monkeypatc
         write(path, data)
 
     with monkeypatch.context() as patch, pytest.raises(common.UserError, match="full"):
-        patch.setattr(runs, "write_json", full)
+        patch.setattr(disk, "write_json", full)
         finished_cell(cfg, [True] * 10, 0)
     folder = cfg.seed_dir / f"cell-{cells.cell_name(cfg)}-val"
-    rows = runs.read_jsonl(folder / "episodes.jsonl")
+    rows = disk.read_jsonl(folder / "episodes.jsonl")
     assert "wall_s" not in rows[0]
     stage = runs.open_stage(
         "05_cells.py", cfg, folder, "suites seed image_size render execute noise_scale start checkpoint", [], []
@@ -493,11 +494,11 @@ def test_a_student_is_paired_with_its_teacher(checkpoint, tmp_path):
     cfg = rule(root=str(tmp_path), name="x", execute=8, denoise_steps=10, checkpoint=checkpoint)
     finished_cell(cfg, [True] * 10, 0)
     (student := tmp_path / "student").mkdir()
-    runs.write_json(student / "done.json", {"stage": "05_distill", "config": {"checkpoint": checkpoint}})
+    disk.write_json(student / "done.json", {"stage": "05_distill", "config": {"checkpoint": checkpoint}})
     folder = cfg.seed_dir / "cell-student-none-k8-euler1-val"
     shutil.copytree(cfg.seed_dir / f"cell-{cells.cell_name(cfg)}-val", folder)
-    facts = runs.read_json(folder / "done.json") | {"cell": "student-none-k8-euler1"}
-    runs.write_json(folder / "done.json", facts | {"config": facts["config"] | {"checkpoint": str(student)}})
+    facts = disk.read_json(folder / "done.json") | {"cell": "student-none-k8-euler1"}
+    disk.write_json(folder / "done.json", facts | {"config": facts["config"] | {"checkpoint": str(student)}})
     rows = {row["name"]: row for row in cells.cells_table(cfg)}
     assert rows["student-none-k8-euler1"]["paired_with"] == cells.cell_name(cfg)
 
@@ -511,18 +512,18 @@ def test_the_stage_writes_tables_a_plot_and_one_line_of_json(tmp_path, capsys, m
     cfg = replace(cfg, sweeps=False, denoise_steps=2)
     profile.main(cfg)
     folder = cfg.seed_dir / "profile"
-    found = runs.read_json(folder / "latency.json")
+    found = disk.read_json(folder / "latency.json")
     point = found["points"][0]
     assert point["steps"] == 2 and set(point["parts_ms"]) <= set(profile.ORDER) and point["parts_ms"]["denoising"] > 0
     assert (folder / "anatomy.png").stat().st_size > 5000 and "published size" in (folder / "table.md").read_text()
-    said = {row["metric"]: row["value"] for row in runs.read_json(folder / "table.json")}  # what configs/paper.yaml looks up
+    said = {row["metric"]: row["value"] for row in disk.read_json(folder / "table.json")}  # what configs/paper.yaml looks up
     assert said["p50"] == point["p50_ms"] and 0 < said["denoise_share"] < 1 - said["prefix_share"]
     last = capsys.readouterr().out.strip().splitlines()
     assert any(line.startswith("{") and '"ceiling"' in line for line in last)
     (folder / "table.json").unlink()  # as after a kill at the last moment
     profile.main(cfg)
     assert "already done" in capsys.readouterr().out
-    assert {row["metric"]: row["value"] for row in runs.read_json(folder / "table.json")} == said
+    assert {row["metric"]: row["value"] for row in disk.read_json(folder / "table.json")} == said
 
 
 # ---------------------------------------------------------------------------------------------------------------- student

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 import common
+import disk
 import episodes
 import runs
 import stats
@@ -48,10 +49,10 @@ def write_public(folder: Path, name: str, seed: int, rows: list[dict], suite: st
         | {"success": r["success"], "n_steps": r["steps"], "elapsed_s": 1.5 + i}
         for i, r in enumerate(rows)
     ]
-    runs.write_rows(folder / f"{name}_seed{seed}.jsonl", lines)
+    disk.write_rows(folder / f"{name}_seed{seed}.jsonl", lines)
     won = sum(r["success"] for r in rows)
     facts = {"rate": won / len(rows), "success": won, "trials": len(rows)}
-    runs.write_json(folder / f"{name}_seed{seed}.json", {"per_suite": {suite: facts}, "meta": {"seeds": [seed]}})
+    disk.write_json(folder / f"{name}_seed{seed}.json", {"per_suite": {suite: facts}, "meta": {"seeds": [seed]}})
 
 
 def public_folder(folder: Path) -> Path:
@@ -62,7 +63,7 @@ def public_folder(folder: Path) -> Path:
         write_public(folder, "openvla_dpo_libero_goal_dora", seed, outcomes(0.7, seed + 1))
     won, n, _ = audit.count(audit.read(folder)[0], "openvla_sft", "libero_goal")
     merged = {"suite": "libero_goal", "sft_baseline": 100 * won / n, "merged_3seed": {}}
-    runs.write_json(folder / "openvla_dpo_libero_goal_3seed_merged.json", merged)
+    disk.write_json(folder / "openvla_dpo_libero_goal_3seed_merged.json", merged)
     return folder
 
 
@@ -72,24 +73,24 @@ def kit_folder(folder: Path) -> Path:
     of = {"sft": outcomes(0.6, 1), "dpo-lora-branch": outcomes(0.7, 2, crashes=1)}
     for name, rows in of.items():
         lines = [{"suite": "libero_goal", "seed": 42, "init_state": r["init"]} | r for r in rows]
-        runs.write_rows(folder / "episodes" / f"eval-{name}.jsonl", lines)
+        disk.write_rows(folder / "episodes" / f"eval-{name}.jsonl", lines)
     valid = of["dpo-lora-branch"][1:], of["sft"][1:]
     gained, lost = (sum(a["success"] > b["success"] for a, b in zip(*both, strict=True)) for both in (valid, valid[::-1]))
     row = {"group": "test", "start": "final", "suite": "libero_goal", "train_seeds": [42]}
     sft = row | {"name": "sft", "n": 100, "successes": sum(r["success"] for r in of["sft"])}
     dpo = row | {"name": "dpo-lora-branch", "n": 99, "successes": sum(r["success"] for r in valid[0])}
-    runs.write_json(folder / "table.json", [sft, dpo | {"gained": gained, "lost": lost}])
+    disk.write_json(folder / "table.json", [sft, dpo | {"gained": gained, "lost": lost}])
     return folder
 
 
 def edit_lines(path: Path, change) -> None:
-    runs.write_rows(path, [row for row in map(change, audit.read_lines(path)[0]) if row is not None])
+    disk.write_rows(path, [row for row in map(change, audit.read_lines(path)[0]) if row is not None])
 
 
 def edit_json(path: Path, change) -> None:
     data = json.loads(path.read_text())
     change(data)
-    runs.write_json(path, data)
+    disk.write_json(path, data)
 
 
 DORA = "openvla_dpo_libero_goal_dora_seed{}"
@@ -233,7 +234,7 @@ def test_episodes_that_agree_under_two_seeds_count_once(tmp_path):
 
 def test_the_audit_recomputes_the_committed_table():
     found = audit.audit(RESULTS / "tiny_libero_object" / "episodes")
-    rows = runs.read_json(RESULTS / "tiny_libero_object" / "table.json")
+    rows = disk.read_json(RESULTS / "tiny_libero_object" / "table.json")
     table = {row["name"] + "-val" * (row["group"] == "val"): row for row in rows}
     assert {finding.kind for finding in found["findings"]} <= {"few"} and len(found["rates"]) == len(table)  # few: 50 for choices
     for row in found["rates"]:
@@ -307,7 +308,7 @@ def test_a_look_up_that_finds_no_row_or_two_is_an_error():
 
 def test_a_rule_decides_by_its_numbers(monkeypatch, tmp_path):
     monkeypatch.setattr(claims, "RESULTS", tmp_path)
-    runs.write_json(tmp_path / "t.json", [{"metric": "x", "value": 0.5, "unit": "share", "ci95": [0.4, 0.6]}])
+    disk.write_json(tmp_path / "t.json", [{"metric": "x", "value": 0.5, "unit": "share", "ci95": [0.4, 0.6]}])
     claim = dict.fromkeys(("id", "section", "claim", "paper", "command"), "words") | {"logs": {"text": "none"}}
     claim |= {"ours": {"file": "t.json", "where": {"metric": "x"}}}
     for rule, verdict in ((">= 0.5", "holds here"), ("> 0.5", "does not hold here"), ("< 0.6", "holds here")):
@@ -400,10 +401,10 @@ def test_the_page_holds_everything_itself(report):
 def test_the_page_says_all_that_the_results_hold(report):
     text = (report / "report.md").read_text()
     for path in RESULTS.rglob("table.json"):
-        for row in runs.read_json(path):
+        for row in disk.read_json(path):
             figure = f"| {row['successes']} / {row['n']} |" if "successes" in row else page.number(row["value"])
             assert figure in text, (path, row)
-    judged = runs.read_json(report / "claims.json")
+    judged = disk.read_json(report / "claims.json")
     assert [claim["id"] for claim in judged] == [claim["id"] for claim in PAPER["claims"]]
     for image in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text):
         assert (report / image).is_file()
@@ -419,24 +420,24 @@ def test_a_run_is_reported_as_far_as_it_has_come(tmp_path):
     stage.main(cfg)
     text = (tmp_path / "tiny" / "report" / "report.md").read_text()
     assert text.count("| not run |") == len(stage.STAGES)
-    rows = runs.read_json(RESULTS / "tiny_libero_object" / "table.json")
+    rows = disk.read_json(RESULTS / "tiny_libero_object" / "table.json")
     rows = [row for row in rows if row["name"] in ("sft", "sft-at750") and row["group"] == "test"]
     for seed in (42, 1337):
         folder = tmp_path / "tiny" / "pi05" / f"seed{seed}"
         (folder / "profile").mkdir(parents=True)
-        runs.write_json(folder / "results.json", [row | {"train_seeds": [seed]} for row in rows])
+        disk.write_json(folder / "results.json", [row | {"train_seeds": [seed]} for row in rows])
         metrics = [
             {"metric": f"{part}_ms", "value": v, "unit": "ms", "n": 9, "ci95": [v - 1, v + 1]}
             for part, v in (("a", 3.5), ("b", 8))
         ]
-        runs.write_json(
+        disk.write_json(
             folder / "profile" / "table.json", [m | {"command": "python 05_profile.py x", "commit": ""} for m in metrics]
         )
         for row in rows:
             (folder / f"eval-{row['name']}").mkdir()
             source = RESULTS / "tiny_libero_object" / "episodes" / f"eval-{row['name']}.jsonl"
             target = folder / f"eval-{row['name']}" / "episodes.jsonl"
-            runs.write_rows(target, [episode | {"seed": seed} for episode in runs.read_jsonl(source)])
+            disk.write_rows(target, [episode | {"seed": seed} for episode in disk.read_jsonl(source)])
     (folder / "eval-sft" / "videos").mkdir()
     (folder / "eval-sft" / "videos" / "libero_object-00-init40-success.gif").write_bytes(b"GIF89a")
     stage.main(cfg)
@@ -445,7 +446,7 @@ def test_a_run_is_reported_as_far_as_it_has_come(tmp_path):
     assert "under seeds 42 and 1337" in text, "the copied seed is found"
     seen = Seen((tmp_path / "tiny" / "report" / "index.html").read_text())
     assert sum(source.startswith("data:image/gif") for source in seen.sources) == 1
-    assert len(runs.read_json(tmp_path / "tiny" / "report" / "table.json")) == 8
+    assert len(disk.read_json(tmp_path / "tiny" / "report" / "table.json")) == 8
 
 
 def test_every_suite_has_a_row_and_all_seeds_together_have_one(tmp_path, monkeypatch):
@@ -466,7 +467,7 @@ def test_every_suite_has_a_row_and_all_seeds_together_have_one(tmp_path, monkeyp
         ]
         played |= {(policy, row["suite"], seed, row["task"], row["init_state"]): row["success"] for row in rows}
         episodes.finish(made, rows, policy=name)
-        runs.write_json(cfg.seed_dir / "results.json", evaluation.results_table(cfg))
+        disk.write_json(cfg.seed_dir / "results.json", evaluation.results_table(cfg))
     report_cfg = stage.Config(root=str(tmp_path), name="x", suites=suites)
     rows = [row for row in stage.of_run(report_cfg, "pi05").rows if row["policy"] == "dpo"]
     assert len(rows) == 3 * 3, "two suites and both, under two seeds and both"

@@ -11,9 +11,9 @@ import psutil
 import pytest
 import torch
 
+import disk
 import memory
 import ranks
-import runs
 
 sys.path.insert(0, str(Path(__file__).parent / "bench"))
 import scale
@@ -91,7 +91,7 @@ def test_a_lost_rank_is_one_line(monkeypatch):
 
     monkeypatch.setattr(ranks, "size", lambda: 2)
     monkeypatch.setattr(ranks.dist, "barrier", barrier)
-    with pytest.raises(runs.UserError, match="run the same command again") as caught:
+    with pytest.raises(disk.UserError, match="run the same command again") as caught:
         ranks.wait()
     assert "closed by peer" in str(caught.value) and "\n" not in str(caught.value)
 
@@ -122,7 +122,7 @@ def test_a_killed_rank_ends_a_training_and_a_rerun_gives_what_one_process_gives(
         result = subprocess.run(arguments, **pipes)
         assert result.returncode == 0 and "done in" in result.stdout, result.stderr
         assert ("goes on" in result.stdout) == (not weights)
-        weights.append(runs.load_tensors(folder("one" if weights else "two") / "adapter_model.safetensors"))
+        weights.append(disk.load_tensors(folder("one" if weights else "two") / "adapter_model.safetensors"))
     assert weights[0].keys() == weights[1].keys()
     for key, value in weights[1].items():
         torch.testing.assert_close(weights[0][key], value, atol=1e-5, rtol=0)

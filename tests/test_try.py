@@ -13,6 +13,7 @@ import torch
 
 import backbones
 import common
+import disk
 import runs
 
 TRY = runs.HERE / "checkpoints" / "try"
@@ -43,7 +44,7 @@ def test_an_adapter_on_its_policy_gives_the_log_ratios_of_the_training_run(backb
     pi_w, pi_l = dpo.log_probs(policy, *batch, draws, "velocity")
     with policy.reference():
         ref_w, ref_l = dpo.log_probs(policy, *batch, draws, "velocity")
-    got, want = (pi_w - ref_w) - (pi_l - ref_l), torch.tensor(runs.read_json(TRY / "margins.json")[f"{backbone} {adapter}"])
+    got, want = (pi_w - ref_w) - (pi_l - ref_l), torch.tensor(disk.read_json(TRY / "margins.json")[f"{backbone} {adapter}"])
     assert got.shape == want.shape == (20,)
     assert (got - want).abs().max() < 0.05 * want.std(), (got - want).abs().max() / want.std()
     assert (want > 0).sum() >= 15  # it has been trained on these pairs
@@ -52,7 +53,7 @@ def test_an_adapter_on_its_policy_gives_the_log_ratios_of_the_training_run(backb
 @pytest.mark.parametrize("backbone", ["pi05", "openvla"])
 def test_pairs_and_demonstrations_are_whole(backbone):
     cfg = config(dpo.Config, "dpo", f"backbone={backbone}")
-    pairs, rows = dpo.load_pairs(cfg), runs.read_jsonl(cfg.source("prefs") / "pairs.jsonl")
+    pairs, rows = dpo.load_pairs(cfg), disk.read_jsonl(cfg.source("prefs") / "pairs.jsonl")
     assert {len(value) for value in pairs.values()} == {20} == {len(rows)}
     assert {row["init_state"] for row in rows} <= set(common.init_states("prefs")) and len({row["task"] for row in rows}) >= 9
     horizon = backbones.config_of(cfg.checkpoint)["horizon"]
@@ -70,10 +71,10 @@ def test_given_pairs_are_a_stages_inputs_and_the_first_margin_is_zero(tmp_path):
     arguments = [f"root={tmp_path}", "dpo.steps=1", "dpo.batch_size=2", "dpo.beta=1"]
     cfg = config(dpo.Config, "dpo", *arguments)
     dpo.main(cfg)
-    done = runs.read_json(cfg.variant("dpo") / "done.json")
-    assert done["inputs"]["checkpoints/try/pi05/prefs/pairs.safetensors"] == runs.sha256(TRY / "pi05/prefs/pairs.safetensors")
+    done = disk.read_json(cfg.variant("dpo") / "done.json")
+    assert done["inputs"]["checkpoints/try/pi05/prefs/pairs.safetensors"] == disk.sha256(TRY / "pi05/prefs/pairs.safetensors")
     assert {name.rpartition("/")[2] for name in done["inputs"]} >= {"pairs.jsonl", "model.safetensors", "norm_stats.json"}
-    assert runs.read_jsonl(cfg.variant("dpo") / "metrics.jsonl")[0]["rewards/margins"] == 0
+    assert disk.read_jsonl(cfg.variant("dpo") / "metrics.jsonl")[0]["rewards/margins"] == 0
     with pytest.raises(common.UserError, match="no checkpoint nowhere"):
         dpo.main(config(dpo.Config, "dpo", *arguments, "pairs_from=nowhere"))
     with pytest.raises(common.UserError, match="run `python 02_collect_prefs"):  # without the key, 02's as ever
@@ -84,7 +85,7 @@ def test_an_adapter_that_is_not_given_is_that_of_03(tmp_path):
     evaluation = importlib.import_module("04_eval")
     given = config(evaluation.Config, "eval", f"root={tmp_path}", "policy=dpo", "adapter=dora")
     assert {path.name for path in common.given_or_made(given, "dpo")} == {"adapter_config.json", "adapter_model.safetensors"}
-    assert given.source("dpo").name == "dora" and runs.read_json(given.source("dpo") / "adapter_config.json")["use_dora"]
+    assert given.source("dpo").name == "dora" and disk.read_json(given.source("dpo") / "adapter_config.json")["use_dora"]
     with pytest.raises(common.UserError, match="run `python 03_dpo"):
         common.given_or_made(config(evaluation.Config, "eval", f"root={tmp_path}", "policy=dpo", "adapters_from="), "dpo")
 

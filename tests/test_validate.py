@@ -17,8 +17,8 @@ from torch.distributions import MultivariateNormal
 import agreement
 import backbones
 import common
+import disk
 import likelihood
-import runs
 from report import plots
 
 dpo, validate = importlib.import_module("03_dpo"), importlib.import_module("07_validate")
@@ -330,10 +330,10 @@ def run(policy, tmp_path_factory):
     sft, prefs, pairs = cfg.seed_dir / "sft", cfg.variant("prefs"), some_pairs(5)
     policy.save(sft)
     prefs.mkdir()
-    runs.write_rows(prefs / "pairs.jsonl", [{"instruction": i} for i in pairs.pop("instruction")])
-    runs.save_tensors(prefs / "pairs.safetensors", pairs)
+    disk.write_rows(prefs / "pairs.jsonl", [{"instruction": i} for i in pairs.pop("instruction")])
+    disk.save_tensors(prefs / "pairs.safetensors", pairs)
     for folder in (sft, prefs):
-        runs.write_json(folder / "done.json", {"stage": folder.name, "inputs": {}, "fingerprint": folder.name})
+        disk.write_json(folder / "done.json", {"stage": folder.name, "inputs": {}, "fingerprint": folder.name})
     for surrogate in ("paper", "independent", "exact"):
         dpo.main(dataclasses.replace(cfg, surrogate=surrogate))
     return cfg
@@ -342,7 +342,7 @@ def run(policy, tmp_path_factory):
 def test_the_first_step_of_dpo_is_at_the_reference(run):
     """Policy and reference are one policy there, so with shared noise the margin is exactly 0, and the loss log 2."""
     for surrogate in ("paper", "exact", "independent"):
-        first = runs.read_jsonl(dataclasses.replace(run, surrogate=surrogate).variant("dpo") / "metrics.jsonl")[0]
+        first = disk.read_jsonl(dataclasses.replace(run, surrogate=surrogate).variant("dpo") / "metrics.jsonl")[0]
         assert first["step"] == 1 and (first["rewards/margins"] == first["rewards/margin_std"] == 0) == (
             surrogate != "independent"
         )
@@ -352,7 +352,7 @@ def test_the_first_step_of_dpo_is_at_the_reference(run):
 def test_dpo_on_the_exact_likelihood_resumes_where_it_was(run, tmp_path, monkeypatch):
     for surrogate in ("exact", "independent"):
         cfg = dataclasses.replace(run, surrogate=surrogate)
-        whole = runs.load_tensors(cfg.variant("dpo") / "adapter_model.safetensors")
+        whole = disk.load_tensors(cfg.variant("dpo") / "adapter_model.safetensors")
         cfg.variant("dpo").rename(tmp_path / surrogate)
         steps = iter(range(3))
 
@@ -366,7 +366,7 @@ def test_dpo_on_the_exact_likelihood_resumes_where_it_was(run, tmp_path, monkeyp
             dpo.main(cfg)
         gc.collect()  # the folder's lock
         dpo.main(cfg)
-        again = runs.load_tensors(cfg.variant("dpo") / "adapter_model.safetensors")
+        again = disk.load_tensors(cfg.variant("dpo") / "adapter_model.safetensors")
         assert again.keys() == whole.keys() and all(torch.equal(again[k], whole[k]) for k in whole)
 
 
@@ -374,7 +374,7 @@ def test_stage_07_from_end_to_end_killed_and_resumed(run, monkeypatch, capsys):
     own = {f.name: getattr(run, f.name) for f in dataclasses.fields(common.RunConfig)}
     sizes = {"max_draws": 4, "ode_steps": 2, "own_chunks": 2, "gradient_batches": 1, "gradient_probes": 2, "n_pairs": 4}
     cfg = validate.Config(**own | {"workers": 1}, **sizes)
-    folder, save, saved = cfg.variant("validate"), runs.save_tensors, []
+    folder, save, saved = cfg.variant("validate"), disk.save_tensors, []
 
     def killed(path, tensors):
         if len(saved) == 1:
@@ -383,22 +383,22 @@ def test_stage_07_from_end_to_end_killed_and_resumed(run, monkeypatch, capsys):
         save(path, tensors)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(runs, "save_tensors", killed)
+        patch.setattr(disk, "save_tensors", killed)
         validate.main(cfg)
     gc.collect()
     validate.main(cfg)
-    first = runs.read_json(folder / "done.json")["outputs"]
+    first = disk.read_json(folder / "done.json")["outputs"]
     assert set(first) == {"measures.safetensors", "own.safetensors", "gradients.jsonl"}
     validate.main(dataclasses.replace(cfg, overwrite=True))
     assert "already done" in capsys.readouterr().out
     (folder / "done.json").unlink()
     validate.main(dataclasses.replace(cfg, overwrite=True))
-    assert runs.read_json(folder / "done.json")["outputs"] == first
+    assert disk.read_json(folder / "done.json")["outputs"] == first
 
-    measures = runs.load_tensors(folder / "measures.safetensors")
+    measures = disk.load_tensors(folder / "measures.safetensors")
     exact = measures["dpo-lora-episode|exact"]
     assert exact.shape == (4, 2) and measures["sft|antithetic/4"].shape == (4, 4, 2)
-    rows = runs.read_json(folder.with_suffix(".json"))
+    rows = disk.read_json(folder.with_suffix(".json"))
     margin = [r for r in rows if r.get("quantity") == "margin" and r["metric"] == "pearson" and r["surrogate"] == "paper"]
     row = next(r for r in margin if r["policy"] == "dpo-lora-episode" and r["draws"] == 4 and r["shared"])
     theirs = [measures[f"{policy}|paper/4"][0] for policy in ("dpo-lora-episode", "sft")]
@@ -409,7 +409,7 @@ def test_stage_07_from_end_to_end_killed_and_resumed(run, monkeypatch, capsys):
     assert positive["value"] == (truth > 0).float().mean() and positive["n"] == 4
     cosine = [r for r in rows if r["metric"] == "gradient cosine"]
     assert {r["state"] for r in cosine} == {"start", "end"} and all(-1.001 <= r["value"] <= 1.001 for r in cosine)
-    own = runs.load_tensors(folder / "own.safetensors")
+    own = disk.load_tensors(folder / "own.safetensors")
     probes = np.stack([(own[f"pair/10/{i}"][:, 0] - own[f"pair/10/{i}"][:, 1]).numpy() for i in range(8)])
     spread = (measures["sft|exact"][:, 0] - measures["sft|exact"][:, 1]).numpy().var(ddof=1)
     (shared,) = [r["value"] for r in rows if "one shared probe over" in r.get("metric", "")]
@@ -437,17 +437,17 @@ def test_success_of_weights_that_were_made_anew_is_not_counted(tmp_path):
             folder = one.seed_dir / f"eval-{one.variant('dpo').name}"
             folder.mkdir(parents=True)
             one.variant("dpo").mkdir()
-            runs.write_json(one.variant("dpo") / "done.json", {"fingerprint": "then"})
+            disk.write_json(one.variant("dpo") / "done.json", {"fingerprint": "then"})
             made_from = {str(one.variant("dpo").relative_to(tmp_path / one.name)): "then"}
-            runs.write_json(folder / "done.json", {"config": {"group": "test"}, "inputs": made_from})
-            runs.write_json(folder / "timing.json", {})
+            disk.write_json(folder / "done.json", {"config": {"group": "test"}, "inputs": made_from})
+            disk.write_json(folder / "timing.json", {})
             rows = [{"suite": "s", "task": 0, "init_state": 40 + i, "success": i < 4, "crash": ""} for i in range(5)]
-            runs.write_rows(folder / "episodes.jsonl", rows)
+            disk.write_rows(folder / "episodes.jsonl", rows)
     counted = {row["surrogate"]: (row["successes"], row["n"], row["train_seeds"]) for row in agreement.settling(cfg)}
     assert counted == {"paper": (8, 10, [1, 2]), "exact": (8, 10, [1, 2])}
     rows = [row | {"suite": "s", "start": "750"} for row in agreement.settling(cfg)]
     plots.success(plots.COLOURS["light"] | {"ink": "black"}, rows)  # 08_report.py draws them as it does any policy's
-    runs.write_json(dataclasses.replace(cfg, seed=2).variant("dpo") / "done.json", {"fingerprint": "now"})
+    disk.write_json(dataclasses.replace(cfg, seed=2).variant("dpo") / "done.json", {"fingerprint": "now"})
     counted = {row["surrogate"]: (row["successes"], row["n"], row["train_seeds"]) for row in agreement.settling(cfg)}
     assert counted == {"paper": (4, 5, [1]), "exact": (8, 10, [1, 2])}
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import common
+import disk
 import runs
 import sim
 
@@ -43,7 +44,7 @@ def main(*arguments: str) -> None:
     tasks = [int(t) for t in options.get("tasks", "0,1,2,3,4,5,6,7,8,9").split(",")]
     n, out, code = int(options["n"]), Path(options["out"]), {name: runs.source_hash(runs.HERE / name) for name in CODE}
     out.parent.mkdir(parents=True, exist_ok=True)
-    kept = runs.read_json(out) if out.is_file() else {}
+    kept = disk.read_json(out) if out.is_file() else {}
     rows, began = kept["rows"] if kept.get("code") == code else [], time.process_time()
     print("| suite | task | first try | solved | steps | longest | instruction |\n" + 7 * "|---" + "|")
     asked = []
@@ -52,7 +53,7 @@ def main(*arguments: str) -> None:
         if row is None:
             rows.append(row := play(suite, task, n))
             if options["out"]:
-                runs.write_atomic(out, json.dumps({"code": code, "rows": rows}, indent=1) + "\n")
+                disk.write_atomic(out, json.dumps({"code": code, "rows": rows}, indent=1) + "\n")
         asked.append(row)
         cells = (f"{row['first_try']}/{n}", f"{row['solved']}/{n}", row["steps"], row["longest"], row["instruction"])
         print(f"| {suite} | {task} | " + " | ".join(map(str, cells)) + " |", flush=True)

@@ -33,6 +33,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common
+import disk
 import memory
 import runs
 
@@ -50,7 +51,7 @@ def demonstrations(root: Path, make) -> None:
     folder = root / "micro" / "data" / "libero_object"
     folder.mkdir(parents=True)
     make(folder)
-    runs.write_json(folder.with_name("done.json"), {"stage": "00_demos", "fingerprint": "made up", "inputs": {}})
+    disk.write_json(folder.with_name("done.json"), {"stage": "00_demos", "fingerprint": "made up", "inputs": {}})
 
 
 def sft(root: Path, *more: str) -> list[str]:
@@ -77,22 +78,22 @@ def head(root: Path, frames: int) -> list[str]:
 
 def repeated_pairs(folder: Path, n: int) -> str:
     """n pairs as 02 writes them; the config key that names them."""
-    pairs, lines = runs.load_tensors(TRY / "pi05/prefs/pairs.safetensors"), runs.read_jsonl(TRY / "pi05/prefs/pairs.jsonl")
+    pairs, lines = disk.load_tensors(TRY / "pi05/prefs/pairs.safetensors"), disk.read_jsonl(TRY / "pi05/prefs/pairs.jsonl")
     rows = np.arange(n) % len(lines)
     folder.mkdir(parents=True)
-    runs.save_tensors(folder / "pairs.safetensors", {key: value[rows] for key, value in pairs.items()})
-    runs.write_rows(folder / "pairs.jsonl", [lines[i] for i in rows])
+    disk.save_tensors(folder / "pairs.safetensors", {key: value[rows] for key, value in pairs.items()})
+    disk.write_rows(folder / "pairs.jsonl", [lines[i] for i in rows])
     return f"pairs_from={folder}"
 
 
 def parts_of_pairs(root: Path, n: int) -> list[str]:
     """What 02 has before it assembles: a file for each pair, and the attempts."""
-    pairs, stage = runs.load_tensors(TRY / "pi05/prefs/pairs.safetensors"), importlib.import_module("02_collect_prefs")
+    pairs, stage = disk.load_tensors(TRY / "pi05/prefs/pairs.safetensors"), importlib.import_module("02_collect_prefs")
     root.mkdir(parents=True)
     for i in range(n):
         row = {"suite": "libero_object", "task": 0, "unit": i, "init_state": 20, "pairs": [{"instruction": ""}]}
-        runs.append_jsonl(root / "units.jsonl", row)
-        runs.save_tensors(stage.part(root, row, 0), {key: value[i % len(value)] for key, value in pairs.items()})
+        disk.append_jsonl(root / "units.jsonl", row)
+        disk.save_tensors(stage.part(root, row, 0), {key: value[i % len(value)] for key, value in pairs.items()})
     return []
 
 
@@ -180,7 +181,7 @@ def measure(name: str, n: int, folder: Path) -> dict:
         return {"series": name, "size": n} | run([sys.executable, __file__, script, str(root)])
     point = {"series": name, "size": n} | run([sys.executable, script, "configs/micro.yaml", f"root={root}", *more])
     done = root / "micro/pi05/seed42/sft/done.json"
-    return point | ({"size": runs.read_json(done)["parameters"]} if "parameters" in name else {})
+    return point | ({"size": disk.read_json(done)["parameters"]} if "parameters" in name else {})
 
 
 # ---------------------------------------------------------------------------------------------------- fit and extrapolate
@@ -272,7 +273,7 @@ def report(points: list[dict]) -> tuple[dict, str]:
     said = [table("size | | CPU s | a | b | largest, predicted | measured | ratio | MB, smallest | largest | kB each", cells)]
     cells = [[p["size"], p["cpu_s"], p["wall_s"], p["peak_mb"]] for p in of["04 workers, 4 episodes"]]
     said.append(table("04, workers | CPU s | wall s | MB", cells))
-    units, pairs = runs.read_jsonl(UNITS, "playouts pairs"), runs.load_tensors(TRY / "pi05/prefs/pairs.safetensors")
+    units, pairs = disk.read_jsonl(UNITS, "playouts pairs"), disk.load_tensors(TRY / "pi05/prefs/pairs.safetensors")
     playouts = sum(row["playouts"] for row in units) / sum(len(row["pairs"]) for row in units)
     total = psutil.virtual_memory().total / 1e9
     million = many_pairs(fits, playouts, memory.size(pairs.values()) // len(pairs["mask"]), total)
@@ -289,7 +290,7 @@ def report(points: list[dict]) -> tuple[dict, str]:
 
 def main(series: str = "", out: str = "") -> None:
     wanted, path = [name for name in SERIES if name.startswith(tuple(series.split(",")))], Path(out) / "scale.json"
-    points = runs.read_json(path)["points"] if out and path.is_file() else []
+    points = disk.read_json(path)["points"] if out and path.is_file() else []
     if out:
         Path(out).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="scale-") as folder:
@@ -304,12 +305,12 @@ def main(series: str = "", out: str = "") -> None:
             if name != "simulator":
                 points[-1].pop("said")
             if out:
-                runs.write_json(path, {"points": points})
+                disk.write_json(path, {"points": points})
     found, said = report(points)
     print("\n" + said)
     if out:
-        runs.write_json(path, {"points": points} | found)
-        runs.write_atomic(path.with_suffix(".md"), f"`python tests/bench/scale.py out={out}`\n\n{said}")
+        disk.write_json(path, {"points": points} | found)
+        disk.write_atomic(path.with_suffix(".md"), f"`python tests/bench/scale.py out={out}`\n\n{said}")
 
 
 if __name__ == "__main__":
