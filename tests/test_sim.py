@@ -347,7 +347,7 @@ def test_installation_checks_pass_here_and_notice_planted_faults(monkeypatch, tm
     monkeypatch.setattr(mj, "__version__", "3.3.3")
     assert not preflight.check_mujoco()[0]
     honest = preflight.disk.sha256  # one texture that was edited
-    monkeypatch.setattr(preflight.runs, "sha256", lambda path: honest(path) if path.name != "ceramic.png" else "")
+    monkeypatch.setattr(preflight.disk, "sha256", lambda path: honest(path) if path.name != "ceramic.png" else "")
     assert not preflight.check_assets()[0]
     monkeypatch.setattr(sim.libraries(), "assets", tmp_path)
     assert not preflight.check_assets()[0]
