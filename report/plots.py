@@ -23,6 +23,7 @@ COLOURS = {  # of policies and their adapters, readable on both
     "light": {"sft": "#8a929c", "lora": "#2f74b5", "dora": "#d9822b", "other": "#4f9a6b"},
     "dark": {"sft": "#98a1ac", "lora": "#5b9fe0", "dora": "#eb9a4b", "other": "#6dbb8b"},
 }
+SUITES = ["libero_spatial", "libero_object", "libero_goal", "libero_10"]  # in the paper's order
 
 
 def dressed(draw: Callable, *arguments, path: Path) -> tuple[bytes, bytes]:
@@ -71,8 +72,9 @@ def short(suite: str) -> str:
 
 
 def by_suite(row: dict) -> tuple:
-    """Order of rows in a plot: suite, where DPO started, SFT before DPO."""
+    """Order of rows in plots and tables: suite, several at once last, where DPO started, SFT before DPO."""
     return (
+        SUITES.index(row["suite"]) if row["suite"] in SUITES else len(SUITES),  # several together: no suite of the list
         row["suite"],
         row["start"] == "final",
         int(row["start"]) if row["start"].isdigit() else 0,

@@ -491,6 +491,7 @@ def test_every_suite_has_a_row_and_all_seeds_together_have_one(tmp_path, monkeyp
     text = (tmp_path / "x" / "report" / "report.md").read_text()
     table, by_seed = text.split("### Seed by seed")
     assert table.count("| dpo-lora-branch |") == 3 and "p (Holm)" in table and by_seed.count("| dpo-lora-branch | ") >= 6
+    assert re.findall(r"\| dpo-lora-branch \| ([\w ]+) \|", table) == ["Goal", "Long", "2 suites"], "the paper's order"
     holm = stats.holm(sorted(row["p_vs_sft"] for row in rows if len(row["train_seeds"]) == 2))
     assert all(f"| {page.p_value(p)} |" in table for p in holm)
 
