@@ -166,7 +166,8 @@ def main(cfg: Config) -> None:
     inputs = [cfg.data_dir, *(p for path in (cfg.init_from, cfg.init_head) if path for p in runs.checkpoint_files(path))]
     horizon = 0 if cfg.init_from else backbones.horizon(cfg.backbone, cfg.model)
     shared = "suites tasks backbone model init_from seed blank_images device dtype"
-    code = [*["contrastive.py"] * (cfg.head_coef > 0), *["dora.py"] * (cfg.train == "dora"), *cfg.policy_code]
+    code = [*["backbones/published.py"] * bool(cfg.init_from), *["contrastive.py"] * (cfg.head_coef > 0)]
+    code += [*["dora.py"] * (cfg.train == "dora"), *cfg.policy_code]
     stage = runs.open_stage(__file__, cfg, cfg.seed_dir / "sft", shared, inputs, code)
     if stage is None:
         return

@@ -320,7 +320,7 @@ def report(cfg: Config, experiments: list[Experiment], folder: Path) -> dict[str
         tables["claims"],
         "## The paper's public logs",
         f"Counted in {source}. A seed is the evaluation's, not the training's. Intervals are of the distinct episodes: "
-        "those that repeat another seed's count once.",
+        "those that repeat another seed's count once; whether seeds agree on an init state cannot be told from counts.",
         tables["public-logs"],
         "## What has run",
         what_has_run(experiments),

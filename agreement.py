@@ -96,8 +96,8 @@ def always_positive(found: dict[str, dict]) -> list[dict]:
     for policy, tensors in found.items():
         for what, ref in [("difference", None)] + [("margin", found["sft"]["exact"][None])] * (policy != "sft"):
             won = quantity(tensors["exact"][None], ref, True)[0] > 0
-            row = {"policy": policy, "surrogate": "exact", "quantity": what, "metric": f"{policy}: positive exact {what}s"}
-            rows.append(row | {"value": won.float().mean().item(), "unit": "of all", "n": len(won)})
+            row = {"policy": policy, "surrogate": "exact", "quantity": what, "metric": "positive"}
+            rows.append(row | {"value": won.float().mean().item(), "unit": "share", "n": len(won)})
             rows[-1]["ci95"] = list(stats.wilson(int(won.sum()), len(won)))
     return rows
 
@@ -219,7 +219,7 @@ def settling(cfg) -> list[dict]:
         row |= {"name": f"{surrogate if surrogate != 'none' else 'sft'}, seeds together"}
         row |= {"adapter": cfg.adapter if surrogate != "none" else "none"}
         row |= {"train_seeds": sorted({int(key[0].removeprefix("seed")) for key in mine}), "successes": sum(mine.values())}
-        deff = stats.design_effect(list(mine.values()), [key[1:] for key in mine])
+        deff = stats.design_effect(list(mine.values()), [key[1:] for key in mine], [str(key[1:3]) for key in mine])
         row["ci95"] = list(stats.wilson(row["successes"], row["n"], deff))
         both = [key for key in mine if key in paper]
         if surrogate != "paper" and both:
@@ -349,10 +349,12 @@ def report(cfg, folder: Path) -> None:
     found = {policy: found[policy] for policy in sorted(found, key=lambda p: (p != "sft", p))}
     cosines, own = disk.read_jsonl(folder / "gradients.jsonl"), disk.load_tensors(folder / "own.safetensors")
     timing, arms = disk.read_json(folder / "timing.json"), settling(cfg)
-    rows, facts = table(cfg, found, own["chunk"][0].numel()), [*always_positive(found), *flow_facts(own, found["sft"]["exact"])]
+    rows, facts = table(cfg, found, own["chunk"][0].numel()), flow_facts(own, found["sft"]["exact"])
+    positive = always_positive(found)
     said = [f"# {cfg.name}, {cfg.pairs} pairs, start {cfg.start}, seed {cfg.seed}\n", markdown(rows, cfg)]
     said += [
         "## The exact likelihood itself\n",
+        *(f"- {r['policy']}, {r['quantity']} above 0: {r['value']:.3f} of {r['n']} pairs" for r in positive),
         *(f"- {r['metric']}: {r['value']:.4g} {r['unit']} (n = {r['n']})" for r in facts),
     ]
     said += ["", "## Cosine between the DPO gradients of an estimator and of the exact likelihood\n", gradient_table(cosines)]
@@ -365,7 +367,9 @@ def report(cfg, folder: Path) -> None:
     ]
     seconds = timing["cpu_s_per_chunk"].items()
     cost_rows = [{"metric": "cost per chunk", "surrogate": name, "value": s, "unit": "CPU s"} for name, s in seconds]
-    disk.write_json(folder.with_suffix(".json"), [common_keys | r for r in [*rows, *facts, *gradient_rows, *cost_rows, *arms]])
+    disk.write_json(
+        folder.with_suffix(".json"), [common_keys | r for r in [*rows, *positive, *facts, *gradient_rows, *cost_rows, *arms]]
+    )
     page(cfg, found, rows, cosines, arms, folder.with_suffix(".png"))
     disk.write_atomic(folder.with_suffix(".md"), "\n".join(said) + "\n")
     print("\n".join(said), flush=True)

@@ -477,7 +477,7 @@ class RunConfig:
     def policy_code(self) -> list[str]:
         """The files that make this policy what it is."""
         names = ["__init__", "layers", *sorted(p.stem for p in (HERE / "backbones").glob(f"{self.backbone}*.py"))]
-        return [f"backbones/{name}.py" for name in names + ["published"] * bool(self.checkpoint or self.init_from)]
+        return [f"backbones/{name}.py" for name in names + ["published"] * bool(self.checkpoint)]
 
     def variant(self, kind: str) -> Path:
         """Folder of a stage that depends on `pairs`, `start`, `adapter`, `surrogate`: prefs, dpo, validate."""

@@ -35,12 +35,13 @@ def gather(stage: runs.Stage, worker: Callable, cfg, tasks: list[tuple[str, int]
     """All rows of a stage, by task and init state. What episodes.jsonl lacks is played by `worker`, a generator of rows that
     takes (cfg, folder, suite, task, init states)."""
     path = stage.dir / "episodes.jsonl"
-    done = {(row["suite"], row["task"], row["init_state"]) for row in disk.read_jsonl(path, "suite task init_state success")}
+    rows = disk.read_jsonl(path, "suite task init_state success")
+    done = {(row["suite"], row["task"], row["init_state"]) for row in rows}
     ranks.wait()  # all have read before any writes
     todo = [(s, t, [i for i in inits if (s, t, i) not in done]) for s, t in tasks]
     jobs = [(cfg, stage.dir, suite, task, rest) for suite, task, rest in todo if rest]
     bar = common.progress(total=len(inits) * len(todo), initial=len(done), desc=title, unit="episode")
-    wins = sum(row["success"] for row in disk.read_jsonl(path))
+    wins = sum(row["success"] for row in rows)
     for _, row in workers.parallel(worker, ranks.share(jobs), cfg.workers):
         disk.append_jsonl(path, row)
         wins += row["success"]
@@ -90,11 +91,12 @@ def summarise(rows: list[dict]) -> dict:
     of_task = [[row["success"] for row in valid if (row["suite"], row["task"]) == task] for task in tasks]
     clusters = np.concatenate([np.full(len(s), i) for i, s in enumerate(of_task)]) if tasks else np.zeros(0)
     places = [(row["suite"], row["task"], row["init_state"]) for row in valid]
+    deff = stats.design_effect([row["success"] for row in valid], places, [str(place[:2]) for place in places])
     return {
         "n": len(valid),
         "successes": wins,
         "crashes": len(rows) - len(valid),
-        "ci95": stats.wilson(wins, len(valid), stats.design_effect([row["success"] for row in valid], places)),
+        "ci95": stats.wilson(wins, len(valid), deff),
         "ci95_tasks": stats.cluster_bootstrap(np.concatenate(of_task).astype(float), clusters) if len(tasks) > 1 else (0.0, 1.0),
         "tasks": {f"{suite}/{task}": [sum(s), len(s)] for (suite, task), s in zip(tasks, of_task, strict=True)},
         "mean_steps": float(np.mean([row["steps"] for row in valid])) if valid else 0.0,

@@ -91,6 +91,8 @@ class Stage:
             if path.suffix == ".safetensors":
                 disk.load_tensors(path)  # those written before an interruption are still what they were
             elif path.suffix == ".jsonl":
+                if path.read_bytes()[-1:] not in (b"", b"\n"):
+                    raise UserError(f"{path} is damaged, its last line has no end; remove {self.dir} and run the stage again")
                 disk.write_atomic(path, "".join(map(disk.plain_line, disk.read_jsonl(path))))
         outputs = {n: disk.sha256(p) for n, p in files.items() if n not in ("timing.json", "started.json", "checkpoint.pt")}
         usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss

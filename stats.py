@@ -21,16 +21,24 @@ def wilson(wins: int, n: int, deff: float = 1.0) -> tuple[float, float]:
         return (0.0, 1.0)
     p, each = wins / n, Z**2 * deff / n
     middle, half = p + each / 2, np.sqrt(each * p * (1 - p) + each**2 / 4)
-    return (max(0.0, float((middle - half) / (1 + each))), min(1.0, float((middle + half) / (1 + each))))
+    low, high = float((middle - half) / (1 + each)), float((middle + half) / (1 + each))
+    return (low if wins > 0 else 0.0, high if wins < n else 1.0)  # at the ends it is exactly that, but for rounding
 
 
-def design_effect(values: Sequence[float], places: Sequence) -> float:
-    """Of the mean of values that come from so many places: 1 with one value each, as many as seeds where all seeds agree."""
-    left, of_place = np.asarray(values, float) - sum(values) / max(1, len(values)), {}
+def design_effect(values: Sequence[float], places: Sequence, tasks: Sequence | None = None) -> float:
+    """Of the mean of values that come from so many places: 1 with one value each, as many as seeds where all seeds agree.
+
+    tasks: of each value, where some are easier than others: what a task's places have in common is no agreement of seeds.
+    """
+    left, tasks, of_place = np.asarray(values, float), np.asarray(tasks or [0] * len(values)), {}
+    for task in np.unique(tasks):
+        left[tasks == task] -= left[tasks == task].mean()
     for value, place in zip(left, places, strict=True):
         of_place[place] = of_place.get(place, 0.0) + value
     alone = float((left**2).sum())
-    return max(1.0, sum(x * x for x in of_place.values()) / alone) if alone > 0 else 1.0
+    if alone == 0:  # all agree
+        return len(left) / max(1, len(of_place)) if len(left) else 1.0
+    return max(1.0, sum(x * x for x in of_place.values()) / alone)
 
 
 def mcnemar(a: list[bool], b: list[bool], places: list) -> dict:

@@ -413,6 +413,8 @@ class OpenVLA(Policy):
         if kind not in self.norm_stats:
             raise UserError("the policy has no normalisation statistics (norm_stats); train it with 01_sft.py")
         given = self.norm_stats[kind]
+        if absent := [key for key in ("q01", "q99") if key not in given]:
+            raise UserError(f"norm_stats has no {absent[0]} of the {kind}; get the checkpoint again")
         stats = {"min": given["q01"], "max": given["q99"], "mask": [True] * (ACTION_DIM - 1) + [False]} | given
         return {key: np.asarray(stats[key]) for key in ("q01", "q99", "min", "max", "mask")}
 

@@ -294,7 +294,7 @@ def rates(cells: dict, again: set[Key]) -> list[dict]:
         episodes = [(place, e.success) for seed in once for place, e in cells[policy, suite, seed].items() if not e.crash]
         tasks, won_each = np.array([task for (task, _), _ in episodes]), np.array([w for _, w in episodes], float)
         over_tasks = stats.cluster_bootstrap(won_each, tasks) if len(set(tasks)) > 1 else None
-        deff = stats.design_effect(won_each, [place for place, _ in episodes])
+        deff = stats.design_effect(won_each, [place for place, _ in episodes], list(tasks))
         row = {"policy": policy, "suite": suite, "seeds": seeds, "episodes": count(cells, policy, suite)[1], "successes": won}
         rows.append(row | {"n": n, "crashes": crashes, "ci95": stats.wilson(won, n, deff), "ci95_tasks": over_tasks})
     return rows

@@ -112,6 +112,10 @@ def test_wilson_against_published_values():
     assert stats.wilson(38, 50) == pytest.approx((0.626, 0.857), abs=5e-4)
     assert stats.wilson(450, 500) == pytest.approx((0.871, 0.923), abs=5e-4)
     assert stats.wilson(0, 0) == (0.0, 1.0)
+    for n in range(1, 300):
+        intervals = [stats.wilson(wins, n) for wins in range(n + 1)]
+        assert all(low <= wins / n <= high for wins, (low, high) in enumerate(intervals))
+        assert intervals[0][0] == 0 and intervals[n][1] == 1 and intervals[0][1] < 1
 
 
 def test_mcnemar_against_the_binomial_sum():
@@ -146,6 +150,11 @@ def test_seeds_that_agree_narrow_no_interval():
     assert stats.wilson(wins, 100) == pytest.approx(tuple(binomtest(wins, 100).proportion_ci(0.95, method="wilson")), abs=1e-6)
     assert stats.design_effect(list(g.random(3000) < 0.7), list(range(1000)) * 3) == pytest.approx(1, abs=0.1)
     assert stats.design_effect([1, 1], [0, 1]) == stats.design_effect([], []) == 1.0
+    assert stats.design_effect([1] * 6, [0, 1, 2] * 2) == 2, "seeds that agree on everything are one"
+    tasks = np.arange(300) % 10  # easy and hard ones, three independent seeds on thirty places each
+    values = [list(g.random(300) < (1 + tasks) / 12) for _ in range(200)]
+    assert np.mean([stats.design_effect(v, np.arange(300) % 100, list(tasks)) for v in values]) < 1.15
+    assert np.mean([stats.design_effect(v, np.arange(300) % 100) for v in values]) > 1.3, "what tasks have in common"
 
 
 def test_cluster_bootstrap_is_wider_than_wilson_when_tasks_differ():
@@ -252,6 +261,9 @@ def test_any_flipped_bit_in_rows_is_found_before_a_stage_is_done(tmp_path):
                 assert disk.read_jsonl(path) == rows[:1] and at == len(whole) - 1
             except common.UserError as error:
                 assert "is damaged" in str(error)
+    path.write_bytes(whole[:-1])
+    with pytest.raises(common.UserError, match="no end"):
+        stage.finish()
     path.write_bytes(whole)
     stage.finish()
     assert disk.read_jsonl(path) == rows and path.read_text() == "".join(map(disk.plain_line, rows))
