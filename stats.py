@@ -38,7 +38,7 @@ def design_effect(values: Sequence[float], places: Sequence, tasks: Sequence | N
     alone = float((left**2).sum())
     if alone == 0:  # all agree
         return len(left) / max(1, len(of_place)) if len(left) else 1.0
-    return max(1.0, sum(x * x for x in of_place.values()) / alone)
+    return max(1.0, float(sum(x * x for x in of_place.values())) / alone)
 
 
 def mcnemar(a: list[bool], b: list[bool], places: list) -> dict:

@@ -293,7 +293,7 @@ def test_a_claim_is_complete_and_its_figures_are_in_the_files_it_names(claim):
 def test_verdicts_of_the_committed_results():
     verdicts = {claim["id"]: claims.judged(claim, PAPER["logs"])["verdict"] for claim in PAPER["claims"]}
     assert verdicts["interface"] == verdicts["adapter-size"] == "holds here"
-    assert verdicts["flow-dpo"] == "holds here"  # 116 branch pairs
+    assert verdicts["flow-dpo-early"] == "holds here" and verdicts["flow-dpo"] == "does not hold here"  # 116 and 88 branch pairs
     assert verdicts["flow-dpo-episode"] == verdicts["dora-object"] == "does not hold here"
     assert verdicts["openvla-sft"] == "not testable here"
 

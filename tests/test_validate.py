@@ -405,7 +405,9 @@ def test_stage_07_from_end_to_end_killed_and_resumed(run, monkeypatch, capsys):
     surrogate = (theirs[0] - theirs[1])[:, 0] - (theirs[0] - theirs[1])[:, 1]
     truth = (exact - measures["sft|exact"])[:, 0] - (exact - measures["sft|exact"])[:, 1]
     assert row["value"] == pytest.approx(np.corrcoef(surrogate, truth)[0, 1], abs=1e-5)
-    (positive,) = [r for r in rows if (r["metric"], r.get("quantity"), r["policy"]) == ("positive", "margin", "dpo-lora-episode")]
+    (positive,) = [
+        r for r in rows if (r["metric"], r.get("quantity"), r.get("policy")) == ("positive", "margin", "dpo-lora-episode")
+    ]
     assert positive["value"] == (truth > 0).float().mean() and positive["n"] == 4
     cosine = [r for r in rows if r["metric"] == "gradient cosine"]
     assert {r["state"] for r in cosine} == {"start", "end"} and all(-1.001 <= r["value"] <= 1.001 for r in cosine)
