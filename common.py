@@ -646,6 +646,7 @@ def run(main: Callable[[], None]) -> None:
     """Call a script's main(); a UserError becomes one line on stderr and exit code 2, and so does a disk that takes no more."""
     try:
         main()
+        ranks.part()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

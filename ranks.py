@@ -101,8 +101,13 @@ def mean(values: dict[str, float]) -> dict[str, float]:
     return dict(zip(values, (total / size()).tolist(), strict=True))
 
 
-def leave(code: int) -> None:
-    """End a rank that has nothing to say: the first one has said it."""
+def part() -> None:
+    """The end of what ranks do together: gloo's threads abort a process that ends with them."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave(code: int) -> None:
+    """End a rank that has nothing to say: the first one has said it."""
+    part()
     sys.exit(code)
