@@ -79,24 +79,34 @@ def write_tokenizer(folder: Path, words: int = 0) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
-def write_openvla(folder: Path) -> dict[str, torch.Tensor]:
+def full_size(backbone: str, device: str) -> dict[str, torch.Tensor]:
+    """Random bf16 tensors for all published keys in their published shapes, drawn on the device; what write_* take as `made`."""
+    listing = FIXTURES / {"openvla": "keys-openvla-7b.txt", "pi05": "keys-pi05.txt"}[backbone]
+    rows = [line.split("\t") for line in listing.read_text().splitlines()]
+    rows = [(key, json.loads(shape)) for key, shape in rows if not (backbone == "pi05" and "embed_tokens" in key)]
+    normal = {"device": device, "dtype": torch.bfloat16}
+    return {key: (0.02 * torch.randn(shape, **normal) + ("norm" in key)).cpu() for key, shape in rows}
+
+
+def write_openvla(folder: Path, made: dict | None = None, heads: int = 4) -> dict[str, torch.Tensor]:
     """Two shards with an index, statistics in config.json."""
-    made = tensors("openvla")
+    made = made or tensors("openvla")
     names = {key: f"model-0000{1 + (i > len(made) // 2)}-of-00002.safetensors" for i, key in enumerate(made)}
     for name in sorted(set(names.values())):
         save_file({key: t for key, t in made.items() if names[key] == name}, folder / name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
     action = statistics(7) | {"mask": [True] * 6 + [False]}
-    config = {"model_type": "openvla", "n_action_bins": 256, "pad_to_multiple_of": 64, "text_config": {"num_attention_heads": 4}}
+    config = {"model_type": "openvla", "n_action_bins": 256, "pad_to_multiple_of": 64}
+    config |= {"text_config": {"num_attention_heads": heads}}
     config |= {"torch_dtype": "bfloat16", "norm_stats": {"libero_object_no_noops": {"action": action, "proprio": statistics(8)}}}
     (folder / "config.json").write_text(json.dumps(config))
     write_tokenizer(folder)
     return made
 
 
-def write_lerobot(folder: Path, **config) -> dict[str, torch.Tensor]:
+def write_lerobot(folder: Path, made: dict | None = None, **config) -> dict[str, torch.Tensor]:
     """One file whose keys begin with model., statistics as tensors of the normaliser."""
-    made = {f"model.{key}": t for key, t in tensors("pi05").items()}
+    made = {f"model.{key}": t for key, t in (made or tensors("pi05")).items()}
     save_file(made, folder / "model.safetensors")
     modes = {"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"}
     config = {"type": "pi05", "chunk_size": 6, "tokenizer_max_length": 60, "normalization_mapping": modes} | config
