@@ -191,6 +191,7 @@ def observations(n: int, image_size: int) -> dict:
 @torch.no_grad()
 def look(policy, obs: dict, noise: torch.Tensor, steps: int) -> torch.Tensor:
     """One inference, from observations to actions (B, H, 7) in the environment's units."""
+    torch.compiler.cudagraph_mark_step_begin()  # what CUDA graphs give back may be overwritten from here on, and not before
     return policy.unnormalise(policy.sample_actions(policy.encode(obs), noise, steps).cpu())
 
 

@@ -161,7 +161,7 @@ def open_folder(script: str, cfg, folder: Path, shared: str, inputs: list[Path],
         "config": config,
         "inputs": {},
         "source": {str(p.relative_to(HERE)): source_hash(p) for p in files},
-        "versions": {p: importlib.metadata.version(p) for p in PACKAGES},
+        "versions": {package: installed_version(package) for package in PACKAGES},
     }
     run = Path(cfg.root) / cfg.name
     for path in inputs:
@@ -218,6 +218,13 @@ def fingerprint_of(folder: Path, run: Path) -> str:
         if (folder / name).is_file() and disk.sha256(folder / name) != its:
             raise UserError(f"{folder / name} is damaged, or was edited; remove {folder} and run {done['stage']}.py again")
     return done["fingerprint"]
+
+
+def installed_version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(f"the package {package} is not installed; run: pip install -r requirements.txt") from None
 
 
 def git_commit() -> str:

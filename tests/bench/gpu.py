@@ -105,7 +105,7 @@ def bench_looks(config: str) -> dict:
 
 def busy(look) -> tuple[int, float]:
     """Kernels of a look, and the milliseconds in which the GPU runs one."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]) as found:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as found:
         look()
         torch.cuda.synchronize()
     events = [e for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
