@@ -124,11 +124,13 @@ class Clock:
 
 
 @contextlib.contextmanager
-def timers(policy, clock: Clock) -> Iterator[None]:
-    """The policy with a timer around each of its parts."""
+def timers(policy, clock: Clock, compiled: bool = False) -> Iterator[None]:
+    """The policy with a timer around each of its parts; but for modules, where they are compiled into what calls them."""
     put = []
     try:
         for path, part in PARTS[policy.backbone].items():
+            if compiled and "." in path:
+                continue
             owner, name = (policy.get_submodule(path), "forward") if "." in path else (policy, path)
             put.append((owner, name, vars(owner).get(name)))
             setattr(owner, name, clock.wrap(getattr(owner, name), part))
@@ -201,7 +203,7 @@ def measure(policy, cfg: Config, point: Point, now: Callable[[], float] = time.p
     obs, noise = observations(point.batch, cfg.image_size), policy.noise(point.batch, common.stream(0, "noise"))
     wholes, parts = [], []
     for i in range(cfg.repeats + 2):
-        for rows, timer in ((wholes, contextlib.nullcontext()), (parts, timers(policy, clock))):
+        for rows, timer in ((wholes, contextlib.nullcontext()), (parts, timers(policy, clock, point.backend == "compile"))):
             with timer:
                 clock.mark()
                 look(policy, obs, noise, point.steps)

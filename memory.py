@@ -2,9 +2,10 @@
 
 The policy is built on PyTorch's meta device, where tensors have a shape and no content. Weights, gradients and the optimiser's
 state are counted off it; so are the activations, by running the stage's own forward pass there and adding up what autograd keeps.
-With `recompute` the layer that the backward pass is at comes on top. Not in it: PyTorch itself (0.4 GB on a CPU, about 1 GB with
-CUDA), the allocator's slack, kernels' workspaces, the data. Of DPO's step the image towers are counted as if they ran in it; 03
-runs them once, and keeps the tokens of all pairs instead: hours are about a tenth too many, memory those tokens too little.
+With `recompute` the most that one layer keeps while the backward pass is at it comes on top; and the gradients of the prefix's
+keys and values, which gather there until the pass reaches the prefix. Not in it: PyTorch itself (0.4 GB on a CPU, about 1 GB
+with CUDA), the allocator's slack, kernels' workspaces, the data. Of DPO's step the image towers are counted as if they ran in it;
+03 runs them once, and keeps the tokens of all pairs instead: hours are about a tenth too many, memory those tokens too little.
 
 Hours are a roofline's: operations and bytes of weights of the linear layers and of attention, counted in the same way, against
 a named GPU's rates. Training is bound by the first, acting on one observation by the second. Not in it: the simulator, and the
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 import backbones
 import common
@@ -102,25 +104,31 @@ class FusedAttention(TorchFunctionMode):
 def kept_for_backward(policy, forward) -> int:
     """Bytes of the distinct storages that autograd keeps of forward(), weights apart."""
     weights = {t.untyped_storage()._cdata for t in [*policy.parameters(), *policy.buffers()]}
-    kept = {}
+    kept, once, most = {}, {}, 0
 
-    def pack(tensor: Tensor) -> Tensor:
+    def keep(tensor: Tensor, where: dict) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in weights:
-            kept[storage._cdata] = storage  # held, so that no other takes its place
+            where[storage._cdata] = storage  # held, so that no other takes its place
         return tensor
 
     def counted(layer, *arguments):  # a layer that is run again keeps its arguments instead
-        for tensor in arguments:
-            if policy.recompute and isinstance(tensor, Tensor):
-                pack(tensor)
+        nonlocal most
+        if policy.recompute:
+            for leaf in tree_leaves(arguments):
+                if isinstance(leaf, Tensor):
+                    keep(leaf, kept)
+            with torch.autograd.graph.saved_tensors_hooks(lambda tensor: keep(tensor, once), lambda tensor: tensor):
+                layer(*arguments)
+            most = max(most, sum(storage.nbytes() for which, storage in once.items() if which not in kept))
+            once.clear()
         return type(policy).run(policy, layer, *arguments)
 
     policy.run = counted
-    with FusedAttention(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with FusedAttention(), torch.autograd.graph.saved_tensors_hooks(lambda tensor: keep(tensor, kept), lambda tensor: tensor):
         out = forward()
     del policy.run
-    return sum(storage.nbytes() for storage in kept.values()) + size([out])
+    return sum(storage.nbytes() for storage in kept.values()) + most + size([out])
 
 
 def estimate(cfg, stage: str) -> dict:
@@ -134,11 +142,11 @@ def estimate(cfg, stage: str) -> dict:
         parts |= {"gradients": size(trainable), "AdamW's moments": 2 * size(trainable)}
         parts |= {"averaged copy": size(policy.parameters())} if stage == "sft" else {}
         parts["activations"] = kept_for_backward(policy, lambda: forward(policy, cfg))
-    else:
-        with torch.no_grad():
-            inputs, _, _ = make_batch(policy, cfg, 1, "meta")
-            prefix = policy.prefix(*inputs)
-        parts["keys and values of the prefix"] = size([prefix.keys, prefix.values])
+    with torch.no_grad():
+        inputs, _, _ = make_batch(policy, cfg, 1, "meta")
+        prefix = policy.prefix(*inputs)
+    chunks = cfg.batch_size * {"sft": 1, "dpo": 2}[stage] if trained else 1
+    parts["gradients of keys and values" if trained else "keys and values"] = chunks * size([prefix.keys, prefix.values])
     layers = sum("lora_A" in name and name.endswith("weight") for name, _ in policy.named_parameters())
     counts = {"parameters": sum(p.numel() for p in policy.parameters()), "trainable": sum(p.numel() for p in trainable)}
     return {"parts": parts, "adapted_layers": layers} | counts
