@@ -331,6 +331,13 @@ def test_source_hash_ignores_comments_and_docstrings_only(tmp_path):
     assert hashes[0] == hashes[1] != hashes[2]
 
 
+def test_a_package_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "PACKAGES", ("torch", "no-such-package"))
+    with pytest.raises(common.UserError, match="no-such-package is not installed; run: pip install"):
+        runs.open_stage("01_sft.py", Config(name="exp", root=str(tmp_path)), tmp_path / "exp" / "sft", "seed", [], [])
+    assert not (tmp_path / "exp" / "sft").exists()
+
+
 def test_stage_is_skipped_resumed_refused_and_redone(tmp_path, capsys):
     def cfg(**kwargs):
         return Config(name="exp", root=str(tmp_path), **kwargs)

@@ -294,7 +294,8 @@ def test_verdicts_of_the_committed_results():
     verdicts = {claim["id"]: claims.judged(claim, PAPER["logs"])["verdict"] for claim in PAPER["claims"]}
     assert verdicts["interface"] == verdicts["adapter-size"] == "holds here"
     assert verdicts["flow-dpo-early"] == "holds here" and verdicts["flow-dpo"] == "does not hold here"  # 116 and 88 branch pairs
-    assert verdicts["flow-dpo-episode"] == verdicts["dora-object"] == "does not hold here"
+    assert verdicts["flow-dpo-episode"] == verdicts["dora-object"] == verdicts["dora-mean"] == "does not hold here"
+    assert verdicts["denoise-share"] == verdicts["prefix-ceiling"] == "holds here"  # on a GPU
     assert verdicts["openvla-sft"] == "not testable here"
 
 
