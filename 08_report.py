@@ -315,8 +315,8 @@ def report(cfg: Config, experiments: list[Experiment], folder: Path) -> dict[str
         f"# CrossVLA kit: {Path(cfg.results).name or cfg.name}",
         f"[{paper['title']}](https://arxiv.org/abs/{paper['arxiv']}), and what this kit finds of it. Its claims: {counts}.",
         "## The paper's claims",
-        "*Here* is the kit's tiny size, in its committed results. A difference that is not significant is counted as *does not "
-        "hold here*: it was not shown, which does not make it zero.",
+        "*Here* is the kit's tiny size where a row says nothing else, in its committed results. A difference that is not "
+        "significant is counted as *does not hold here*: it was not shown, which does not make it zero.",
         tables["claims"],
         "## The paper's public logs",
         f"Counted in {source}. A seed is the evaluation's, not the training's. Intervals are of the distinct episodes: "
