@@ -9,8 +9,8 @@ try     python 05_profile.py configs/tiny.yaml
 The anatomy times every part of one look, from the observation to actions: on a CPU in CPU seconds of this process, which are
 those of an idle machine, on a GPU by CUDA events. Parts are exclusive and sum to the whole, which has a timer of its own.
 Amdahl's ceiling is what a prefix cache could gain at most if it cost nothing: from the share of image towers and prefix.
-That share is no property of the architecture. The paper's 21.4 % (60 of 280 ms) belongs to eager code on one GPU, whose denoise
-steps wait for Python; the roofline says what hardware needs for the same operations.
+That share is no property of the architecture. The paper's 21.4 % (60 of 280 ms) belongs to one GPU, whose denoise steps are many
+small kernels and, in eager code, wait for Python; the roofline says what hardware needs for the same operations.
 What caches and fewer denoise steps do to success: 05_cells.py. A student of one step: 05_distill.py.
 Differs from the paper: synchronised clocks, p50 and p95.
 Left out: kernels of our own, quantisation.
@@ -125,7 +125,7 @@ class Clock:
 
 @contextlib.contextmanager
 def timers(policy, clock: Clock, compiled: bool = False) -> Iterator[None]:
-    """The policy with a timer around each of its parts; but for modules, where they are compiled into what calls them."""
+    """The policy with a timer around each of its parts; not around modules that are compiled into their callers."""
     put = []
     try:
         for path, part in PARTS[policy.backbone].items():
@@ -193,7 +193,6 @@ def observations(n: int, image_size: int) -> dict:
 @torch.no_grad()
 def look(policy, obs: dict, noise: torch.Tensor, steps: int) -> torch.Tensor:
     """One inference, from observations to actions (B, H, 7) in the environment's units."""
-    torch.compiler.cudagraph_mark_step_begin()  # what CUDA graphs give back may be overwritten from here on, and not before
     return policy.unnormalise(policy.sample_actions(policy.encode(obs), noise, steps).cpu())
 
 
@@ -204,6 +203,8 @@ def measure(policy, cfg: Config, point: Point, now: Callable[[], float] = time.p
     wholes, parts = [], []
     for i in range(cfg.repeats + 2):
         for rows, timer in ((wholes, contextlib.nullcontext()), (parts, timers(policy, clock, point.backend == "compile"))):
+            if point.backend == "compile":  # what CUDA graphs gave back may be overwritten from here on, and not before
+                torch.compiler.cudagraph_mark_step_begin()
             with timer:
                 clock.mark()
                 look(policy, obs, noise, point.steps)

@@ -50,7 +50,7 @@ class FactoredDora(DoraLinearVariant):
     @staticmethod
     def init(module: DoraLinear, adapter_name: str, **kwargs) -> None:
         DoraLinearVariant.init(module, adapter_name, **kwargs)
-        module.lora_magnitude_vector[adapter_name].weight.data = module.row_norm(adapter_name).clone()
+        module.lora_magnitude_vector[adapter_name].weight.data = module.row_norm(adapter_name)
 
 
 class DoraLinear(Linear):
@@ -58,7 +58,7 @@ class DoraLinear(Linear):
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config, **kwargs):
         assert config.use_dora and not config.lora_dropout
-        self._squares = self._norm = None, None  # of which tensors, and what was computed of them
+        self._squares = None, None  # which weight, and the squared norms of its rows
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
 
     lora_variants = property(lambda self: {("use_dora",): FactoredDora})
@@ -76,14 +76,11 @@ class DoraLinear(Linear):
 
     @torch.no_grad()
     def row_norm(self, adapter: str) -> Tensor:
-        """Norm of each row of W + s B A, float32 (out,); computed once as long as they stay what they are."""
-        parts = self.get_base_layer().weight, self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        weight, *adapters = ((t.data_ptr(), t._version, t.dtype) for t in parts)
-        if self._norm[0] == (weight, *adapters):
-            return self._norm[1]
-        (W, A, B), s = (t.float() for t in parts), self.scaling[adapter]
-        if self._squares[0] != weight:
-            self._squares = weight, W.square().sum(1)
+        """Norm of each row of W + s B A, float32 (out,)."""
+        weight, s = self.get_base_layer().weight, self.scaling[adapter]
+        W, A, B = weight.float(), self.lora_A[adapter].weight.float(), self.lora_B[adapter].weight.float()
+        which = weight.data_ptr(), weight._version, weight.dtype
+        if self._squares[0] != which:
+            self._squares = which, W.square().sum(1)
         cross = torch.addmm(B @ (A @ A.T), W, A.T, beta=s * s, alpha=2 * s)  # (out, rank)
-        self._norm = (weight, *adapters), cross.mul_(B).sum(1).add_(self._squares[1]).sqrt_()
-        return self._norm[1]
+        return cross.mul_(B).sum(1).add_(self._squares[1]).sqrt_()

@@ -51,7 +51,8 @@ def make_policy(cfg, trained: str) -> nn.Module:
         policy.cast("float32" if trained == "full" else cfg.dtype)
         policy.requires_grad_(trained == "full")
         if trained in ("lora", "dora"):
-            common.attach_adapter(policy, trained, cfg.rank, cfg.alpha, policy.adapter_targets, cfg.seed)
+            targets = getattr(cfg, "targets", "") or policy.adapter_targets
+            common.attach_adapter(policy, trained, cfg.rank, cfg.alpha, targets, cfg.seed)
     policy.recompute = getattr(cfg, "recompute", False)
     policy.tokenizer = backbones.build_tokenizer([INSTRUCTION])
     policy.norm_stats = {
@@ -135,20 +136,23 @@ def estimate(cfg, stage: str) -> dict:
     """Bytes by part, and what there is to count. stage: "sft", "dpo", or another one, which only runs the policy."""
     trained = {"sft": getattr(cfg, "train", ""), "dpo": cfg.adapter}.get(stage, "")
     policy = make_policy(cfg, trained)
-    trainable = [p for p in policy.parameters() if p.requires_grad]
+    trainable = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     parts = {"weights": size(policy.parameters())}
     if trained:
         forward = {"sft": sft_forward, "dpo": dpo_forward}[stage]
-        parts |= {"gradients": size(trainable), "AdamW's moments": 2 * size(trainable)}
+        parts |= {"gradients": size(trainable.values()), "AdamW's moments": 2 * size(trainable.values())}
         parts |= {"averaged copy": size(policy.parameters())} if stage == "sft" else {}
         parts["activations"] = kept_for_backward(policy, lambda: forward(policy, cfg))
     with torch.no_grad():
         inputs, _, _ = make_batch(policy, cfg, 1, "meta")
         prefix = policy.prefix(*inputs)
-    chunks = cfg.batch_size * {"sft": 1, "dpo": 2}[stage] if trained else 1
-    parts["gradients of keys and values" if trained else "keys and values"] = chunks * size([prefix.keys, prefix.values])
+    of_one = size([prefix.keys, prefix.values])
+    if not trained:
+        parts["keys and values"] = of_one
+    elif not all(name.startswith("expert.") for name in trainable):
+        parts["gradients of keys and values"] = cfg.batch_size * {"sft": 1, "dpo": 2}[stage] * of_one
     layers = sum("lora_A" in name and name.endswith("weight") for name, _ in policy.named_parameters())
-    counts = {"parameters": sum(p.numel() for p in policy.parameters()), "trainable": sum(p.numel() for p in trainable)}
+    counts = {"parameters": sum(p.numel() for p in policy.parameters()), "trainable": sum(p.numel() for p in trainable.values())}
     return {"parts": parts, "adapted_layers": layers} | counts
 
 

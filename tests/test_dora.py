@@ -95,22 +95,6 @@ def test_norm_is_that_of_the_matrix_written_out():
         close(layer.row_norm("default"), (weight.float() + 2.0 * B @ A).norm(dim=1).detach())
 
 
-def test_norm_is_computed_once_until_the_optimizer_moves_the_adapter():
-    """Passes through recomputed layers ask for it again; the magnitude, which starts as the norm, is trained apart from it."""
-    model = ours(plain())
-    layer, x = model.base_model.model[0], torch.randn(5, 24, generator=common.stream(0, "x"))
-    A, B, m = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.lora_magnitude_vector["default"].weight
-    assert m.data_ptr() != layer.row_norm("default").data_ptr() and torch.equal(m, layer.row_norm("default"))
-    perturb(model)
-    optimizer = torch.optim.AdamW([A, B, m], 0.1)
-    for _ in range(3):
-        norm = layer.row_norm("default")
-        assert layer.row_norm("default") is norm
-        close(norm, (layer.base_layer.weight + 2.0 * B @ A).norm(dim=1).detach())
-        model(x).square().sum().backward()
-        optimizer.step()
-
-
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_starts_as_the_very_layer_whatever_the_batch(dtype, bias):

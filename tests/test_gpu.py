@@ -1,4 +1,4 @@
-"""A GPU computes what a CPU does, and every stage that needs no simulator runs on one. pytest tests/test_gpu.py
+"""A GPU computes what a CPU does, and 03 and 05 run on one. pytest tests/test_gpu.py
 
 Skipped where PyTorch sees no GPU. The policies and pairs are those of checkpoints/try; no simulator is needed.
 """
@@ -140,4 +140,5 @@ def test_compiled_looks_give_the_same_chunk(backbone):
     plain = profile.look(policy, obs, noise, 10)
     policy = profile.prepare(policy, point)
     for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
         torch.testing.assert_close(profile.look(policy, obs, noise, 10), plain, rtol=1e-2, atol=1e-2)

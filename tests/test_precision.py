@@ -1,6 +1,6 @@
 """dtype=bfloat16 and policies that are not on the CPU, for both backbones. pytest tests/test_precision.py
 
-There is no GPU in the tests: the meta device, which also refuses to mix devices, stands in for one.
+Where there is no GPU (test_gpu.py) the meta device, which also refuses to mix devices, stands in for one.
 """
 
 import importlib

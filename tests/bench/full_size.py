@@ -10,7 +10,7 @@ main memory, the losses; and that the first margin is exactly 0.
 from __future__ import annotations
 
 import json
-import resource
+import os
 import subprocess
 import sys
 import time
@@ -51,8 +51,14 @@ def write_pairs(folder: Path, horizon: int) -> None:
     disk.write_rows(folder / "pairs.jsonl", [{"instruction": published_files.INSTRUCTIONS[0]}] * PAIRS)
 
 
-def main(root: Path, kinds: list[str]) -> None:
-    for kind in kinds:
+def main(arguments: list[str]) -> None:
+    if not arguments:
+        raise common.UserError("usage: python tests/bench/full_size.py FOLDER [lerobot openvla]")
+    root = Path(arguments[0])
+    for kind in arguments[1:] or KINDS:
+        common.one_of("kind of checkpoint", kind, KINDS)
+        if (root / kind).exists():
+            raise common.UserError(f"{root / kind} is there already; remove it, or name another folder")
         backbone, config, horizon = KINDS[kind]
         checkpoint, pairs = root / kind, root / f"{kind}-pairs"
         write_checkpoint(kind, checkpoint)
@@ -61,15 +67,16 @@ def main(root: Path, kinds: list[str]) -> None:
         began = time.perf_counter()
         command = [sys.executable, "03_dpo.py", config, f"checkpoint={checkpoint}", f"pairs_from={pairs}"]
         command += [f"root={root / 'runs'}", f"dpo.steps={STEPS}", "dpo.log_every=1", "dpo.warmup=1"]
-        subprocess.run(command, cwd=ROOT, check=True)
+        _, status, used = os.wait4(subprocess.Popen(command, cwd=ROOT).pid, 0)
         took = time.perf_counter() - began
+        assert status == 0, status
         (metrics,) = (root / "runs").rglob(f"{backbone}/*/dpo-*/metrics.jsonl")
         rows = disk.read_jsonl(metrics)
         assert rows[0]["rewards/margins"] == 0 and rows[-1]["step"] == STEPS, rows
         said = {"kind": kind, "gb": files / 1e9, "s": took, "losses": [round(row["loss"], 4) for row in rows]}
-        said["peak_main_memory_gib"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+        said["peak_main_memory_gib"] = used.ru_maxrss / 2**20
         print(json.dumps(said), flush=True)
 
 
 if __name__ == "__main__":
-    common.run(lambda: main(Path(sys.argv[1]), sys.argv[2:] or list(KINDS)))
+    common.run(lambda: main(sys.argv[1:]))
