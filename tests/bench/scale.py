@@ -250,10 +250,10 @@ def counted(name: str) -> tuple[dict, float, int]:
 # ------------------------------------------------------------------------------------------------------------------ tables
 NOTE = """\
 GPU hours are counted: {share:.0%} of the peak, or the weights' bytes where those bind. Left out: launching kernels
-(on an H100 eager DPO steps take twice that, looks 9 to 37 times: results/profile/h100), DoRA's norms, loading, videos. 8 GPUs are taken at the ideal efficiency,
-since the 24 trainings and all episodes are independent. Simulator: measured CPU ms ({known}; 256 pixels, `default`,
-drawn by the CPU) on {cores} cores per GPU, which is assumed; where its hours are more than the GPU's, it is what
-bounds collection and evaluation.
+(on an H100 eager DPO steps take twice that, looks 9 to 37 times: results/profile/h100), DoRA's norms, loading, videos.
+8 GPUs are taken at the ideal efficiency, since the 24 trainings and all episodes are independent. Simulator: measured
+CPU ms ({known}; 256 pixels, `default`, drawn by the CPU) on {cores} cores per GPU, which is assumed; where its hours
+are more than the GPU's, it is what bounds collection and evaluation.
 """
 
 
