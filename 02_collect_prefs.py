@@ -1,8 +1,8 @@
 """02 - Preference pairs from the policy's own rollouts (paper sec. 3, collection of preferences).
 
 reads   <run>/<backbone>/seed<k>/sft/ (01)
-writes  <run>/<backbone>/seed<k>/prefs-<recipe>/: pairs.safetensors (images, state, chunks, masks), pairs.jsonl (one line each:
-        where the pair is from), units.jsonl (every attempt, also those that gave no pair), done.json
+writes  <run>/<backbone>/seed<k>/prefs-<recipe>[-at<start>]/: pairs.safetensors (images, state, chunks, masks),
+        pairs.jsonl (one line each: where the pair is from), units.jsonl (every attempt, also those that gave no pair), done.json
 cost    a play-out is an episode of 2 to 5 s on one core; see README for a pair
 try     python 02_collect_prefs.py configs/tiny.yaml pairs=episode prefs.n_pairs=20
 

@@ -1,8 +1,8 @@
 """03 - DPO with LoRA or DoRA on preference pairs, for either paradigm (paper sec. 3: the surrogate, the loss, the adapters).
 
 reads   <run>/<backbone>/seed<k>/sft/ (01), .../prefs-<recipe>/ (02)
-writes  <run>/<backbone>/seed<k>/dpo-<adapter>-<recipe>[-<surrogate>]/: adapter_model.safetensors adapter_config.json (peft's
-        format), metrics.jsonl, done.json
+writes  <run>/<backbone>/seed<k>/dpo-<adapter>-<recipe>[-<surrogate>][-at<start>]/: adapter_model.safetensors
+        adapter_config.json (peft's format), metrics.jsonl, done.json
 cost    per step one pass of the language model each for policy and reference, and 4 x draws expert passes per pair; see README
         `surrogate: exact`: 2 x ode_steps passes with two derivatives each in place of `draws` (counted, not timed)
 try     python 03_dpo.py configs/tiny.yaml adapter=dora dpo.beta=auto
@@ -145,10 +145,13 @@ def auto_beta(policy, pairs: dict, cfg: Config) -> float:
     if n < 2:
         raise common.UserError("dpo.beta=auto needs two pairs or more; give it a number")
     index = torch.arange(0, n, max(1, n // 64))
-    noise = shared_noise(policy, len(index), cfg, common.stream(cfg.seed, "beta"))
+    noise, ratios = shared_noise(policy, len(index), cfg, common.stream(cfg.seed, "beta")), []
     with policy.reference():
-        ref_w, ref_l = score(policy, *batch_of(pairs, index), noise, cfg, "beta")
-    return 1.0 / max((ref_w - ref_l).std(correction=0).item(), 1e-6)
+        for rows in torch.arange(len(index)).split(cfg.batch_size):  # no more memory than a training step
+            shared = noise.rows(rows) if isinstance(noise, common.Draws) else noise if noise is None else noise[rows]
+            ref_w, ref_l = score(policy, *batch_of(pairs, index[rows]), shared, cfg, "beta", int(rows[0]))
+            ratios.append(ref_w - ref_l)
+    return 1.0 / max(torch.cat(ratios).std(correction=0).item(), 1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------------------ data

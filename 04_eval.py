@@ -112,12 +112,13 @@ def results_table(cfg: Config) -> list[dict]:
     for name, (facts, played, timing) in found.items():
         used = facts["config"]
         is_dpo, start = used["policy"] == "dpo", "sft" if used["start"] == "final" else f"sft-at{used['start']}"
+        start += "-blank" if is_dpo and used["blank_images"] else ""
         start += f"-noise{used['noise_seed']}" if used["noise_seed"] else ""
         row = {"backbone": cfg.backbone, "policy": used["policy"], "name": name}
         row |= {"adapter": used["adapter"] if is_dpo else "none", "pairs": used["pairs"] if is_dpo else "none"}
         row |= {"surrogate": used["surrogate"] if is_dpo else "none"}
-        row |= {"start": used["start"], "blank_images": used["blank_images"], "group": cfg.group, "train_seeds": [used["seed"]]}
-        row |= {"noise_seed": used["noise_seed"] or used["seed"]}
+        row |= {"start": used["start"], "blank_images": used["blank_images"], "group": cfg.group}
+        row |= {"train_seeds": episodes.train_seeds(facts), "noise_seed": used["noise_seed"] or used["seed"]}
         row |= {"command": timing["command"], "commit": timing["commit"]}
         base = found.get(start)
         same_weights = base and base[0]["inputs"].items() <= facts["inputs"].items()  # not another start_seed's

@@ -85,7 +85,7 @@ def cells_table(cfg: Config) -> list[dict]:
         seconds, steps = list(timing["episodes_s"].values()), sum(row["steps"] for row in played)
         spent = {part: 1e3 * sum(s[part] for s in seconds) / max(1, steps) for part in ("check", "encode", "act")}
         row = {"name": name, "suite": " ".join(facts["config"]["suites"]), "backbone": cfg.backbone, "policy": "sft"}
-        row |= {"group": cfg.group, "train_seeds": [cfg.seed], "sees_on_a_hit": facts["sees_on_a_hit"]}
+        row |= {"group": cfg.group, "train_seeds": episodes.train_seeds(facts), "sees_on_a_hit": facts["sees_on_a_hit"]}
         row |= {"hit_rate": sum(r["hits"] for r in played) / max(1, sum(r["looks"] for r in played))}
         row |= {"ms_per_step": sum(spent.values()), "ms_per_step_parts": spent} | episodes.summarise(played)
         row |= {"command": timing["command"], "commit": timing["commit"]}

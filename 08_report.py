@@ -17,7 +17,6 @@ differences, tests between two files of episodes (report/audit.py), and differen
 
 from __future__ import annotations
 
-import itertools
 import re
 import sys
 from collections import defaultdict
@@ -67,42 +66,62 @@ def of_run(cfg: Config, backbone: str) -> Experiment:
     """All seeds of one backbone of a run."""
     folder = replace(cfg, backbone=backbone).seed_dir.parent
     found = Experiment(f"{cfg.name} {backbone}", [], episodes=folder)
-    seeds = sorted(folder.glob("seed*"), key=lambda path: (len(path.name), path.name))
+    seeds, played = sorted(folder.glob("seed*"), key=lambda path: (len(path.name), path.name)), {}
     for seed_dir in seeds:
+        seed = int(seed_dir.name.removeprefix("seed"))
+        for group in ("test", "val"):
+            for facts, rows, _ in episodes.finished(seed_dir, "eval-*", group):
+                played[seed, group, facts["policy"]] = facts, rows
         for path in [*sorted(seed_dir.glob("*.json")), *sorted(seed_dir.glob("*/table.json"))]:
             table = disk.read_json(path)
-            found.rows += map(completed, table) if isinstance(table, list) else []
+            rows = [completed(row) for row in table] if isinstance(table, list) else []  # an evaluation may be being redone
+            found.rows += [r for r in rows if script(r) != "04_eval.py" or (seed, r["group"], r["name"]) in played]
         for path in sorted(seed_dir.glob("*/metrics.jsonl")):
             name = path.parent.name + (f", {seed_dir.name}" if len(seeds) > 1 else "")
             found.training[name] = audit.read_lines(path)[0]
         found.drawn += [*sorted(seed_dir.glob("*.png")), *sorted(seed_dir.glob("*/*.png"))]
         found.videos += sorted(seed_dir.glob("eval-*/videos/*.gif"))
-    found.rows += over_seeds(folder, found.rows)
+    found.rows += over_seeds(found.rows, played, folder.parent)
     return found
 
 
 PAIRED = ("paired_with", "diff_vs_sft", "gained", "lost", "p_vs_sft", "paired_n", "deff")  # keys of a row's comparison
 
 
-def over_seeds(folder: Path, rows: list[dict]) -> list[dict]:
-    """What several training seeds have, a row with the episodes of all of them: of each evaluation, group and suite."""
+def settings(facts: dict, run: Path):
+    """The configs of an evaluation and of all that it was made from, without their seeds."""
+    yield {key: value for key, value in facts["config"].items() if key != "seed"}
+    for name in sorted(facts["inputs"]):
+        done = run / name / "done.json"
+        if done.is_file():
+            yield from settings(disk.read_json(done), run)
+
+
+def over_seeds(rows: list[dict], played: dict, run: Path) -> list[dict]:
+    """What several training seeds have, a row with the episodes of all of them: of each evaluation, group and suite. Only where
+    the trainings differ in nothing but the seed; an evaluation under another noise seed is none.
+
+    played: (seed, group, name) -> done.json and episodes of an evaluation.
+    """
     groups, pooled = defaultdict(list), []
-    for row in [row for row in rows if script(row) == "04_eval.py" and row["noise_seed"] == row["train_seeds"][0]]:
+    for row in [row for row in rows if script(row) == "04_eval.py" and row["train_seeds"] == [row["noise_seed"]]]:
         groups[row["name"], row["suite"], row["group"]].append(row)
     for (name, suite, group), mine in groups.items():
-        seeds = [row["train_seeds"][0] for row in mine]
+        seeds = [row["noise_seed"] for row in mine]
+        made = [list(settings(played[seed, group, name][0], run)) for seed in seeds]
         if len(seeds) == 1:
             continue
-        file = f"{'' if group == 'test' else '-' + group}/episodes.jsonl"
-        played = defaultdict(list)
-        for policy, seed in itertools.product({name, mine[0].get("paired_with", name)}, seeds):
-            lines = disk.read_jsonl(folder / f"seed{seed}" / f"eval-{policy}{file}")
-            played[policy] += [episode for episode in lines if episode["suite"] in suite.split()]
+        if any(each != made[0] for each in made):
+            print(f"[08_report] {name}, {suite}: seeds {seeds} were made with different settings, so they have no row together")
+            continue
+        mine_all, base_all = (
+            [e for seed in seeds for e in played.get((seed, group, policy), ({}, []))[1] if e["suite"] in suite.split()]
+            for policy in (name, mine[0].get("paired_with"))
+        )
         row = {key: value for key, value in mine[0].items() if key not in ("noise_seed", *PAIRED)} | {"train_seeds": seeds}
-        pooled.append(row | episodes.summarise(played[name]))
-        if all("paired_with" in row for row in mine):
-            base = mine[0]["paired_with"]
-            pooled[-1] |= {"paired_with": base} | episodes.paired(played[name], played[base])
+        pooled.append(row | episodes.summarise(mine_all))
+        if all("paired_with" in row and (row["noise_seed"], group, row["paired_with"]) in played for row in mine):
+            pooled[-1] |= {"paired_with": mine[0]["paired_with"]} | episodes.paired(mine_all, base_all)
     return pooled
 
 
@@ -315,7 +334,7 @@ def report(cfg: Config, experiments: list[Experiment], folder: Path) -> dict[str
         f"# CrossVLA kit: {Path(cfg.results).name or cfg.name}",
         f"[{paper['title']}](https://arxiv.org/abs/{paper['arxiv']}), and what this kit finds of it. Its claims: {counts}.",
         "## The paper's claims",
-        "*Here* is the kit's tiny size where a row says nothing else, in its committed results. A difference that is not "
+        "*Here* is the kit's tiny size where a row says nothing else, in its committed results. An improvement that is not "
         "significant is counted as *does not hold here*: it was not shown, which does not make it zero.",
         tables["claims"],
         "## The paper's public logs",
@@ -357,7 +376,9 @@ def main(cfg: Config) -> None:
         return
     run = Path(cfg.root) / cfg.name
     top = Path(cfg.results) if cfg.results and not cfg.audit else run
-    if cfg.results and not any(top.rglob("table.json")):
+    if cfg.readme and not Path(cfg.readme).is_file():
+        raise common.UserError(f"readme={cfg.readme}: there is no such file")
+    if cfg.results and not cfg.audit and not any(top.rglob("table.json")):
         raise common.UserError(f"no table.json at or below {top}; name a folder of results, or leave results= out")
     folder = top / "report"
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What two or more stages must agree on: LIBERO's conventions, the surrogate log-probability, adapters, run folders, statistics.
+"""What two or more stages must agree on: LIBERO's conventions, demonstrations and pairs, the surrogate log-probability, adapters.
 
 A thing stands here when two stages use it and a silent difference between two copies would change a result. Losses, pair
 selection, training loops and timing loops stay in their stage. Importing this module is cheap: no simulator, no transformers.
@@ -20,6 +20,7 @@ import math
 import re
 import sys
 import typing
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 import ranks
 from data import Demo, check_pairs, read_demos, read_pairs  # noqa: F401 (the stages take them from here)
@@ -112,7 +113,10 @@ def demonstrations(cfg, holdout: int) -> Iterator[tuple[str, bool, Demo]]:
         folder, selected = cfg.data_dir / suite, [f"task_{task:02d}.hdf5" for task in sorted(cfg.tasks)]
         if absent := [name for name in selected if not (folder / name).is_file()]:
             raise UserError(f"{folder / absent[0]} is not there; run 00_demos.py for this task too")
-        for path in [folder / name for name in selected] or sorted(folder.glob("task_*.hdf5")):
+        paths = [folder / name for name in selected] or sorted(folder.glob("task_*.hdf5"))
+        if not paths:
+            raise UserError(f"no demonstrations of {suite} in {folder}; run 00_demos.py for this suite too")
+        for path in paths:
             task = int(path.stem.rpartition("_")[2])
             demos = list(read_demos(path, task))
             if wrong := [d for d in demos if d.init_state not in (-1, *INIT_GROUPS["demos"])]:
@@ -177,7 +181,6 @@ def learning_rate(step: int, cfg) -> float:
 
 # --------------------------------------------------------------------------------- surrogate log-probability (paper, sec. 3)
 # Time runs as in openpi and transformers: t = 1 is noise, t = 0 the action. (The paper writes it the other way round.)
-T_STRATIFIED = (0.125, 0.375, 0.625, 0.875)  # midpoints of four equal strata of [0, 1]
 LOG_SNR = math.log(99)  # scheme "logsnr": log((1-t) / t) between -LOG_SNR and LOG_SNR, so t between 0.01 and 0.99
 
 # What a flow policy's log p(a | o) is estimated by -> the scheme of its draws (t, eps)
@@ -314,14 +317,18 @@ def load_adapter(policy, folder: Path, dropout: float = 0.0):
 
     dropout: not merged, and its dropout is on (a control; nothing else of the policy drops anything).
     """
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
     if not (folder / "adapter_model.safetensors").is_file():
         raise UserError(f"{folder} holds no adapter_model.safetensors; run 03_dpo.py first")
     try:
-        adapted = PeftModel.from_pretrained(policy, str(folder))
+        with warnings.catch_warnings(action="ignore"):  # of keys that are missing; see below
+            adapted = PeftModel.from_pretrained(policy, str(folder))
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{folder} holds no adapter of this policy ({one_line(error)}); run 03_dpo.py again") from error
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        if other := set(file.keys()) ^ set(get_peft_model_state_dict(adapted)):
+            raise UserError(f"{folder} holds an adapter of another policy: only one of the two has {min(other)}")
     if not dropout:
         return adapted.merge_and_unload().eval()
     for layer in policy.eval().modules():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -81,6 +82,13 @@ def finished(seed_dir: Path, pattern: str, group: str) -> list[tuple[dict, list[
             timing = disk.read_json(done.with_name("timing.json"))
             found.append((facts, disk.read_jsonl(done.with_name("episodes.jsonl")), timing))
     return found
+
+
+def train_seeds(facts: dict) -> list[int]:
+    """The seed of the training that made an evaluation's weights, by its done.json; of given weights, the evaluation's own."""
+    folders = sorted(facts["inputs"])  # that of DPO, where there is one, before that of SFT
+    trained = [found for name in folders if (found := re.fullmatch(r"[^/]+/seed(\d+)/(dpo-[^/]+|sft)", name))]
+    return [int(trained[0][1])] if trained else [facts["config"]["seed"]]
 
 
 def summarise(rows: list[dict]) -> dict:

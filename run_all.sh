@@ -29,7 +29,7 @@ done
 named() { # what a config, or else the one that it is laid over, has of a key, on a line of its own
   [[ -f $2 ]] || return 0
   local found base
-  found=$(sed -n "s/^$1: *\([^#]*\).*/\1/p" "$2") base=$(sed -n "s/^base: *//p" "$2")
+  found=$(sed -n "s/^$1: *\([^#]*\).*/\1/p" "$2") base=$(sed -n "s/^base: *\([^# ]*\).*/\1/p" "$2")
   if [[ -n $found || -z $base ]]; then echo "$found"; else named "$1" "$(dirname "$2")/$base"; fi
 }
 STAGES=${STAGES:-$(named stages "$CONFIG")}

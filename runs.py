@@ -244,5 +244,8 @@ def checkpoint_files(path: str) -> list[Path]:
     """The files of a checkpoint (or of pairs, or an adapter) that decide what it is; UserError when it is not there."""
     if not Path(path).exists():
         raise UserError(f"no checkpoint {path}; give the folder that holds its .safetensors")
+    if (Path(path) / "done.json").is_file():  # a stage's own folder: what it made, and not how long it took
+        made = [Path(path) / name for name in sorted(read_identity(Path(path) / "done.json").get("outputs", ()))]
+        return [p for p in made if p.is_file()]
     files = sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]
     return [p for p in files if p.suffix in (".json", ".jsonl", ".safetensors")]

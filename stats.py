@@ -1,7 +1,8 @@
 """Intervals and tests of success rates.
 
 Episodes of one place (task, init state) under several seeds are not independent. What is here takes that into account by their
-places, or by the design effect `deff`: by how much it makes a variance larger than that of as many independent episodes.
+places, or by the design effect `deff`: by how much it makes a variance larger than that of as many independent episodes. What is
+left out is how trainings vary: of three seeds no test can say it, so a p speaks of these policies on other init states.
 """
 
 from __future__ import annotations

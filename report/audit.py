@@ -206,6 +206,9 @@ def count(cells: dict, policy: str, suite: str, seeds=None) -> tuple[int, int, i
     return sum(e.success for e in valid), len(valid), len(found) - len(valid)
 
 
+WITHOUT_EPISODES = "a summary without episodes: its figures can't be recomputed"
+
+
 def summaries(folder: Path, cells: dict) -> list[Finding]:
     """Summaries that say something else than the episodes, or whose episodes are not there."""
     findings, policies = [], {policy for policy, _, _ in cells}
@@ -224,8 +227,7 @@ def summaries(folder: Path, cells: dict) -> list[Finding]:
         where, beside = str(path.relative_to(folder)), path.with_suffix(".jsonl")
         if isinstance(data, dict) and "per_suite" in data:  # the repository's summary, beside <same name>.jsonl
             if not beside.is_file():
-                text = "a summary without episodes: its figures can't be recomputed"
-                findings.append(Finding("missing", where, text))
+                findings.append(Finding("missing", where, WITHOUT_EPISODES))
                 continue
             rows = [r for r in (normalised(row, "") for row in read_lines(beside)[0]) if r]
             for suite, facts in data["per_suite"].items():
@@ -239,6 +241,9 @@ def summaries(folder: Path, cells: dict) -> list[Finding]:
                 text = f"its SFT baseline is {data['sft_baseline']:g} %, the episodes of {base} give {rate}"
                 findings.append(Finding("baseline", where, text))
         elif isinstance(data, dict) and {"successes", "n", "crashes"} <= data.keys():  # the kit's summary.json
+            if not path.with_name("episodes.jsonl").is_file():
+                findings.append(Finding("missing", where, WITHOUT_EPISODES))
+                continue
             rows = [r for r in (normalised(row, "") for row in read_lines(path.with_name("episodes.jsonl"))[0]) if r]
             valid = [e.success for *_, e in rows if not e.crash]
             compare(where, (data["successes"], data["n"]), (sum(valid), len(valid)))

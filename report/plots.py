@@ -175,7 +175,7 @@ def cells(colours: dict, rows: list[dict]):
     ink = [colours["dora"] if reuse else colours["sft"] for reuse in reuses]
     for i, r in enumerate(rows):
         ax.plot([100 * x for x in r["ci95"]], [i, i], color=ink[i], linewidth=2)
-        ax.plot(100 * r["successes"] / r["n"], i, "s", color=ink[i], markersize=5)
+        ax.plot(100 * r["successes"] / max(1, r["n"]), i, "s", color=ink[i], markersize=5)
     right.barh(range(len(rows)), [r["ms_per_step"] for r in rows], 0.62, color=ink)
     for i, r in enumerate(rows):
         hits = f"   {r['hit_rate']:.0%} hits" if reuses[i] else ""

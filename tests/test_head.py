@@ -336,6 +336,8 @@ def test_demonstrations_are_held_out_by_their_last_init_states(configured):
     assert {demo.task for *_, demo in common.demonstrations(few, 1)} == {0, 2}
     with pytest.raises(common.UserError, match=r"task_05\.hdf5 is not there; run 00_demos\.py"):
         list(common.demonstrations(dataclasses.replace(few, tasks=[0, 5]), 1))
+    with pytest.raises(common.UserError, match="no demonstrations of libero_goal"):  # one of two suites is not there
+        list(common.demonstrations(dataclasses.replace(few, suites=["libero_object", "libero_goal"], tasks=[]), 2))
     with h5py.File(configured.data_dir / "libero_object" / "task_01.hdf5", "a") as file:
         file["data/demo_2"].attrs["init_state_id"] = 40
     with pytest.raises(common.UserError, match="demo_2 starts from init state 40"):

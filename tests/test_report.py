@@ -435,10 +435,12 @@ def test_a_run_is_reported_as_far_as_it_has_come(tmp_path):
             folder / "profile" / "table.json", [m | {"command": "python 05_profile.py x", "commit": ""} for m in metrics]
         )
         for row in rows:
-            (folder / f"eval-{row['name']}").mkdir()
+            (made := folder / f"eval-{row['name']}").mkdir()
             source = RESULTS / "tiny_libero_object" / "episodes" / f"eval-{row['name']}.jsonl"
-            target = folder / f"eval-{row['name']}" / "episodes.jsonl"
-            disk.write_rows(target, [episode | {"seed": seed} for episode in disk.read_jsonl(source)])
+            disk.write_rows(made / "episodes.jsonl", [episode | {"seed": seed} for episode in disk.read_jsonl(source)])
+            facts = {"config": {"group": "test", "seed": seed}, "inputs": {}, "policy": row["name"]}
+            disk.write_json(made / "done.json", facts)
+            disk.write_json(made / "timing.json", {})
     (folder / "eval-sft" / "videos").mkdir()
     (folder / "eval-sft" / "videos" / "libero_object-00-init40-success.gif").write_bytes(b"GIF89a")
     stage.main(cfg)
@@ -485,7 +487,11 @@ def test_every_suite_has_a_row_and_all_seeds_together_have_one(tmp_path, monkeyp
     for row in [r for r in lone if r["train_seeds"] == [1337]]:
         for key in stage.PAIRED:
             row.pop(key, None)  # as if that seed's SFT had not been evaluated
-    pooled = stage.over_seeds(tmp_path / "x" / "pi05", lone)
+    played = {
+        (seed, facts["config"]["group"], facts["policy"]): (facts, rows)
+        for seed, facts, rows in finished(tmp_path / "x" / "pi05")
+    }
+    pooled = stage.over_seeds(lone, played, tmp_path / "x")
     assert pooled and not any(key in row for row in pooled for key in stage.PAIRED)
     assert all(stage.script({"command": f"python {where}04_eval.py x"}) == "04_eval.py" for where in ("", "./", "/a b/"))
     stage.main(report_cfg)
@@ -497,6 +503,47 @@ def test_every_suite_has_a_row_and_all_seeds_together_have_one(tmp_path, monkeyp
     assert all(f"| {page.p_value(p)} |" in table for p in holm)
 
 
+@pytest.mark.parametrize("what", ["redone", "other settings", "one policy"])
+def test_seeds_are_put_together_only_where_nothing_else_differs(tmp_path, monkeypatch, what):
+    """Not with an evaluation that is being redone, not across settings, and not one policy under the noise of several seeds."""
+    evaluation = importlib.import_module("04_eval")
+    monkeypatch.setattr(sys, "argv", ["04_eval.py"])
+    (weights := tmp_path / "x" / "pi05" / "seed42" / "sft").mkdir(parents=True)
+    disk.write_json(weights / "done.json", {"fingerprint": "a", "inputs": {}, "stage": "01_sft", "config": {"seed": 42}})
+    for seed in (42, 1337):
+        made_from = {"start_seed": 42} if what == "one policy" else {}
+        cfg = evaluation.Config(
+            root=str(tmp_path), name="x", seed=seed, execute=8 - (seed == 1337) * (what == "other settings"), **made_from
+        )
+        inputs = [weights] if what == "one policy" else []
+        shared = (
+            "suites backbone seed image_size render blank_images execute denoise_steps noise_scale start adapter pairs surrogate"
+        )
+        made = runs.open_stage("04_eval.py", cfg, cfg.seed_dir / "eval-sft", shared, inputs, [])
+        rows = [
+            {"suite": "libero_object", "seed": seed, "task": r["task"], "init_state": 40 + r["init"], "steps": 9, "crash": ""}
+            | {"success": r["success"]}
+            for r in outcomes(0.5, seed)
+        ]
+        episodes.finish(made, rows, policy="sft")
+        disk.write_json(cfg.seed_dir / "results.json", table := evaluation.results_table(cfg))
+        assert table[0]["train_seeds"] == [42 if what == "one policy" else seed] and table[0]["noise_seed"] == seed
+    report_cfg = stage.Config(root=str(tmp_path), name="x")
+    if what == "redone":
+        assert len(stage.of_run(report_cfg, "pi05").rows) == 3, "two seeds, and both"
+        (made.dir / "done.json").unlink()
+        disk.write_rows(made.dir / "episodes.jsonl", rows[:7])
+    seeds = [row["noise_seed"] for row in stage.of_run(report_cfg, "pi05").rows]
+    assert seeds == ([42] if what == "redone" else [42, 1337])
+
+
+def finished(folder: Path):
+    """(seed, done.json, episodes) of a run's finished evaluations."""
+    for seed_dir in sorted(folder.glob("seed*")):
+        for facts, rows, _ in episodes.finished(seed_dir, "eval-*", "test"):
+            yield int(seed_dir.name.removeprefix("seed")), facts, rows
+
+
 def test_cells_are_said_in_words_and_stand_in_order():
     names = ["none-k2-euler10", "none-k8-euler1", "student-none-k8-euler1", "none-k8-euler10", "none-k10-euler10"]
     names += ["given-chunk0.92x4-k2-euler10", "given-chunk0.999x4-k2-euler10", "prefix0x1000-k2-heun2-at750"]
@@ -504,6 +551,18 @@ def test_cells_are_said_in_words_and_stand_in_order():
     assert sorted(rows, key=plots.of_cell) == [rows[i] for i in (0, 1, 3, 2, 4, 5, 6, 7)]
     assert plots.of_cell(rows[2])[1] == "look every 8, euler 1, student"
     assert plots.of_cell(rows[7])[1] == "prefix at 0, 1000 in a row; look every 2, heun 2, from step 750"
+
+
+def test_a_summary_without_its_episodes_is_found_and_a_readme_that_is_not_there_refused(tmp_path):
+    (tmp_path / "lost").mkdir()
+    disk.write_json(tmp_path / "lost" / "summary.json", {"successes": 3, "n": 4, "crashes": 0})
+    shutil.copy(RESULTS / "tiny_blank" / "episodes" / "eval-sft-blank.jsonl", tmp_path / "sft.jsonl")
+    assert [(found.kind, found.where) for found in audit.audit(tmp_path)["findings"]] == [("missing", "lost/summary.json")]
+    cfg = stage.Config(root=str(tmp_path), results=str(RESULTS))
+    with pytest.raises(common.UserError, match="there is no such file"):
+        stage.main(replace(cfg, readme=str(tmp_path / "none.md")))
+    with pytest.raises(SystemExit):
+        stage.main(replace(cfg, results=str(tmp_path), audit=str(tmp_path)))  # an audit needs no table.json
 
 
 def test_an_audit_by_command(tmp_path, capsys):

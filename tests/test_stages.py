@@ -242,6 +242,32 @@ def test_a_saved_adapter_merges_to_what_was_trained(kind, tmp_path):
     assert not torch.allclose(tiny_policy().sample_actions(merged.encode(obs), noise), trained, atol=1e-3)
 
 
+@pytest.mark.parametrize("mine, given", [(1, 2), (2, 1)])
+def test_an_adapter_of_another_depth_is_refused(mine, given, tmp_path):
+    """peft warns of layers that an adapter lacks, and passes over those that it has too many."""
+
+    def deep(depth: int):
+        towers = {name: MODEL[name] | {"depth": depth} for name in ("vlm", "expert")}
+        return backbones.build("pi05", MODEL | towers, INSTRUCTIONS)
+
+    policy = deep(given)
+    common.attach_adapter(policy, "lora", 4, 8, policy.adapter_targets, seed=1).save_pretrained(str(tmp_path))
+    common.load_adapter(deep(given), tmp_path)
+    with pytest.raises(common.UserError, match=r"holds an adapter of another policy: only one of the two has .*layers\.1"):
+        common.load_adapter(deep(mine), tmp_path)
+
+
+@pytest.mark.parametrize("surrogate", ["paper", "elbo", "exact"])
+def test_betas_pairs_are_scored_a_batch_at_a_time(surrogate, monkeypatch):
+    """As many as a training step scores, with the draws that each pair has among all: the same beta."""
+    policy, pairs, seen = tiny_policy(), random_pairs(10), []
+    common.attach_adapter(policy, "lora", 4, 8, policy.adapter_targets, seed=1)
+    score = dpo.score
+    monkeypatch.setattr(dpo, "score", lambda p, obs, chosen, *rest: (seen.append(len(chosen)), score(p, obs, chosen, *rest))[1])
+    betas = [dpo.auto_beta(policy, pairs, dpo.Config(surrogate=surrogate, batch_size=size, ode_steps=2)) for size in (4, 10)]
+    assert seen == [4, 4, 2, 10] and abs(betas[0] / betas[1] - 1) < 1e-4, (seen, betas)
+
+
 def test_dropout_left_on_while_acting_changes_what_is_done(tmp_path):
     policy, pairs = tiny_policy(), random_pairs(4)
     adapted = common.attach_adapter(policy, "lora", 4, 8, policy.adapter_targets, seed=1)
