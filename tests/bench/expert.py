@@ -1,6 +1,7 @@
 """How often the scripted expert solves each task, as stage 00 records it (noise, waypoints, tries), without images.
 
     python tests/bench/expert.py [suite ...] [n=10] [tasks=0,1,...] [out=FILE]      40 tasks x 10 init states: 10 CPU minutes
+    python tests/bench/expert.py plain=1 [...]          one try each, without noise on the actions and with waypoints as they are
 
 Plays every task from init states 0 to n-1. `first try` and `solved` (within max_tries) are episodes of n whose goal was reached
 within the suite's step limit; `steps` is the mean step of the first success, `longest` the latest. Last line: one JSON object.
@@ -24,11 +25,11 @@ demos = importlib.import_module("00_demos")
 CODE = ("00_demos.py", "common.py", "expert.py", "grasps.py", "sim.py", "osc.py")
 
 
-def play(suite: str, task: int, n: int) -> dict:
+def play(suite: str, task: int, n: int, cfg: demos.Config) -> dict:
     """One row of the table."""
     env, tries, steps = sim.TaskEnv(suite, task), [], []
     for init_state in common.init_states("demos", n):
-        outcomes, rows = demos.try_until_success(env, init_state, 0, demos.Config(), see=lambda *_: {})
+        outcomes, rows = demos.try_until_success(env, init_state, 0, cfg, see=lambda *_: {})
         tries.append(outcomes)
         steps += [rows["success_step"] + 1] if rows else []
     env.close()
@@ -39,10 +40,12 @@ def play(suite: str, task: int, n: int) -> dict:
 
 
 def main(*arguments: str) -> None:
-    options = {"n": 10, "out": ""} | dict(a.split("=") for a in arguments if "=" in a)
+    options = {"n": 10, "out": "", "plain": ""} | dict(a.split("=") for a in arguments if "=" in a)
     suites = [a for a in arguments if "=" not in a] or ["libero_object", "libero_spatial", "libero_goal", "libero_10"]
     tasks = [int(t) for t in options.get("tasks", "0,1,2,3,4,5,6,7,8,9").split(",")]
-    n, out, code = int(options["n"]), Path(options["out"]), {name: runs.source_hash(runs.HERE / name) for name in CODE}
+    n, out = int(options["n"]), Path(options["out"])
+    code = {name: runs.source_hash(runs.HERE / name) for name in CODE} | {"plain": options["plain"]}
+    cfg = demos.Config(action_noise=0.0, waypoint_jitter=0.0, max_tries=1) if options["plain"] else demos.Config()
     out.parent.mkdir(parents=True, exist_ok=True)
     kept = disk.read_json(out) if out.is_file() else {}
     rows, began = kept["rows"] if kept.get("code") == code else [], time.process_time()
@@ -51,7 +54,7 @@ def main(*arguments: str) -> None:
     for suite, task in [(suite, task) for suite in suites for task in tasks]:
         row = next((row for row in rows if (row["suite"], row["task"], row["n"]) == (suite, task, n)), None)
         if row is None:
-            rows.append(row := play(suite, task, n))
+            rows.append(row := play(suite, task, n, cfg))
             if options["out"]:
                 disk.write_atomic(out, json.dumps({"code": code, "rows": rows}, indent=1) + "\n")
         asked.append(row)
