@@ -145,13 +145,13 @@ def auto_beta(policy, pairs: dict, cfg: Config) -> float:
     if n < 2:
         raise common.UserError("dpo.beta=auto needs two pairs or more; give it a number")
     index = torch.arange(0, n, max(1, n // 64))
-    noise, ratios = shared_noise(policy, len(index), cfg, common.stream(cfg.seed, "beta")), []
+    noise, log_ratios = shared_noise(policy, len(index), cfg, common.stream(cfg.seed, "beta")), []
     with policy.reference():
         for rows in torch.arange(len(index)).split(cfg.batch_size):  # no more memory than a training step
             shared = noise.rows(rows) if isinstance(noise, common.Draws) else noise if noise is None else noise[rows]
             ref_w, ref_l = score(policy, *batch_of(pairs, index[rows]), shared, cfg, "beta", int(rows[0]))
-            ratios.append(ref_w - ref_l)
-    return 1.0 / max(torch.cat(ratios).std(correction=0).item(), 1e-6)
+            log_ratios.append(ref_w - ref_l)
+    return 1.0 / max(torch.cat(log_ratios).std(correction=0).item(), 1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------------------ data
