@@ -28,7 +28,7 @@ import sim
 from common import UserError
 from sim import TaskEnv
 
-MUJOCO = "3.3.2"  # from 3.3.3 on LIBERO's floors render darker, which costs published policies 20 points (LIBERO issue 88)
+MUJOCO = "3.3.2"  # from 3.3.3 on LIBERO's floors render darker, said to cost OpenVLA about 20 points (LIBERO issue 88)
 FRAME_RGB = {  # mean of the 128-px agentview frame of task 0, init state 0, settled
     ("libero_object", "default"): (145.2, 139.1, 132.9),
     ("libero_goal", "fast"): (124.8, 115.8, 106.2),
