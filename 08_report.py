@@ -251,8 +251,10 @@ def images(experiment: Experiment, groups: dict[str, list[dict]], folder: Path) 
             _, adapter, variant = name.split("-", 2)
             variants[variant][adapter] = rows
     for variant, curves in sorted(variants.items()):
-        recipe, _, start = variant.partition("-at")
+        recipe = re.split(r"-at\d|[-,] ?seed\d", variant)[0]
+        start, seed = (found[1] if (found := re.search(key, variant)) else "" for key in (r"-at(\d+)", r"seed(\d+)"))
         words = f"DPO's implicit rewards, {recipe} pairs, from {f'SFT step {start}' if start else 'the final SFT policy'}"
+        words += f", seed {seed}" * bool(seed)
         add(f"dpo-{slug(variant)}", words, plots.dpo, curves)
     for (stage, unit), rows in sorted(by_stage(experiment.rows, "unit").items()):
         if 1 < len(rows) <= 24:  # more say nothing as bars; their stage draws them
@@ -386,7 +388,7 @@ def main(cfg: Config) -> None:
         sys.exit(0 if audited(Path(cfg.audit), folder) else 1)
     if cfg.results:
         experiments = [of_results(path, top) for path in top.rglob("table.json") if path.parent != folder]
-        experiments.sort(key=lambda e: (not any("successes" in row for row in e.rows), e.title))
+        experiments.sort(key=lambda e: (not any(script(row) == "04_eval.py" for row in e.rows), e.title))
     else:
         experiments = [of_run(cfg, b) for b in BACKBONES if replace(cfg, backbone=b).seed_dir.parent.is_dir()]
         disk.write_json(folder / "table.json", [row for experiment in experiments for row in experiment.rows])
