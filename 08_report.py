@@ -66,9 +66,8 @@ def of_run(cfg: Config, backbone: str) -> Experiment:
     """All seeds of one backbone of a run."""
     folder = replace(cfg, backbone=backbone).seed_dir.parent
     found = Experiment(f"{cfg.name} {backbone}", [], episodes=folder)
-    seeds, played = sorted(folder.glob("seed*"), key=lambda path: (len(path.name), path.name)), {}
-    for seed_dir in seeds:
-        seed = int(seed_dir.name.removeprefix("seed"))
+    seeds, played = {int(path.name[4:]): path for path in folder.glob("seed*") if path.name[4:].isdecimal()}, {}
+    for seed, seed_dir in sorted(seeds.items()):
         for group in ("test", "val"):
             for facts, rows, _ in episodes.finished(seed_dir, "eval-*", group):
                 played[seed, group, facts["policy"]] = facts, rows
@@ -86,12 +85,14 @@ def of_run(cfg: Config, backbone: str) -> Experiment:
 
 
 PAIRED = ("paired_with", "diff_vs_sft", "gained", "lost", "p_vs_sft", "paired_n", "deff")  # keys of a row's comparison
+# config keys in which several seeds of one experiment may differ
+NO_SETTING = {"seed", "videos", "threads", "log_every", "checkpoint_every"}
 
 
 def settings(facts: dict, run: Path):
-    """The configs of an evaluation and of all that it was made from, without their seeds."""
-    yield {key: value for key, value in facts["config"].items() if key != "seed"}
-    for name in sorted(facts["inputs"]):
+    """The configs of an evaluation and of all that it was made from, but for what is none."""
+    yield {key: value for key, value in facts["config"].items() if key not in NO_SETTING}
+    for name in sorted(facts["inputs"], key=lambda name: Path(name).name):
         done = run / name / "done.json"
         if done.is_file():
             yield from settings(disk.read_json(done), run)
@@ -99,29 +100,32 @@ def settings(facts: dict, run: Path):
 
 def over_seeds(rows: list[dict], played: dict, run: Path) -> list[dict]:
     """What several training seeds have, a row with the episodes of all of them: of each evaluation, group and suite. Only where
-    the trainings differ in nothing but the seed; an evaluation under another noise seed is none.
+    the settings differ in nothing but the seed; one policy under several noise seeds is no several trainings.
 
     played: (seed, group, name) -> done.json and episodes of an evaluation.
     """
     groups, pooled = defaultdict(list), []
     for row in [row for row in rows if script(row) == "04_eval.py" and row["train_seeds"] == [row["noise_seed"]]]:
-        groups[row["name"], row["suite"], row["group"]].append(row)
-    for (name, suite, group), mine in groups.items():
-        seeds = [row["noise_seed"] for row in mine]
-        made = [list(settings(played[seed, group, name][0], run)) for seed in seeds]
-        if len(seeds) == 1:
+        if (row["noise_seed"], row["group"], row["name"]) in played:
+            groups[row["name"], row["group"]].append(row)
+    for (name, group), of_name in groups.items():
+        seeds = sorted({row["noise_seed"] for row in of_name})
+        facts = [played[seed, group, name][0] for seed in seeds]
+        if len({str(each["inputs"]) for each in facts}) < 2:
             continue
-        if any(each != made[0] for each in made):
-            print(f"[08_report] {name}, {suite}: seeds {seeds} were made with different settings, so they have no row together")
+        if any(list(settings(each, run)) != list(settings(facts[0], run)) for each in facts):
+            print(f"[08_report] {name}: seeds {seeds} were made with different settings, so they have no row together")
             continue
-        mine_all, base_all = (
-            [e for seed in seeds for e in played.get((seed, group, policy), ({}, []))[1] if e["suite"] in suite.split()]
-            for policy in (name, mine[0].get("paired_with"))
-        )
-        row = {key: value for key, value in mine[0].items() if key not in ("noise_seed", *PAIRED)} | {"train_seeds": seeds}
-        pooled.append(row | episodes.summarise(mine_all))
-        if all("paired_with" in row and (row["noise_seed"], group, row["paired_with"]) in played for row in mine):
-            pooled[-1] |= {"paired_with": mine[0]["paired_with"]} | episodes.paired(mine_all, base_all)
+        for suite in dict.fromkeys(row["suite"] for row in of_name):
+            mine = [row for row in of_name if row["suite"] == suite]
+            mine_all, base_all = (
+                [e for seed in seeds for e in played.get((seed, group, policy), ({}, []))[1] if e["suite"] in suite.split()]
+                for policy in (name, mine[0].get("paired_with"))
+            )
+            row = {key: value for key, value in mine[0].items() if key not in ("noise_seed", *PAIRED)} | {"train_seeds": seeds}
+            pooled.append(row | episodes.summarise(mine_all))
+            if all("paired_with" in row and (row["noise_seed"], group, row["paired_with"]) in played for row in mine):
+                pooled[-1] |= {"paired_with": mine[0]["paired_with"]} | episodes.paired(mine_all, base_all)
     return pooled
 
 

@@ -327,7 +327,7 @@ def load_adapter(policy, folder: Path, dropout: float = 0.0):
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{folder} holds no adapter of this policy ({one_line(error)}); run 03_dpo.py again") from error
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        if other := set(file.keys()) ^ set(get_peft_model_state_dict(adapted)):
+        if other := set(file.keys()) ^ set(get_peft_model_state_dict(adapted, save_embedding_layers=False)):
             raise UserError(f"{folder} holds an adapter of another policy: only one of the two has {min(other)}")
     if not dropout:
         return adapted.merge_and_unload().eval()

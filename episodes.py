@@ -86,8 +86,8 @@ def finished(seed_dir: Path, pattern: str, group: str) -> list[tuple[dict, list[
 
 def train_seeds(facts: dict) -> list[int]:
     """The seed of the training that made an evaluation's weights, by its done.json; of given weights, the evaluation's own."""
-    folders = sorted(facts["inputs"])  # that of DPO, where there is one, before that of SFT
-    trained = [found for name in folders if (found := re.fullmatch(r"[^/]+/seed(\d+)/(dpo-[^/]+|sft)", name))]
+    trained = [found for name in facts["inputs"] if (found := re.fullmatch(r"[^/]+/seed(\d+)/(dpo|sft)(-.*)?", name))]
+    trained.sort(key=lambda found: found[2] == "sft")  # DPO's, where there is one
     return [int(trained[0][1])] if trained else [facts["config"]["seed"]]
 
 

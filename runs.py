@@ -245,7 +245,10 @@ def checkpoint_files(path: str) -> list[Path]:
     if not Path(path).exists():
         raise UserError(f"no checkpoint {path}; give the folder that holds its .safetensors")
     if (Path(path) / "done.json").is_file():  # a stage's own folder: what it made, and not how long it took
-        made = [Path(path) / name for name in sorted(read_identity(Path(path) / "done.json").get("outputs", ()))]
-        return [p for p in made if p.is_file()]
-    files = sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]
-    return [p for p in files if p.suffix in (".json", ".jsonl", ".safetensors")]
+        files = [Path(path) / name for name in sorted(read_identity(Path(path) / "done.json").get("outputs", ()))]
+    else:
+        files = sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]
+    found = [p for p in files if p.suffix in (".json", ".jsonl", ".safetensors") and p.is_file()]
+    if not found:
+        raise UserError(f"{path} holds no .safetensors")
+    return found

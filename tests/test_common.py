@@ -400,6 +400,18 @@ def test_what_was_made_from_an_older_input_is_refused(tmp_path):
         made("eval", [weights, "dpo"])
 
 
+def test_a_stages_folder_is_known_as_a_checkpoint_by_what_it_made(tmp_path):
+    """Not by how long it took: weights that were trained again, bit for bit, are the same checkpoint."""
+    made = runs.open_stage("01_sft.py", Config(name="x", root=str(tmp_path)), tmp_path / "x" / "sft", "seed", [], [])
+    (made.dir / "model.safetensors").write_text("weights")
+    made.finish()
+    (made.dir / "timing.json").write_text("{}")
+    assert [path.name for path in runs.checkpoint_files(str(made.dir))] == ["model.safetensors"]
+    (made.dir / "model.safetensors").unlink()
+    with pytest.raises(common.UserError, match=r"holds no \.safetensors"):
+        runs.checkpoint_files(str(made.dir))
+
+
 def test_an_output_that_is_gone_is_noticed_and_the_remedy_helps(tmp_path):
     def made(name, inputs, **kwargs):
         cfg, folder = Config(name="exp", root=str(tmp_path), **kwargs), tmp_path / "exp" / name

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import backbones
 import common
+import runs
 from backbones.published import openvla_key, pi05_key
 
 WRITERS = {kind: getattr(published_files, f"write_{kind}") for kind in ("openvla", "lerobot", "openpi")}
@@ -207,3 +208,14 @@ def test_wrong_checkpoints_are_refused_in_one_line(fault, tmp_path):
     with pytest.raises(common.UserError, match=words) as error:
         load(tmp_path, kind)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["openvla_7b", "openvla_7b_corrected"])
+def test_openvla_is_greedy_in_play_outs_and_evaluations(name):
+    """Only the chunks that are tried at a decision point are sampled."""
+    arguments = [str(runs.HERE / "configs" / f"{name}.yaml"), "device=cpu", "dtype=float32"]
+    stages = {
+        section: importlib.import_module(script) for section, script in (("prefs", "02_collect_prefs"), ("eval", "04_eval"))
+    }
+    cfgs = {section: common.load_config(module.Config, section, arguments) for section, module in stages.items()}
+    assert [cfg.noise_scale for cfg in cfgs.values()] == [0, 0] and cfgs["prefs"].branch_scale > 0

@@ -461,7 +461,10 @@ def test_every_suite_has_a_row_and_all_seeds_together_have_one(tmp_path, monkeyp
         shared = (
             "suites backbone seed image_size render blank_images execute denoise_steps noise_scale start adapter pairs surrogate"
         )
-        made = runs.open_stage("04_eval.py", cfg, cfg.seed_dir / f"eval-{name}", shared, [], [])
+        (weights := cfg.seed_dir / "sft").mkdir(parents=True, exist_ok=True)
+        facts = {"fingerprint": str(seed), "inputs": {}, "stage": "01_sft", "config": {"seed": seed}}
+        disk.write_json(weights / "done.json", facts)
+        made = runs.open_stage("04_eval.py", cfg, cfg.seed_dir / f"eval-{name}", shared, [weights], [])
         rows = [
             {"suite": suite, "seed": seed, "task": r["task"], "init_state": 40 + r["init"], "steps": 9, "crash": ""}
             | {"success": r["success"]}
@@ -503,38 +506,72 @@ def test_every_suite_has_a_row_and_all_seeds_together_have_one(tmp_path, monkeyp
     assert all(f"| {page.p_value(p)} |" in table for p in holm)
 
 
-@pytest.mark.parametrize("what", ["redone", "other settings", "one policy"])
+@pytest.mark.parametrize("what", ["alike", "redone", "looks", "trained", "one policy", "given"])
 def test_seeds_are_put_together_only_where_nothing_else_differs(tmp_path, monkeypatch, what):
-    """Not with an evaluation that is being redone, not across settings, and not one policy under the noise of several seeds."""
-    evaluation = importlib.import_module("04_eval")
+    """Not with an evaluation that is being redone, not across settings of the evaluation or of a training; one policy under the
+    noise of two seeds is one training, but DPO of two seeds from one SFT policy is two."""
+    evaluation, run = importlib.import_module("04_eval"), tmp_path / "x"
     monkeypatch.setattr(sys, "argv", ["04_eval.py"])
-    (weights := tmp_path / "x" / "pi05" / "seed42" / "sft").mkdir(parents=True)
-    disk.write_json(weights / "done.json", {"fingerprint": "a", "inputs": {}, "stage": "01_sft", "config": {"seed": 42}})
-    for seed in (42, 1337):
-        made_from = {"start_seed": 42} if what == "one policy" else {}
+
+    def trained(name: str, seed: int, steps: int) -> Path:
+        (folder := run / "pi05" / f"seed{seed}" / name).mkdir(parents=True, exist_ok=True)
+        facts = {"config": {"seed": seed, "steps": steps}, "fingerprint": f"{name} {seed}", "inputs": {}, "stage": "a"}
+        disk.write_json(folder / "done.json", facts)
+        return folder
+
+    (tmp_path / "given.safetensors").write_text("weights")
+    for seed, policy in itertools.product((42, 1337), ("sft", "dpo")):
         cfg = evaluation.Config(
-            root=str(tmp_path), name="x", seed=seed, execute=8 - (seed == 1337) * (what == "other settings"), **made_from
+            root=str(tmp_path), name="x", seed=seed, policy=policy, execute=7 if (what, seed) == ("looks", 42) else 8
         )
-        inputs = [weights] if what == "one policy" else []
+        inputs = [trained("sft", 42 if what == "one policy" else seed, 9 if (what, seed) == ("trained", 42) else 8)]
+        inputs = [tmp_path / "given.safetensors"] if what == "given" else inputs
+        inputs += [trained("dpo-lora-branch", seed, 8)] if policy == "dpo" else []
         shared = (
             "suites backbone seed image_size render blank_images execute denoise_steps noise_scale start adapter pairs surrogate"
         )
-        made = runs.open_stage("04_eval.py", cfg, cfg.seed_dir / "eval-sft", shared, inputs, [])
+        made = runs.open_stage("04_eval.py", cfg, cfg.seed_dir / f"eval-{evaluation.policy_name(cfg)}", shared, inputs, [])
         rows = [
             {"suite": "libero_object", "seed": seed, "task": r["task"], "init_state": 40 + r["init"], "steps": 9, "crash": ""}
             | {"success": r["success"]}
             for r in outcomes(0.5, seed)
         ]
-        episodes.finish(made, rows, policy="sft")
-        disk.write_json(cfg.seed_dir / "results.json", table := evaluation.results_table(cfg))
-        assert table[0]["train_seeds"] == [42 if what == "one policy" else seed] and table[0]["noise_seed"] == seed
-    report_cfg = stage.Config(root=str(tmp_path), name="x")
+        episodes.finish(made, rows, policy=evaluation.policy_name(cfg))
+        disk.write_json(cfg.seed_dir / "results.json", evaluation.results_table(cfg))
     if what == "redone":
-        assert len(stage.of_run(report_cfg, "pi05").rows) == 3, "two seeds, and both"
         (made.dir / "done.json").unlink()
         disk.write_rows(made.dir / "episodes.jsonl", rows[:7])
-    seeds = [row["noise_seed"] for row in stage.of_run(report_cfg, "pi05").rows]
-    assert seeds == ([42] if what == "redone" else [42, 1337])
+    found = stage.of_run(stage.Config(root=str(tmp_path), name="x"), "pi05").rows
+    seeds = {policy: [row["train_seeds"] for row in found if row["policy"] == policy] for policy in ("sft", "dpo")}
+    each, both = [[42], [1337]], [[42], [1337], [42, 1337]]
+    assert (
+        seeds
+        == {
+            "alike": {"sft": both, "dpo": both},
+            "redone": {"sft": both, "dpo": each[:1]},
+            "looks": {"sft": each, "dpo": each},
+            "trained": {"sft": each, "dpo": each},
+            "one policy": {"sft": [[42], [42]], "dpo": both},
+            "given": {"sft": each, "dpo": both},
+        }[what]
+    )
+
+
+def test_a_policy_that_sees_nothing_is_paired_with_one_that_does_not_either(tmp_path, monkeypatch):
+    evaluation = importlib.import_module("04_eval")
+    monkeypatch.setattr(sys, "argv", ["04_eval.py"])
+    for policy, blank in itertools.product(("sft", "dpo"), (False, True)):
+        cfg = evaluation.Config(root=str(tmp_path), name="x", policy=policy, blank_images=blank)
+        name = evaluation.policy_name(cfg)
+        shared = (
+            "suites backbone seed image_size render blank_images execute denoise_steps noise_scale start adapter pairs surrogate"
+        )
+        made = runs.open_stage("04_eval.py", cfg, cfg.seed_dir / f"eval-{name}", shared, [], [])
+        rows = [{"suite": "libero_object", "seed": 42, "task": 0, "init_state": 40, "steps": 9, "crash": "", "success": True}]
+        episodes.finish(made, rows, policy=name)
+    against = {row["name"]: row.get("paired_with") for row in evaluation.results_table(cfg)}
+    blind = {"sft-blank": "sft", "dpo-lora-branch-blank": "sft-blank"}
+    assert against == {"sft": None, "dpo-lora-branch": "sft"} | blind
 
 
 def finished(folder: Path):
