@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from scipy.stats import binomtest
 
 import common
@@ -403,7 +404,7 @@ def test_what_was_made_from_an_older_input_is_refused(tmp_path):
 def test_a_stages_folder_is_known_as_a_checkpoint_by_what_it_made(tmp_path):
     """Not by how long it took: weights that were trained again, bit for bit, are the same checkpoint."""
     made = runs.open_stage("01_sft.py", Config(name="x", root=str(tmp_path)), tmp_path / "x" / "sft", "seed", [], [])
-    (made.dir / "model.safetensors").write_text("weights")
+    save_file({"weight": torch.zeros(1)}, made.dir / "model.safetensors")
     made.finish()
     (made.dir / "timing.json").write_text("{}")
     assert [path.name for path in runs.checkpoint_files(str(made.dir))] == ["model.safetensors"]
