@@ -389,8 +389,8 @@ def both_into_basket(first: str, second: str) -> list[tuple]:
     return into_basket(first, shift=(0.03, 0), **high) + into_basket(second, shift=(-0.03, 0), **high)
 
 
-def bowl(on: str, lift=0.06, **where) -> list[tuple]:
-    return [do(pick_rim, target=BOWL, goal=on, lift=lift), do(place, target=BOWL, on=on, **where)]
+def bowl(on: str, lift=0.06, depth=0.026, **where) -> list[tuple]:
+    return [do(pick_rim, target=BOWL, goal=on, depth=depth, lift=lift), do(place, target=BOWL, on=on, **where)]
 
 
 def mug(name: str, plate: str) -> list[tuple]:
@@ -409,7 +409,11 @@ SUITES = {
         into_basket("chocolate_pudding_1"),
         into_basket("orange_juice_1", depth=0.030, yaws=range(70, 115, 5)),  # across the roof, whose ends hook on open fingers
     ],
-    "libero_spatial": [bowl("plate_1", lift=0.14 if task == 4 else 0.06) for task in range(10)],  # 4: out of a drawer
+    "libero_spatial": [
+        *4 * [bowl("plate_1")],
+        bowl("plate_1", lift=0.14, depth=0.018),  # out of a drawer, whose walls the fingers keep above
+        *5 * [bowl("plate_1")],
+    ],
     "libero_goal": [
         [do(pull_open, joint=f"{CABINET}_middle_level", to=-0.15, tilt=80)],
         bowl(BURNER),
