@@ -411,7 +411,7 @@ SUITES = {
     ],
     "libero_spatial": [
         *4 * [bowl("plate_1")],
-        bowl("plate_1", lift=0.14, depth=0.018),  # out of a drawer, whose walls the fingers keep above
+        bowl("plate_1", lift=0.14, depth=0.018),  # out of a drawer: nearer to the rim than elsewhere
         *5 * [bowl("plate_1")],
     ],
     "libero_goal": [
