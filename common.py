@@ -656,13 +656,13 @@ def run(main: Callable[[], None]) -> None:
         ranks.part()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        ranks.leave(2)
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
         said = " ".join(str(error).split())
         print(f"error: {said}; make room, or name another folder with root=, the same command then goes on", file=sys.stderr)
-        sys.exit(2)
+        ranks.leave(2)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -19,6 +19,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # before any group: it keeps one that it finds as a default, and part() can't end it
 
 from disk import UserError, one_line
 
@@ -102,12 +103,12 @@ def mean(values: dict[str, float]) -> dict[str, float]:
 
 
 def part() -> None:
-    """The end of what ranks do together: gloo's threads abort a process that ends with them."""
+    """The end of what ranks do together, and of gloo's threads: one that outlives Python may abort the process."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def leave(code: int) -> None:
-    """End a rank that has nothing to say: the first one has said it."""
+    """End a rank early; what there is to say has been said, by this one or the first."""
     part()
     sys.exit(code)

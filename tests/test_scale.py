@@ -96,6 +96,29 @@ def test_a_lost_rank_is_one_line(monkeypatch):
     assert "closed by peer" in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_no_thread_of_gloo_outlives_a_rank(tmp_path):
+    """One that did could abort it, where it let go of a tensor while Python was ending."""
+    script = tmp_path / "then_threads.py"
+    script.write_text("""
+import glob, os, runpy, sys
+sys.argv[:] = sys.argv[1:]
+sys.path.insert(0, "")
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    names = [open(path).read().strip() for path in glob.glob("/proc/self/task/*/comm")]
+    os.write(2, ("threads: " + " ".join(names) + "\\n").encode())
+""")
+    pairs = scale.repeated_pairs(tmp_path / "pairs", 2)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
+    stage = ["03_dpo.py", "configs/micro.yaml", scale.GIVEN, pairs, "dpo.steps=1", f"root={tmp_path}"]
+    for more, code in ([], 0), (["dpo.steps=2"], 1):  # refused: made with other settings; torchrun says 1 where a rank says 2
+        result = subprocess.run([*torchrun, *stage, *more], cwd=scale.KIT, capture_output=True, text=True)
+        assert result.returncode == code, result.stderr
+        threads = [line for line in result.stderr.splitlines() if line.startswith("threads: ")]
+        assert len(threads) == 2 and "gloo" not in "".join(threads), result.stderr
+
+
 def test_a_killed_rank_ends_a_training_and_a_rerun_gives_what_one_process_gives(tmp_path):
     pairs, weights = scale.repeated_pairs(tmp_path / "pairs", 20), []
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
