@@ -82,9 +82,12 @@ def sft_forward(policy, cfg, device: str = "meta") -> Tensor:
 
 
 def dpo_forward(policy, cfg, device: str = "meta") -> Tensor:
-    """What 03_dpo.py differentiates: both chunks of each pair."""
+    """What 03_dpo.py differentiates: both chunks of each pair, behind one prefix or one each."""
     inputs, chunk, mask = make_batch(policy, cfg, cfg.batch_size, device)
     draws = policy.draws(len(chunk), cfg.draws, torch.Generator(), "stratified")
+    if cfg.surrogate == "independent":
+        terms = [policy.log_prob(policy.prefix(*inputs), chunk, draws, mask, "velocity") for _ in range(2)]
+        return torch.cat(terms).sum()
     prefix = policy.prefix(*inputs).select(torch.arange(len(chunk), device=device).repeat(2))
     both = None if draws is None else draws.repeat(2)
     return policy.log_prob(prefix, chunk.repeat(2, 1, 1), both, mask.repeat(2, 1), "velocity").sum()

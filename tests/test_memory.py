@@ -62,6 +62,22 @@ def test_dpo_counts_both_chunks_of_each_pair_and_recomputation_saves(backbone):
     assert counts["true"] < 0.6 * counts["false"]
 
 
+@pytest.mark.parametrize("surrogate", ["paper", "independent"])
+def test_dpo_counts_what_the_stage_itself_holds(surrogate):
+    """Where nothing is shared every term has an encoding of its own, which the estimate had left out."""
+    stage = importlib.import_module("03_dpo")
+    cfg = config("03_dpo", "dpo", "dpo.batch_size=2", f"surrogate={surrogate}")
+    like = memory.make_policy(cfg, "lora")
+    policy = real_policy(cfg, like)
+    common.attach_adapter(policy, "lora", cfg.rank, cfg.alpha, policy.adapter_targets, 0)
+    image = torch.zeros(2, cfg.image_size, cfg.image_size, 3, dtype=torch.uint8)
+    obs = {"agentview": image, "wrist": image, "state": torch.zeros(2, 8), "instruction": [memory.INSTRUCTION] * 2}
+    chunk, mask = torch.zeros(2, policy.horizon, 7), torch.ones(2, policy.horizon, dtype=torch.bool)
+    noise = stage.shared_noise(policy, 2, cfg, torch.Generator())
+    kept = memory.kept_for_backward(policy, lambda: sum(stage.score(policy, obs, chunk, chunk, mask, noise, cfg, "test")).sum())
+    assert 0.98 * kept < memory.estimate(cfg, "dpo")["parts"]["activations"] < 1.03 * kept
+
+
 @pytest.mark.parametrize("backbone", ["pi05", "openvla"])
 def test_layers_that_are_recomputed_keep_the_prefix_and_one_of_them_all_it_needs(backbone):
     """On an H100 the estimate was 4.6 of 19.6 GiB short: the prefix's keys and values reach OpenVLA's layers in a tuple."""
