@@ -33,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 import ranks
 from data import Demo, check_pairs, read_demos, read_pairs  # noqa: F401 (the stages take them from here)
 from disk import UserError, one_line
-from runs import HERE, STAGES, checkpoint_files, require
+from runs import HERE, STAGES, checkpoint_files, input_name, read_identity, require
 
 # ---------------------------------------------------------------------------------------------------------------- LIBERO
 # Evaluation protocol of OpenVLA (experiments/robot/libero/run_libero_eval.py) and openpi (examples/libero/main.py).
@@ -359,10 +359,19 @@ def sft_inputs(cfg: RunConfig) -> list[Path]:
 
 
 def given_or_made(cfg: RunConfig, kind: str) -> list[Path]:
-    """Pairs ("prefs") or adapter ("dpo") as inputs of a stage: the files that are given, or the folder of stage 02 or 03."""
+    """Pairs ("prefs") or adapter ("dpo") as inputs of a stage: the files that are given, or the folder of stage 02 or 03.
+
+    Raises:
+        UserError: they are not there, or 02 or 03 made them from another policy than that of `cfg`.
+    """
     folder, own = cfg.source(kind), f" adapter={cfg.adapter} surrogate={cfg.surrogate} seed={cfg.seed}"
     hint = f" backbone={cfg.backbone} pairs={cfg.pairs} start={cfg.start}" + own * (kind == "dpo")
-    return [require(folder, kind, hint)] if folder == cfg.variant(kind) else checkpoint_files(str(folder))
+    if folder != cfg.variant(kind):
+        return checkpoint_files(str(folder))
+    made_from = read_identity(require(folder, kind, hint) / "done.json")["inputs"]
+    if other := [path for path in sft_inputs(cfg) if input_name(path, Path(cfg.root) / cfg.name) not in made_from]:
+        raise UserError(f"{folder} was not made from {other[0]}: set checkpoint= and start_seed= as they were for it")
+    return [folder]
 
 
 def load_sft(cfg: RunConfig):

@@ -165,8 +165,7 @@ def open_folder(script: str, cfg, folder: Path, shared: str, inputs: list[Path],
     }
     run = Path(cfg.root) / cfg.name
     for path in inputs:
-        named = str(path.relative_to(run) if path.is_relative_to(run) else path)
-        identity["inputs"][named] = disk.sha256(path) if path.is_file() else fingerprint_of(path, run)
+        identity["inputs"][input_name(path, run)] = disk.sha256(path) if path.is_file() else fingerprint_of(path, run)
     identity["fingerprint"] = fingerprint(identity)
 
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -198,6 +197,11 @@ def open_folder(script: str, cfg, folder: Path, shared: str, inputs: list[Path],
     folder.mkdir()
     disk.write_json(folder / "started.json", identity)
     return Stage(folder, identity, time.time(), lock)
+
+
+def input_name(path: Path, run: Path) -> str:
+    """What an identity calls an input."""
+    return str(path.relative_to(run) if path.is_relative_to(run) else path)
 
 
 def fingerprint_of(folder: Path, run: Path) -> str:

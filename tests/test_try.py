@@ -81,6 +81,16 @@ def test_given_pairs_are_a_stages_inputs_and_the_first_margin_is_zero(tmp_path):
         dpo.main(config(dpo.Config, "dpo", *arguments, "pairs_from="))
 
 
+def test_an_adapter_is_evaluated_on_the_weights_it_was_trained_on(tmp_path):
+    evaluation, arguments = importlib.import_module("04_eval"), [f"root={tmp_path}", "policy=dpo", "adapters_from="]
+    dpo.main(config(dpo.Config, "dpo", f"root={tmp_path}", "dpo.steps=1", "dpo.batch_size=2", "dpo.beta=1"))
+    same = config(evaluation.Config, "eval", *arguments)
+    assert common.given_or_made(same, "dpo") == [same.variant("dpo")]
+    other = config(evaluation.Config, "eval", *arguments, "checkpoint=checkpoints/tiny_libero_object")
+    with pytest.raises(common.UserError, match="was not made from checkpoints/tiny_libero_object/"):
+        common.given_or_made(other, "dpo")
+
+
 def test_an_adapter_that_is_not_given_is_that_of_03(tmp_path):
     evaluation = importlib.import_module("04_eval")
     given = config(evaluation.Config, "eval", f"root={tmp_path}", "policy=dpo", "adapter=dora")

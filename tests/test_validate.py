@@ -332,8 +332,8 @@ def run(policy, tmp_path_factory):
     prefs.mkdir()
     disk.write_rows(prefs / "pairs.jsonl", [{"instruction": i} for i in pairs.pop("instruction")])
     disk.save_tensors(prefs / "pairs.safetensors", pairs)
-    for folder in (sft, prefs):
-        disk.write_json(folder / "done.json", {"stage": folder.name, "inputs": {}, "fingerprint": folder.name})
+    for folder, inputs in ((sft, {}), (prefs, {"pi05/seed42/sft": "sft"})):
+        disk.write_json(folder / "done.json", {"stage": folder.name, "inputs": inputs, "fingerprint": folder.name})
     for surrogate in ("paper", "independent", "exact"):
         dpo.main(dataclasses.replace(cfg, surrogate=surrogate))
     return cfg
