@@ -96,6 +96,8 @@ def read(folder: Path) -> tuple[dict[Key, dict[Place, Episode]], list[Finding]]:
             suite, seed, place, episode = found
             twice[file] += place in cells[policy, suite, seed]
             cells[policy, suite, seed].setdefault(place, episode)
+        if path.with_name("started.json").is_file() and not path.with_name("done.json").is_file():
+            findings.append(Finding("missing", file, f"the stage that writes it has not finished: {len(rows)} episodes so far"))
         if bad:
             findings.append(Finding("unreadable", file, f"{bad} of its lines are no complete episode and were left out"))
     for file, n in twice.items():

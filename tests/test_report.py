@@ -590,6 +590,17 @@ def test_cells_are_said_in_words_and_stand_in_order():
     assert plots.of_cell(rows[7])[1] == "prefix at 0, 1000 in a row; look every 2, heun 2, from step 750"
 
 
+def test_an_evaluation_that_is_still_at_work_is_named(tmp_path):
+    folder = tmp_path / "eval-sft"
+    folder.mkdir()
+    shutil.copy(RESULTS / "tiny_blank" / "episodes" / "eval-sft-blank.jsonl", folder / "episodes.jsonl")
+    disk.write_json(folder / "started.json", {})
+    (found,) = audit.audit(tmp_path)["findings"]
+    assert (found.kind, found.where) == ("missing", "eval-sft/episodes.jsonl") and "100 episodes so far" in found.text
+    disk.write_json(folder / "done.json", {})
+    assert audit.audit(tmp_path)["findings"] == []
+
+
 def test_a_summary_without_its_episodes_is_found_and_a_readme_that_is_not_there_refused(tmp_path):
     (tmp_path / "lost").mkdir()
     disk.write_json(tmp_path / "lost" / "summary.json", {"successes": 3, "n": 4, "crashes": 0})
