@@ -109,6 +109,8 @@ def part() -> None:
 
 
 def leave(code: int) -> None:
-    """End a rank early; what there is to say has been said, by this one or the first."""
-    part()
+    """End a rank early; what there is to say has been said, by this one or the first. (nccl's group ends with the process: to
+    part from others who are at work might wait for them.)"""
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        part()
     sys.exit(code)

@@ -96,6 +96,27 @@ def test_a_lost_rank_is_one_line(monkeypatch):
     assert "closed by peer" in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_rank_that_gives_up_ends_the_one_that_waits_for_it(tmp_path):
+    script = tmp_path / "gives_up.py"
+    script.write_text("""
+import sys
+sys.path.insert(0, "")
+import common, ranks
+def main():
+    ranks.join("cpu")
+    ranks.wait()
+    if ranks.rank() == 1:
+        raise common.UserError("no more of this")
+    ranks.mean({"loss": 1.0})
+common.run(main)
+""")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
+    result = subprocess.run(torchrun, cwd=scale.KIT, capture_output=True, text=True, timeout=120)
+    said = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 1 and "error: no more of this" in said and len(said) <= 2, result.stderr
+    assert "exitcode  : 2" in result.stderr and "SIGABRT" not in result.stderr  # of the first one to end
+
+
 def test_no_thread_of_gloo_outlives_a_rank(tmp_path):
     """One that did could abort it, where it let go of a tensor while Python was ending."""
     script = tmp_path / "then_threads.py"
