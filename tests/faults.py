@@ -396,7 +396,7 @@ def main(moments: int = 20, stages: str = "", faults: str = "", seed: int = 0, o
                 for _ in range(moments if kind == "kill" else 1 if kind in ("twice", "place") else max(1, moments // 7)):
                     FAULTS[kind](bench, name)
     only = (f" stages={stages}" if stages else "") + (f" faults={faults}" if faults else "")
-    table = markdown(bench.rows, f"moments={moments}{only}")
+    table = markdown(bench.rows, f"moments={moments} seed={seed}{only}")
     print(table)
     if out:
         Path(out).mkdir(parents=True, exist_ok=True)
