@@ -1,82 +1,80 @@
-"""01 - Supervised fine-tuning of a backbone on demonstrations (the paper's starting point; it takes published checkpoints).
+"""01 - Supervised fine-tuning of a backbone on demonstrations. (The paper starts from published checkpoints.)
 
 reads   <run>/data/<suite>/task_NN.hdf5 (00)
-writes  <run>/<backbone>/seed<k>/sft/: model.safetensors config.json norm_stats.json tokenizer.json, the snapshots
+writes  <run>/<backbone>/seed<k>/sft/: model.safetensors config.json norm_stats.json tokenizer.json, the
+snapshots
         model-<step>.safetensors, metrics.jsonl, done.json
-cost    configs/tiny.yaml: see README; stops and goes on at any moment, the result is the same bit for bit
-try     python 01_sft.py configs/tiny.yaml sft.steps=200 sft.lr=5e-4
+cost    configs/tiny.yaml: 17 minutes on one core; stops and goes on at any moment, the result is the same bit
+for bit try     python 01_sft.py configs/tiny.yaml sft.steps=200 sft.lr=5e-4
 
-The loss is flow matching (or next-token cross-entropy: the backbone's own `sft_loss`). An observation is encoded once and
-scored with several draws of (t, eps): on a small model the encoder is the dear part.
-With torchrun, each process takes its rows of every batch (ranks.py).
-`head_coef` adds stage 06's multi-view loss: through the vision tower and a head of that stage, a frame's two views must find each
-other in the batch. A loss and no further input, so the policy, its checkpoint and its cost at work stay what they are. The head
-is frozen, so that with and without differ in nothing but this term (same weights trained, same optimiser, same draws), and so
-that the term cannot be met by the head in the tower's stead. Its temporal half is left out: it needs a second frame in every row.
-Left out: mixed precision, streaming of data that does not fit into memory.
-Differs from the paper: it publishes no SFT stage. Here `train: full` learns everything, from scratch or from `init_from`;
-`train: lora | dora` trains an adapter and merges it, so that the reference policy of stage 03 is one set of weights.
+The loss is flow matching, or next-token cross-entropy: the backbone's own `sft_loss`. An observation is
+encoded once and scored with several draws of (t, eps), because on a small model the encoder is the expensive
+part. Differs from the paper: it publishes no SFT stage. Here `train: full` learns everything, from scratch or
+from `init_from`. `train: lora | dora` trains an adapter and merges it, so that stage 03's reference is one
+set of weights. Left out: mixed precision, streaming of data that does not fit into memory.
 """
 
 from __future__ import annotations
 
 import copy
-import sys
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
 
 import backbones
 import common
-import contrastive
-import disk
-import memory
-import ranks
-import runs
+from runtime import ranks, stage
+from runtime.config import Count, Positive
+from runtime.errors import UserError
 
 
 @dataclass
-class Config(common.RunConfig):
-    train: str = "full"  # "full", or an adapter: "lora" | "dora"
-    steps: int = 3000
-    batch_size: int = 32  # observations
-    draws: int = 4  # (t, eps) draws per encoded observation
+class Config(common.PolicyConfig):
+    section: ClassVar = "sft"
+    by_torchrun: ClassVar = True
+    train: Literal["full", "lora", "dora"] = "full"  # all weights, or an adapter
+    steps: Count = 3000
+    batch_size: Count = 32  # observations
+    draws: Count = 4  # (t, eps) draws per encoded observation
     lr: float = 1e-3  # peak; cosine to 1 % of it
     warmup: int = 100
     weight_decay: float = 0.01
-    grad_clip: float = 1.0
-    ema: float = 0.998  # decay of the averaged weights, which are the ones saved; 0 = none
+    grad_clip: Positive = 1.0
+    ema: Annotated[float, 0, 1] = 0.998  # decay of the averaged weights, which are the ones saved; 0 = none
     shift: int = 4  # random shift of the images, pixels
     holdout: int = 2  # the last so many init states of the demonstrations give the validation loss only
-    rank: int = 32  # of the adapter
-    alpha: int = 64
-    head_coef: float = 0.0  # weight of stage 06's multi-view loss on the vision tower; 0 = none
-    init_head: str = ""  # the head that it goes through: runs/<config>/<backbone>/seed<k>/head/heads/<name>.safetensors
-    head_temperature: float = 0.07  # as the head was trained with
-    snapshots: list[int] = field(default_factory=list)  # steps whose averaged weights are kept (learning curve, early start)
-    log_every: int = 50
-    checkpoint_every: int = 200
-    recompute: bool = False  # keep no activations of the layers, compute them again: less memory, a third more time
-    threads: int = 1  # torch threads; part of the result's last bits. For a tiny model a second one gains little
+    rank: Count = 32  # of the adapter
+    alpha: Count = 64
+    snapshots: list[int] = field(default_factory=list)  # steps whose averaged weights are kept
+    log_every: Count = 50
+    checkpoint_every: Count = 200
+    recompute: bool = (
+        False  # keep no activations of the layers, compute them again: less memory, a third more time
+    )
+    threads: Count = 1  # of torch; part of the result's last bits. For a tiny model a second one gains little
+
+    folder = property(lambda self: self.seed_dir / "sft")
 
     def __post_init__(self):
         super().__post_init__()
-        common.at_least(self, steps=1, batch_size=1, draws=1, lr=0, warmup=0, shift=0, holdout=0, rank=1, ema=0)
-        common.at_least(self, log_every=1, checkpoint_every=1, threads=1)
-        common.one_of("sft.train", self.train, ("full", "lora", "dora"))
         if self.train == "full" and self.dtype != "float32":
-            raise common.UserError(f"sft.train=full needs dtype=float32, not {self.dtype}: AdamW's small steps get lost in it")
-        common.divisible("sft.batch_size", self.batch_size)
-        common.at_least(self, head_coef=0, grad_clip=1e-9, alpha=1, head_temperature=1e-6)
-        common.at_most(self, ema=1)
-        if (self.head_coef > 0) != bool(self.init_head) or (self.head_coef and (self.train != "full" or self.blank_images)):
-            raise common.UserError("sft.head_coef > 0 and sft.init_head go together, with train=full and without blank_images")
+            raise UserError(
+                f"sft.train=full needs dtype=float32, not {self.dtype}: AdamW's small steps get lost in it"
+            )
+
+    def inputs(self) -> list[Path]:
+        if not self.init_from:
+            backbones.horizon(self.backbone, self.model)  # fails for a model that can't be
+        demos = stage.require(self.data_dir, "demos")
+        return [demos, *(stage.checkpoint_files(self.init_from) if self.init_from else [])]
 
 
-# ------------------------------------------------------------------------------------------------------------------ data
+# ------------------------------------------------------------------------------------------------------- data
 def future_chunks(actions: np.ndarray, steps: np.ndarray, horizon: int) -> np.ndarray:
-    """The `horizon` actions from each of `steps` on, (N, H, 7). Past the end: stand still, gripper as it was."""
+    """The `horizon` actions from each of `steps` on, (N, H, 7). Past the end: stand still, keep the grip."""
     still = np.zeros((horizon, 7), actions.dtype)
     still[:, 6] = actions[-1, 6]
     padded = np.concatenate([actions, still])  # (T + H, 7)
@@ -84,20 +82,25 @@ def future_chunks(actions: np.ndarray, steps: np.ndarray, horizon: int) -> np.nd
 
 
 def load_data(cfg: Config, horizon: int) -> tuple[dict, dict | None, list[str]]:
-    """Training and validation observations (if any are held out) with their chunks, and the instructions of all tasks."""
+    """Training and validation observations (if any are held out) with their chunks, and all tasks'
+    instructions.
+    """
     rows = {"train": [], "val": []}
     for _, held, demo in common.demonstrations(cfg, cfg.holdout):
-        rows["val" if held else "train"].append((demo, future_chunks(demo.actions, demo.image_steps, horizon)))
+        chunks = future_chunks(demo.actions, demo.image_steps, horizon)
+        rows["val" if held else "train"].append((demo, chunks))
     instructions = sorted({demo.instruction for part in rows.values() for demo, _ in part})
 
     def tensors(part: list) -> dict:
         return {
-            "agentview": torch.from_numpy(np.concatenate([d.agentview for d, _ in part])),  # (N, S, S, 3) uint8
+            "agentview": torch.from_numpy(
+                np.concatenate([d.agentview for d, _ in part])
+            ),  # (N, S, S, 3) uint8
             "wrist": torch.from_numpy(np.concatenate([d.wrist for d, _ in part])),
             "state": torch.from_numpy(np.concatenate([d.state[d.image_steps] for d, _ in part])),  # (N, 8)
-            "chunk": torch.from_numpy(np.concatenate([c for _, c in part])),  # (N, H, 7) env units
+            "chunk": torch.from_numpy(np.concatenate([c for _, c in part])),  # (N, H, 7) environment units
             "instruction": [d.instruction for d, _ in part for _ in d.image_steps],
-            "all_actions": np.concatenate([d.actions for d, _ in part]),  # every step: for the statistics
+            "all_actions": np.concatenate([d.actions for d, _ in part]),  # of every step: for the statistics
             "all_states": np.concatenate([d.state for d, _ in part]),
         }
 
@@ -105,9 +108,11 @@ def load_data(cfg: Config, horizon: int) -> tuple[dict, dict | None, list[str]]:
 
 
 def statistics(x: np.ndarray) -> dict:
-    """Per dimension: mean, std, and the 1 % and 99 % quantiles between which published policies normalise to [-1, 1].
+    """Per dimension: mean, std, and the 1 % and 99 % quantiles, which published policies normalise to [-1,
+    1].
 
-    The quantiles are kept 0.02 apart: what hardly varies (a rotation that no demonstration uses) must not be blown up.
+    The quantiles are kept 0.02 apart, so that what hardly varies (a rotation that no demonstration uses) is
+    not blown up.
     """
     q01, q99 = np.quantile(x, (0.01, 0.99), axis=0)
     spare = np.maximum(0.0, 0.01 - (q99 - q01) / 2)
@@ -116,31 +121,61 @@ def statistics(x: np.ndarray) -> dict:
     return {key: [float(v) for v in value] for key, value in named.items()}
 
 
-def batch_of(data: dict, index: torch.Tensor) -> tuple[dict, torch.Tensor]:
-    obs = {key: data[key][index] for key in ("agentview", "wrist", "state")}
-    obs["instruction"] = [data["instruction"][i] for i in index.tolist()]
-    return obs, data["chunk"][index]
+def batch_of(data: dict, index: torch.Tensor, blank: bool = False) -> tuple[dict, torch.Tensor]:
+    """Observations, with black images if `blank`, and their chunks (B, H, 7) in environment units."""
+    obs = {key: common.select(data[key], index) for key in (*common.CAMERAS, "state", "instruction")}
+    return common.blank_images(obs) if blank else obs, data["chunk"][index]
 
 
-# -------------------------------------------------------------------------------------------------------------- training
-def make_policy(cfg: Config, policy, train: dict, instructions: list[str]):
-    """The policy to be trained: the given one, or (None) from scratch on these demonstrations' statistics and words."""
-    if policy is None:
+# --------------------------------------------------------------------------------------------------- training
+def make_policy(cfg: Config) -> tuple:
+    """The policy to be trained, the training data and the validation data.
+
+    The policy is that of `init_from`; or it starts from scratch, with these demonstrations' statistics and
+    words.
+    """
+    if cfg.init_from:
+        policy = backbones.load_policy(cfg.init_from, model=cfg.model, suites=cfg.suites)
+        if policy.backbone != cfg.backbone:
+            raise UserError(
+                f"{cfg.init_from} is a checkpoint of {policy.backbone}; set backbone={policy.backbone}"
+            )
+        train, val, _ = load_data(cfg, policy.horizon)
+    else:
+        train, val, instructions = load_data(cfg, backbones.horizon(cfg.backbone, cfg.model))
         with torch.random.fork_rng():
             torch.manual_seed(cfg.seed)
             policy = backbones.build(cfg.backbone, cfg.model, instructions)
-        policy.norm_stats = {"action": statistics(train["all_actions"]), "state": statistics(train["all_states"])}
+        policy.norm_stats = {
+            "action": statistics(train["all_actions"]),
+            "state": statistics(train["all_states"]),
+        }
     policy.cast(cfg.dtype).to(ranks.place(cfg.device)).train()
     policy.recompute = cfg.recompute
     if cfg.train != "full":
         common.attach_adapter(policy, cfg.train, cfg.rank, cfg.alpha, policy.adapter_targets, cfg.seed)
+    return policy, train, val
+
+
+def merged(policy):
+    """The policy as plain weights: a copy with its adapter merged in, or, without an adapter, itself."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if not any(isinstance(module, BaseTunerLayer) for module in policy.modules()):
+        return policy
+    policy = copy.deepcopy(policy)
+    for name, module in list(policy.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            policy.set_submodule(name, module.get_base_layer())
     return policy
 
 
-def view_loss(policy, head, obs: dict, cfg: Config) -> torch.Tensor:
-    """Stage 06's multi-view loss of a whole batch, whose rows are one another's negatives; the mean over this rank's rows."""
-    agentview, wrist = (head(contrastive.pooled(policy, obs[camera])) for camera in ("agentview", "wrist"))
-    return contrastive.info_nce(agentview, wrist, cfg.head_temperature, rows=ranks.share(torch.arange(len(wrist))))
+@torch.no_grad()
+def update_average(averaged, policy, decay: float, step: int) -> None:
+    """averaged <- decay * averaged + (1 - decay) * policy. Early on the average follows closely."""
+    decay = min(decay, (step + 1) / (step + 10))
+    torch._foreach_lerp_(list(averaged.parameters()), list(policy.parameters()), 1 - decay)
 
 
 @torch.no_grad()
@@ -150,108 +185,60 @@ def validation_loss(policy, data: dict, cfg: Config) -> float:
     n = len(data["chunk"])
     losses, sizes = [], []
     for index in torch.arange(n)[:: max(1, -(-n // 256))].split(64):
-        obs, actions = batch_of(data, index)
-        chunk = policy.normalise(actions)
+        obs, actions = batch_of(data, index, cfg.blank_images)
         draws = policy.draws(len(index), cfg.draws, common.stream(0, "validation", len(losses)), "beta")
-        obs = common.blank_images(obs) if cfg.blank_images else obs
-        losses.append(policy.sft_loss(policy.encode(obs), chunk, draws).item())
+        losses.append(policy.sft_loss(policy.encode(obs), policy.normalise(actions), draws).item())
         sizes.append(len(index))
     return float(np.average(losses, weights=sizes))
 
 
-def main(cfg: Config) -> None:
-    if cfg.dry_run:
-        return memory.report(cfg, "sft")
-    runs.require(cfg.data_dir, "demos")
-    inputs = [cfg.data_dir, *(p for path in (cfg.init_from, cfg.init_head) if path for p in runs.checkpoint_files(path))]
-    horizon = 0 if cfg.init_from else backbones.horizon(cfg.backbone, cfg.model)
-    shared = "suites tasks backbone model init_from seed blank_images device dtype"
-    code = [*["backbones/published.py"] * bool(cfg.init_from), *["contrastive.py"] * (cfg.head_coef > 0)]
-    code += [*["dora.py"] * (cfg.train == "dora"), *cfg.policy_code]
-    stage = runs.open_stage(__file__, cfg, cfg.seed_dir / "sft", shared, inputs, code)
-    if stage is None:
-        return
-    torch.set_num_threads(cfg.threads)
-    policy = backbones.load_policy(cfg.init_from, model=cfg.model, suites=cfg.suites) if cfg.init_from else None
-    if policy and policy.backbone != cfg.backbone:
-        raise common.UserError(f"{cfg.init_from} is a checkpoint of {policy.backbone}; set backbone={policy.backbone}")
-    train, val, instructions = load_data(cfg, policy.horizon if policy else horizon)
-    policy = make_policy(cfg, policy, train, instructions)
+def main(cfg: Config, run: stage.Run) -> dict:
+    policy, train, val = make_policy(cfg)
     averaged = copy.deepcopy(policy)
     parameters = [p for p in policy.parameters() if p.requires_grad]
-    head = contrastive.load_head(cfg.init_head).to(ranks.place(cfg.device)) if cfg.init_head else None
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
 
-    step, metrics = 0, stage.dir / "metrics.jsonl"
-    state = disk.load_checkpoint(stage.dir / "checkpoint.pt")
-    if state:
-        policy.load_state_dict(state["policy"])
-        averaged.load_state_dict(state["averaged"])
-        optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
-    if ranks.first():
-        disk.keep_rows(metrics, lambda row: row["step"] <= step, "step")
-
-    # ---------------------------------------------------------------------------------------------- one loop, all in sight
-    bar = common.progress(range(step, cfg.steps), initial=step, total=cfg.steps, desc="sft", unit="step")
-    for step in bar:
+    first = run.resume(
+        policy=policy, averaged=averaged, optimizer=optimizer
+    )  # 0, or the last checkpoint's step
+    for step in run.steps(first, cfg.steps):
+        # 1. a batch, its images shifted at random, and draws (t, eps) for each observation
         g = common.stream(cfg.seed, "sft", step)
-        obs, actions = batch_of(train, common.shuffled(cfg.seed, "sft", step, cfg.batch_size, len(train["chunk"])))
-        if cfg.blank_images:
-            obs = common.blank_images(obs)
-        for camera in ("agentview", "wrist"):
+        index = common.shuffled(cfg.seed, "sft", step, cfg.batch_size, len(train["chunk"]))
+        obs, actions = batch_of(train, index, cfg.blank_images)
+        for camera in common.CAMERAS:
             obs[camera] = common.random_shift(obs[camera], cfg.shift, g)
         chunk = policy.normalise(actions)  # (B, H, 7)
         draws = policy.draws(len(chunk), cfg.draws, g, "beta")
-        whole = obs
-        obs, chunk, draws = common.own_rows(obs, chunk, draws)
+        obs, chunk, draws = common.own_rows(cfg.batch_size, obs, chunk, draws)
 
+        # 2. the loss: the error of the velocity, or of the next token, averaged over draws and actions
         policy.train()
         loss = policy.sft_loss(policy.encode(obs), chunk, draws)
-        said = {"loss": loss.item()}
-        if head is not None:
-            term = view_loss(policy, head, whole, cfg)
-            loss, said = loss + cfg.head_coef * term, said | {"view_loss": term.item()}
-        if not loss.isfinite():
-            raise common.UserError(f"the loss is {loss.item()} at step {step}: lower sft.lr")
+        run.check(loss, step)
+
+        # 3. one step of the optimiser, and of the average that will be saved
         loss.backward()
-        ranks.average_gradients(parameters)
+        run.average_gradients(parameters)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip)
-        for group in optimizer.param_groups:
-            group["lr"] = common.learning_rate(step, cfg)
+        lr = run.set_learning_rate(optimizer, step)
         optimizer.step()
         optimizer.zero_grad()
-        decay = min(cfg.ema, (step + 1) / (step + 10))  # early on, the average follows closely
-        with torch.no_grad():
-            torch._foreach_lerp_(list(averaged.parameters()), list(policy.parameters()), 1 - decay)
+        update_average(averaged, policy, cfg.ema, step)
 
-        done, said = step + 1, ranks.mean(said)
-        if not ranks.first():
-            continue
-        if done % cfg.log_every == 0 or done == cfg.steps:
-            row = said | {"step": done, "grad_norm": grad_norm.item(), "lr": common.learning_rate(step, cfg)}
-            if val and (done % (4 * cfg.log_every) == 0 or done == cfg.steps):
+        # 4. the log, and the snapshots
+        if run.logs(step):
+            row = {"loss": loss.item(), "grad_norm": grad_norm.item(), "lr": lr}
+            if val and ((step + 1) % (4 * cfg.log_every) == 0 or step + 1 == cfg.steps):
                 row["val_loss"] = validation_loss(averaged, val, cfg)
-            bar.set_postfix({key: f"{row[key]:.3f}" for key in ("loss", "val_loss") if key in row})
-            disk.append_jsonl(metrics, row)
-        if done in cfg.snapshots:
-            disk.save_tensors(stage.dir / f"model-{done}.safetensors", merged(averaged, cfg).state_dict())
-        if done % cfg.checkpoint_every == 0:
-            modules = {"policy": policy, "averaged": averaged, "optimizer": optimizer}
-            disk.save_checkpoint(
-                stage.dir / "checkpoint.pt", {"step": done} | {key: m.state_dict() for key, m in modules.items()}
-            )
+            run.log(step, **row)
+        if step + 1 in cfg.snapshots:
+            run.save(f"model-{step + 1}.safetensors", merged(averaged).state_dict())
 
-    if not ranks.first():
-        return
-    merged(averaged, cfg).save(stage.dir)
-    stage.finish(parameters=sum(p.numel() for p in policy.parameters()), observations=len(train["chunk"]))
-
-
-def merged(policy, cfg: Config):
-    """A copy of the policy as plain weights: an adapter, if any, is merged in."""
-    return policy if cfg.train == "full" else common.merged_copy(policy)
+    if run.first:
+        merged(averaged).save(run.dir)
+    return {"parameters": sum(p.numel() for p in policy.parameters()), "observations": len(train["chunk"])}
 
 
 if __name__ == "__main__":
-    common.run(lambda: main(common.load_config(Config, "sft", sys.argv[1:])))
+    stage.start(main, Config, dry_run=backbones.dry_run)

@@ -1,68 +1,83 @@
-"""02 - Preference pairs from the policy's own rollouts (paper sec. 3, collection of preferences).
+"""02 - Preference pairs from the policy's own rollouts (the paper's section 3: collection of preferences).
 
 reads   <run>/<backbone>/seed<k>/sft/ (01)
-writes  <run>/<backbone>/seed<k>/prefs-<recipe>[-at<start>]/: pairs.safetensors (images, state, chunks, masks),
-        pairs.jsonl (one line each: where the pair is from), units.jsonl (every attempt, also those that gave no pair), done.json
-cost    a play-out is an episode of 2 to 5 s on one core; see README for a pair
+writes  <run>/<backbone>/seed<k>/prefs-<pairs>[-at<start>]/: pairs.safetensors (images, state, chunks, masks),
+        pairs.jsonl (one line each: where the pair is from), units.jsonl (every attempt, also without a pair),
+        done.json
+cost    a play-out is an episode of 2 to 5 s on one core; configs/tiny.yaml: 11 minutes for 112 pairs
 try     python 02_collect_prefs.py configs/tiny.yaml pairs=episode prefs.n_pairs=20
 
-A pair is one observation, a chosen and a rejected chunk, and the mask of the actions that were executed of both.
-`pairs: episode` is the paper's recipe as its text can be read: K episodes from one initial state, with noise on the executed
-actions ramping from 0.1 to 0.4; the first chunk of a successful and of a failed one share the first observation. Stored are the
-chunk as executed (noise added, clipped), which is what training uses since it earned the label, and the one that was proposed.
-`pairs: whole` is a control, what the paper's public code does for OpenVLA: the same two episodes to their ends, every chunk of
-them scored under the *first* observation.
-`pairs: branch` is what DPO's derivation asks for: at decision points of a failed episode the simulator's state is restored, other
-chunks are sampled from the same observation and played out to the end by the policy *with the same later noise*. A policy that
-acts greedily (noise_scale 0) still tries other chunks (branch_scale).
-Differs from the paper: init states 20-34, which no demonstration and no evaluation uses; fail-against-fail is not a pair.
-Left out: learned reward models, relabelling.
+A pair is one observation, a chosen and a rejected chunk, and the mask of the actions that were executed of
+both.
+`pairs: episode` is the paper's recipe as its text can be read. K episodes start from one init state, with
+noise on the executed actions that ramps from 0.1 to 0.4. The first chunks of a successful and of a failed
+episode share the first observation. Training uses the chunk as executed (noise added, clipped), since it
+earned the label; the proposed one is stored beside it.
+`pairs: whole` is a control: what the paper's public code does for OpenVLA. It takes the same two episodes to
+their ends, and scores every chunk under the *first* observation.
+`pairs: branch` is what DPO's derivation asks for. At decision points of a failed episode the simulator's
+state is restored. Other chunks are sampled from the same observation and played out to the end by the policy,
+*with the same later noise*. A policy that acts greedily (noise_scale 0) still tries other chunks
+(branch_scale). Differs from the paper: init states 20-34, which no demonstration and no evaluation uses;
+fail-against-fail is no pair. Left out: learned reward models, relabelling.
 """
 
 from __future__ import annotations
 
 import shutil
-import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
 
+import backbones
 import common
-import disk
-import memory
-import ranks
-import runs
-import sim
-import workers
+from runtime import disk, ranks, stage, workers
+from runtime.config import Count
+from runtime.errors import UserError
+from sim.env import CRASHES, TaskEnv, carry_out, tasks
 
 
 @dataclass
-class Config(common.RunConfig):
-    n_pairs: int = 60  # aim, spread evenly over the tasks
-    n_init: int = 15  # init states used, of the 15 in group "prefs"
-    max_playouts: int = 300  # budget of episodes for all tasks; a task that only ever succeeds gives no pair
-    candidates: int = 4  # episode: K, the episodes played from one init state
+class Config(common.SceneConfig, common.ActingConfig, common.PairsConfig):
+    section: ClassVar = "prefs"
+    by_torchrun: ClassVar = True
+    n_pairs: Count = 60  # aim, spread evenly over the tasks
+    n_init: Count = 15  # init states used, of the 15 in group "prefs"
+    max_playouts: Count = (
+        300  # budget of episodes for all tasks; a task that only ever succeeds gives no pair
+    )
+    candidates: Count = 4  # episode: K, the episodes played from one init state
     noise_low: float = 0.1  # episode: standard deviation of the action noise of the first candidate ...
     noise_high: float = 0.4  # ... and of the last
-    branches: int = 3  # branch: decision points per failed episode
-    tries: int = 2  # branch: other chunks tried at a decision point, at most; a third seldom helps where two did not
-    branch_scale: float = 1.0  # branch: noise_scale of the chunks that are tried; all else is played with noise_scale
+    branches: Count = 3  # branch: decision points per failed episode
+    tries: Count = 2  # branch: other chunks tried at a decision point; a third seldom helps where two did not
+    branch_scale: float = (
+        1.0  # branch: noise_scale of the chunks that are tried; all else is played with noise_scale
+    )
     max_steps: int = 0  # play-outs end here at the latest; 0 = the suite's own limit
-    last_decision: int = 6  # branch: decision points are drawn from the first so many of an episode, up to about the grasp
+    last_decision: Count = (
+        6  # branch: decision points are among the first so many of an episode, up to the grasp
+    )
 
-    def __post_init__(self):
-        super().__post_init__()
-        common.at_least(self, n_pairs=1, max_playouts=1, candidates=1, noise_low=0, noise_high=0, branches=1, tries=1)
-        common.at_least(self, max_steps=0, last_decision=1, branch_scale=0)
+    folder = property(lambda self: self.made_pairs)
+
+    def inputs(self) -> list[Path]:
+        if self.start_seed not in (0, self.seed):
+            remedy = f"collect them with seed={self.start_seed}"
+            raise UserError(f"the pairs are those of start_seed={self.start_seed}: {remedy}")
+        common.init_states("prefs", self.n_init)
+        tasks(self)
+        return self.sft_inputs()
 
 
-# -------------------------------------------------------------------------------------------------------------- play-outs
+# -------------------------------------------------------------------------------------------------- play-outs
 @dataclass
 class Decision:
-    """A point at which the policy looked: state of the simulator, observation, the chunks proposed and executed (normalised)."""
+    """A point at which the policy looked: the simulator's state, the observation, the chunk (normalised)."""
 
     number: int
     state: object
@@ -72,50 +87,49 @@ class Decision:
     n: int  # actions executed
 
 
-def play(env, policy, cfg: Config, source: tuple, k: int = 0, chunk: torch.Tensor | None = None, sigma: float = 0.0) -> list:
-    """Play on from decision k to the end of the episode; the first chunk may be given. Returns the decisions made.
+def play(
+    env, policy, cfg: Config, source: tuple, k: int = 0, chunk=None, sigma: float = 0.0
+) -> list[Decision]:
+    """Play on from decision k to the end of the episode; the first chunk (H, D) may be given.
 
-    The policy's noise at decision k is a function of (seed, source, k): play-outs from one
-    source differ only in what they are given.
+    The policy's noise at decision k is a function of (seed, source, k): play-outs from one source differ only
+    in what they are given.
     """
     made = []
     while not env.success and env.steps < env.max_steps:
         state, obs = env.save(), env.observe()
         if chunk is None:
-            chunk = common.propose(policy, obs, cfg, [common.stream(cfg.seed, "prefs", *source, k)])[0]
+            chunk = backbones.propose(policy, obs, cfg, [common.stream(cfg.seed, "prefs", *source, k)])[0]
         actions = np.asarray(policy.unnormalise(chunk))  # (H, 7)
-        noise = common.np_stream(cfg.seed, "action noise", *source, k, sigma).normal(0, sigma, actions.shape)
-        actions = np.clip(actions + noise, -1, 1) if sigma else actions
-        n = common.carry_out(env, actions[: cfg.execute])
-        executed = policy.normalise(torch.as_tensor(np.clip(actions, -1, 1), dtype=torch.float32))[..., :7].numpy()
+        if sigma:
+            g = common.np_stream(cfg.seed, "action noise", *source, k, sigma)
+            actions = np.clip(actions + g.normal(0, sigma, actions.shape), -1, 1)
+        n = carry_out(env, actions[: cfg.execute])
+        executed = torch.as_tensor(np.clip(actions, -1, 1), dtype=torch.float32)
+        executed = policy.normalise(executed)[..., :7].numpy()
         made.append(Decision(k, state, obs, chunk[:, :7].numpy(), executed, n))
-        chunk, k = None, k + 1
+        chunk = None
+        k += 1
     return made
 
 
 def make_pair(chosen: Decision, rejected: Decision, **facts) -> tuple[dict, dict]:
     """Tensors and description of one pair. The mask covers the actions that were executed of both chunks."""
     mask = np.arange(len(chosen.proposed)) < min(chosen.n, rejected.n)
-    tensors = {
-        "agentview": chosen.obs["agentview"],
-        "wrist": chosen.obs["wrist"],
-        "state": chosen.obs["state"],
-        "chosen": chosen.executed,
-        "rejected": rejected.executed,
-        "chosen_proposed": chosen.proposed,
-        "rejected_proposed": rejected.proposed,
-        "mask": mask,
-    }
+    tensors = {key: chosen.obs[key] for key in (*common.CAMERAS, "state")}
+    tensors |= {"chosen": chosen.executed, "rejected": rejected.executed, "mask": mask}
+    tensors |= {"chosen_proposed": chosen.proposed, "rejected_proposed": rejected.proposed}
     return tensors, facts | {"decision": chosen.number, "instruction": chosen.obs["instruction"]}
 
 
-# ---------------------------------------------------------------------------------------------------------------- recipes
+# ---------------------------------------------------------------------------------------------------- recipes
 def episode_pairs(env, policy, cfg: Config, init: int, attempt: int) -> tuple[list, int, str]:
-    """The paper's recipe: K noisy episodes from one init state, ranked by outcome. -> pairs, play-outs, what happened."""
+    """The paper's recipe: K noisy episodes from one init state, ranked by outcome. -> pairs, play-outs,
+    outcome.
+    """
     source = (env.suite, env.task_id, init, attempt)
-    best, worst = None, None
+    best, worst, wins = None, None, 0
     sigmas = np.linspace(cfg.noise_low, cfg.noise_high, cfg.candidates)
-    wins = 0
     for i, sigma in enumerate(sigmas):
         env.reset(init)
         decisions = play(env, policy, cfg, (*source, i), sigma=float(sigma))
@@ -126,17 +140,21 @@ def episode_pairs(env, policy, cfg: Config, init: int, attempt: int) -> tuple[li
             worst = (decisions, float(sigma))
     if best is None or worst is None:
         return [], len(sigmas), "all succeeded" if best else "all failed"
-    chunks = list(zip(best[0], worst[0], strict=False))[: None if cfg.pairs == "whole" else 1]
+    chunks = list(zip(best[0], worst[0], strict=False))
+    if cfg.pairs == "episode":
+        chunks = chunks[:1]
     seen = best[0][0].obs  # the first observation, which both share
     facts = {"chosen_sigma": best[1], "rejected_sigma": worst[1], "wins": wins}
-    return [make_pair(replace(good, obs=seen), bad, **facts) for good, bad in chunks], len(sigmas), "mixed outcomes"
+    pairs = [make_pair(replace(good, obs=seen), bad, **facts) for good, bad in chunks]
+    return pairs, len(sigmas), "mixed outcomes"
 
 
 def branch_pairs(env, policy, cfg: Config, init: int, attempt: int) -> tuple[list, int, str]:
-    """Branch from a failed episode at decision points, until a chunk leads to success. -> pairs, play-outs, what happened.
+    """Branch from a failed episode at decision points, until a chunk leads to success. -> pairs, play-outs,
+    outcome.
 
-    Only failures are branched: for a policy that succeeds with probability p, a pair then costs (1/(1-p) + b/p) / b play-outs
-    with b points per failure, against 1/(1-p) where failures are sought from a success.
+    Only failures are branched. With success probability p and b points per failure, a pair then costs
+    (1/(1-p) + b/p) / b play-outs, against 1/(1-p) where failures are sought from a success.
     """
     source = (env.suite, env.task_id, init, attempt)
     env.reset(init)
@@ -145,9 +163,10 @@ def branch_pairs(env, policy, cfg: Config, init: int, attempt: int) -> tuple[lis
         return [], 1, "succeeded"
     playouts, pairs, trying = 1, [], replace(cfg, noise_scale=cfg.branch_scale)
     points = min(len(base), cfg.last_decision)
-    for k in sorted(common.np_stream(cfg.seed, "branch points", *source).permutation(points)[: cfg.branches].tolist()):
+    chosen = common.np_stream(cfg.seed, "branch points", *source).permutation(points)[: cfg.branches]
+    for k in sorted(chosen.tolist()):
         generators = [common.stream(cfg.seed, "branch", *source, k, i) for i in range(cfg.tries)]
-        for i, chunk in enumerate(common.propose(policy, base[k].obs, trying, generators)):
+        for i, chunk in enumerate(backbones.propose(policy, base[k].obs, trying, generators)):
             env.restore(base[k].state)
             other = play(env, policy, cfg, source, k, chunk)[0]
             playouts += 1
@@ -160,25 +179,58 @@ def branch_pairs(env, policy, cfg: Config, init: int, attempt: int) -> tuple[lis
 RECIPES = {"episode": episode_pairs, "whole": episode_pairs, "branch": branch_pairs}
 
 
-# ------------------------------------------------------------------------------------------------------------- collection
-def collect(job: tuple):
-    """Worker: attempt after attempt at one task until its share of pairs or of play-outs is reached; yields each attempt."""
-    cfg, suite, task, pairs, playouts, units, quota, budget = job
-    policy = common.load_sft(cfg)
-    env = sim.TaskEnv(suite, task, cfg.image_size, cfg.render)
+# ------------------------------------------------------------------------------------------------- collection
+@dataclass
+class Job:
+    """A task, and its share of the pairs and of the play-outs."""
+
+    cfg: Config
+    folder: Path
+    suite: str
+    task: int
+    quota: int
+    budget: int
+
+
+def collect(job: Job) -> None:
+    """Worker: attempt after attempt at one task, until its share of pairs or of play-outs is reached.
+
+    An attempt counts when its line is in units.jsonl; the files of its pairs are written before.
+    """
+    rows = [row for row in attempts(job.folder) if (row["suite"], row["task"]) == (job.suite, job.task)]
+    pairs, playouts = sum(len(row["pairs"]) for row in rows), sum(row["playouts"] for row in rows)
+    if pairs >= job.quota or playouts >= job.budget:
+        return
+    cfg, policy = job.cfg, backbones.load_sft(job.cfg)
+    env = TaskEnv(job.suite, job.task, cfg.image_size, cfg.render)
     env.max_steps = min(cfg.max_steps or env.max_steps, env.max_steps)
-    states = common.init_states("prefs", cfg.n_init)
-    while pairs < quota and playouts < budget:
-        init, attempt = states[units % len(states)], units // len(states)
+    states, unit = common.init_states("prefs", cfg.n_init), len(rows)
+    while pairs < job.quota and playouts < job.budget:
+        init, attempt = states[unit % len(states)], unit // len(states)
         try:
             found, n, outcome = RECIPES[cfg.pairs](env, policy, cfg, init, attempt)
-        except sim.CRASHES as error:  # the simulator diverged: nobody's success or failure
+        except CRASHES as error:  # the simulator diverged: nobody's success or failure
             found, n, outcome = [], 1, f"crash: {type(error).__name__}"
-        found = found[: quota - pairs]
-        row = {"suite": suite, "task": task, "unit": units, "init_state": init, "playouts": n, "outcome": outcome}
-        yield row | {"pairs": [facts for _, facts in found]}, [tensors for tensors, _ in found]
-        pairs, playouts, units = pairs + len(found), playouts + n, units + 1
+        found = found[: job.quota - pairs]
+        row = {"suite": job.suite, "task": job.task, "unit": unit, "init_state": init, "playouts": n}
+        row |= {"outcome": outcome, "pairs": [facts for _, facts in found]}
+        for i, (tensors, _) in enumerate(found):
+            part = {key: torch.as_tensor(value) for key, value in tensors.items()}
+            disk.save_tensors(part_file(job.folder, row, i), part)
+        disk.append_jsonl(job.folder / "units.jsonl", row)
+        pairs += len(found)
+        playouts += n
+        unit += 1
     env.close()
+
+
+def attempts(folder: Path) -> list[dict]:
+    return disk.read_jsonl(folder / "units.jsonl", "suite task unit init_state outcome playouts pairs")
+
+
+def part_file(folder: Path, row: dict, i: int) -> Path:
+    """File of the i-th pair of an attempt."""
+    return folder / "parts" / f"{row['suite']}-{row['task']:02d}-{row['unit']:04d}-{i}.safetensors"
 
 
 def share(total: int, parts: int, part: int) -> int:
@@ -186,41 +238,24 @@ def share(total: int, parts: int, part: int) -> int:
     return total * (part + 1) // parts - total * part // parts
 
 
-def gather(cfg: Config, tasks: list, attempts: Path, parts: Path) -> None:
-    """Make the attempts that are not there yet: their pairs as files of `parts`, then a line in `attempts`."""
-    done, jobs = disk.read_jsonl(attempts, "suite task unit init_state outcome playouts pairs"), []
-    ranks.wait()  # all have read before any writes
-    for i, (suite, task) in enumerate(tasks):
-        mine = [row for row in done if (row["suite"], row["task"]) == (suite, task)]
-        counts = (sum(len(row["pairs"]) for row in mine), sum(row["playouts"] for row in mine), len(mine))
-        jobs.append((cfg, suite, task, *counts, share(cfg.n_pairs, len(tasks), i), share(cfg.max_playouts, len(tasks), i)))
-    bar = common.progress(total=cfg.max_playouts, initial=sum(row["playouts"] for row in done), desc="prefs", unit="play-out")
-    found = sum(len(row["pairs"]) for row in done)
-    for _, (row, tensors) in workers.parallel(collect, ranks.share(jobs), cfg.workers):
-        for i, pair in enumerate(tensors):
-            disk.save_tensors(part(parts, row, i), {key: torch.as_tensor(value) for key, value in pair.items()})
-        disk.append_jsonl(attempts, row)  # the attempt counts from here on
-        found += len(tensors)
-        bar.update(row["playouts"])
-        bar.set_postfix(pairs=f"{found}/{cfg.n_pairs}")
-
-
-def part(parts: Path, row: dict, i: int) -> Path:
-    """File of the i-th pair of an attempt."""
-    return parts / f"{row['suite']}-{row['task']:02d}-{row['unit']:04d}-{i}.safetensors"
-
-
-def assemble(attempts: Path, parts: Path, folder: Path) -> None:
-    """All pairs in one file, in the order of tasks and attempts and not of their making; pairs.jsonl last."""
-    rows = sorted(disk.read_jsonl(attempts), key=lambda row: (row["suite"], row["task"], row["unit"]))
+def assemble(folder: Path) -> list[dict]:
+    """All pairs in one file, in the order of tasks and attempts and not of their making; pairs.jsonl comes
+    last.
+    """
+    rows = sorted(attempts(folder), key=lambda row: (row["suite"], row["task"], row["unit"]))
     found = [(row, i, facts) for row in rows for i, facts in enumerate(row["pairs"])]
     if not found:
-        raise common.UserError(f"{len(rows)} attempts gave no pair (see {attempts}); raise prefs.max_playouts")
-    pairs = [disk.load_tensors(part(parts, row, i)) for row, i, _ in found]
-    disk.save_tensors(folder / "pairs.safetensors", {key: torch.stack([p[key] for p in pairs]) for key in pairs[0]})
-    disk.write_rows(attempts, rows)
+        where = f"{len(rows)} attempts gave no pair (see {folder / 'units.jsonl'})"
+        raise UserError(f"{where}; raise prefs.max_playouts")
+    pairs = [disk.load_tensors(part_file(folder, row, i)) for row, i, _ in found]
+    tensors = {key: torch.stack([pair[key] for pair in pairs]) for key in pairs[0]}
+    disk.save_tensors(folder / "pairs.safetensors", tensors)
+    disk.write_rows(folder / "units.jsonl", rows)
     where = ("suite", "task", "unit", "init_state")
-    disk.write_rows(folder / "pairs.jsonl", [{key: row[key] for key in where} | facts for row, _, facts in found])
+    disk.write_rows(
+        folder / "pairs.jsonl", [{key: row[key] for key in where} | facts for row, _, facts in found]
+    )
+    return rows
 
 
 def summary(rows: list[dict]) -> str:
@@ -228,41 +263,39 @@ def summary(rows: list[dict]) -> str:
     outcomes = sorted({row["outcome"] for row in rows})
     lines = ["task | pairs | play-outs | " + " | ".join(outcomes)]
     for suite, task in sorted({(row["suite"], row["task"]) for row in rows}):
-        mine = [row for row in rows if (row["suite"], row["task"]) == (suite, task)]
-        counts = Counter(row["outcome"] for row in mine)
-        cells = [f"{suite} {task}", sum(len(row["pairs"]) for row in mine), sum(row["playouts"] for row in mine)]
-        lines.append(" | ".join(str(c) for c in cells + [counts[o] for o in outcomes]))
+        of_task = [row for row in rows if (row["suite"], row["task"]) == (suite, task)]
+        counts = Counter(row["outcome"] for row in of_task)
+        cells = [f"{suite} {task}", sum(len(row["pairs"]) for row in of_task)]
+        cells += [sum(row["playouts"] for row in of_task), *(counts[outcome] for outcome in outcomes)]
+        lines.append(" | ".join(map(str, cells)))
     return "\n".join(lines)
 
 
-def main(cfg: Config) -> None:
-    if cfg.dry_run:
-        return memory.report(cfg, "prefs")
-    if cfg.start_seed not in (0, cfg.seed):
-        raise common.UserError(f"the pairs are those of start_seed={cfg.start_seed}: collect them with seed={cfg.start_seed}")
-    common.init_states("prefs", cfg.n_init)  # fails where they would reach into another group
-    tasks = sim.tasks(cfg)
-    shared = (
-        f"suites tasks backbone seed image_size render blank_images pairs execute denoise_steps noise_scale {common.SFT_KEYS}"
-    )
-    code = ["sim.py", "osc.py", "workers.py", *cfg.policy_code]
-    stage = runs.open_stage(__file__, cfg, cfg.variant("prefs"), shared, common.sft_inputs(cfg), code)
-    if stage is None:
-        return
-    attempts, parts = stage.dir / "units.jsonl", stage.dir / "parts"
-    if not (stage.dir / "pairs.jsonl").is_file():  # written when all else is there
-        parts.mkdir(exist_ok=True)
-        gather(cfg, tasks, attempts, parts)
+def main(cfg: Config, run: stage.Run) -> dict | None:
+    (run.dir / "parts").mkdir(exist_ok=True)
+    if not (run.dir / "pairs.jsonl").is_file():  # written when all else is there
+        # 1. every task gets an equal share of the pairs wanted and of the play-outs allowed
+        pairs = tasks(cfg)
+        jobs = []
+        for i, (suite, task) in enumerate(pairs):
+            quota, budget = share(cfg.n_pairs, len(pairs), i), share(cfg.max_playouts, len(pairs), i)
+            jobs.append(Job(cfg, run.dir, suite, task, quota, budget))
+
+        # 2. play until each has its share; what an earlier run has played counts
+        def played() -> int:
+            return sum(row["playouts"] for row in attempts(run.dir))
+
+        workers.run(collect, ranks.share(jobs), cfg.workers, "prefs", played, cfg.max_playouts)
         ranks.wait()
-        if ranks.first():
-            assemble(attempts, parts, stage.dir)
-    if not ranks.first():
-        return
-    shutil.rmtree(parts, ignore_errors=True)
-    rows = disk.read_jsonl(attempts)
+
+    # 3. one file of all pairs
+    if not run.first:
+        return None
+    rows = attempts(run.dir) if (run.dir / "pairs.jsonl").is_file() else assemble(run.dir)
+    shutil.rmtree(run.dir / "parts", ignore_errors=True)
     print(summary(rows))
-    stage.finish(pairs=sum(len(row["pairs"]) for row in rows), playouts=sum(row["playouts"] for row in rows))
+    return {"pairs": sum(len(row["pairs"]) for row in rows), "playouts": sum(row["playouts"] for row in rows)}
 
 
 if __name__ == "__main__":
-    common.run(lambda: main(common.load_config(Config, "prefs", sys.argv[1:])))
+    stage.start(main, Config, dry_run=backbones.dry_run)

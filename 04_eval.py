@@ -1,91 +1,115 @@
-"""04 - Success rates on LIBERO, with intervals and paired tests (paper's main table).
+"""04 - Success rates on LIBERO, with intervals and paired tests (the paper's main table).
 
-reads   <run>/<backbone>/seed<k>/sft/ (01) and, for policy=dpo, .../dpo-<adapter>-<recipe>/ (03)
-writes  <run>/<backbone>/seed<k>/eval-<policy>[-val]/: episodes.jsonl (a line per episode), summary.json, videos/, done.json;
-        <run>/<backbone>/seed<k>/results.{json,md}: all evaluations so far in one table, paired with the SFT policy
+reads   <run>/<backbone>/seed<k>/sft/ (01) and, for policy=dpo, .../dpo-<adapter>-<pairs>/ (03)
+writes  <run>/<backbone>/seed<k>/eval-<policy>[-val]/: episodes.jsonl (a line per episode), summary.json,
+videos/, done.json;
+        <run>/<backbone>/seed<k>/results.{json,md}: all evaluations so far in one table, paired with the SFT
+        policy
 cost    2 to 5 s per episode and core
 try     python 04_eval.py configs/tiny.yaml policy=dpo adapter=dora eval.group=val eval.n_init=5
 
-An episode is decided by (suite, task, init state, seed): the policy's noise at its k-th look is drawn from these alone, so two
-policies are compared on the same episodes, with the same noise, in any order and on any number of processes.
-Differs from the paper: init states 40-49, which nothing was trained or chosen on (it uses 0-4, from which its pairs came);
-Wilson intervals, exact McNemar tests; a crash of the simulator is a column of its own and not a failure.
-Left out: rendering at every step (only when the policy looks), real robots.
+An episode is decided by (suite, task, init state, seed): they alone give the policy's noise at its k-th look.
+So two policies are compared on the same episodes, with the same noise, in any order and on any number of
+processes. Differs from the paper: init states 40-49, which nothing was trained or chosen on (it uses 0-4,
+from which its pairs came); Wilson intervals, exact McNemar tests; a crash of the simulator has a column of
+its own and is no failure. Left out: rendering at every step (only when the policy looks), real robots.
 """
 
 from __future__ import annotations
 
-import sys
+import contextlib
+import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import ClassVar, Literal
 
 import numpy as np
-import torch
 
+import backbones
 import common
-import disk
-import episodes
-import memory
-import ranks
-import runs
-import sim
+from report import episodes
+from runtime import disk, ranks, stage, workers
+from runtime.config import Count
+from sim.env import CRASHES, TaskEnv, carry_out, tasks
 
 
 @dataclass
-class Config(common.RunConfig):
-    policy: str = "sft"  # "sft" or "dpo" (the one of `adapter`, `pairs`, `start`)
-    group: str = "test"  # init states: "test" (40-49, reported) or "val" (35-39, for every choice)
-    n_init: int = 10  # init states per task
+class Config(common.SceneConfig, common.ActingConfig, common.AdapterConfig):
+    section: ClassVar = "eval"
+    by_torchrun: ClassVar = True
+    policy: Literal["sft", "dpo"] = "sft"  # "dpo": the one of `adapter`, `pairs`, `surrogate` and `start`
+    group: Literal["test", "val"] = (
+        "test"  # init states: "test" (40-49, reported) or "val" (35-39, for every choice)
+    )
+    n_init: Count = 10  # init states per task
     videos: int = 0  # episodes per task of which a GIF is kept
-    noise_seed: int = 0  # of the policy's noise; 0 = the training seed. Others give more episodes per initial state
-    dropout: float = 0.0  # control: LoRA's dropout left on while the policy acts, as in the paper's public code (0.05)
+    noise_seed: int = (
+        0  # of the policy's noise; 0 = the training seed. Others give more episodes per init state
+    )
 
-    def __post_init__(self):
-        super().__post_init__()
-        common.at_least(self, videos=0, noise_seed=0, dropout=0)
-        common.at_most(self, dropout=0.99)
-        common.one_of("policy", self.policy, ("sft", "dpo"))
-        common.one_of("eval.group", self.group, ("val", "test"))  # nothing else is for evaluation
-        if self.dropout and (self.policy, self.adapter) != ("dpo", "lora"):
-            raise common.UserError("eval.dropout is for policy=dpo adapter=lora: nothing else drops anything while acting")
+    @property
+    def policy_name(self) -> str:
+        """What is evaluated, e.g. sft, sft-at1500, sft-blank, dpo-lora-branch."""
+        name = self.made_adapter.name if self.policy == "dpo" else self.variant("sft")
+        return name + "-blank" * self.blank_images + (f"-noise{self.noise_seed}" if self.noise_seed else "")
+
+    @property
+    def folder(self) -> Path:
+        return self.seed_dir / f"eval-{self.policy_name}{'' if self.group == 'test' else '-val'}"
+
+    def left_out(self) -> tuple[str, ...]:
+        of_dpo = ("adapter", "pairs", "surrogate")
+        return (*super().left_out(), *(of_dpo if self.policy == "sft" else ()))
+
+    def inputs(self) -> list[Path]:
+        common.init_states(self.group, self.n_init)
+        tasks(self)
+        return [*self.sft_inputs(), *(self.adapter_inputs() if self.policy == "dpo" else [])]
 
 
-def policy_name(cfg: Config) -> str:
-    """Name of what is evaluated, e.g. sft, sft-at1500, sft-blank, dpo-lora-branch: its folder, without eval- or -val."""
-    sft = "sft" if cfg.start == "final" else f"sft-at{cfg.start}"
-    name = (cfg.variant("dpo").name if cfg.policy == "dpo" else sft) + ("-blank" if cfg.blank_images else "")
-    return name + (f"-dropout{cfg.dropout:g}" if cfg.dropout else "") + (f"-noise{cfg.noise_seed}" if cfg.noise_seed else "")
-
-
+# --------------------------------------------------------------------------------------------------- episodes
 def load_policy(cfg: Config):
-    policy = common.load_sft(cfg)
-    return common.load_adapter(policy, cfg.source("dpo"), cfg.dropout) if cfg.policy == "dpo" else policy
+    policy = backbones.load_sft(cfg)
+    return common.load_adapter(policy, cfg.adapter_dir) if cfg.policy == "dpo" else policy
 
 
-# -------------------------------------------------------------------------------------------------------------- episodes
-def look(policy, cfg: Config, where: tuple, frames: list | None, obs: dict, k: int) -> np.ndarray:
-    """The actions that follow the k-th look of the episode `where` (suite, task, init state). `frames` collects what is seen."""
-    if frames is not None:
-        frames.append(np.concatenate([obs["agentview"], obs["wrist"]], axis=1))
-    noise = common.stream(cfg.noise_seed or cfg.seed, "eval", *where, k)
-    torch.manual_seed(noise.initial_seed())  # read by dropout alone, where it is on
-    chunk = common.propose(policy, obs, cfg, [noise])[0]
-    return np.asarray(policy.unnormalise(chunk))[: cfg.execute]
+def play(env: TaskEnv, policy, cfg: Config, init: int, frames: list | None) -> dict:
+    """One episode from init state `init`. frames: collects what the policy sees."""
+    began, looks = time.time(), 0
+    episode = {
+        "suite": env.suite,
+        "task": env.task_id,
+        "init_state": init,
+        "seed": cfg.noise_seed or cfg.seed,
+    }
+    try:
+        env.reset(init)
+        while not env.success and env.steps < env.max_steps:
+            obs = env.observe()
+            if frames is not None:
+                frames.append(np.concatenate([obs["agentview"], obs["wrist"]], axis=1))
+            noise = common.stream(episode["seed"], "eval", env.suite, env.task_id, init, looks)
+            chunk = backbones.propose(policy, obs, cfg, [noise])[0]  # (H, D) normalised
+            carry_out(env, np.asarray(policy.unnormalise(chunk))[: cfg.execute])
+            looks += 1
+    except CRASHES as error:  # the simulator diverged: neither success nor failure of the policy
+        return episode | {"success": False, "steps": env.steps, "crash": type(error).__name__, "wall_s": 0.0}
+    wall = round(time.time() - began, 2)
+    return episode | {"success": bool(env.success), "steps": env.steps, "crash": "", "wall_s": wall}
 
 
-def evaluate(job: tuple):
-    """Worker: episodes of one task; yields a row for each."""
+def evaluate(job: tuple[Config, Path, str, int, list[int]]) -> None:
+    """Worker: play episodes of one task, and append a row for each to played.jsonl."""
     cfg, folder, suite, task, inits = job
-    policy, env = load_policy(cfg), sim.TaskEnv(suite, task, cfg.image_size, cfg.render)
-    for init in inits:
-        frames = [] if init in common.init_states(cfg.group, cfg.n_init)[: cfg.videos] else None
-        row = episodes.play(env, init, partial(look, policy, cfg, (suite, task, init), frames))
-        if frames:
-            outcome = "success" if row["success"] else "failure"
-            save_gif(folder / "videos" / f"{suite}-{task:02d}-init{init}-{outcome}.gif", frames)
-        yield {"suite": suite, "task": task, "init_state": init, "seed": cfg.noise_seed or cfg.seed} | row
-    env.close()
+    policy, filmed = load_policy(cfg), common.init_states(cfg.group, cfg.n_init)[: cfg.videos]
+    with contextlib.closing(TaskEnv(suite, task, cfg.image_size, cfg.render)) as env:
+        for init in inits:
+            frames = [] if init in filmed else None
+            row = play(env, policy, cfg, init, frames)
+            if frames:
+                outcome = "success" if row["success"] else "failure"
+                save_gif(folder / "videos" / f"{suite}-{task:02d}-init{init}-{outcome}.gif", frames)
+            disk.append_jsonl(folder / "played.jsonl", row)
 
 
 def save_gif(path: Path, frames: list) -> None:
@@ -96,89 +120,97 @@ def save_gif(path: Path, frames: list) -> None:
     disk.write_atomic(path, imageio.imwrite("<bytes>", images, extension=".gif", duration=200, loop=0))
 
 
-# ---------------------------------------------------------------------------------------------------------------- tables
+# ----------------------------------------------------------------------------------------------------- tables
 # What the rows of a paired comparison must share:
 PROTOCOL = ("suites", "image_size", "render", "execute", "denoise_steps", "noise_scale", "group", "start")
 
 
+def start_of(config: dict) -> str:
+    """Name of the evaluation that this one is paired with: the SFT policy that its training started from."""
+    name = "sft" if config["start"] == "final" else f"sft-at{config['start']}"
+    blank = config["policy"] == "dpo" and config["blank_images"]
+    return name + "-blank" * blank + (f"-noise{config['noise_seed']}" if config["noise_seed"] else "")
+
+
 def results_table(cfg: Config) -> list[dict]:
-    """A row per finished evaluation of this seed and group of init states, paired with the SFT policy it started from; of several
-    suites one for each beside. Evaluations of weights that have been made anew since are left out."""
-    found = {
-        facts["policy"]: (facts, played, timing) for facts, played, timing in episodes.finished(cfg.seed_dir, "eval-*", cfg.group)
-    }
-    found = dict(sorted(found.items(), key=lambda item: ("dpo" in item[0], item[0])))
+    """A row per finished evaluation of this seed and group of init states, paired with its SFT start.
+
+    Of several suites each has a row of its own beside. Evaluations of weights that have been made anew since
+    are left out.
+    """
+    finished = episodes.finished(cfg.seed_dir, "eval-*", cfg.group)
+    of_policy = {facts["policy"]: (facts, played, timing) for facts, played, timing in finished}
     rows = []
-    for name, (facts, played, timing) in found.items():
-        used = facts["config"]
-        is_dpo, start = used["policy"] == "dpo", "sft" if used["start"] == "final" else f"sft-at{used['start']}"
-        start += "-blank" if is_dpo and used["blank_images"] else ""
-        start += f"-noise{used['noise_seed']}" if used["noise_seed"] else ""
+    for name in sorted(of_policy, key=lambda name: ("dpo" in name, name)):
+        facts, played, timing = of_policy[name]
+        used, start = facts["config"], start_of(facts["config"])
         row = {"backbone": cfg.backbone, "policy": used["policy"], "name": name}
-        row |= {"adapter": used["adapter"] if is_dpo else "none", "pairs": used["pairs"] if is_dpo else "none"}
-        row |= {"surrogate": used["surrogate"] if is_dpo else "none"}
+        for key in ("adapter", "pairs", "surrogate"):
+            row[key] = used[key] if used["policy"] == "dpo" else "none"
         row |= {"start": used["start"], "blank_images": used["blank_images"], "group": cfg.group}
         row |= {"train_seeds": episodes.train_seeds(facts), "noise_seed": used["noise_seed"] or used["seed"]}
         row |= {"command": timing["command"], "commit": timing["commit"]}
-        base = found.get(start)
-        same_weights = base and base[0]["inputs"].items() <= facts["inputs"].items()  # not another start_seed's
-        is_paired = name != start and same_weights and all(base[0]["config"][key] == used[key] for key in PROTOCOL)
+        base_facts, base, _ = of_policy.get(start, (None, [], None))
+        is_paired = base_facts is not None and name != start
+        if is_paired:  # of the same weights, not another start_seed's
+            is_paired = base_facts["inputs"].items() <= facts["inputs"].items()
+            is_paired &= all(base_facts["config"][key] == used[key] for key in PROTOCOL)
         for suites in [used["suites"], *([s] for s in used["suites"] if len(used["suites"]) > 1)]:
-            mine = [episode for episode in played if episode["suite"] in suites]
-            rows.append(row | {"suite": " ".join(suites)} | episodes.summarise(mine))
+            of_suites = [episode for episode in played if episode["suite"] in suites]
+            rows.append(row | {"suite": " ".join(suites)} | episodes.summarise(of_suites))
             if is_paired:
-                rows[-1] |= {"paired_with": start} | episodes.paired(mine, base[1])
+                rows[-1] |= {"paired_with": start} | episodes.paired(of_suites, base)
     return rows
 
 
-def markdown(rows: list[dict]) -> str:
-    """`over tasks`: the interval that a bootstrap of whole tasks gives. p: exact McNemar on the same episodes."""
-    lines = ["| policy | suite | success | 95 % interval | over tasks | crashes | against its SFT start | gained / lost | p |"]
-    lines.append("|---" * 9 + "|")
+def results_markdown(rows: list[dict]) -> str:
+    """`over tasks`: the interval of a bootstrap of whole tasks. p: exact McNemar on the same episodes."""
+    head = "policy | suite | success | 95 % interval | over tasks | crashes | "
+    head += "against its SFT start | gained / lost | p"
+    lines = [f"| {head} |", "|---" * 9 + "|"]
     for r in rows:
-        (low, high), (tlow, thigh) = r["ci95"], r["ci95_tasks"]
-        cells = [
-            r["name"],
-            r["suite"].replace(" ", ", "),
-            f"{r['successes']} / {r['n']}",
-            f"{low:.1%} to {high:.1%}",
-            f"{tlow:.0%} to {thigh:.0%}",
-            r["crashes"],
-        ]
+        (low, high), (task_low, task_high) = r["ci95"], r["ci95_tasks"]
+        cells = [r["name"], r["suite"].replace(" ", ", "), f"{r['successes']} / {r['n']}"]
+        cells += [f"{low:.1%} to {high:.1%}", f"{task_low:.0%} to {task_high:.0%}", r["crashes"]]
+        compared = ["", "", ""]
         if "diff_vs_sft" in r:
-            cells += [f"{100 * r['diff_vs_sft']:+.1f} points", f"{r['gained']} / {r['lost']}", f"{r['p_vs_sft']:.2g}"]
-        else:
-            cells += ["", "", ""]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+            compared = [
+                f"{100 * r['diff_vs_sft']:+.1f} points",
+                f"{r['gained']} / {r['lost']}",
+                f"{r['p_vs_sft']:.2g}",
+            ]
+        lines.append("| " + " | ".join(map(str, cells + compared)) + " |")
     return "\n".join(lines)
 
 
-def main(cfg: Config) -> None:
-    if cfg.dry_run:
-        return memory.report(cfg, "eval")
-    inits, tasks = common.init_states(cfg.group, cfg.n_init), sim.tasks(cfg)
-    inputs = common.sft_inputs(cfg)
-    if cfg.policy == "dpo":
-        inputs += common.given_or_made(cfg, "dpo")
-    shared = f"suites tasks backbone seed image_size render blank_images execute denoise_steps noise_scale {common.SFT_KEYS}"
-    shared += " adapter pairs surrogate" if cfg.policy == "dpo" else ""
-    name = policy_name(cfg)
-    folder = cfg.seed_dir / f"eval-{name}{'' if cfg.group == 'test' else '-' + cfg.group}"
-    code = ["sim.py", "osc.py", "workers.py", "episodes.py", "stats.py", *cfg.policy_code]
-    stage = runs.open_stage(__file__, cfg, folder, shared, inputs, code)
-    if stage is not None:
-        rows = episodes.gather(stage, evaluate, cfg, tasks, inits, f"eval {name}")
-        if not ranks.first():
-            return
-        episodes.finish(stage, rows, policy=name)
-    if not ranks.first():
-        return
+def main(cfg: Config, run: stage.Run) -> dict:
+    # 1. the episodes that an earlier run has not played, task by task
+    inits = common.init_states(cfg.group, cfg.n_init)
+    played = episodes.played(run.dir)
+    jobs = []
+    for suite, task in tasks(cfg):
+        missing = [init for init in inits if (suite, task, init) not in played]
+        if missing:
+            jobs.append((cfg, run.dir, suite, task, missing))
+
+    # 2. play them
+    total = len(tasks(cfg)) * len(inits)
+    ranks.wait()  # all processes have read before any writes
+    title = f"eval {cfg.policy_name}"
+    workers.run(evaluate, ranks.share(jobs), cfg.workers, title, lambda: len(episodes.played(run.dir)), total)
+
+    # 3. count successes
+    return episodes.finish(run, policy=cfg.policy_name)
+
+
+def show_table(cfg: Config) -> None:
+    """All evaluations so far of this seed and group: results.json, results.md."""
     rows = results_table(cfg)
     stem = "results" if cfg.group == "test" else f"results-{cfg.group}"
     disk.write_json(cfg.seed_dir / f"{stem}.json", rows)
-    disk.write_atomic(cfg.seed_dir / f"{stem}.md", markdown(rows) + "\n")
-    print(markdown(rows), flush=True)
+    disk.write_atomic(cfg.seed_dir / f"{stem}.md", results_markdown(rows) + "\n")
+    print(results_markdown(rows), flush=True)
 
 
 if __name__ == "__main__":
-    common.run(lambda: main(common.load_config(Config, "eval", sys.argv[1:])))
+    stage.start(main, Config, dry_run=backbones.dry_run, after=show_table)

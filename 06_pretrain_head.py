@@ -51,7 +51,11 @@ from head_report import markdown, plot_losses, plot_map, plot_neighbours
 from retrieval import AT, hits, nearest
 
 CAMERAS = ("agentview", "wrist")
-VARIANTS = {"paper": (False, False), "masked": (True, False), "corrected": (True, True)}  # (negatives masked, input standardised)
+VARIANTS = {
+    "paper": (False, False),
+    "masked": (True, False),
+    "corrected": (True, True),
+}  # (negatives masked, input standardised)
 
 
 @dataclass
@@ -63,13 +67,17 @@ class Config(common.RunConfig):
     dim: int = 128
     temperature: float = 0.07
     temporal: float = 0.5  # weight of the temporal term; the views have the rest
-    mask: int = 10  # in masked and corrected: frames of the same episode within so many steps are no negatives
+    mask: int = (
+        10  # in masked and corrected: frames of the same episode within so many steps are no negatives
+    )
     epochs: int = 10
     batch_size: int = 128  # anchors
     lr: float = 3e-4  # cosine to 0
     weight_decay: float = 0.01
     near: int = 10  # steps within which two frames of a task are of the same moment
-    holdout: int = 2  # init states of each task that are held out, the last ones; those of 01_sft.py when as many
+    holdout: int = (
+        2  # init states of each task that are held out, the last ones; those of 01_sft.py when as many
+    )
     folds: int = 10  # parts in which tasks are held out
     log_every: int = 10
     threads: int = 1
@@ -77,7 +85,9 @@ class Config(common.RunConfig):
     def __post_init__(self):
         super().__post_init__()
         common.one_of("head.encoder", self.encoder, ("sft", "random"))
-        common.at_least(self, anchors=1, gap=1, hidden=1, dim=1, mask=0, epochs=1, batch_size=2, lr=0, near=0, holdout=0)
+        common.at_least(
+            self, anchors=1, gap=1, hidden=1, dim=1, mask=0, epochs=1, batch_size=2, lr=0, near=0, holdout=0
+        )
         common.at_least(self, folds=2, log_every=1, threads=1, temporal=0)
         common.divisible("head.batch_size", self.batch_size)
         if self.temporal > 1 or self.temperature <= 0:
@@ -107,19 +117,28 @@ def choose(steps: np.ndarray, anchors: int, gap: int) -> tuple[np.ndarray, np.nd
     """
     ahead = max(1, round(gap / float(np.median(np.diff(steps))))) if len(steps) > 1 else 1
     n = len(steps) - ahead  # images that have a partner
-    chosen = np.unique(np.linspace(0, n - 1, min(anchors, n)).round().astype(int)) if n > 0 else np.zeros(0, int)
+    chosen = (
+        np.unique(np.linspace(0, n - 1, min(anchors, n)).round().astype(int)) if n > 0 else np.zeros(0, int)
+    )
     return chosen, chosen + ahead
 
 
 def used(demo: common.Demo, cfg: Config) -> np.ndarray:
     """Positions of the images that become frames: anchors, partners, and the last one, which shows the goal."""
-    return np.unique(np.concatenate([*choose(demo.image_steps, cfg.anchors, cfg.gap), [len(demo.image_steps) - 1]]))
+    return np.unique(
+        np.concatenate([*choose(demo.image_steps, cfg.anchors, cfg.gap), [len(demo.image_steps) - 1]])
+    )
 
 
 def shrink(images: np.ndarray, size: int = 8) -> np.ndarray:
     """uint8 (B, S, S, 3) -> (B, size * size * 3): means of blocks, what is left over at the border cut off."""
     b, s = len(images), images.shape[1] // size
-    return images[:, : s * size, : s * size].reshape(b, size, s, size, s, 3).mean((2, 4), dtype=np.float32).reshape(b, -1)
+    return (
+        images[:, : s * size, : s * size]
+        .reshape(b, size, s, size, s, 3)
+        .mean((2, 4), dtype=np.float32)
+        .reshape(b, -1)
+    )
 
 
 def list_frames(cfg: Config) -> Frames:
@@ -134,7 +153,10 @@ def list_frames(cfg: Config) -> Frames:
         of_episode = [np.full(k, value) for value in (suite, task, episode)]
         rows.append([*of_episode, steps, np.full(k, held), demo.state[steps], shrink(demo.agentview[kept])])
         n += k
-    return Frames(*(np.concatenate(column) for column in zip(*rows, strict=True)), *map(np.concatenate, (anchors, partners)))
+    return Frames(
+        *(np.concatenate(column) for column in zip(*rows, strict=True)),
+        *map(np.concatenate, (anchors, partners)),
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- features
@@ -161,18 +183,24 @@ def encode(cfg: Config, folder: Path, frames: Frames) -> dict[str, np.memmap]:
         if ranks.first() and not is_whole(folder / f"{camera}.npy"):
             with disk.replacing(folder / f"{camera}.npy") as temporary:
                 table = np.lib.format.open_memmap(temporary, "w+", np.float32, (len(frames.step), width))
-                with open(temporary, "r+b") as file:  # a disk that is full shows here, and not as a crash while writing to memory
+                with open(
+                    temporary, "r+b"
+                ) as file:  # a disk that is full shows here, and not as a crash while writing to memory
                     os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
                 table[:] = np.nan
     ranks.wait()
     tables = {camera: np.load(folder / f"{camera}.npy", mmap_mode="r+") for camera in CAMERAS}
-    bar = common.progress(common.demonstrations(cfg, cfg.holdout), total=frames.episode[-1] + 1, desc="encode", unit="episode")
+    bar = common.progress(
+        common.demonstrations(cfg, cfg.holdout), total=frames.episode[-1] + 1, desc="encode", unit="episode"
+    )
     for episode, (*_, demo) in enumerate(bar):
         first, last = np.searchsorted(frames.episode, [episode, episode + 1])
         if episode % ranks.size() == ranks.rank():
             for camera, table in tables.items():
                 if np.isnan(table[first:last]).any():
-                    table[first:last] = pooled(policy, torch.from_numpy(getattr(demo, camera)[used(demo, cfg)])).cpu()
+                    table[first:last] = pooled(
+                        policy, torch.from_numpy(getattr(demo, camera)[used(demo, cfg)])
+                    ).cpu()
     for table in tables.values():
         table.flush()
     ranks.wait()
@@ -197,7 +225,9 @@ def fresh_head(width: int, cfg: Config) -> Head:
         return Head(width, cfg.hidden, cfg.dim)
 
 
-def losses(see, features: dict, frames: Frames, index: np.ndarray, masked: bool, cfg: Config) -> dict[str, torch.Tensor]:
+def losses(
+    see, features: dict, frames: Frames, index: np.ndarray, masked: bool, cfg: Config
+) -> dict[str, torch.Tensor]:
     """Both terms of the loss on the anchors of `index` (B,), a mean over this rank's rows. see: features -> unit vectors."""
     at, later = frames.anchors[index], frames.partners[index]
     views = [features["agentview"][at], features["wrist"][at], features["agentview"][later]]
@@ -207,13 +237,20 @@ def losses(see, features: dict, frames: Frames, index: np.ndarray, masked: bool,
         step, episode = frames.step[at], frames.episode[at]
         near = (abs(step[:, None] - step) <= cfg.mask) & (episode[:, None] == episode)
         negatives = torch.from_numpy(~near).to(now.device)
-    return {key: info_nce(now, x, cfg.temperature, negatives, rows) for key, x in (("views", wrist), ("temporal", then))}
+    return {
+        key: info_nce(now, x, cfg.temperature, negatives, rows)
+        for key, x in (("views", wrist), ("temporal", then))
+    }
 
 
-def train(features: dict, frames: Frames, on: np.ndarray, split: str, variant: str, cfg: Config) -> tuple[Head, list[dict]]:
+def train(
+    features: dict, frames: Frames, on: np.ndarray, split: str, variant: str, cfg: Config
+) -> tuple[Head, list[dict]]:
     """A head trained on the anchors `on`, and what was logged; "episodes" logs the loss on the held-out ones as well."""
     if cfg.batch_size > len(on):
-        raise common.UserError(f"head.batch_size={cfg.batch_size} is more than the {len(on)} anchors of {split}; lower it")
+        raise common.UserError(
+            f"head.batch_size={cfg.batch_size} is more than the {len(on)} anchors of {split}; lower it"
+        )
     masked, standardised = VARIANTS[variant]
     device, logged = ranks.place(cfg.device), []
     head = fresh_head(features["agentview"].shape[1], cfg).to(device)
@@ -225,7 +262,9 @@ def train(features: dict, frames: Frames, on: np.ndarray, split: str, variant: s
     steps = max(1, cfg.epochs * len(on) // cfg.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     held = np.flatnonzero(frames.held[frames.anchors]) if split == "episodes" else np.zeros(0, int)
-    held = common.np_stream(cfg.seed, "held").permutation(held)[: len(held) // cfg.batch_size * cfg.batch_size]
+    held = common.np_stream(cfg.seed, "held").permutation(held)[
+        : len(held) // cfg.batch_size * cfg.batch_size
+    ]
 
     def terms(index: np.ndarray) -> dict[str, torch.Tensor]:
         return losses(lambda x: head(((x - mean) / spread).to(device)), features, frames, index, masked, cfg)
@@ -242,7 +281,9 @@ def train(features: dict, frames: Frames, on: np.ndarray, split: str, variant: s
             with torch.no_grad():
                 batches = [terms(index) for index in held.reshape(-1, cfg.batch_size)]
             if batches:
-                row |= ranks.mean({f"held_out_{k}": float(np.mean([b[k].item() for b in batches])) for k in found})
+                row |= ranks.mean(
+                    {f"held_out_{k}": float(np.mean([b[k].item() for b in batches])) for k in found}
+                )
             logged.append(row | {"trained_on": split, "variant": variant, "step": step + 1})
     return head.cpu().fold_in(mean, spread).requires_grad_(False), logged
 
@@ -257,7 +298,9 @@ def train_all(features: dict, frames: Frames, cfg: Config, folder: Path) -> dict
     }
     if ranks.first():
         (folder / "heads").mkdir(exist_ok=True)
-        disk.keep_rows(metrics, lambda row: paths[row["trained_on"], row["variant"]].is_file(), "trained_on variant")
+        disk.keep_rows(
+            metrics, lambda row: paths[row["trained_on"], row["variant"]].is_file(), "trained_on variant"
+        )
     ranks.wait()
     for (split, variant), path in paths.items():
         there = path.is_file()
@@ -273,7 +316,9 @@ def train_all(features: dict, frames: Frames, cfg: Config, folder: Path) -> dict
 
 
 # ------------------------------------------------------------------------------------------------------------- retrieval
-def representations(features: dict, frames: Frames, heads: dict, split: str, cfg: Config) -> dict[str, torch.Tensor]:
+def representations(
+    features: dict, frames: Frames, heads: dict, split: str, cfg: Config
+) -> dict[str, torch.Tensor]:
     """What the agent view of every frame is retrieved by, unit vectors (N, D), by name. Nothing is fitted outside the split."""
     device, on = ranks.place(cfg.device), frames.anchors[splits(frames, cfg)[split]]
     raw = torch.from_numpy(np.array(features["agentview"])).to(device)  # (N, W)
@@ -297,14 +342,22 @@ def protocols(frames: Frames, cfg: Config) -> dict[str, list[tuple[str, np.ndarr
     if "episodes" in names:
         found["held-out episodes"] = [("episodes", np.flatnonzero(held), np.flatnonzero(~held), episode)]
     if left_out := [int(name.removeprefix("tasks-")) for name in names if name.startswith("tasks-")]:
-        found["held-out tasks"] = [(f"tasks-{part}", np.flatnonzero(fold == part), every, episode) for part in left_out]
+        found["held-out tasks"] = [
+            (f"tasks-{part}", np.flatnonzero(fold == part), every, episode) for part in left_out
+        ]
     return found
 
 
-def score(frames: Frames, x: torch.Tensor, queries: np.ndarray, gallery: np.ndarray, ids: np.ndarray, cfg: Config) -> dict:
+def score(
+    frames: Frames, x: torch.Tensor, queries: np.ndarray, gallery: np.ndarray, ids: np.ndarray, cfg: Config
+) -> dict:
     """retrieval.hits of a part of a protocol, for unit vectors x of all frames (N, D)."""
     q, g = frames.anchors[queries], frames.anchors[gallery]
-    kinds = {"task": (frames.task, None), "episode": (frames.episode, None), "moment": (frames.task, cfg.near)}
+    kinds = {
+        "task": (frames.task, None),
+        "episode": (frames.episode, None),
+        "moment": (frames.task, cfg.near),
+    }
     kinds = {right: (label[q], label[g], near) for right, (label, near) in kinds.items()}
     return hits(x[q], x[g], ids[queries], ids[gallery], frames.step[q], frames.step[g], kinds)
 
@@ -325,14 +378,22 @@ def retrieval(features: dict, frames: Frames, heads: dict, cfg: Config) -> list[
                     continue
                 for suite in suites + ["all"] * (len(suites) > 1):
                     of = (frames.suite[queries] == suite) | (suite == "all")
-                    about = {"suite": suite, "protocol": protocol, "right": right, "n": int(of.sum()), "unit": "share"}
+                    about = {
+                        "suite": suite,
+                        "protocol": protocol,
+                        "right": right,
+                        "n": int(of.sum()),
+                        "unit": "share",
+                    }
                     for i, k in enumerate(AT):
                         said = about | {"metric": f"recall@{k}"}
                         value = hit[of, :k].any(1).astype(float)
                         interval = stats.cluster_bootstrap(value, frames.episode[queries][of], n=2000)
                         rows.append(said | {"features": name, "value": value.mean(), "ci95": interval})
                         if name == "proprioception":  # once, as the last row
-                            rows.append(said | {"features": "chance", "value": by_chance[of, i].mean(), "ci95": None})
+                            rows.append(
+                                said | {"features": "chance", "value": by_chance[of, i].mean(), "ci95": None}
+                            )
     return rows
 
 
@@ -370,14 +431,18 @@ def neighbours(vectors: dict, frames: Frames, part: tuple, names: tuple[str, str
     shown = [a[chosen][:, None]]
     for name in names:
         x, of = vectors[name], [torch.from_numpy(ids[rows]) for rows in (chosen, gallery)]
-        shown.append(a[gallery][nearest(x[a[chosen]], x[a[gallery]], 3, *(i.to(x.device) for i in of)).cpu().numpy()])
+        shown.append(
+            a[gallery][nearest(x[a[chosen]], x[a[gallery]], 3, *(i.to(x.device) for i in of)).cpu().numpy()]
+        )
     shown, images = np.concatenate(shown, axis=1), {}
     for episode, (*_, demo) in enumerate(common.demonstrations(cfg, cfg.holdout)):
         own = np.intersect1d(shown, np.flatnonzero(frames.episode == episode))
         at = used(demo, cfg)[own - np.searchsorted(frames.episode, episode)]
         images |= dict(zip(own.tolist(), demo.agentview[at], strict=True))
     query = shown[:, :1]
-    right = (frames.task[shown] == frames.task[query]) & (abs(frames.step[shown] - frames.step[query]) <= cfg.near)
+    right = (frames.task[shown] == frames.task[query]) & (
+        abs(frames.step[shown] - frames.step[query]) <= cfg.near
+    )
     return shown, right, images
 
 
@@ -386,10 +451,16 @@ def main(cfg: Config) -> None:
     if cfg.dry_run:
         return memory.report(cfg, "head")
     if cfg.blank_images:
-        raise common.UserError("black images are all alike: there is nothing to retrieve; set blank_images=false")
+        raise common.UserError(
+            "black images are all alike: there is nothing to retrieve; set blank_images=false"
+        )
     runs.require(cfg.data_dir, "demos")
     inputs = [cfg.data_dir, *common.sft_inputs(cfg)]
-    name = "head" + ("" if cfg.start == "final" else f"-at{cfg.start}") + ("-random" if cfg.encoder == "random" else "")
+    name = (
+        "head"
+        + ("" if cfg.start == "final" else f"-at{cfg.start}")
+        + ("-random" if cfg.encoder == "random" else "")
+    )
     shared = f"suites tasks backbone seed image_size {common.SFT_KEYS}"
     code = ["contrastive.py", "retrieval.py", "head_report.py", "stats.py", *cfg.policy_code]
     stage = runs.open_stage(__file__, cfg, cfg.seed_dir / name, shared, inputs, code)
@@ -401,7 +472,10 @@ def main(cfg: Config) -> None:
         if not ranks.first():
             return
         trained = sum(p.numel() for p in heads["all", "paper"].parameters())
-        print(f"[06_pretrain_head] {len(frames.anchors)} anchors, {len(heads)} heads of {trained:,} parameters", flush=True)
+        print(
+            f"[06_pretrain_head] {len(frames.anchors)} anchors, {len(heads)} heads of {trained:,} parameters",
+            flush=True,
+        )
         rows = retrieval(features, frames, heads, cfg)
         if frames.held.any():
             rows += progress_rows(features, frames, heads, cfg)
@@ -412,7 +486,9 @@ def main(cfg: Config) -> None:
         plot_losses(disk.read_jsonl(stage.dir / "metrics.jsonl"), cfg, stage.dir / "loss.png")
         plot_map(vectors, frames, stage.dir / "map.png")
         names = ("head, paper", "head, corrected")
-        plot_neighbours(*neighbours(vectors, frames, part, names, cfg), frames, names, stage.dir / "neighbours.png")
+        plot_neighbours(
+            *neighbours(vectors, frames, part, names, cfg), frames, names, stage.dir / "neighbours.png"
+        )
         stage.finish(parameters=trained, anchors=len(frames.anchors), episodes=int(frames.episode[-1]) + 1)
     if not ranks.first():
         return

@@ -53,14 +53,20 @@ class Config(common.RunConfig):
     ode_steps: int = 20  # midpoint steps of the exact likelihood
     probes: int = 0  # Hutchinson probes of its trace, shared by all chunks of a pair; 0 = the exact trace
     float64: bool = False  # the exact likelihood in double precision
-    own_chunks: int = 8  # observations for the Euler map's density and the study of steps, probes and precision
+    own_chunks: int = (
+        8  # observations for the Euler map's density and the study of steps, probes and precision
+    )
     gradient_batches: int = 2  # of 8 pairs, in each of two states of the DPO training
-    gradient_probes: int = 8  # of the exact gradient; the first 1, 2, 4, ... of one half are held against the other half
+    gradient_probes: int = (
+        8  # of the exact gradient; the first 1, 2, 4, ... of one half are held against the other half
+    )
     shift: int = 4  # augmentation of the published code's behaviour, pixels
 
     def __post_init__(self):
         super().__post_init__()
-        common.at_least(self, n_pairs=2, draws=1, max_draws=4, repeats=4, ode_steps=1, probes=0, own_chunks=2, shift=0)
+        common.at_least(
+            self, n_pairs=2, draws=1, max_draws=4, repeats=4, ode_steps=1, probes=0, own_chunks=2, shift=0
+        )
         common.at_least(self, gradient_batches=0, gradient_probes=2)
         common.one_of("validate.draws", self.draws, draw_counts(self))
 
@@ -108,19 +114,26 @@ def velocity_errors(policy, prefix, chunks: Tensor, draws: common.Draws) -> Tens
     n, c, h, _ = chunks.shape
     flat, prefix = policy.pad(chunks.transpose(0, 1).flatten(0, 1)), prefix.select(torch.arange(n).repeat(c))
     errors = common.flow_matching_error(
-        lambda index, x, t: policy.velocity(prefix.select(index), x, t), flat, draws.repeat(c), torch.ones(c * n, h)
+        lambda index, x, t: policy.velocity(prefix.select(index), x, t),
+        flat,
+        draws.repeat(c),
+        torch.ones(c * n, h),
     )
     return errors.unflatten(1, (c, n)).transpose(1, 2)
 
 
-def estimate(policy, obs, chunks: Tensor, name: str, k: int, g: torch.Generator, cfg: Config) -> tuple[Tensor, Tensor]:
+def estimate(
+    policy, obs, chunks: Tensor, name: str, k: int, g: torch.Generator, cfg: Config
+) -> tuple[Tensor, Tensor]:
     """One estimate of log p (n, c), and the errors (K, n, c) it is the weighted mean of. Differentiable.
 
     obs: observations, or (but for "independent") their prefix.
     """
     scheme, weight = ESTIMATORS[name]
     if name == "independent":  # the published code augments the images in every forward
-        obs = obs | {camera: common.random_shift(obs[camera], cfg.shift, g) for camera in ("agentview", "wrist")}
+        obs = obs | {
+            camera: common.random_shift(obs[camera], cfg.shift, g) for camera in ("agentview", "wrist")
+        }
     draws = policy.draws(len(chunks), k, g, scheme)
     errors = velocity_errors(policy, policy.encode(obs), chunks, draws)
     return -(common.time_weight(draws.t, weight)[..., None] * errors).mean(0), errors
@@ -128,7 +141,11 @@ def estimate(policy, obs, chunks: Tensor, name: str, k: int, g: torch.Generator,
 
 def exact(policy, prefix, chunks: Tensor, cfg: Config, g: torch.Generator) -> Tensor:
     """log p (n, 2) along the ODE; both chunks of a pair share the probes where there are any."""
-    probes = likelihood.make_probes(len(chunks), cfg.probes, (policy.horizon, policy.cfg.flow_dim), g) if cfg.probes else None
+    probes = (
+        likelihood.make_probes(len(chunks), cfg.probes, (policy.horizon, policy.cfg.flow_dim), g)
+        if cfg.probes
+        else None
+    )
     scores = likelihood.pair_log_probs(policy, prefix, *chunks.unbind(1), probes, cfg.ode_steps, cfg.float64)
     return torch.stack(scores, dim=1)
 
@@ -139,21 +156,31 @@ def measure(job: tuple):
     cfg, folder, pairs, block = job
     policy, (obs, chunks) = load_policy(cfg, folder), rows_of(pairs, block)
     prefix = policy.encode(obs)
-    found = {"exact": exact(policy, prefix, chunks, cfg, common.stream(cfg.seed, "validate probes", block[0]))}
+    found = {
+        "exact": exact(policy, prefix, chunks, cfg, common.stream(cfg.seed, "validate probes", block[0]))
+    }
     for name, (scheme, weight) in ESTIMATORS.items():
         if scheme == "stratified" and weight != "velocity":
             continue  # other weights of the paper's errors
         for k in draw_counts(cfg)[name == "antithetic" :]:  # mirror images come in pairs
-            streams = [common.stream(cfg.seed, "validate", scheme, k, r, block[0]) for r in range(cfg.repeats)]
+            streams = [
+                common.stream(cfg.seed, "validate", scheme, k, r, block[0]) for r in range(cfg.repeats)
+            ]
             seen = obs if name == "independent" else prefix
-            scores, errors = zip(*(estimate(policy, seen, chunks, name, k, g, cfg) for g in streams), strict=True)
+            scores, errors = zip(
+                *(estimate(policy, seen, chunks, name, k, g, cfg) for g in streams), strict=True
+            )
             found[f"{name}/{k}"] = torch.stack(scores)  # (R, n, 2)
             if name == "paper":
                 t = (torch.arange(k) + 0.5) / k
                 for other in ("noise", "elbo"):
-                    weighted = common.time_weight(t, other)[None, :, None, None] * torch.stack(errors)  # (R, K, n, 2)
+                    weighted = common.time_weight(t, other)[None, :, None, None] * torch.stack(
+                        errors
+                    )  # (R, K, n, 2)
                     found[f"paper-{other}/{k}"] = -weighted.mean(1)
-                found["by_time"] = -torch.stack(errors).mean(0)  # (K, n, 2) of the largest K, which comes last
+                found["by_time"] = -torch.stack(errors).mean(
+                    0
+                )  # (K, n, 2) of the largest K, which comes last
     yield found
 
 
@@ -164,7 +191,9 @@ def own_chunks(job: tuple):
     policy, (obs, chunks) = load_policy(cfg, folder), rows_of(pairs, index)
     prefix, steps = policy.encode(obs), cfg.denoise_steps
     velocity, grid = likelihood.velocity_of(policy, prefix), likelihood.time_grid(cfg.ode_steps)
-    own, euler = likelihood.euler_sample(velocity, policy.noise(len(index), common.stream(cfg.seed, "own")), steps)
+    own, euler = likelihood.euler_sample(
+        velocity, policy.noise(len(index), common.stream(cfg.seed, "own")), steps
+    )
     probes = likelihood.make_probes(len(index), 16, own.shape[1:], common.stream(cfg.seed, "own probes"))
     along = {"exact": likelihood.ode_log_prob(velocity, own, likelihood.exact_trace, grid)}
     for n in (5, 10, 20, 40, 80):
@@ -172,17 +201,28 @@ def own_chunks(job: tuple):
         along[f"steps/{n}"] = likelihood.ode_log_prob(velocity, own, one, likelihood.time_grid(n))
     double = likelihood.in_float64(policy, prefix, own)
     velocity64 = likelihood.velocity_of(*double[:2])
-    along["float64"] = likelihood.ode_log_prob(velocity64, double[2], likelihood.hutchinson(probes[:, :1].double()), grid)
+    along["float64"] = likelihood.ode_log_prob(
+        velocity64, double[2], likelihood.hutchinson(probes[:, :1].double()), grid
+    )
     for i in range(16):
-        along[f"probe/{i}"] = likelihood.ode_log_prob(velocity, own, likelihood.hutchinson(probes[:, i : i + 1]), grid)
+        along[f"probe/{i}"] = likelihood.ode_log_prob(
+            velocity, own, likelihood.hutchinson(probes[:, i : i + 1]), grid
+        )
     for n in (5, 10, 20, 40):  # what 03 would see of the pairs: one probe that both chunks share
         one = dataclasses.replace(cfg, ode_steps=n, probes=1)
         for i in range(8 if n == 10 else 1):
-            along[f"pair/{n}/{i}"] = exact(policy, prefix, chunks, one, common.stream(cfg.seed, "pair probes", i))
+            along[f"pair/{n}/{i}"] = exact(
+                policy, prefix, chunks, one, common.stream(cfg.seed, "pair probes", i)
+            )
     pair_chunks = policy.pad(chunks.transpose(0, 1).flatten(0, 1))
     twice = likelihood.velocity_of(policy, prefix.select(torch.arange(len(index)).repeat(2)))
     inverse = likelihood.euler_log_prob(twice, pair_chunks, steps)
-    yield along | {"chunk": own, "euler": euler, "inverse_found": inverse.isfinite().float(), "inverse": inverse.nan_to_num(0)}
+    yield along | {
+        "chunk": own,
+        "euler": euler,
+        "inverse_found": inverse.isfinite().float(),
+        "inverse": inverse.nan_to_num(0),
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------- the gradient
@@ -228,9 +268,21 @@ def gradients(job: tuple):
 
             def score(term, name=name, k=k):
                 if name != "independent":
-                    return estimate(policy, obs, chunks, name, k, common.stream(cfg.seed, "gradient", k, "", index[0]), cfg)[0]
-                g = common.stream(cfg.seed, "gradient", k, term, index[0])  # and from chunk to chunk, as 03's code has it
-                return torch.cat([estimate(policy, obs, chunks[:, i : i + 1], name, k, g, cfg)[0] for i in (0, 1)], dim=1)
+                    return estimate(
+                        policy,
+                        obs,
+                        chunks,
+                        name,
+                        k,
+                        common.stream(cfg.seed, "gradient", k, "", index[0]),
+                        cfg,
+                    )[0]
+                g = common.stream(
+                    cfg.seed, "gradient", k, term, index[0]
+                )  # and from chunk to chunk, as 03's code has it
+                return torch.cat(
+                    [estimate(policy, obs, chunks[:, i : i + 1], name, k, g, cfg)[0] for i in (0, 1)], dim=1
+                )
 
             cosine = F.cosine_similarity(dpo_gradient(policy, score, betas[name]), truth, dim=0).item()
             rows.append(row | {"estimator": name, "draws": k, "cosine": cosine})
@@ -238,7 +290,9 @@ def gradients(job: tuple):
 
 
 # -------------------------------------------------------------------------------------------------------------------- main
-def do_missing(function, jobs: dict[str, tuple], parts: Path, cfg: Config, title: str) -> dict[str, dict | list]:
+def do_missing(
+    function, jobs: dict[str, tuple], parts: Path, cfg: Config, title: str
+) -> dict[str, dict | list]:
     """The results of all jobs by name; those that a file of `parts` does not hold yet are worked on."""
 
     def read(path: Path):
@@ -254,7 +308,10 @@ def do_missing(function, jobs: dict[str, tuple], parts: Path, cfg: Config, title
 
 def costs(cfg: Config, pairs: dict) -> dict:
     """CPU seconds per chunk under the SFT policy, in blocks of the same size: the exact likelihood and estimates by draws."""
-    policy, (obs, chunks) = common.load_sft(cfg), rows_of(pairs, list(range(min(BLOCK, len(pairs["chunks"])))))
+    policy, (obs, chunks) = (
+        common.load_sft(cfg),
+        rows_of(pairs, list(range(min(BLOCK, len(pairs["chunks"]))))),
+    )
     torch.set_num_threads(1)
 
     def seconds(function) -> float:
@@ -266,7 +323,9 @@ def costs(cfg: Config, pairs: dict) -> dict:
         prefix, g = policy.encode(obs), common.stream(cfg.seed, "costs")
         found = {"exact": seconds(lambda: exact(policy, prefix, chunks, cfg, g))}
         for k in draw_counts(cfg):
-            found[f"surrogate, {k} draws"] = seconds(lambda k=k: estimate(policy, prefix, chunks, "paper", k, g, cfg))
+            found[f"surrogate, {k} draws"] = seconds(
+                lambda k=k: estimate(policy, prefix, chunks, "paper", k, g, cfg)
+            )
     return found
 
 
@@ -285,18 +344,30 @@ def measure_all(cfg: Config, folder: Path, dpo: dict[str, Path]) -> None:
     every = list(range(len(pairs["chunks"])))
     blocks = [every[i : i + BLOCK] for i in range(0, len(every), BLOCK)]
     policies = {"sft": None, **dpo}
-    jobs = {f"{name}-{b:03d}": (cfg, path, pairs, block) for name, path in policies.items() for b, block in enumerate(blocks)}
+    jobs = {
+        f"{name}-{b:03d}": (cfg, path, pairs, block)
+        for name, path in policies.items()
+        for b, block in enumerate(blocks)
+    }
     found, measures = do_missing(measure, jobs, parts, cfg, "validate"), {}
     for name in policies:
         mine = [found[f"{name}-{b:03d}"] for b in range(len(blocks))]
         for key in mine[0]:
-            measures[f"{name}|{key}"] = torch.cat([part[key] for part in mine], dim=0 if key == "exact" else 1)
+            measures[f"{name}|{key}"] = torch.cat(
+                [part[key] for part in mine], dim=0 if key == "exact" else 1
+            )
     few = [every[i * len(every) // cfg.own_chunks] for i in range(min(cfg.own_chunks, len(every)))]
     own = do_missing(own_chunks, {"own": (cfg, None, pairs, few)}, parts, cfg, "own chunks")["own"]
 
-    spread = {"exact": measures["sft|exact"]} | {n: measures[f"sft|{n}/{cfg.draws}"].mean(0) for n in ESTIMATORS}
-    betas = {name: 1 / (x[:, 0] - x[:, 1]).std(correction=0).item() for name, x in spread.items()}  # 03's beta: auto
-    lora = sorted((p for name, p in dpo.items() if name.startswith("dpo-lora")), key=lambda p: len(p.name))[:1]  # paper's
+    spread = {"exact": measures["sft|exact"]} | {
+        n: measures[f"sft|{n}/{cfg.draws}"].mean(0) for n in ESTIMATORS
+    }
+    betas = {
+        name: 1 / (x[:, 0] - x[:, 1]).std(correction=0).item() for name, x in spread.items()
+    }  # 03's beta: auto
+    lora = sorted((p for name, p in dpo.items() if name.startswith("dpo-lora")), key=lambda p: len(p.name))[
+        :1
+    ]  # paper's
     jobs = {}
     for path in lora:
         for state in ("start", "end"):
@@ -311,9 +382,13 @@ def measure_all(cfg: Config, folder: Path, dpo: dict[str, Path]) -> None:
 
 def main(cfg: Config) -> None:
     if cfg.backbone == "openvla":
-        return print("[07_validate] openvla's log p is the exact likelihood, in closed form: there is nothing to validate")
+        return print(
+            "[07_validate] openvla's log p is the exact likelihood, in closed form: there is nothing to validate"
+        )
     if cfg.dry_run:
-        dims = memory.make_policy(cfg, "").noise(1, torch.Generator()).numel()  # as flowed: with what published shapes pad
+        dims = (
+            memory.make_policy(cfg, "").noise(1, torch.Generator()).numel()
+        )  # as flowed: with what published shapes pad
         counts = f"{agreement.passes('exact', 0, cfg, dims)} exact, {cfg.repeats * 4 * 2 * cfg.max_draws} for the estimates"
         return print(f"validate: passes of the action expert per chunk and policy: {counts}")
     if cfg.device != "cpu":

@@ -29,7 +29,20 @@ import episodes
 import stats
 from backbones import BACKBONES
 from report import audit, claims, plots
-from report.page import PILLS, Block, Image, Table, as_html, as_markdown, fill_in, number, p_value, percent, points, slug
+from report.page import (
+    PILLS,
+    Block,
+    Image,
+    Table,
+    as_html,
+    as_markdown,
+    fill_in,
+    number,
+    p_value,
+    percent,
+    points,
+    slug,
+)
 
 
 @dataclass
@@ -66,15 +79,22 @@ def of_run(cfg: Config, backbone: str) -> Experiment:
     """All seeds of one backbone of a run."""
     folder = replace(cfg, backbone=backbone).seed_dir.parent
     found = Experiment(f"{cfg.name} {backbone}", [], episodes=folder)
-    seeds, played = {int(path.name[4:]): path for path in folder.glob("seed*") if path.name[4:].isdecimal()}, {}
+    seeds, played = (
+        {int(path.name[4:]): path for path in folder.glob("seed*") if path.name[4:].isdecimal()},
+        {},
+    )
     for seed, seed_dir in sorted(seeds.items()):
         for group in ("test", "val"):
             for facts, rows, _ in episodes.finished(seed_dir, "eval-*", group):
                 played[seed, group, facts["policy"]] = facts, rows
         for path in [*sorted(seed_dir.glob("*.json")), *sorted(seed_dir.glob("*/table.json"))]:
             table = disk.read_json(path)
-            rows = [completed(row) for row in table] if isinstance(table, list) else []  # an evaluation may be being redone
-            found.rows += [r for r in rows if script(r) != "04_eval.py" or (seed, r["group"], r["name"]) in played]
+            rows = (
+                [completed(row) for row in table] if isinstance(table, list) else []
+            )  # an evaluation may be being redone
+            found.rows += [
+                r for r in rows if script(r) != "04_eval.py" or (seed, r["group"], r["name"]) in played
+            ]
         for path in sorted(seed_dir.glob("*/metrics.jsonl")):
             name = path.parent.name + (f", {seed_dir.name}" if len(seeds) > 1 else "")
             found.training[name] = audit.read_lines(path)[0]
@@ -84,7 +104,15 @@ def of_run(cfg: Config, backbone: str) -> Experiment:
     return found
 
 
-PAIRED = ("paired_with", "diff_vs_sft", "gained", "lost", "p_vs_sft", "paired_n", "deff")  # keys of a row's comparison
+PAIRED = (
+    "paired_with",
+    "diff_vs_sft",
+    "gained",
+    "lost",
+    "p_vs_sft",
+    "paired_n",
+    "deff",
+)  # keys of a row's comparison
 # config keys in which several seeds of one experiment may differ
 NO_SETTING = {"seed", "videos", "threads", "log_every", "checkpoint_every"}
 
@@ -105,7 +133,9 @@ def over_seeds(rows: list[dict], played: dict, run: Path) -> list[dict]:
     played: (seed, group, name) -> done.json and episodes of an evaluation.
     """
     groups, pooled = defaultdict(list), []
-    for row in [row for row in rows if script(row) == "04_eval.py" and row["train_seeds"] == [row["noise_seed"]]]:
+    for row in [
+        row for row in rows if script(row) == "04_eval.py" and row["train_seeds"] == [row["noise_seed"]]
+    ]:
         if (row["noise_seed"], row["group"], row["name"]) in played:
             groups[row["name"], row["group"]].append(row)
     for (name, group), of_name in groups.items():
@@ -114,17 +144,29 @@ def over_seeds(rows: list[dict], played: dict, run: Path) -> list[dict]:
         if len({str(each["inputs"]) for each in facts}) < 2:
             continue
         if any(list(settings(each, run)) != list(settings(facts[0], run)) for each in facts):
-            print(f"[08_report] {name}: seeds {seeds} were made with different settings, so they have no row together")
+            print(
+                f"[08_report] {name}: seeds {seeds} were made with different settings, so they have no row together"
+            )
             continue
         for suite in dict.fromkeys(row["suite"] for row in of_name):
             mine = [row for row in of_name if row["suite"] == suite]
             mine_all, base_all = (
-                [e for seed in seeds for e in played.get((seed, group, policy), ({}, []))[1] if e["suite"] in suite.split()]
+                [
+                    e
+                    for seed in seeds
+                    for e in played.get((seed, group, policy), ({}, []))[1]
+                    if e["suite"] in suite.split()
+                ]
                 for policy in (name, mine[0].get("paired_with"))
             )
-            row = {key: value for key, value in mine[0].items() if key not in ("noise_seed", *PAIRED)} | {"train_seeds": seeds}
+            row = {key: value for key, value in mine[0].items() if key not in ("noise_seed", *PAIRED)} | {
+                "train_seeds": seeds
+            }
             pooled.append(row | episodes.summarise(mine_all))
-            if all("paired_with" in row and (row["noise_seed"], group, row["paired_with"]) in played for row in mine):
+            if all(
+                "paired_with" in row and (row["noise_seed"], group, row["paired_with"]) in played
+                for row in mine
+            ):
                 pooled[-1] |= {"paired_with": mine[0]["paired_with"]} | episodes.paired(mine_all, base_all)
     return pooled
 
@@ -144,8 +186,26 @@ def of_results(table: Path, top: Path) -> Experiment:
 
 def completed(row: dict) -> dict:
     """A row of a table.json with the keys that not every stage writes."""
-    usual = {"suite": "", "name": row.get("policy", ""), "policy": "", "adapter": "none", "start": "final", "group": "test"}
-    return usual | {"train_seeds": [], "blank_images": False, "crashes": 0, "ci95_tasks": None, "command": "", "commit": ""} | row
+    usual = {
+        "suite": "",
+        "name": row.get("policy", ""),
+        "policy": "",
+        "adapter": "none",
+        "start": "final",
+        "group": "test",
+    }
+    return (
+        usual
+        | {
+            "train_seeds": [],
+            "blank_images": False,
+            "crashes": 0,
+            "ci95_tasks": None,
+            "command": "",
+            "commit": "",
+        }
+        | row
+    )
 
 
 def success_table(rows: list[dict]) -> Table:
@@ -153,17 +213,35 @@ def success_table(rows: list[dict]) -> Table:
     suites p is corrected for all rows of the table as well."""
     several = len({row["suite"] for row in rows}) > 1
     seeds = len({str(row["train_seeds"]) for row in rows}) > 1
-    head = ["policy", *["suite"] * several, *["seeds"] * seeds, "success", "95 % interval", "over tasks", "crashes"]
-    table = Table([*head, f"against {plots.baseline(rows)} (95 %)", "gained / lost", "p", *["p (Holm)"] * several], [])
+    head = [
+        "policy",
+        *["suite"] * several,
+        *["seeds"] * seeds,
+        "success",
+        "95 % interval",
+        "over tasks",
+        "crashes",
+    ]
+    table = Table(
+        [*head, f"against {plots.baseline(rows)} (95 %)", "gained / lost", "p", *["p (Holm)"] * several], []
+    )
     rows = sorted(rows, key=plots.by_suite)
     tested = [i for i, row in enumerate(rows) if "p_vs_sft" in row]
     corrected = dict(zip(tested, stats.holm([rows[i]["p_vs_sft"] for i in tested]), strict=True))
     for i, r in enumerate(rows):
-        cells = [r["name"], *[plots.short(r["suite"])] * several, *[", ".join(map(str, r["train_seeds"]))] * seeds]
+        cells = [
+            r["name"],
+            *[plots.short(r["suite"])] * several,
+            *[", ".join(map(str, r["train_seeds"]))] * seeds,
+        ]
         cells += [f"{r['successes']} / {r['n']}", percent(r["ci95"])]
         cells += [percent(r["ci95_tasks"]) if r["ci95_tasks"] else "", r["crashes"]]
         if "diff_vs_sft" in r:
-            cells += [claims.said_difference(r), f"{r.get('gained', '')} / {r.get('lost', '')}", p_value(r["p_vs_sft"])]
+            cells += [
+                claims.said_difference(r),
+                f"{r.get('gained', '')} / {r.get('lost', '')}",
+                p_value(r["p_vs_sft"]),
+            ]
             cells += [p_value(corrected[i])] * several
         table.rows.append(cells + [""] * (len(table.head) - len(cells)))
     return table
@@ -171,20 +249,52 @@ def success_table(rows: list[dict]) -> Table:
 
 def rates_table(rows: list[dict]) -> Table:
     """The audit's rates: all seeds of a policy and suite together."""
-    table = Table(["policy", "suite", "seeds", "episodes", "success", "95 % interval", "over tasks", "crashes"], [])
+    table = Table(
+        ["policy", "suite", "seeds", "episodes", "success", "95 % interval", "over tasks", "crashes"], []
+    )
     for r in rows:
         over_tasks = percent(r["ci95_tasks"]) if r["ci95_tasks"] else ""
-        cells = [r["policy"], r["suite"], ", ".join(map(str, r["seeds"])), r["episodes"], f"{r['successes']} / {r['n']}"]
+        cells = [
+            r["policy"],
+            r["suite"],
+            ", ".join(map(str, r["seeds"])),
+            r["episodes"],
+            f"{r['successes']} / {r['n']}",
+        ]
         table.rows.append([*cells, percent(r["ci95"]), over_tasks, r["crashes"]])
     return table
 
 
 def pairs_table(rows: list[dict]) -> Table:
     """The audit's paired comparisons; the last column corrects p for all rows of the table."""
-    table = Table(["policy", "against", "suite", "pairs", "successes", "difference (95 %)", "gained / lost", "p", "p (Holm)"], [])
+    table = Table(
+        [
+            "policy",
+            "against",
+            "suite",
+            "pairs",
+            "successes",
+            "difference (95 %)",
+            "gained / lost",
+            "p",
+            "p (Holm)",
+        ],
+        [],
+    )
     for r in rows:
-        cells = [r["policy"], r["against"], r["suite"], r["paired_n"], f"{r['wins'][0]} against {r['wins'][1]}"]
-        cells += [points(r["diff"], r["ci95"]), f"{r['gained']} / {r['lost']}", p_value(r["p"]), p_value(r["p_holm"])]
+        cells = [
+            r["policy"],
+            r["against"],
+            r["suite"],
+            r["paired_n"],
+            f"{r['wins'][0]} against {r['wins'][1]}",
+        ]
+        cells += [
+            points(r["diff"], r["ci95"]),
+            f"{r['gained']} / {r['lost']}",
+            p_value(r["p"]),
+            p_value(r["p_holm"]),
+        ]
         table.rows.append(cells)
     return table
 
@@ -199,9 +309,22 @@ def metrics_table(rows: list[dict]) -> Table:
 
 def metric_names(rows: list[dict]) -> list[str]:
     """What tells the rows of metrics apart, in words: the metric, and every key in which they differ."""
-    keys = {key for row in rows for key in row} - {"metric", "value", "unit", "n", "ci95", "command", "commit"}
-    varies = [key for key in ["metric", *sorted(keys)] if len({str(row.get(key)) for row in rows}) > 1] or ["metric"]
-    return [" ".join(str(row[key]) for key in varies if row.get(key) not in (None, "", "none")).replace("_", " ") for row in rows]
+    keys = {key for row in rows for key in row} - {
+        "metric",
+        "value",
+        "unit",
+        "n",
+        "ci95",
+        "command",
+        "commit",
+    }
+    varies = [key for key in ["metric", *sorted(keys)] if len({str(row.get(key)) for row in rows}) > 1] or [
+        "metric"
+    ]
+    return [
+        " ".join(str(row[key]) for key in varies if row.get(key) not in (None, "", "none")).replace("_", " ")
+        for row in rows
+    ]
 
 
 def script(row: dict) -> str:
@@ -241,14 +364,29 @@ def images(experiment: Experiment, groups: dict[str, list[dict]], folder: Path) 
         if rows := [row for row in held_out if "gained" in row and ("hit_rate" in row) == reused]:
             add(name, f"Difference to {plots.baseline(rows)}, on the same episodes", plots.forest, rows)
     curve = [row for row in groups["val"] if row["policy"] == "sft" and not row["blank_images"]]
-    curve = [row for row in curve if script(row) != "05_cells.py"]  # its cells reuse, look or solve in other ways
-    curve = [row for row in curve if row["suite"] == max((r["suite"] for r in curve), key=len)]  # of all suites
+    curve = [
+        row for row in curve if script(row) != "05_cells.py"
+    ]  # its cells reuse, look or solve in other ways
+    curve = [
+        row for row in curve if row["suite"] == max((r["suite"] for r in curve), key=len)
+    ]  # of all suites
     losses = next((rows for name, rows in experiment.training.items() if name.startswith("sft") and rows), [])
     if len(curve) > 1 and losses:
-        add("learning_curve", "What more training buys, on validation init states", plots.learning_curve, curve, losses)
+        add(
+            "learning_curve",
+            "What more training buys, on validation init states",
+            plots.learning_curve,
+            curve,
+            losses,
+        )
     for group, words in (("val", "validation"), ("test", "held-out")):
         if many := [row for row in groups[group] if "hit_rate" in row]:
-            add(f"cells-{group}", f"Caches, fewer looks and fewer denoise steps, on {words} init states", plots.cells, many)
+            add(
+                f"cells-{group}",
+                f"Caches, fewer looks and fewer denoise steps, on {words} init states",
+                plots.cells,
+                many,
+            )
     variants = defaultdict(dict)  # by pairs and start, then by adapter
     for name, rows in experiment.training.items():
         if name.startswith("dpo-") and rows:
@@ -256,7 +394,9 @@ def images(experiment: Experiment, groups: dict[str, list[dict]], folder: Path) 
             variants[variant][adapter] = rows
     for variant, curves in sorted(variants.items()):
         recipe = re.split(r"-at\d|[-,] ?seed\d", variant)[0]
-        start, seed = (found[1] if (found := re.search(key, variant)) else "" for key in (r"-at(\d+)", r"seed(\d+)"))
+        start, seed = (
+            found[1] if (found := re.search(key, variant)) else "" for key in (r"-at(\d+)", r"seed(\d+)")
+        )
         words = f"DPO's implicit rewards, {recipe} pairs, from {f'SFT step {start}' if start else 'the final SFT policy'}"
         words += f", seed {seed}" * bool(seed)
         add(f"dpo-{slug(variant)}", words, plots.dpo, curves)
@@ -270,7 +410,10 @@ def images(experiment: Experiment, groups: dict[str, list[dict]], folder: Path) 
                 metric_names(rows),
             )
     for path in experiment.drawn:
-        name, content = "-".join(path.absolute().parts[-3:]), path.read_bytes()  # folders of several stages and seeds
+        name, content = (
+            "-".join(path.absolute().parts[-3:]),
+            path.read_bytes(),
+        )  # folders of several stages and seeds
         (folder / name).write_bytes(content)
         made.append(Image(name, f"{path.parent.name}: {path.stem}", content))
     return made
@@ -282,23 +425,37 @@ def clips(videos: list[Path], most: int = 12) -> list[Image]:
     for path in videos:
         groups[path.name.split("-")[0], path.stem.rpartition("-")[2]].append(path)
     in_turn = [path for rank in range(most) for group in groups.values() for path in group[rank : rank + 1]]
-    return [Image(path.name, f"{path.parent.parent.name}: {path.stem}", path.read_bytes(), clip=True) for path in in_turn[:most]]
+    return [
+        Image(path.name, f"{path.parent.parent.name}: {path.stem}", path.read_bytes(), clip=True)
+        for path in in_turn[:most]
+    ]
 
 
 def chapter(experiment: Experiment, folder: Path) -> tuple[list[Block], dict[str, Table]]:
     """The page's blocks on one experiment, and its tables by the name that a README calls them."""
     name, rates = experiment.title, [row for row in experiment.rows if "successes" in row]
-    many = {(row["name"], row["suite"], row["group"]) for row in rates if len(row["train_seeds"]) > 1}  # seeds in one row
+    many = {
+        (row["name"], row["suite"], row["group"]) for row in rates if len(row["train_seeds"]) > 1
+    }  # seeds in one row
     single = [r for r in rates if (r["name"], r["suite"], r["group"]) in many and len(r["train_seeds"]) == 1]
-    groups = {group: [row for row in rates if row["group"] == group and row not in single] for group in ("test", "val")}
+    groups = {
+        group: [row for row in rates if row["group"] == group and row not in single]
+        for group in ("test", "val")
+    }
     blocks, tables = [f"## {name}"], {}
 
     def add(heading: str, suffix: str, table: Table):
         tables[name + suffix] = table
         blocks.extend([f"### {heading}", table])
 
-    for group, words, suffix in (("test", "held-out init states (40-49)", ""), ("val", "validation init states (35-39)", "/val")):
-        for reused, what, more in ((False, "Success", ""), (True, "Caches, fewer looks and fewer denoise steps", "/cells")):
+    for group, words, suffix in (
+        ("test", "held-out init states (40-49)", ""),
+        ("val", "validation init states (35-39)", "/val"),
+    ):
+        for reused, what, more in (
+            (False, "Success", ""),
+            (True, "Caches, fewer looks and fewer denoise steps", "/cells"),
+        ):
             if rows := [row for row in groups[group] if ("hit_rate" in row) == reused]:
                 add(f"{what} on {words}", suffix + more, success_table(rows))
     if single:
@@ -333,7 +490,9 @@ def report(cfg: Config, experiments: list[Experiment], folder: Path) -> dict[str
     """Write the report into `folder`; returns its tables by name."""
     paper = claims.read_paper()
     logs, judged = paper["logs"], [claims.judged(claim, paper["logs"]) for claim in paper["claims"]]
-    counts = ", ".join(f"{verdict} {n}" for verdict in PILLS if (n := sum(c["verdict"] == verdict for c in judged)))
+    counts = ", ".join(
+        f"{verdict} {n}" for verdict in PILLS if (n := sum(c["verdict"] == verdict for c in judged))
+    )
     tables = {"claims": claims.claims_table(judged), "public-logs": claims.logs_table(logs)}
     source = f"[the paper's repository]({logs['repository']}) at commit `{logs['commit'][:7]}`, folder `{logs['folder']}`"
     blocks = [
@@ -385,7 +544,9 @@ def main(cfg: Config) -> None:
     if cfg.readme and not Path(cfg.readme).is_file():
         raise common.UserError(f"readme={cfg.readme}: there is no such file")
     if cfg.results and not cfg.audit and not any(top.rglob("table.json")):
-        raise common.UserError(f"no table.json at or below {top}; name a folder of results, or leave results= out")
+        raise common.UserError(
+            f"no table.json at or below {top}; name a folder of results, or leave results= out"
+        )
     folder = top / "report"
     folder.mkdir(parents=True, exist_ok=True)
     if cfg.audit:

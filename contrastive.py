@@ -26,7 +26,9 @@ class Head(nn.Module):
     def fold_in(self, mean: Tensor, spread: Tensor) -> Head:
         """Become the head that does to x what this one does to (x - mean) / spread."""
         weight = self.fc1.weight.data.double() / spread.double()
-        self.fc1.bias.data = (self.fc1.bias.data.double() - weight @ mean.double().expand(weight.shape[1])).float()
+        self.fc1.bias.data = (
+            self.fc1.bias.data.double() - weight @ mean.double().expand(weight.shape[1])
+        ).float()
         self.fc1.weight.data = weight.float()
         return self
 
@@ -43,7 +45,9 @@ def load_head(path: str) -> Head:
     return head
 
 
-def info_nce(a: Tensor, b: Tensor, temperature: float, negatives: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+def info_nce(
+    a: Tensor, b: Tensor, temperature: float, negatives: Tensor | None = None, rows: Tensor | None = None
+) -> Tensor:
     """Symmetric InfoNCE (arXiv 1807.03748, both ways as CLIP's): a[i] (B, D) has to find b[i] among all of b, and b[i] a[i].
 
     negatives (B, B): True where b[j] may serve as a negative of a[i]; None = everywhere, log(B) is then what chance gives.
@@ -52,7 +56,9 @@ def info_nce(a: Tensor, b: Tensor, temperature: float, negatives: Tensor | None 
     assert a.shape == b.shape and a.ndim == 2, (a.shape, b.shape)
     logits = a @ b.T / temperature  # (B, B), the positives on the diagonal
     if negatives is not None:
-        logits = logits.masked_fill(~(negatives | torch.eye(len(a), dtype=torch.bool, device=a.device)), -torch.inf)
+        logits = logits.masked_fill(
+            ~(negatives | torch.eye(len(a), dtype=torch.bool, device=a.device)), -torch.inf
+        )
     log_p = logits.log_softmax(1).diagonal() + logits.log_softmax(0).diagonal()  # (B,)
     return -(log_p if rows is None else log_p[rows]).mean() / 2
 
@@ -86,4 +92,6 @@ def pooled(policy, images: Tensor) -> Tensor:
 def shuffle_weights(module: nn.Module, seed: int) -> None:
     """Every tensor keeps its numbers, and so its scale, in random places."""
     for name, p in module.named_parameters():
-        p.data = p.data.flatten()[torch.randperm(p.numel(), generator=stream(seed, name)).to(p.device)].view_as(p)
+        p.data = p.data.flatten()[
+            torch.randperm(p.numel(), generator=stream(seed, name)).to(p.device)
+        ].view_as(p)

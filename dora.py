@@ -71,7 +71,10 @@ class DoraLinear(Linear):
         m, norm = self.lora_magnitude_vector[adapter].weight, self.row_norm(adapter)
         if base.bias is None:
             return Product.apply(x.flatten(0, -2), base.weight, A, B, m, norm, s).unflatten(0, x.shape[:-1])
-        y, g = base(x), m / norm  # a bias is not scaled; in this order of terms y stays as it is where g = 1 and B = 0
+        y, g = (
+            base(x),
+            m / norm,
+        )  # a bias is not scaled; in this order of terms y stays as it is where g = 1 and B = 0
         return (y + (g - 1) * (y - base.bias) + g * s * (x.to(A.dtype) @ A.T @ B.T)).to(y.dtype)
 
     @torch.no_grad()

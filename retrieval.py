@@ -35,7 +35,9 @@ def nearest(
             products = q @ gallery[start : start + block].T  # (512, block)
             if own is not None:
                 ids = gallery_id[start : start + block]
-                if own.min() <= ids.max() and ids.min() <= own.max():  # numbered in order, most blocks have no id in common
+                if (
+                    own.min() <= ids.max() and ids.min() <= own.max()
+                ):  # numbered in order, most blocks have no id in common
                     products.masked_fill_(own[:, None] == ids, -torch.inf)
             top, at = products.topk(min(k, products.shape[1]), dim=1)
             best, order = torch.cat([best, top], 1).topk(k, dim=1)
@@ -61,7 +63,9 @@ def chance(right: np.ndarray, candidates: np.ndarray, k: int) -> np.ndarray:
     return 1 - miss
 
 
-def hits(x, y, query_id, gallery_id, query_step, gallery_step, kinds: dict) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def hits(
+    x, y, query_id, gallery_id, query_step, gallery_step, kinds: dict
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """For each kind of right: whether a query's nearest (Q, k) are so, and what guessing gives for recall@AT (Q, len(AT)).
 
     x (Q, D), y (G, D): unit vectors.  Ids and steps are numpy, (Q,) and (G,).  kinds: name -> (labels of the queries, of the
@@ -77,6 +81,8 @@ def hits(x, y, query_id, gallery_id, query_step, gallery_step, kinds: dict) -> d
         if near is not None:
             right &= abs(gallery_step[rows] - query_step[:, None]) <= near
         n = count_right(label, query_step, of_label, gallery_step, near)
-        n -= count_right(query_id, query_step, gallery_id, gallery_step, near)  # the excluded ones are right as well
+        n -= count_right(
+            query_id, query_step, gallery_id, gallery_step, near
+        )  # the excluded ones are right as well
         found[name] = right, np.stack([chance(n, len(y) - excluded, k) for k in AT], axis=1)
     return found

@@ -1,4 +1,4 @@
-"""What both backbones are made of beside transformers' modules: rotary keys, a convolutional stem, the prefix.
+"""What both backbones use beside transformers' modules: rotary tables, a convolutional stem, the prefix.
 
 Shapes: B observations, S tokens, L layers.
 """
@@ -6,16 +6,21 @@ Shapes: B observations, S tokens, L layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 def conv_stem(width: int, patch_size: int) -> nn.Sequential:
-    """log2(patch_size) convolutions of stride 2, channels doubling up to the width: the token grid of a patch embedding."""
+    """log2(patch_size) convolutions of stride 2 that end in `width` channels: a patch embedding's token grid.
+
+    The number of channels doubles from layer to layer.
+    """
     steps = int(math.log2(patch_size))
     channels = [3] + [max(width >> (steps - 1 - i) & ~7, 16) for i in range(steps)]
     layers = []
@@ -27,12 +32,23 @@ def conv_stem(width: int, patch_size: int) -> nn.Sequential:
 
 
 def full(x: Tensor) -> Tensor:
-    """At least float32."""
+    """x in float32, or as it is where its precision is higher."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def each_image(images: Tensor, change: Callable[[np.ndarray], np.ndarray]) -> Tensor:
+    """`change` on each uint8 image of (B, h, w, 3), on the CPU."""
+    return torch.from_numpy(np.stack([change(image) for image in images.cpu().numpy()])).to(images.device)
+
+
+def padded(rows: list[list[int]], value: int) -> tuple[Tensor, Tensor]:
+    """Token ids and their validity, both (B, longest row), padded on the right."""
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=value)
+    return ids, torch.arange(ids.shape[1]) < torch.tensor([len(r) for r in rows])[:, None]
+
+
 def rotary(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Tables (B, S, 1, head_dim) of the rotary embedding, base 10000, for `rotate`: cos twice, and sin with its two signs."""
+    """Tables (B, S, 1, head_dim) of the rotary embedding, base 10000: [cos, cos] and [-sin, sin]."""
     inv_freq = 1.0 / 10000.0 ** (torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
     angle = positions[..., None, None].float() * inv_freq
     cos, sin = angle.cos(), angle.sin()
@@ -49,48 +65,49 @@ def project_kv(attn: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple
     return rotate(k, *rope).transpose(1, 2), v.transpose(1, 2)
 
 
+class Rows:
+    """Tensors of a batch: observations come first in each, tokens last but one; the last is `valid` (B, S)."""
+
+    def tensors(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self.__dataclass_fields__]
+
+    def __len__(self) -> int:
+        return len(self.valid)
+
+    def select(self, index: Tensor) -> Self:
+        """The observations index (N,), which may be on another device."""
+        index = index.to(self.valid.device)
+        return type(self)(*(x[index] for x in self.tensors()))
+
+    def detach(self) -> Self:
+        return type(self)(*(x.detach() for x in self.tensors()))
+
+    def widen(self, length: int) -> Self:
+        """Padded with invalid tokens to `length`, which changes no result."""
+        n = length - self.valid.shape[1]
+        *tokens, valid = self.tensors()
+        return type(self)(*(F.pad(x, (0, 0, 0, n)) for x in tokens), F.pad(valid, (0, n)))
+
+    @classmethod
+    def cat(cls, parts: Sequence[Self]) -> Self:
+        """Several batches end to end, padded to the longest."""
+        length = max(part.valid.shape[1] for part in parts)
+        columns = zip(*(part.widen(length).tensors() for part in parts), strict=True)
+        return cls(*(torch.cat(column) for column in columns))
+
+
 @dataclass
-class Prefix:
-    """What the vision-language part hands to the actions: its keys and values. Plain tensors, observations first."""
+class Prefix(Rows):
+    """Keys and values of the vision-language part: all of it that the actions read."""
 
     keys: Tensor  # (B, L, kv heads, S, head_dim), rotated
     values: Tensor  # (B, L, kv heads, S, head_dim)
     valid: Tensor  # (B, S) bool; False where the prompt is padded
 
-    def select(self, index: Tensor) -> Prefix:
-        return Prefix(self.keys[index], self.values[index], self.valid[index])
-
-    def detach(self) -> Prefix:
-        return Prefix(self.keys.detach(), self.values.detach(), self.valid)
-
-    def __len__(self) -> int:
-        return len(self.valid)
-
-    def widen(self, length: int) -> Prefix:
-        """Padded to `length` tokens, which changes no result: prefixes of several batches can then be laid end to end."""
-        n = length - self.valid.shape[1]
-        return Prefix(F.pad(self.keys, (0, 0, 0, n)), F.pad(self.values, (0, 0, 0, n)), F.pad(self.valid, (0, n)))
-
-    @staticmethod
-    def cat(parts: Sequence[Prefix]) -> Prefix:
-        parts = [p.widen(max(p.valid.shape[1] for p in parts)) for p in parts]
-        return Prefix(*(torch.cat([getattr(p, name) for p in parts]) for name in ("keys", "values", "valid")))
-
 
 @dataclass
-class Embedded:
-    """What goes into the language model's layers: the tokens of a prefix. Observations first, like a Prefix."""
+class Embedded(Rows):
+    """The tokens of a prefix before the language model's layers."""
 
     tokens: Tensor  # (B, S, width)
     valid: Tensor  # (B, S) bool
-
-    def select(self, index: Tensor) -> Embedded:
-        return Embedded(self.tokens[index], self.valid[index])
-
-    @staticmethod
-    def cat(parts: Sequence[Embedded]) -> Embedded:
-        length = max(p.valid.shape[1] for p in parts)
-        padded = [
-            (F.pad(p.tokens, (0, 0, 0, length - p.valid.shape[1])), F.pad(p.valid, (0, length - p.valid.shape[1]))) for p in parts
-        ]
-        return Embedded(*(torch.cat(part) for part in zip(*padded, strict=True)))

@@ -108,7 +108,7 @@ def read(folder: Path) -> tuple[dict[Key, dict[Place, Episode]], list[Finding]]:
     return {key: cell for key, cell in cells.items() if cell}, findings
 
 
-# ---------------------------------------------------------------------------------------------------------------- findings
+# --------------------------------------------------------------------------------------------------- findings
 def same(a: dict[Place, Episode], b: dict[Place, Episode]) -> tuple[int, int, int]:
     """Episodes that both have; those with the same success and steps; successes among these (failures all last to the limit)."""
     common_places = a.keys() & b.keys()
@@ -290,7 +290,7 @@ def episodes_of(file: Path):
     return [found for found in (normalised(row, "") for row in rows) if found]
 
 
-# ------------------------------------------------------------------------------------------------------------------ tables
+# ----------------------------------------------------------------------------------------------------- tables
 def rates(cells: dict, again: set[Key]) -> list[dict]:
     """A row per policy and suite, all seeds together; those whose episodes only repeat another seed's count once."""
     rows = []

@@ -117,7 +117,7 @@ def fill_in(text: str, tables: dict[str, Table]) -> str:
     return re.sub(rf"{start}.*?{end}", renewed, text, flags=re.DOTALL)
 
 
-# ---------------------------------------------------------------------------------------------------------- numbers in words
+# ------------------------------------------------------------------------------------------- numbers in words
 def points(difference: float, interval: tuple[float, float]) -> str:
     """A difference of rates with its interval, in percentage points."""
     return f"{100 * difference:+.1f} points ({100 * interval[0]:+.1f} to {100 * interval[1]:+.1f})"

@@ -1,8 +1,9 @@
 """Intervals and tests of success rates.
 
-Episodes of one place (task, init state) under several seeds are not independent. What is here takes that into account by their
-places, or by the design effect `deff`: by how much it makes a variance larger than that of as many independent episodes. What is
-left out is how trainings vary: of three seeds no test can say it, so a p speaks of these policies on other init states.
+A place is a (task, init state). Episodes of one place under several seeds are not independent, and these
+functions allow for that: by grouping episodes by place, or by the design effect `deff`, the factor by which
+dependence raises the variance. Nothing here covers how much trainings differ: three seeds cannot show it, so
+a p-value generalises over init states, for the policies at hand.
 """
 
 from __future__ import annotations
@@ -11,25 +12,30 @@ from collections.abc import Sequence
 
 import numpy as np
 
-import common
+from runtime.seeds import np_stream
 
 Z = 1.959964  # 95 %
 
 
 def wilson(wins: int, n: int, deff: float = 1.0) -> tuple[float, float]:
-    """95 % Wilson interval of a success rate, of n / deff episodes."""
+    """95 % Wilson interval of a success rate over n / deff independent episodes."""
     if n == 0:
         return (0.0, 1.0)
     p, each = wins / n, Z**2 * deff / n
     middle, half = p + each / 2, np.sqrt(each * p * (1 - p) + each**2 / 4)
     low, high = float((middle - half) / (1 + each)), float((middle + half) / (1 + each))
-    return (low if wins > 0 else 0.0, high if wins < n else 1.0)  # at the ends it is exactly that, but for rounding
+    return (
+        low if wins > 0 else 0.0,
+        high if wins < n else 1.0,
+    )  # exact at both ends, without rounding errors
 
 
 def design_effect(values: Sequence[float], places: Sequence, tasks: Sequence | None = None) -> float:
-    """Of the mean of values that come from so many places: 1 with one value each, as many as seeds where all seeds agree.
+    """Design effect of a mean: 1 with one value per place, the number of seeds where all seeds agree.
 
-    tasks: of each value, where some are easier than others: what a task's places have in common is no agreement of seeds.
+    places: the place of each value.
+    tasks: the task of each value. Some tasks are easier than others, and what all places of a task share is
+    not agreement between seeds, so it is removed first.
     """
     left, tasks, of_place = np.asarray(values, float), np.asarray(tasks or [0] * len(values)), {}
     for task in np.unique(tasks):
@@ -43,29 +49,34 @@ def design_effect(values: Sequence[float], places: Sequence, tasks: Sequence | N
 
 
 def mcnemar(a: list[bool], b: list[bool], places: list) -> dict:
-    """Exact two-sided test of paired successes: how often only a and only b succeeded, and p under a fair coin for each place.
+    """Exact two-sided test of paired successes: {"only_a", "only_b", "p", "deff"}.
 
-    places: where each pair was played (task, init state). Pairs of one place, under several seeds, are not independent: their
-    differences change sign together. With one pair for each it is McNemar's test. `deff` is by how much the variance of the
-    difference is larger for it.
+    only_a, only_b: how often only a, or only b, succeeded. p: under a fair coin for each place. deff: design
+    effect of the difference.
+    places: (task, init state) of each pair. Pairs of one place under several seeds are not independent, so
+    their differences change sign together. With one pair per place this is McNemar's test.
     """
     assert len(a) == len(b) == len(places), (len(a), len(b), len(places))
     differences, of_place = [int(x) - int(y) for x, y in zip(a, b, strict=True)], {}
     for d, place in zip(differences, places, strict=True):
         of_place[place] = of_place.get(place, 0) + d
     steps = [abs(d) for d in of_place.values() if d]
-    chance = np.ones(1)  # of each sum of signed steps, from the lowest to the highest
+    chance = np.ones(1)  # probability of each sum of signed steps, from the lowest to the highest
     for d in steps:
         chance = (np.pad(chance, (2 * d, 0)) + np.pad(chance, (0, 2 * d))) / 2
     sums = np.arange(-sum(steps), sum(steps) + 1)
     p = min(1.0, float(chance[abs(sums) >= abs(sum(differences))].sum()))
-    return {"only_a": differences.count(1), "only_b": differences.count(-1), "p": p, "deff": design_effect(differences, places)}
+    deff = design_effect(differences, places)
+    return {"only_a": differences.count(1), "only_b": differences.count(-1), "p": p, "deff": deff}
 
 
 def paired_interval(gained: int, lost: int, n: int, deff: float = 1.0) -> tuple[float, float]:
-    """95 % interval of a difference of paired proportions: Bonett and Price's, a Wald interval after one episode is added to
-    each of gained and lost (J. Educ. Behav. Stat. 37, 2012). It has a width even where nothing was gained or lost.
-    deff: what mcnemar says of pairs that are not independent."""
+    """95 % interval of a difference of paired proportions.
+
+    Bonett and Price's (J. Educ. Behav. Stat. 37, 2012): a Wald interval after one episode is added to each of
+    gained and lost, so it has a width even where nothing was gained or lost.
+    deff: from mcnemar, for pairs that are not independent.
+    """
     up, down = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
     half = Z * np.sqrt(deff * (up + down - (up - down) ** 2) / (n + 2))
     return float(max(-1.0, up - down - half)), float(min(1.0, up - down + half))
@@ -81,10 +92,12 @@ def holm(p: list[float]) -> list[float]:
     return corrected
 
 
-def cluster_bootstrap(values: np.ndarray, clusters: np.ndarray, seed: int = 0, n: int = 10_000) -> tuple[float, float]:
-    """95 % interval of a mean over episodes that come in clusters (tasks): whole clusters are drawn with replacement."""
+def cluster_bootstrap(
+    values: np.ndarray, clusters: np.ndarray, seed: int = 0, n: int = 10_000
+) -> tuple[float, float]:
+    """95 % interval of a mean over episodes in clusters (tasks): draws whole clusters with replacement."""
     groups = [values[clusters == c] for c in np.unique(clusters)]
     sums, counts = np.array([g.sum() for g in groups], float), np.array([len(g) for g in groups], float)
-    picks = common.np_stream(seed, "bootstrap").integers(len(groups), size=(n, len(groups)))
+    picks = np_stream(seed, "bootstrap").integers(len(groups), size=(n, len(groups)))
     means = sums[picks].sum(1) / counts[picks].sum(1)
     return tuple(float(q) for q in np.quantile(means, (0.025, 0.975)))

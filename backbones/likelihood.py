@@ -25,7 +25,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # x (N, H, D), t () -> (N, H, D)
-Divergence = Callable[[Velocity, Tensor, Tensor], tuple[Tensor, Tensor]]  # velocity, x, t -> v (N, H, D), tr dv/dx (N,)
+Divergence = Callable[
+    [Velocity, Tensor, Tensor], tuple[Tensor, Tensor]
+]  # velocity, x, t -> v (N, H, D), tr dv/dx (N,)
 
 
 def derivatives():
@@ -73,7 +75,9 @@ def hutchinson(probes: Tensor) -> Divergence:
         with torch.enable_grad(), derivatives():
             x = x if x.requires_grad else x.detach().requires_grad_()
             v = velocity(x, t)
-            products = [torch.autograd.grad(v, x, z, create_graph=training, retain_graph=True)[0] for z in each]  # z' dv/dx
+            products = [
+                torch.autograd.grad(v, x, z, create_graph=training, retain_graph=True)[0] for z in each
+            ]  # z' dv/dx
             trace = sum((p * z).flatten(1).sum(1) for p, z in zip(products, each, strict=True)) / len(each)
         return (v, trace) if training else (v.detach(), trace.detach())
 
@@ -99,7 +103,14 @@ def time_grid(steps: int) -> Tensor:
     return torch.linspace(0, 1, steps + 1, dtype=torch.float64) ** 2
 
 
-def ode_log_prob(velocity: Velocity, chunk: Tensor, divergence: Divergence, times: Tensor, solver: str = "midpoint", **options):
+def ode_log_prob(
+    velocity: Velocity,
+    chunk: Tensor,
+    divergence: Divergence,
+    times: Tensor,
+    solver: str = "midpoint",
+    **options,
+):
     """log p (N,) of chunks (N, H, D) under the flow. times: from 0 to 1, the steps of a fixed-step solver of torchdiffeq.
 
     An adaptive solver ("dopri5", rtol=, atol=) picks its own, for all rows together.
@@ -114,13 +125,18 @@ def ode_log_prob(velocity: Velocity, chunk: Tensor, divergence: Divergence, time
     return log_normal(x[-1]) + integral[-1]
 
 
-def pair_log_probs(policy, prefix, chosen: Tensor, rejected: Tensor, probes: Tensor | None, steps: int, float64: bool = False):
+def pair_log_probs(
+    policy, prefix, chosen: Tensor, rejected: Tensor, probes: Tensor | None, steps: int, float64: bool = False
+):
     """log p (B,), (B,) of both chunks (B, H, 7) of each pair, after B prefixes.
 
     probes: Hutchinson's (B, P, H, D), the same for both chunks; None: the exact trace, without gradients.
     """
     b = len(chosen)
-    prefix, chunks = prefix.select(torch.arange(b).repeat(2)), policy.pad(torch.cat([chosen, rejected])).to(prefix.keys.device)
+    prefix, chunks = (
+        prefix.select(torch.arange(b).repeat(2)),
+        policy.pad(torch.cat([chosen, rejected])).to(prefix.keys.device),
+    )
     if float64:
         policy, prefix, chunks = in_float64(policy, prefix, chunks)
     trace = exact_trace if probes is None else hutchinson(probes.repeat(2, 1, 1, 1).to(chunks))
@@ -135,21 +151,32 @@ def euler_sample(velocity: Velocity, noise: Tensor, steps: int = 10) -> tuple[Te
 
         log p(a) = log N(x_1; 0, I) - sum over steps of log |det(I - (dv/dx)(x_t, t) / steps)|
     """
-    x, log_p, eye = noise, log_normal(noise), torch.eye(noise[0].numel(), dtype=noise.dtype, device=noise.device)
+    x, log_p, eye = (
+        noise,
+        log_normal(noise),
+        torch.eye(noise[0].numel(), dtype=noise.dtype, device=noise.device),
+    )
     for i in range(steps, 0, -1):
         v, j = jacobian(velocity, x, noise.new_tensor(i / steps))
         x, log_p = x - v / steps, log_p - torch.linalg.slogdet(eye - j / steps).logabsdet
     return x, log_p
 
 
-def euler_log_prob(velocity: Velocity, chunk: Tensor, steps: int = 10, newton: int = 12, tolerance: float = 1e-4) -> Tensor:
+def euler_log_prob(
+    velocity: Velocity, chunk: Tensor, steps: int = 10, newton: int = 12, tolerance: float = 1e-4
+) -> Tensor:
     """log p (N,) of any chunks (N, H, D) under that map, whose steps are inverted by Newton's method.
 
     nan where no preimage is found. That is common, and no weakness of Newton's method alone: the last step (t = 1 / steps) nearly
     projects onto the data, so it is badly conditioned, folds, and does not reach every chunk. Where a chunk has several
     preimages, this is the density along one of them.
     """
-    dt, x, log_det, found = 1 / steps, chunk, chunk.new_zeros(len(chunk)), chunk.new_ones(len(chunk), dtype=torch.bool)
+    dt, x, log_det, found = (
+        1 / steps,
+        chunk,
+        chunk.new_zeros(len(chunk)),
+        chunk.new_ones(len(chunk), dtype=torch.bool),
+    )
     eye = torch.eye(chunk[0].numel(), dtype=chunk.dtype, device=chunk.device)
     for i in range(1, steps + 1):
         t, after = chunk.new_tensor(i * dt), x
@@ -160,8 +187,12 @@ def euler_log_prob(velocity: Velocity, chunk: Tensor, steps: int = 10, newton: i
             left = residual.flatten(1).norm(dim=1)
             if (left[found] < tolerance).all():
                 break
-            step = torch.linalg.solve_ex(eye - dt * j, residual.flatten(1)).result.view_as(x)  # singular: not finite
-            x = x + shortened(step, left, lambda y: (after - (y - dt * velocity(y, t))).flatten(1).norm(dim=1), x)  # noqa: B023
+            step = torch.linalg.solve_ex(eye - dt * j, residual.flatten(1)).result.view_as(
+                x
+            )  # singular: not finite
+            x = x + shortened(
+                step, left, lambda y: (after - (y - dt * velocity(y, t))).flatten(1).norm(dim=1), x
+            )
         found &= left < tolerance
         log_det = log_det + torch.linalg.slogdet(eye - dt * j).logabsdet
     return torch.where(found, log_normal(x) - log_det, math.nan)

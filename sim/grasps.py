@@ -4,7 +4,9 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 UP = np.array([0.0, 0.0, 1.0])
-TOP_DOWN = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]])  # hand points down, fingers open along world y
+TOP_DOWN = np.array(
+    [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]]
+)  # hand points down, fingers open along world y
 # The hand as two boxes around the grasp point: half extents along (opening, across), lowest height above the grasp point.
 PALM, FINGERS, MAX_OPENING = (0.112, 0.040, 0.035), (0.065, 0.018, -0.010), 0.075  # metres
 YAWS = range(-85, 90, 5)  # turns of the hand about the vertical that are tried, in degrees
@@ -25,21 +27,27 @@ def surface_points(model, data, geoms: list[int], spacing: float = 0.012) -> np.
     return np.concatenate(clouds)
 
 
-def collisions(obstacles: np.ndarray, grasp_point: np.ndarray, opening: np.ndarray, across: np.ndarray) -> int:
+def collisions(
+    obstacles: np.ndarray, grasp_point: np.ndarray, opening: np.ndarray, across: np.ndarray
+) -> int:
     """How many obstacle points (N, 3) lie inside the open hand above grasp_point; opening and across are its unit axes."""
     offset = obstacles - grasp_point
     u, v, z = np.abs(offset @ opening), np.abs(offset @ across), offset[:, 2]
     return sum(int(((u < a) & (v < b) & (z > low)).sum()) for a, b, low in (PALM, FINGERS))
 
 
-def top_grasp(points: np.ndarray, obstacles: np.ndarray, depth: float, yaws=YAWS) -> tuple[np.ndarray, np.ndarray]:
+def top_grasp(
+    points: np.ndarray, obstacles: np.ndarray, depth: float, yaws=YAWS
+) -> tuple[np.ndarray, np.ndarray]:
     """Position (3,) and rotation (3, 3) of a grasp from above: across the narrowest side of an object, clear of its neighbours.
 
     points (N, 3) are the object's; the fingers close `depth` below its top, 8 mm above its bottom at least. The grasp may move
     along the object to get clear; among equals the smallest turn of the hand wins.
     """
     height = max(points[:, 2].max() - depth, points[:, 2].min() + 0.008)
-    slab = points[(points[:, 2] > height - 0.012) & (points[:, 2] < height + 0.020), :2]  # what the fingers will touch
+    slab = points[
+        (points[:, 2] > height - 0.012) & (points[:, 2] < height + 0.020), :2
+    ]  # what the fingers will touch
     obstacles = obstacles[np.linalg.norm(obstacles[:, :2] - points[:, :2].mean(0), axis=1) < 0.22]
     best = np.inf
     for yaw in np.deg2rad(yaws):
@@ -50,7 +58,14 @@ def top_grasp(points: np.ndarray, obstacles: np.ndarray, depth: float, yaws=YAWS
             along = (v.max() + v.min()) / 2 + shift * half_length
             point = opening * (u.max() + u.min()) / 2 + across * along + UP * height
             hits = collisions(obstacles, point, opening, across)
-            cost = width + 10 * (width > MAX_OPENING) + (hits > 0) + 0.001 * hits + 0.01 * abs(yaw) + 0.02 * abs(shift)
+            cost = (
+                width
+                + 10 * (width > MAX_OPENING)
+                + (hits > 0)
+                + 0.001 * hits
+                + 0.01 * abs(yaw)
+                + 0.02 * abs(shift)
+            )
             if cost < best:
                 best, position, rotation = cost, point, Rotation.from_rotvec(yaw * UP).as_matrix() @ TOP_DOWN
     return position, rotation
@@ -65,7 +80,9 @@ def rim_grasp(points, obstacles, middle, base, depth: float, angles) -> tuple[np
     """
     offset = points[:, :2] - middle[:2]
     angle, radius = np.arctan2(offset[:, 1], offset[:, 0]), np.linalg.norm(offset, axis=1)
-    typical = np.median(radius[(points[:, 2] > points[:, 2].max() - depth - 0.012) & (radius > 0.5 * radius.max())])
+    typical = np.median(
+        radius[(points[:, 2] > points[:, 2].max() - depth - 0.012) & (radius > 0.5 * radius.max())]
+    )
     obstacles = obstacles[np.linalg.norm(obstacles[:, :2] - middle[:2], axis=1) < 0.25]
     best = np.inf
     for phi in np.deg2rad(angles):
@@ -79,7 +96,10 @@ def rim_grasp(points, obstacles, middle, base, depth: float, angles) -> tuple[np
         opening, yaw = np.array([np.cos(phi), np.sin(phi), 0]), wrap(phi - np.pi / 2, np.pi / 2)
         for inward in (0, 0.01, 0.018):
             point = np.append(middle[:2], height) + ((wall.max() + wall.min()) / 2 - inward) * opening
-            hits, reach = collisions(obstacles, point, opening, np.cross(UP, opening)), np.linalg.norm((point - base)[:2])
+            hits, reach = (
+                collisions(obstacles, point, opening, np.cross(UP, opening)),
+                np.linalg.norm((point - base)[:2]),
+            )
             cost = 0.02 * abs(yaw) + (hits > 0) + 0.01 * hits + inward + 1.5 * max(0, reach - 0.70)
             if cost < best:
                 best, position, rotation = cost, point, Rotation.from_rotvec(yaw * UP).as_matrix() @ TOP_DOWN

@@ -22,7 +22,7 @@ COLOURS = {"paper": "#1f77b4", "paper-noise": "#7fb2d9", "paper-elbo": "#2a9d8f"
 COLOURS |= {"independent": "#8c8c8c", "exact": "#c0392b", "none": "#bbbbbb"}
 
 
-# -------------------------------------------------------------------------------------------------------------- statistics
+# ------------------------------------------------------------------------------------------------- statistics
 def quantity(scores: Tensor, ref: Tensor | None, shared: bool) -> Tensor:
     """Scores (R, N, 2) of chosen and rejected -> difference, or with the reference's scores margin: (R, N).
 
@@ -234,7 +234,7 @@ def settling(cfg) -> list[dict]:
     return rows
 
 
-# ------------------------------------------------------------------------------------------------------------------- plots
+# ------------------------------------------------------------------------------------------------------ plots
 def page(cfg, found: dict[str, dict], rows: list[dict], cosines: list[dict], arms: list[dict], path: Path) -> None:
     """Six panels in one PNG."""
     import matplotlib
@@ -339,7 +339,7 @@ def success_bars(ax, arms: list[dict]) -> None:
     ax.set_ylim(0, 100)
 
 
-# ------------------------------------------------------------------------------------------------------------------ report
+# ----------------------------------------------------------------------------------------------------- report
 def report(cfg, folder: Path) -> None:
     """From a finished folder of 07: <folder>.json, .md and .png beside it. Evaluations (04) that came later are taken in."""
     found: dict[str, dict] = {}

@@ -25,9 +25,21 @@ class Controller:
     """
 
     def __init__(self, robot, model: mujoco.MjModel, data: mujoco.MjData):
-        self.state, self.hand, self.site, self.model, self.data = robot.controller, robot.gripper, robot.eef_site_id, model, data
-        self.qpos, self.dofs = consecutive(robot._ref_joint_pos_indexes), consecutive(robot._ref_joint_vel_indexes)
-        self.motors, self.grip = consecutive(robot._ref_joint_actuator_indexes), robot._ref_joint_gripper_actuator_indexes
+        self.state, self.hand, self.site, self.model, self.data = (
+            robot.controller,
+            robot.gripper,
+            robot.eef_site_id,
+            model,
+            data,
+        )
+        self.qpos, self.dofs = (
+            consecutive(robot._ref_joint_pos_indexes),
+            consecutive(robot._ref_joint_vel_indexes),
+        )
+        self.motors, self.grip = (
+            consecutive(robot._ref_joint_actuator_indexes),
+            robot._ref_joint_gripper_actuator_indexes,
+        )
         self.low, self.high = robot.torque_limits
         low, high = model.actuator_ctrlrange[self.grip].T
         self.grip_middle, self.grip_span = 0.5 * (high + low), 0.5 * (high - low)
@@ -71,9 +83,14 @@ class Controller:
         mujoco.mj_jacSite(self.model, data, self.jacobian[:3], self.jacobian[3:], site)
         mujoco.mj_fullM(self.model, self.mass, data.qM)
         c.ee_pos, c.ee_ori_mat = data.site_xpos[site].copy(), data.site_xmat[site].reshape(3, 3).copy()
-        c.ee_pos_vel, c.ee_ori_vel = np.dot(self.jacobian[:3], data.qvel), np.dot(self.jacobian[3:], data.qvel)
+        c.ee_pos_vel, c.ee_ori_vel = (
+            np.dot(self.jacobian[:3], data.qvel),
+            np.dot(self.jacobian[3:], data.qvel),
+        )
         c.joint_pos, c.joint_vel = data.qpos[self.qpos].copy(), data.qvel[dofs].copy()
         c.J_full = np.array(self.jacobian[:, dofs], order="F")  # (6, 7)
-        c.J_pos, c.J_ori = (np.array(self.jacobian[rows, dofs], order="F") for rows in (slice(3), slice(3, 6)))
+        c.J_pos, c.J_ori = (
+            np.array(self.jacobian[rows, dofs], order="F") for rows in (slice(3), slice(3, 6))
+        )
         c.mass_matrix = np.array(self.mass[dofs, dofs], order="F")  # (7, 7)
         c.new_update = False

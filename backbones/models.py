@@ -1,0 +1,81 @@
+"""From a name or a folder to a policy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from backbones.policy import (
+    Policy,
+    build_tokenizer,
+    checked_stats,
+    config_from,
+    config_of,
+    is_own,
+    read_object,
+    read_tokenizer,
+)
+from backbones.published import load as load_published
+from runtime import disk
+from runtime.config import BACKBONES
+from runtime.errors import UserError, one_of
+
+
+def policy_class(name: str) -> type[Policy]:
+    """The class of a backbone; its module, and transformers with it, is imported now."""
+    one_of("backbone", name, list(BACKBONES))
+    if name == "pi05":
+        from backbones.pi05 import Pi05
+
+        return Pi05
+    from backbones.openvla import OpenVLA
+
+    return OpenVLA
+
+
+def build(name: str, model: dict, instructions: Sequence[str] | None = None) -> Policy:
+    """A policy with fresh weights. Sizes that `model` leaves out are the published checkpoint's.
+
+    instructions: for training from scratch. The tokenizer knows their words, and so does vocab_size unless it
+    is given.
+    """
+    tokenizer = None
+    if instructions is not None:
+        tokenizer = build_tokenizer(instructions)
+        model = {"vocab_size": tokenizer.get_vocab_size()} | model
+    cls = policy_class(name)
+    policy = cls(config_from(model, cls.config_class, "model"))
+    policy.tokenizer = tokenizer
+    return policy
+
+
+def horizon(name: str, model: dict) -> int:
+    """Actions of a chunk, known before a policy is built."""
+    return config_from(model, policy_class(name).config_class, "model").horizon
+
+
+def load_policy(
+    folder: str | Path,
+    weights: str = "model.safetensors",
+    model: dict | None = None,
+    suites: Sequence[str] = (),
+) -> Policy:
+    """The policy that `policy.save(folder)` wrote, or a published one (published.py), in evaluation mode.
+
+    weights: another file of the folder, e.g. a snapshot of the training.
+    model: keys that override the checkpoint's own.
+    suites: whose statistics to take where a published checkpoint has several.
+    """
+    folder = Path(folder)
+    if not is_own(folder):
+        return load_published(folder, model or {}, list(suites), build)
+    for file in ("config.json", "norm_stats.json", weights):
+        if not (folder / file).is_file():
+            raise UserError(f"{folder} holds no {file}; run 01_sft.py first")
+    policy = build(read_object(folder / "config.json")["backbone"], config_of(folder) | (model or {}))
+    policy.load_weights([(folder / weights, disk.load_tensors(folder / weights))])
+    stats = folder / "norm_stats.json"
+    policy.norm_stats = checked_stats(read_object(stats), str(stats))
+    if (folder / "tokenizer.json").is_file():
+        policy.tokenizer = read_tokenizer(folder / "tokenizer.json")
+    return policy.eval()

@@ -1,0 +1,268 @@
+"""What a policy is: the protocol that both backbones follow, their base class, and readers of a policy's
+files.
+
+The stages ask five things of a policy and know nothing of what is behind them:
+
+    encode(obs) -> Prefix              images, text and state -> what every later call shares; the costly part
+    sample_actions(prefix, noise)      -> (B, H, 7) normalised action chunk
+    log_prob(prefix, chunk, draws)     -> (B,) sum of token log-probabilities (action tokens), or a surrogate
+                                       (flow matching)
+    sft_loss(prefix, chunk, draws)     -> scalar, the loss of supervised fine-tuning
+    reference()                        context: the same weights with the adapter off, without gradients
+
+Around them stand normalise and unnormalise (environment units <-> model units), draws and noise (the
+randomness, which the methods above take as an argument), begin(obs) (the part of encode that training does
+not change), `norm_stats`, `tokenizer`, `adapter_targets` and save(folder).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import typing
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+from backbones.layers import Embedded, Prefix
+from common import ACTION_DIM, CAMERAS
+from runtime import disk
+from runtime.config import typed
+from runtime.errors import UserError, did_you_mean, one_line
+
+STATE_DIM = 8  # end-effector position (3), its axis-angle (3), two finger joints
+Size = Annotated[int, 1, 2**31 - 1]  # of a layer, an image, a vocabulary
+Id = Annotated[int, 0, 2**31 - 1]  # of a token, and sizes that may be 0
+
+
+# ------------------------------------------------------------------------------------------------------ files
+def read_object(path: Path) -> dict:
+    """A JSON file that holds an object."""
+    content = disk.read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a JSON object, not {type(content).__name__}; get its folder again")
+    return content
+
+
+def config_of(folder: str | Path) -> dict:
+    """The model's config as it was saved beside its weights."""
+    config = read_object(Path(folder) / "config.json")
+    return {key: value for key, value in config.items() if key != "backbone"}
+
+
+def is_own(folder: str | Path) -> bool:
+    """True unless the folder holds a checkpoint that someone else's code wrote."""
+    config = Path(folder) / "config.json"
+    return not Path(folder).exists() or (config.is_file() and "backbone" in read_object(config))
+
+
+def read_tokenizer(path: Path):
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_str(path.read_text())
+    except Exception as error:  # tokenizers raises nothing more special
+        raise UserError(f"{path} is no tokenizer ({one_line(error)}); get it again") from error
+
+
+def checked_stats(stats: dict, where: str) -> dict:
+    """norm_stats as they are, provided that all that normalisation reads is finite and of the right length."""
+    for kind, n in {"action": ACTION_DIM, "state": STATE_DIM}.items():
+        named = stats.get(kind, {"mean": [0] * n})
+        if not isinstance(named, dict) or not named:
+            raise UserError(f"{where} has no statistics of the {kind}; get the checkpoint again")
+        for name in {"mean", "std", "q01", "q99", "min", "max", "mask"} & named.keys():
+            values = named[name] if isinstance(named[name], list) else []
+            numbers = [v for v in values if isinstance(v, int | float) and math.isfinite(v)]
+            if not len(values) == len(numbers) == n:
+                what = f"{name} of the {kind} must be {n} finite numbers"
+                raise UserError(f"{where}: {what}; get the checkpoint again")
+    return stats
+
+
+def config_from(value, kind: type, where: str):
+    """A dataclass from a dict of the YAML or of config.json: the types of its fields check their values."""
+    if isinstance(value, kind):
+        return value
+    if not isinstance(value, dict):
+        raise UserError(f"{where} must hold `key: value` lines, not {value!r}")
+    types, values = typing.get_type_hints(kind, include_extras=True), {}
+    for key, given in value.items():
+        if key not in types:
+            raise UserError(f"unknown key {where}.{key}; {did_you_mean(key, types)}")
+        convert = config_from if is_dataclass(types[key]) else typed
+        values[key] = convert(given, types[key], f"{where}.{key}")
+    try:
+        return kind(**values)
+    except TypeError as error:  # a required field is missing
+        raise UserError(f"{where} is not complete; give all of {', '.join(types)}") from error
+
+
+# ------------------------------------------------------------------------------------------------------- text
+def build_tokenizer(instructions: Sequence[str]):
+    """A word-level tokenizer for training from scratch: PaliGemma's special ids, single digits, and the
+    instructions' words.
+    """
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+    split = pre_tokenizers.Split(Regex(r"\n|[0-9]|[a-z']+|[^\sa-z0-9']"), behavior="removed", invert=True)
+    text = " ".join([*sorted(instructions), "task state action in out what should the robot take to"])
+    words = sorted({word for word, _ in split.pre_tokenize_str(text.lower().replace("_", " "))})
+    vocab = dict.fromkeys(["<pad>", "<eos>", "<bos>", "<unk>", "\n", *"0123456789", *"-,:;?", *words])
+    ids = {word: i for i, word in enumerate(vocab)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = split
+    return tokenizer
+
+
+def collate(obs: list[dict]) -> dict:
+    """Observations -> one batch: uint8 images (B, S, S, 3), float32 state (B, 8), B instructions."""
+    batch = {key: torch.from_numpy(np.stack([o[key] for o in obs])) for key in (*CAMERAS, "state")}
+    return batch | {"state": batch["state"].float(), "instruction": [o["instruction"] for o in obs]}
+
+
+# ------------------------------------------------------------------------------------------------- base class
+class Policy(nn.Module):
+    """What the backbones have in common: the reference, the tokens of a text, and the files."""
+
+    backbone: str  # its name in runtime.config.BACKBONES
+    config_class: type
+    adapter_targets: str  # regex of the linear layers that an adapter goes into
+    keep_float32 = "$^"  # regex of the weights that stay float32 in any dtype
+    recompute = False  # save memory: the backward pass runs each layer again instead of keeping its values
+    action_dim = ACTION_DIM
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg  # not `config`: peft takes that name for a transformers model's
+        self.norm_stats: dict = {}  # {"action": {"q01": [7], "q99", "mean", "std"}, "state": {...}}
+        self.tokenizer = None  # tokenizers.Tokenizer
+
+    horizon = property(lambda self: self.cfg.horizon)
+
+    def encode(self, obs: dict | Embedded | Prefix) -> Prefix:
+        """Run the vision-language part. obs: a batch (`collate`), or what `begin` made of one."""
+        if isinstance(obs, Prefix):
+            return obs
+        embedded = obs if isinstance(obs, Embedded) else self.embed(obs)
+        return self.prefill(embedded.tokens, embedded.valid)[0]
+
+    def embed(self, obs: dict) -> Embedded:
+        """A batch -> the tokens that the language model's layers take."""
+        device = next(self.parameters()).device
+        inputs = [None if x is None else x.to(device) for x in self.inputs(obs)]
+        return Embedded(*self.embed_prefix(*inputs))
+
+    def prefix(self, *inputs: Tensor | None) -> Prefix:
+        """What `inputs(obs)` gives, on the weights' device -> Prefix."""
+        return self.prefill(*self.embed_prefix(*inputs))[0]
+
+    @torch.no_grad()
+    def begin(self, obs: dict) -> dict | Embedded | Prefix:
+        """The part of encode(obs) that the training of this policy does not change: all of it, all but the
+        language model's layers, or nothing. Computed once, it serves every epoch, and the reference as well.
+        """
+        trained = [name for name, p in self.named_parameters() if p.requires_grad]
+        llm = "language_model.layers."
+        if any(not name.startswith((llm, "expert.")) for name in trained):
+            return obs
+        return self.embed(obs) if any(name.startswith(llm) for name in trained) else self.encode(obs)
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[Policy]:
+        """The weights that the adapter started from: every peft layer off, no gradients. The old state comes
+        back at the end.
+        """
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        layers = [m for m in self.modules() if isinstance(m, BaseTunerLayer)]
+        was_off = [m.disable_adapters for m in layers]
+        trainable = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
+        try:
+            for layer in layers:
+                layer.enable_adapters(False)
+            with torch.no_grad():
+                yield self
+        finally:
+            for layer, off in zip(layers, was_off, strict=True):
+                layer.enable_adapters(not off)
+            for p, flag in trainable:  # enable_adapters changes the flags of the adapter's parameters
+                p.requires_grad_(flag)
+
+    def cast(self, dtype: str) -> Policy:
+        """Weights to "float32" or "bfloat16", in place, except those of `keep_float32`."""
+        for name, p in self.named_parameters():
+            kept = re.search(self.keep_float32, name)
+            p.data = p.data.to(torch.float32 if kept else getattr(torch, dtype))
+        return self
+
+    def run(self, layer, *arguments):
+        """layer(*arguments). With `recompute` autograd keeps the arguments and runs the layer again."""
+        if self.recompute and torch.is_grad_enabled():
+            return torch.utils.checkpoint.checkpoint(layer, *arguments, use_reentrant=False)
+        return layer(*arguments)
+
+    def ids(self, texts: list[str], bos: int) -> list[list[int]]:
+        """Token ids of each text, behind `bos`."""
+        most = self.cfg.vocab_size
+        if self.tokenizer is None or self.tokenizer.get_vocab_size(with_added_tokens=False) > most:
+            raise UserError(f"the policy has no tokenizer, or one of more than model.vocab_size={most} words")
+        return [[bos, *e.ids] for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+    def stats(self, kind: str, names: Sequence[str], remedy: str = "get the checkpoint again") -> dict:
+        """norm_stats of the "action" or the "state"; UserError unless all `names` are among them."""
+        if kind not in self.norm_stats:
+            raise UserError(
+                "the policy has no normalisation statistics (norm_stats); train it with 01_sft.py"
+            )
+        absent = [name for name in names if name not in self.norm_stats[kind]]
+        if absent:
+            raise UserError(f"norm_stats has no {absent[0]} of the {kind}; {remedy}")
+        return self.norm_stats[kind]
+
+    def save(self, folder: Path) -> None:
+        """model.safetensors, config.json, norm_stats.json, tokenizer.json; each appears complete or not at
+        all.
+        """
+        state = {key: tensor.detach().contiguous() for key, tensor in self.state_dict().items()}
+        if any("lora_" in key for key in state):
+            raise UserError("an adapter is attached: save it with peft's save_pretrained, or merge it first")
+        folder.mkdir(parents=True, exist_ok=True)
+        disk.write_json(folder / "config.json", {"backbone": self.backbone} | asdict(self.cfg))
+        disk.write_json(folder / "norm_stats.json", self.norm_stats)
+        if self.tokenizer is not None:
+            disk.write_atomic(folder / "tokenizer.json", self.tokenizer.to_str(pretty=True))
+        disk.save_tensors(folder / "model.safetensors", state)
+
+    def load_weights(self, files: Iterable[tuple[Path, dict[str, Tensor]]], assign: bool = False) -> None:
+        """Fill all weights from the tensors of one or more files.
+
+        assign: the weights take the files' dtype, and the tensors are not copied.
+
+        Raises:
+            UserError: names the first key that is unknown, of another shape or missing.
+        """
+        own = self.state_dict()
+        missing = dict.fromkeys(own)
+        for path, tensors in files:
+            for key, tensor in tensors.items():
+                if key not in own:
+                    raise UserError(f"{path}: {key} is unknown; it is another model's file")
+                if tensor.shape != own[key].shape:
+                    shapes = f"{tuple(tensor.shape)} in the file, {tuple(own[key].shape)} by the config"
+                    raise UserError(
+                        f"{path}: {key} has shape {shapes}; it is damaged, or `model:` contradicts it"
+                    )
+                missing.pop(key, None)
+            self.load_state_dict(tensors, strict=False, assign=assign)
+        if missing:
+            absent = f"{next(iter(missing))} is missing"
+            raise UserError(f"{path}: {absent}; a file is not complete, or it is another model's")

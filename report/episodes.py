@@ -1,0 +1,121 @@
+"""Rows of episodes on LIBERO: what a run has played, how they are counted, and how two policies are compared.
+
+A row: suite, task, init_state, seed, success, steps, crash (the simulator's error, or ""), and more.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+
+import numpy as np
+
+from report import stats
+from runtime import disk, ranks
+
+Place = tuple[str, int, int]  # suite, task, init state
+
+
+def place_of(row: dict) -> Place:
+    return row["suite"], row["task"], row["init_state"]
+
+
+def played(run_dir: Path) -> set[Place]:
+    """The episodes that a run has played so far."""
+    return {
+        place_of(row) for row in disk.read_jsonl(run_dir / "played.jsonl", "suite task init_state success")
+    }
+
+
+def finish(run, **facts) -> dict:
+    """Write episodes.jsonl and summary.json from played.jsonl, once every process has played its share.
+
+    Wall times go to timing.json, so that episodes.jsonl is the same on every machine. Returns `facts`.
+    """
+    ranks.wait()
+    if not ranks.first():
+        return facts
+    rows = sorted(disk.read_jsonl(run.dir / "played.jsonl"), key=place_of)
+    run.times["episodes_s"] = {"{}-{}-{}".format(*place_of(row)): row.pop("wall_s", None) for row in rows}
+    disk.write_rows(run.dir / "episodes.jsonl", rows)
+    summary = {"seed": run.identity["config"]["seed"]} | facts | summarise(rows)
+    disk.write_json(run.dir / "summary.json", summary)
+    return facts
+
+
+def finished(seed_dir: Path, pattern: str, group: str) -> list[tuple[dict, list[dict], dict]]:
+    """done.json, rows and timing.json of a seed's finished folders of episodes on a group of init states.
+
+    The folders come in order of their names. Leaves out those whose weights have been made anew since.
+    """
+    run_dir, evaluations = seed_dir.parents[1], []
+    hash_of = functools.cache(disk.sha256)  # checkpoints may be large
+
+    def unchanged(name: str, made_from: str) -> bool:
+        path = run_dir / name / "done.json"
+        if path.is_file():
+            return disk.read_json(path)["fingerprint"] == made_from
+        files = [path for path in (Path(name), run_dir / name) if path.is_file()]  # of a given checkpoint
+        return any(hash_of(path) == made_from for path in files)
+
+    for done in sorted(seed_dir.glob(f"{pattern}/done.json"), key=lambda p: p.parent.name):
+        facts = disk.read_json(done)
+        if facts["config"]["group"] == group and all(unchanged(*item) for item in facts["inputs"].items()):
+            timing = disk.read_json(done.with_name("timing.json"))
+            evaluations.append((facts, disk.read_jsonl(done.with_name("episodes.jsonl")), timing))
+    return evaluations
+
+
+def train_seeds(facts: dict) -> list[int]:
+    """The seed of the training that made an evaluation's weights, from its done.json.
+
+    Given weights name no training; for them it is the evaluation's own seed.
+    """
+    matches = [re.fullmatch(r"[^/]+/seed(\d+)/(dpo|sft)(-.*)?", name) for name in facts["inputs"]]
+    seeds = {match[2]: int(match[1]) for match in reversed(matches) if match}
+    return [seeds.get("dpo", seeds.get("sft", facts["config"]["seed"]))]
+
+
+def summarise(rows: list[dict]) -> dict:
+    """Successes with intervals over all episodes that did not crash, and per task."""
+    valid = [row for row in rows if not row["crash"]]
+    wins = sum(row["success"] for row in valid)
+    of_task: dict[str, list[bool]] = {}
+    for row in sorted(valid, key=place_of):
+        of_task.setdefault(f"{row['suite']}/{row['task']}", []).append(row["success"])
+    clusters = np.repeat(np.arange(len(of_task)), [len(successes) for successes in of_task.values()])
+    places = [place_of(row) for row in valid]
+    deff = stats.design_effect(
+        [row["success"] for row in valid], places, [str(place[:2]) for place in places]
+    )
+    ci95_tasks = (0.0, 1.0)
+    if len(of_task) > 1:
+        ci95_tasks = stats.cluster_bootstrap(np.concatenate(list(of_task.values())).astype(float), clusters)
+    return {
+        "n": len(valid),
+        "successes": wins,
+        "crashes": len(rows) - len(valid),
+        "ci95": stats.wilson(wins, len(valid), deff),
+        "ci95_tasks": ci95_tasks,
+        "tasks": {task: [sum(successes), len(successes)] for task, successes in of_task.items()},
+        "mean_steps": float(np.mean([row["steps"] for row in valid])) if valid else 0.0,
+    }
+
+
+def paired(rows: list[dict], base: list[dict]) -> dict:
+    """Difference to a baseline on the episodes (place and seed) that both played without a crash."""
+    mine, theirs = (
+        {(place_of(row), row["seed"]): row["success"] for row in side if not row["crash"]}
+        for side in (rows, base)
+    )
+    both = [key for key in mine if key in theirs]
+    test = stats.mcnemar([mine[k] for k in both], [theirs[k] for k in both], [place for place, _ in both])
+    return {
+        "diff_vs_sft": (test["only_a"] - test["only_b"]) / max(1, len(both)),
+        "gained": test["only_a"],
+        "lost": test["only_b"],
+        "p_vs_sft": test["p"],
+        "deff": test["deff"],
+        "paired_n": len(both),
+    }

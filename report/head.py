@@ -1,0 +1,115 @@
+"""The tables and plots of 06_pretrain_head.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from report.plots import INK, canvas, save
+from report.tables import pivot
+
+VARIANTS = {"paper": "#8c8c8c", "masked": "#1f77b4", "corrected": "#d9822b"}  # of the head -> their colours
+INTRODUCTION = """Tower: {backbone}, {encoder}.
+Each cell: recall@1 (95 % interval over episodes) / @5 / @10, in percent. A frame counts as found if it is of
+the same task, of the same episode, or of the same moment (same task, at most {near} steps apart).
+An interval without width means that resampling the episodes never changes the value. It may still rest on
+few episodes.
+"""
+PROGRESS = {
+    "rising": "rises from frame to frame (chance 0.5)",
+    "rank correlation": "rank correlation with time (chance 0)",
+}
+
+
+def retrieval_report(rows: list[dict], cfg) -> str:
+    """Markdown: a table for every protocol and suite, the last one for progress towards the goal."""
+    parts = [INTRODUCTION.format(**vars(cfg))]
+    for protocol, suite, n in dict.fromkeys((row["protocol"], row["suite"], row["n"]) for row in rows):
+        mine = [row for row in rows if (row["protocol"], row["suite"], row["n"]) == (protocol, suite, n)]
+        if protocol == "progress":
+            title = f"**progress**: similarity to the goal frame along {n} held-out episodes"
+            table = pivot(mine, ["features"], "metric", PROGRESS, progress_cell)
+        else:
+            title = f"**{protocol}**, {suite}, {n} queries"
+            kinds = {row["right"]: f"same {row['right']}" for row in mine}
+            table = pivot(mine, ["features"], "right", kinds, recall_cell)
+        parts.append(f"{title}\n\n{table.markdown()}\n")
+    return "\n".join(parts)
+
+
+def recall_cell(rows: list[dict]) -> str:
+    """Recall at 1 with its interval, then at 5 and 10."""
+    values = [f"{100 * row['value']:.1f}" for row in rows]
+    if rows[0]["ci95"]:
+        values[0] += " ({:.1f} to {:.1f})".format(*(100 * x for x in rows[0]["ci95"]))
+    return " / ".join(values)
+
+
+def progress_cell(rows: list[dict]) -> str:
+    return "{:.2f} ({:.2f} to {:.2f})".format(rows[0]["value"], *rows[0]["ci95"])
+
+
+# ------------------------------------------------------------------------------------------------------ plots
+def plot_losses(logged: list[dict], cfg, path: Path) -> None:
+    """Both terms of the loss against steps. Takes the heads trained without the held-out episodes, if any."""
+    split = "episodes" if any(row["trained_on"] == "episodes" for row in logged) else "all"
+    title = "InfoNCE: training (solid) and held-out episodes (dashed)"
+    figure, axes = canvas(9, 3.8, columns=2, title=title)
+    terms = {"views": "agent view and wrist view", "temporal": f"agent view, {cfg.gap} steps on"}
+    for ax, (term, words) in zip(axes, terms.items(), strict=True):
+        for variant, colour in VARIANTS.items():
+            rows = [row for row in logged if (row["trained_on"], row["variant"]) == (split, variant)]
+            steps, held_out = (
+                [row["step"] for row in rows],
+                [row.get(f"held_out_{term}", np.nan) for row in rows],
+            )
+            ax.plot(steps, [row[term] for row in rows], color=colour, label=variant)
+            ax.plot(steps, held_out, "--", color=colour)
+        ax.axhline(np.log(cfg.batch_size), color=INK, linewidth=0.8, label=f"chance, log {cfg.batch_size}")
+        ax.set(title=words, xlabel="step")
+        ax.set_ylim(bottom=0)
+    axes[0].legend()
+    save(figure, path)
+
+
+def plot_map(vectors: dict[str, torch.Tensor], frames, path: Path) -> None:
+    """The first two principal components of the anchors, coloured by task."""
+    names = ("encoder", "head, paper", "head, corrected")
+    title = "Agent view, first two principal components, a colour for each task"
+    figure, axes = canvas(10, 3.8, columns=len(names), title=title)
+    task = frames.task[frames.anchors]
+    for ax, name in zip(axes, names, strict=True):
+        x = vectors[name][frames.anchors].double().cpu()
+        x = x - x.mean(0)
+        variances, directions = torch.linalg.eigh(x.T @ x)  # ascending
+        directions = directions[:, [-1, -2]]
+        plane = x @ (directions * directions.sum(0).sign())  # a component's sign is arbitrary: fix it
+        palette = "tab10" if task.max() < 10 else "tab20"
+        ax.scatter(*plane.T.numpy(), c=task % 20, cmap=palette, s=2, linewidths=0)
+        ax.set_title(f"{name}: {variances[-2:].sum() / variances.sum():.0%} of the variance")
+        ax.set(xticks=[], yticks=[])
+    save(figure, path)
+
+
+def plot_neighbours(
+    shown: np.ndarray, right: np.ndarray, images: dict, frames, names: tuple[str, str], path: Path
+) -> None:
+    """Queries, each with the three frames nearest to it under two heads.
+
+    shown: frame numbers (n, 7), the query first.  right: (n, 7), whether a frame is of the query's moment; it
+    gets a tick, the others a cross.
+    """
+    title = f"Query | three nearest by {names[0]} | three nearest by {names[1]}"
+    figure, axes = canvas(9, 9, *shown.shape, title=title, squeeze=False)
+    for i, j in np.ndindex(*shown.shape):
+        frame = shown[i, j]
+        mark, colour = ("\N{CHECK MARK} ", "#2a7f3f") if right[i, j] else ("\N{BALLOT X} ", "#b3261e")
+        if j == 0:
+            mark, colour = "", INK
+        axes[i, j].imshow(images[int(frame)])
+        words = f"{mark}task {frames.task[frame]}, step {frames.step[frame]}"
+        axes[i, j].set_title(words, fontsize=7, color=colour, loc="center")
+        axes[i, j].axis("off")
+    figure.savefig(path)  # with all colours

@@ -1,0 +1,82 @@
+"""The tables and the plot of 05_profile.py: where the time of an inference goes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from report.plots import canvas, save
+from report.tables import listing
+
+COLOURS = {  # the parts of an inference, in the order in which they run
+    "preprocessing": "#bbbbbb",
+    "vision tower": "#1f77b4",
+    "projection": "#6baed6",
+    "prefix": "#9ecae1",
+    "denoising": "#d9822b",
+    "action tokens": "#d9822b",
+    "post-processing": "#777777",
+    "rest": "#dddddd",
+}
+PAPER = {"prefix_share": 0.214, "denoise_share": 0.786}  # of 280 ms
+
+
+def amdahl(share: float) -> float:
+    """Speed-up if this share of the time cost nothing."""
+    return 1 / (1 - share)
+
+
+def parts_of(times: list[dict[str, float]]) -> list[str]:
+    """The parts that occur in any of these times by part, in order."""
+    return [part for part in COLOURS if any(part in row for row in times)]
+
+
+def latency_report(rows: list[dict], roofline: dict, gpu: str) -> str:
+    """Markdown: measured times of every point, the paper's shares, and the roofline with `gpu` first."""
+    measured = {"": lambda row: row["label"]}
+    measured |= {"p50 ms": lambda row: f"{row['p50_ms']:.2f}", "p95 ms": lambda row: f"{row['p95_ms']:.2f}"}
+    for part in parts_of([row["parts_ms"] for row in rows]):
+        measured[part] = lambda row, part=part: f"{row['parts_ms'].get(part, 0.0):.2f}"
+    measured["parts / whole"] = lambda row: f"{row['parts_over_whole']:.1%}"
+    measured["prefix share"] = lambda row: f"{row['prefix_share']:.1%}"
+    measured["ceiling of a prefix cache"] = lambda row: f"{row['ceiling']:.2f}x"
+    bounds = sorted(roofline["gpus"].items(), key=lambda item: item[0] != gpu)
+    least = {"published size, least ms on": lambda item: item[0]}
+    for part in ("images", "prefix", "actions"):
+        least[part] = lambda item, part=part: f"{item[1]['ms'][part]:.2f}"
+    least["prefix share"] = lambda item: f"{item[1]['prefix_share']:.1%}"
+    least["ceiling"] = lambda item: f"{amdahl(item[1]['prefix_share']):.2f}x"
+    paper = (
+        f"prefix {PAPER['prefix_share']:.1%}, denoising {PAPER['denoise_share']:.1%}, eager code on one GPU"
+    )
+    paper = f"Paper: {paper}: a ceiling of {amdahl(PAPER['prefix_share']):.2f}x."
+    return "\n\n".join([listing(rows, measured).markdown(), paper, listing(bounds, least).markdown()]) + "\n"
+
+
+def metric_rows(backbone: str, point: dict, timing: dict) -> list[dict]:
+    """Rows of table.json: p50, p95 and shares at the config's own point."""
+    parts = point["parts_ms"]
+    values = {"p50": (point["p50_ms"], "ms"), "p95": (point["p95_ms"], "ms")}
+    values["prefix_share"] = point["prefix_share"], "share"
+    if "denoising" in parts:
+        values["denoise_share"] = parts["denoising"] / sum(parts.values()), "share"
+    about = {"backbone": backbone, "n": point["n"], "command": timing["command"], "commit": timing["commit"]}
+    return [about | {"metric": name, "value": value, "unit": unit} for name, (value, unit) in values.items()]
+
+
+def plot(rows: list[dict], title: str, path: Path) -> None:
+    """A stacked bar for each point."""
+    figure, ax = canvas(7.2, 1.2 + 0.28 * len(rows))
+    left, place = np.zeros(len(rows)), np.arange(len(rows))[::-1]
+    for part in parts_of([row["parts_ms"] for row in rows]):
+        width = np.array([row["parts_ms"].get(part, 0.0) for row in rows])
+        ax.barh(place, width, 0.7, left=left, color=COLOURS[part], label=part)
+        left += width
+    for y, x, row in zip(place, left, rows, strict=True):
+        ax.text(x, y, f" prefix {row['prefix_share']:.0%}", va="center", fontsize=7)
+    ax.set_yticks(place, [row["label"] for row in rows], fontsize=8)
+    ax.set(xlim=(0, 1.12 * left.max()), title=title)
+    ax.set_xlabel("ms per inference, median (blue: what a prefix cache could save)")
+    figure.legend(fontsize=7, ncols=4, loc="outside lower center")
+    save(figure, path)

@@ -1,0 +1,195 @@
+"""Tables of the report, and how it writes numbers: from rows of table.json to lines of text."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from report import stats
+
+SUITES = ["libero_spatial", "libero_object", "libero_goal", "libero_10"]  # in the paper's order
+RENAMED = {
+    "05_cells.py": "extras.cells",
+    "05_distill.py": "extras.distill",
+}  # in the commands of older results
+
+
+@dataclass
+class Table:
+    head: list[str]
+    lines: list[list]
+    cards: bool = False  # long texts: on a phone each line becomes a card
+
+    def markdown(self) -> str:
+        lines = [self.head, ["---"] * len(self.head), *self.lines]
+        cells = [[str(cell).replace("|", "\\|") for cell in line] for line in lines]
+        return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+
+
+def listing(rows: list, columns: dict[str, Callable], cards: bool = False) -> Table:
+    """A line for each row. columns: heading -> function that makes the column's cell from a row."""
+    return Table(list(columns), [[cell(row) for cell in columns.values()] for row in rows], cards)
+
+
+def pivot(rows: list[dict], keys: Sequence[str], column: str, headings: dict, cell: Callable) -> Table:
+    """A line for each combination of values of `keys`, and a column for each value of the key `column`.
+
+    headings: value of `column` -> heading.  cell: makes a cell from its rows; without rows it stays empty.
+    """
+    groups = defaultdict(list)
+    for row in rows:
+        groups[tuple(row[key] for key in keys), row[column]].append(row)
+    lines = []
+    for line in dict.fromkeys(line for line, _ in groups):
+        lines.append([*line, *(cell(groups[line, v]) if (line, v) in groups else "" for v in headings)])
+    return Table([*keys, *headings.values()], lines)
+
+
+# -------------------------------------------------------------------------------------------- numbers as text
+def points(difference: float, interval: tuple[float, float]) -> str:
+    """A difference of rates with its interval, in percentage points."""
+    return f"{100 * difference:+.1f} points ({100 * interval[0]:+.1f} to {100 * interval[1]:+.1f})"
+
+
+def percent(interval: tuple[float, float] | None) -> str:
+    return f"{interval[0]:.1%} to {interval[1]:.1%}" if interval else ""
+
+
+def p_value(p: float) -> str:
+    return f"{p:.2f}" if p >= 0.0095 else f"{p:.1g}"
+
+
+def number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def difference(row: dict) -> str:
+    """A row's difference to its baseline; with an interval if the row counts gained and lost episodes."""
+    if "gained" not in row:
+        return f"{100 * row['diff_vs_sft']:+.1f} points"
+    counts = row["gained"], row["lost"], row["paired_n"]
+    return points(row["diff_vs_sft"], stats.paired_interval(*counts, row.get("deff", 1.0)))
+
+
+def joined(values: Sequence) -> str:
+    return ", ".join(map(str, values))
+
+
+# ----------------------------------------------------------------------------------------- names for the rows
+def script(row: dict) -> str:
+    """The stage that made a row, from its command: 04_eval.py, extras.cells."""
+    words = [word for word in row["command"].split() if word.endswith(".py") or word.startswith("extras.")]
+    name = Path(words[0]).name if words else ""
+    return RENAMED.get(name, name)
+
+
+def short(suite: str) -> str:
+    """libero_object -> Object; several suites -> 4 suites."""
+    names = suite.split()
+    if len(names) > 1:
+        return f"{len(names)} suites"
+    return names[0].removeprefix("libero_").capitalize().replace("10", "Long")
+
+
+def baseline(rows: list[dict]) -> str:
+    """The policy that the rows are compared with."""
+    return "ten steps without reuse" if any("hit_rate" in row for row in rows) else "its SFT start"
+
+
+def by_suite(row: dict) -> tuple:
+    """Sort key: suite (several at once last), the SFT step that DPO started from, SFT before DPO, name."""
+    return (
+        SUITES.index(row["suite"]) if row["suite"] in SUITES else len(SUITES),
+        row["suite"],
+        row["start"] == "final",
+        int(row["start"]) if row["start"].isdigit() else 0,
+        row["policy"] != "sft",
+        row["name"],
+    )
+
+
+def metric_names(rows: list[dict]) -> list[str]:
+    """A name for each row of metrics: the metric, and every key in which the rows differ."""
+    keys = {key for row in rows for key in row} - {
+        "metric",
+        "value",
+        "unit",
+        "n",
+        "ci95",
+        "command",
+        "commit",
+    }
+    varied = [key for key in ["metric", *sorted(keys)] if len({str(row.get(key)) for row in rows}) > 1]
+    named = [[row.get(key) for key in varied or ["metric"]] for row in rows]
+    return [
+        " ".join(str(v) for v in values if v not in (None, "", "none")).replace("_", " ") for values in named
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------- tables
+def success_table(rows: list[dict]) -> Table:
+    """Success rates of one group of init states.
+
+    `over tasks` is the interval of a bootstrap that draws whole tasks. With several suites, Holm's correction
+    covers all rows of the table.
+    """
+    rows = [dict(row) for row in sorted(rows, key=by_suite)]
+    tested = [row for row in rows if "p_vs_sft" in row]
+    for row, p in zip(tested, stats.holm([row["p_vs_sft"] for row in tested]), strict=True):
+        row["p_holm"] = p
+    columns = {
+        "policy": lambda row: row["name"],
+        "suite": lambda row: short(row["suite"]),
+        "seeds": lambda row: joined(row["train_seeds"]),
+        "success": lambda row: f"{row['successes']} / {row['n']}",
+        "95 % interval": lambda row: percent(row["ci95"]),
+        "over tasks": lambda row: percent(row["ci95_tasks"]),
+        "crashes": lambda row: row["crashes"],
+        f"against {baseline(rows)} (95 %)": lambda row: difference(row) if "p_vs_sft" in row else "",
+        "gained / lost": lambda row: (
+            f"{row.get('gained', '')} / {row.get('lost', '')}" if "p_vs_sft" in row else ""
+        ),
+        "p": lambda row: p_value(row["p_vs_sft"]) if "p_vs_sft" in row else "",
+        "p (Holm)": lambda row: p_value(row["p_holm"]) if "p_vs_sft" in row else "",
+    }
+    if len({row["suite"] for row in rows}) == 1:
+        del columns["suite"], columns["p (Holm)"]
+    if len({str(row["train_seeds"]) for row in rows}) == 1:
+        del columns["seeds"]
+    return listing(rows, columns)
+
+
+def metrics_table(rows: list[dict]) -> Table:
+    columns = {
+        "metric": lambda item: item[0],
+        "value": lambda item: number(item[1]["value"]),
+        "95 % interval": lambda item: " to ".join(map(number, item[1].get("ci95") or ())),
+        "unit": lambda item: item[1].get("unit", ""),
+        "n": lambda item: item[1].get("n", ""),
+    }
+    return listing(list(zip(metric_names(rows), rows, strict=True)), columns)
+
+
+RATES = {  # the audit's success rates: all seeds of a policy and suite together
+    "policy": lambda row: row["policy"],
+    "suite": lambda row: row["suite"],
+    "seeds": lambda row: joined(row["seeds"]),
+    "episodes": lambda row: row["episodes"],
+    "success": lambda row: f"{row['successes']} / {row['n']}",
+    "95 % interval": lambda row: percent(row["ci95"]),
+    "over tasks": lambda row: percent(row["ci95_tasks"]),
+    "crashes": lambda row: row["crashes"],
+}
+PAIRS = {  # its paired comparisons; the last column corrects p for all rows of the table
+    "policy": lambda row: row["policy"],
+    "against": lambda row: row["against"],
+    "suite": lambda row: row["suite"],
+    "pairs": lambda row: row["paired_n"],
+    "successes": lambda row: "{} against {}".format(*row["wins"]),
+    "difference (95 %)": lambda row: points(row["diff"], row["ci95"]),
+    "gained / lost": lambda row: f"{row['gained']} / {row['lost']}",
+    "p": lambda row: p_value(row["p"]),
+    "p (Holm)": lambda row: p_value(row["p_holm"]),
+}

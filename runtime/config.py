@@ -1,0 +1,230 @@
+"""Configs: one YAML for all stages, `key=value` on the command line, and a dataclass per stage that checks
+both.
+
+A stage's Config is a dataclass. Its own keys stand in the section of the YAML that `Config.section` names;
+the keys that it inherits are shared, and stand at the top level. The type of a key is its check:
+
+    steps: Count = 200                        a whole number, 1 or more
+    lr: float = 5e-5                          a number, 0 or more
+    threshold: Annotated[float, -1] = 0.98    a number, -1 or more
+    start: Annotated[str, "final|[0-9]+"] = "final"    a text that matches
+    adapter: Literal["lora", "dora"] = "lora"
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+import yaml
+
+from runtime.errors import UserError, did_you_mean, one_line, one_of
+
+HERE = Path(__file__).resolve().parents[1]  # the kit's folder
+STAGES = {  # section of the YAML -> what to run, behind `python`
+    "demos": "00_demos.py",
+    "sft": "01_sft.py",
+    "prefs": "02_collect_prefs.py",
+    "dpo": "03_dpo.py",
+    "eval": "04_eval.py",
+    "profile": "05_profile.py",
+    "head": "06_pretrain_head.py",
+    "validate": "07_validate.py",
+    "report": "08_report.py",
+    "cells": "-m extras.cells",
+    "distill": "-m extras.distill",
+}
+BACKBONES = {
+    "openvla": "OpenVLA",
+    "pi05": "Pi05",
+}  # section of the YAML and module of backbones/ -> its policy class
+LARGEST = 2**62  # what a seed can hold
+Count = Annotated[int, 1]
+Positive = Annotated[float, 1e-9]
+
+
+@dataclass
+class PlaceConfig:
+    """Keys that say where a run lies and how fast it goes. They never change a result or an identity."""
+
+    section: ClassVar[str] = ""  # of the YAML, for the stage's own keys
+    by_torchrun: ClassVar[bool] = False  # whether several processes may share the stage
+    INPUTS: ClassVar = ("start_seed", "pairs_from", "adapters_from")  # keys whose inputs count themselves
+
+    name: Annotated[str, r"(?!\.\.$)[^/]*"] = ""  # the YAML's file name; names the run folder
+    root: str = "runs"
+    stages: str = ""  # that run_all.sh runs where its command line names none; empty = its default
+    adapters: str = ""  # the same: which adapters it trains and evaluates
+    workers: Count = 2  # simulator processes
+    dry_run: bool = False  # or --dry-run: say what the stage would read, write and take, and do nothing
+    overwrite: bool = False  # redo a stage whose config, inputs or code have changed
+
+    run_dir = property(lambda self: Path(self.root) / self.name)
+
+    def left_out(self) -> tuple[str, ...]:
+        """Keys that do not count in the stage's identity."""
+        return (*own_keys(PlaceConfig), *self.INPUTS)
+
+
+def typed(value, kind, key: str):
+    """`value` as `kind` says. The type decides, not the spelling: PyYAML reads 5e-5 as a string.
+
+    Raises:
+        UserError: it is of another type, below its least or above the largest value.
+    """
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is list and isinstance(value, list):
+        return [typed(item, args[0], key) for item in value]
+    if origin is Literal:
+        one_of(key, value, args)
+        return value
+    least, most = 0, LARGEST
+    if origin is Annotated:
+        kind, least, most = (*args, LARGEST)[:3]
+    plain = isinstance(value, str | int | float) and not isinstance(value, bool)
+    if kind in (bool, dict) and isinstance(value, kind):
+        return value
+    if kind is str and plain and "\0" not in str(value):
+        if least and not re.fullmatch(least, str(value)):
+            raise UserError(f"config key {key!r} must match {least}, not {value!r}")
+        return str(value)
+    number = as_number(value, kind) if kind in (int, float) and plain else None
+    if number is None:
+        raise UserError(f"config key {key!r} must be {getattr(kind, '__name__', kind)}, not {value!r}")
+    if number < least:
+        raise UserError(f"config key {key!r} must be at least {least}, not {value}")
+    if number > most:
+        raise UserError(f"config key {key!r} must be at most {most}, not {value}")
+    return number
+
+
+def as_number(value: str | int | float, kind: type) -> int | float | None:
+    """The number that a text or number stands for; None where it is none, not finite, or no whole one for an
+    int.
+    """
+    if kind is int and isinstance(value, int):  # as it is: a float has no room for large ones
+        return value
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    if not math.isfinite(number) or (kind is int and number != int(number)):
+        return None
+    return kind(number)
+
+
+# -------------------------------------------------------------------------------------------------- YAML
+def read_yaml(path: Path, above: tuple[str, ...] = ()) -> dict:
+    """A config file, laid over the file of its folder that it names as `base`. above: the files that led
+    here.
+    """
+    if not path.is_file():
+        near = did_you_mean(path.stem, [p.stem for p in (HERE / "configs").glob("*.yaml")])
+        raise UserError(f"no config file {path}; {near}")
+    data = parse_yaml(path.read_bytes(), str(path)) or {}
+    if not isinstance(data, dict):
+        raise UserError(f"{path} must hold `key: value` lines")
+    base = data.pop("base", None)
+    if base is None:
+        return data
+    if not isinstance(base, str) or Path(base).name != base or base in (*above, path.name):
+        raise UserError(f"{path}: base must name another YAML of its folder, not {base!r}")
+    return laid_over(read_yaml(path.parent / base, (*above, path.name)), data)
+
+
+def parse_yaml(text: str | bytes, where: str):
+    """The plain data of a YAML text; nothing in it is executed."""
+    try:
+        return yaml.safe_load(text)
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: a date or a number that is none
+        raise UserError(f"{where} is not valid YAML: {one_line(error)}") from error
+
+
+def laid_over(below: dict, above: dict) -> dict:
+    """Both dicts in one; `above` wins, key by key, and sections are merged."""
+    merged = below | above
+    for key, value in above.items():
+        if isinstance(value, dict) and isinstance(below.get(key), dict):
+            merged[key] = laid_over(below[key], value)
+    return merged
+
+
+# ------------------------------------------------------------------------------------------------ config
+def shared_keys(kind: type = PlaceConfig) -> dict:
+    """Name -> type of the keys that stages share: those of all the bases that stages' Configs are made of."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    found = {key: hints[key] for key in own_keys(kind)}
+    for each in kind.__subclasses__():
+        if "section" not in vars(each):  # a stage's own Config has one
+            found |= shared_keys(each)
+    return found
+
+
+def own_keys(cls: type) -> list[str]:
+    """The keys that a stage's Config declares itself."""
+    return [f.name for f in dataclasses.fields(cls) if f.name in cls.__annotations__]
+
+
+def load_config(cls: type, argv: list[str]):
+    """The Config of one stage from `CONFIG.yaml [key=value ...]`: defaults < YAML < command line.
+
+    In the YAML, what holds for one backbone alone stands in a section of its name. On the command line a key
+    may carry its section (`dpo.beta=0.2`); keys of other stages are checked by those.
+
+    Raises:
+        UserError: an unknown key, a wrong type, a value out of range.
+    """
+    if not argv or "=" in argv[0] or argv[0].startswith("-"):
+        raise UserError(f"usage: python {STAGES[cls.section]} configs/NAME.yaml [key=value ...] [--dry-run]")
+    path = Path(argv[0])
+    data = {"name": path.stem} | read_yaml(path)
+    overrides = [parsed(item) for item in argv[1:]]
+    for section, key, value in overrides:
+        if not section and key == "backbone":
+            data[key] = value
+    sections = [*STAGES, *BACKBONES]
+    for name in [*sections, "model"]:
+        if not isinstance(data.get(name) or {}, dict):
+            raise UserError(f"{path}: section {name!r} must hold `key: value` lines")
+    if (backbone := str(data.get("backbone", "pi05"))) in BACKBONES:
+        data = laid_over(data, data.get(backbone) or {})
+
+    hints, shared = typing.get_type_hints(cls, include_extras=True), shared_keys()
+    usable = [*own_keys(cls), *shared]  # a section may also set what is shared, for its stage alone
+    given = [(key, data[key], str(path), [*shared, *sections]) for key in data if key not in sections]
+    in_section = data.get(cls.section) or {}
+    given += [(key, in_section[key], f"{path}, section {cls.section}", usable) for key in in_section]
+    given += [
+        (key, v, "command line", usable) for section, key, v in overrides if section in ("", cls.section)
+    ]
+    values = {}
+    for key, value, where, known in given:
+        if key not in known:
+            raise UserError(f"{where}: unknown key {key!r}; {did_you_mean(key, known)}")
+        kind = hints.get(key) or shared[key]
+        checked = typed({} if value is None and kind is dict else value, kind, key)
+        if key in hints:
+            values[key] = checked
+    return cls(**values)
+
+
+def parsed(item: str) -> tuple[str, str, object]:
+    """(section or "", key, value) of a `[section.]key=value`; `key=` is the empty text."""
+    if item == "--dry-run":
+        return "", "dry_run", True
+    name, equals, text = item.partition("=")
+    if not equals:
+        raise UserError(f"{item!r} is not key=value")
+    section, dot, key = name.rpartition(".")
+    if dot:
+        one_of(f"{item!r}: stage", section, STAGES)
+    return section, key, parse_yaml(text, f"{item!r}, after the equals sign,") if text else ""

@@ -1,0 +1,35 @@
+"""Errors that are for the user: one line that says what is wrong and what to do."""
+
+from __future__ import annotations
+
+import difflib
+import re
+
+
+class UserError(Exception):
+    """Its text is one line. Scripts print it without a traceback and exit with code 2."""
+
+
+def one_line(error: BaseException) -> str:
+    """A library's error in one short line that can stand within another."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def did_you_mean(word, known) -> str:
+    """The known word that is nearest to a misspelt one, or all of them."""
+    near = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(map(str, known))}"
+
+
+def one_of(key: str, value, known) -> None:
+    """UserError unless `value` is one of the `known` ones."""
+    if value not in known:
+        raise UserError(f"unknown {key}={value!r}; {did_you_mean(value, known)}")
+
+
+def regex(key: str, text: str) -> re.Pattern:
+    """The compiled regular expression of a config key."""
+    try:
+        return re.compile(text)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise UserError(f"{key}={text!r} is no regular expression ({error})") from error

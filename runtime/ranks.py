@@ -1,0 +1,121 @@
+"""Several processes for one stage, started by torchrun. Without torchrun a stage is alone: size 1, rank 0.
+
+    torchrun --nproc_per_node 2 03_dpo.py configs/tiny.yaml
+
+Training (01, 03, 06): every rank takes its rows of the same batch and gradients are averaged, so the result
+is that of one process but for rounding. (03 with surrogate=independent: each rank has draws of its own.)
+Rollouts (02, 04, cells): every rank takes its share of the tasks; the result is the same. Only the first rank
+opens and finishes a stage. A rank that ends too early ends the job: torchrun stops the others, and the same
+command goes on. The ranks talk through gloo on CPUs and nccl on GPUs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+# Imported before there is a group: this module keeps a group that it finds as a default argument, and gloo's
+# threads would then outlive `part` and abort the process.
+import torch.distributed.nn.functional
+
+from runtime.errors import UserError, one_line
+
+
+def size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def first() -> bool:
+    return rank() == 0
+
+
+def place(device: str) -> str:
+    """The device on which this process, or a worker that it started, puts its policy."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
+
+
+def join(device: str) -> None:
+    """Meet the other ranks, once per process. On "cuda" every rank has a GPU of its own."""
+    if size() > 1 and not dist.is_initialized():
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=7))  # a rank's episodes may take hours longer
+
+
+@contextlib.contextmanager
+def meeting() -> Iterator[None]:
+    """One line in place of a traceback when another rank has ended while this one waits for it."""
+    try:
+        yield
+    except RuntimeError as error:  # of gloo and nccl alike
+        lost = f"rank {rank()} of {size()} lost another one, see what that one said ({one_line(error)})"
+        raise UserError(f"{lost}; run the same command again, it goes on") from error
+
+
+@meeting()
+def wait() -> None:
+    if size() > 1:
+        dist.barrier()
+
+
+@meeting()
+def told(message):
+    """What the first rank says; the others' message does not matter."""
+    box = [message]
+    if size() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def share(x):
+    """This rank's part of a list or of a tensor's rows."""
+    return x[rank() :: size()]
+
+
+@meeting()
+def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Replace each rank's gradients, of the mean over its rows, by those of the mean over all rows."""
+    if size() == 1:
+        return
+    grads = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten().float() for g in grads])
+    dist.all_reduce(flat)
+    for grad, total in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+        grad.copy_(total.view_as(grad) / size())
+
+
+@meeting()
+def mean(values: dict[str, float]) -> dict[str, float]:
+    """Numbers averaged over the ranks."""
+    if size() == 1:
+        return values
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    total = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return dict(zip(values, (total / size()).tolist(), strict=True))
+
+
+def part() -> None:
+    """Leave the group. A thread of gloo's that outlives Python may abort the process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def leave(code: int) -> None:
+    """End this rank early. An nccl group ends with its process: to leave it might mean to wait for the
+    others.
+    """
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        part()
+    sys.exit(code)

