@@ -21,8 +21,6 @@ create_dataset.py).
 - No regrasping: a try that misses its grasp or its goal is dropped, counted, and repeated with other noise.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import itertools
@@ -39,7 +37,7 @@ import numpy as np
 import common
 from runtime import disk, stage, workers
 from runtime.config import Count
-from runtime.errors import UserError
+from runtime.errors import UserError, one_line
 from sim.env import CRASHES, TaskEnv, instruction, tasks
 from sim.expert import TASKS, Expert, MissedGrasp
 
@@ -70,8 +68,10 @@ class Config(common.SceneConfig):
         if not self.source:
             unknown = [pair for pair in tasks(self) if pair not in TASKS]
             if unknown:
-                remedy = "add a row to TASKS in sim/expert.py, or use demos.source"
-                raise UserError(f"the expert cannot do {unknown[0]} yet: {remedy}")
+                raise UserError(
+                    f"the expert cannot do {unknown[0]} yet: "
+                    "add a row to TASKS in sim/expert.py, or use demos.source"
+                )
             return []
         source = Path(self.source)
         if source.resolve() == self.data_dir.resolve():
@@ -82,23 +82,25 @@ class Config(common.SceneConfig):
 
 # -------------------------------------------------------------------------------------------------- recording
 def observation(env: TaskEnv, look: bool) -> dict[str, np.ndarray]:
-    """What LIBERO's files hold of one step. Images are "opengl": turned by 180 degrees from what policies
-    see.
+    """What LIBERO's files hold of one step. Images are "opengl": turned by 180 degrees from policies' view.
+
+    look: whether to render.
     """
     p = env.proprio()
-    hand = np.concatenate([p["eef_pos"], p["axis_angle"]])  # (6,)
-    obs = {"ee_pos": hand[:3], "ee_ori": hand[3:], "ee_states": hand}
-    obs |= {"gripper_states": p["gripper_qpos"], "joint_states": p["joint_pos"]}
-    if look:
-        obs |= {
-            "agentview_rgb": env.frame("agentview")[::-1, ::-1],
-            "eye_in_hand_rgb": env.frame("wrist")[::-1, ::-1],
-        }
-        obs["image_steps"] = np.array(env.steps)
-    robot = np.concatenate([p["gripper_qpos"], p["eef_pos"], p["eef_quat"]])  # (9,)
-    return {"states": env.env.sim.get_state().flatten(), "robot_states": robot} | {
-        f"obs/{k}": v for k, v in obs.items()
+    row = {
+        "states": env.env.sim.get_state().flatten(),
+        "robot_states": np.concatenate([p["gripper_qpos"], p["eef_pos"], p["eef_quat"]]),  # (9,)
+        "obs/ee_pos": p["eef_pos"],
+        "obs/ee_ori": p["axis_angle"],
+        "obs/ee_states": np.concatenate([p["eef_pos"], p["axis_angle"]]),  # (6,)
+        "obs/gripper_states": p["gripper_qpos"],
+        "obs/joint_states": p["joint_pos"],
     }
+    if not look:
+        return row
+    images = {"agentview": "obs/agentview_rgb", "wrist": "obs/eye_in_hand_rgb"}
+    images = {name: env.frame(camera)[::-1, ::-1] for camera, name in images.items()}
+    return row | images | {"obs/image_steps": np.array(env.steps)}
 
 
 def attempt(
@@ -177,20 +179,16 @@ def file_attributes(env: TaskEnv) -> dict[str, str]:
     names = {"env_name": type(env.env).__name__, "problem_name": env.env.parsed_problem["problem_name"]}
     bddl = "/".join(["libero/libero/bddl_files", *Path(env.env.bddl_file_name).parts[-2:]])
     info = {"domain_name": "robosuite", "language_instruction": env.instruction} | names
-    kwargs = {
-        "robots": ["Panda"],
-        "controller": "OSC_POSE",
-        "camera_heights": env.image_size,
-        "camera_widths": env.image_size,
-    }
-    env_args = {"type": 1, "bddl_file": bddl, "env_kwargs": kwargs} | names
-    text = {
+    size = {"camera_heights": env.image_size, "camera_widths": env.image_size}
+    kwargs = {"robots": ["Panda"], "controller": "OSC_POSE"} | size
+    return {
         "tag": "libero-v1",
         "macros_image_convention": "opengl",
         "env_name": names["env_name"],
         "bddl_file_name": bddl,
+        "problem_info": json.dumps(info),
+        "env_args": json.dumps({"type": 1, "bddl_file": bddl, "env_kwargs": kwargs} | names),
     }
-    return text | {"problem_info": json.dumps(info), "env_args": json.dumps(env_args)}
 
 
 def part_files(cfg: Config, suite: str, task: int) -> list[tuple[int, int, Path]]:
@@ -217,11 +215,15 @@ def merge(parts: list[Path], path: Path) -> list[dict]:
     with hdf5_file(path) as file:
         data = file.create_group("data")
         for part in parts:
-            with h5py.File(part, "r") as source:
-                summaries.append(json.loads(source.attrs["summary"]))
-                data.attrs.update({key: value for key, value in source.attrs.items() if key != "summary"})
-                if "demo" in source:
-                    source.copy("demo", data, name=f"demo_{len(data)}")
+            try:
+                with h5py.File(part, "r") as source:
+                    summaries.append(json.loads(source.attrs["summary"]))
+                    data.attrs.update({key: value for key, value in source.attrs.items() if key != "summary"})
+                    if "demo" in source:
+                        source.copy("demo", data, name=f"demo_{len(data)}")
+            except common.H5PY_ERRORS as error:
+                why = f"{part} is damaged ({one_line(error)})"
+                raise UserError(f"{why}; remove it and run the stage again") from error
         data.attrs["num_demos"] = len(data)
         data.attrs["total"] = sum(int(demo.attrs["num_samples"]) for demo in data.values())
     return summaries
@@ -268,8 +270,11 @@ def official_files(cfg: Config) -> dict[tuple[str, int], Path]:
         official = f"*{instruction(suite, task).replace(' ', '_')}_demo.hdf5"
         found = sorted([*folder.glob(official), *folder.glob(f"task_{task:02d}.hdf5")])
         if len(found) != 1:
-            names = f"{official} or task_{task:02d}.hdf5"
-            raise UserError(f"source: {folder} holds {len(found)} files {names}, but one is needed")
+            raise UserError(
+                f"source: {folder} holds {len(found)} files "
+                f"{official} or task_{task:02d}.hdf5"
+                f", but one is needed"
+            )
         files[suite, task] = found[0]
     return files
 
@@ -280,8 +285,10 @@ def adopt(cfg: Config) -> list[dict]:
     for (suite, task), path in official_files(cfg).items():
         demos = [demo.agentview.shape[1] for demo in common.read_demos(path, task)]
         if not demos:
-            remedy = f"record it again, or leave task {task} out with tasks="
-            raise UserError(f"source: {path} holds no demonstration; {remedy}")
+            raise UserError(
+                f"source: {path} holds no demonstration; "
+                f"record it again, or leave task {task} out with tasks="
+            )
         if demos[0] != cfg.image_size:
             raise UserError(f"{path} has images of {demos[0]} px: set image_size={demos[0]}")
         link = cfg.data_dir / suite / f"task_{task:02d}.hdf5"

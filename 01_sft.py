@@ -14,8 +14,6 @@ from `init_from`. `train: lora | dora` trains an adapter and merges it, so that 
 set of weights. Left out: mixed precision, streaming of data that does not fit into memory.
 """
 
-from __future__ import annotations
-
 import copy
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -22,8 +22,6 @@ state is restored. Other chunks are sampled from the same observation and played
 fail-against-fail is no pair. Left out: learned reward models, relabelling.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -67,8 +65,10 @@ class Config(common.SceneConfig, common.ActingConfig, common.PairsConfig):
 
     def inputs(self) -> list[Path]:
         if self.start_seed not in (0, self.seed):
-            remedy = f"collect them with seed={self.start_seed}"
-            raise UserError(f"the pairs are those of start_seed={self.start_seed}: {remedy}")
+            raise UserError(
+                f"the pairs are those of start_seed={self.start_seed}: "
+                f"collect them with seed={self.start_seed}"
+            )
         common.init_states("prefs", self.n_init)
         tasks(self)
         return self.sft_inputs()
@@ -115,10 +115,15 @@ def play(
 
 def make_pair(chosen: Decision, rejected: Decision, **facts) -> tuple[dict, dict]:
     """Tensors and description of one pair. The mask covers the actions that were executed of both chunks."""
-    mask = np.arange(len(chosen.proposed)) < min(chosen.n, rejected.n)
-    tensors = {key: chosen.obs[key] for key in (*common.CAMERAS, "state")}
-    tensors |= {"chosen": chosen.executed, "rejected": rejected.executed, "mask": mask}
-    tensors |= {"chosen_proposed": chosen.proposed, "rejected_proposed": rejected.proposed}
+    tensors = {
+        **{key: chosen.obs[key] for key in (*common.CAMERAS, "state")},
+        "chosen": chosen.executed,
+        "rejected": rejected.executed,
+        "chosen_proposed": chosen.proposed,
+        "rejected_proposed": rejected.proposed,
+        "mask": np.arange(len(chosen.proposed)) < min(chosen.n, rejected.n),
+    }
+    tensors = {key: torch.as_tensor(value) for key, value in tensors.items()}
     return tensors, facts | {"decision": chosen.number, "instruction": chosen.obs["instruction"]}
 
 
@@ -212,11 +217,17 @@ def collect(job: Job) -> None:
         except CRASHES as error:  # the simulator diverged: nobody's success or failure
             found, n, outcome = [], 1, f"crash: {type(error).__name__}"
         found = found[: job.quota - pairs]
-        row = {"suite": job.suite, "task": job.task, "unit": unit, "init_state": init, "playouts": n}
-        row |= {"outcome": outcome, "pairs": [facts for _, facts in found]}
+        row = {
+            "suite": job.suite,
+            "task": job.task,
+            "unit": unit,
+            "init_state": init,
+            "playouts": n,
+            "outcome": outcome,
+            "pairs": [facts for _, facts in found],
+        }
         for i, (tensors, _) in enumerate(found):
-            part = {key: torch.as_tensor(value) for key, value in tensors.items()}
-            disk.save_tensors(part_file(job.folder, row, i), part)
+            disk.save_tensors(part_file(job.folder, row, i), tensors)
         disk.append_jsonl(job.folder / "units.jsonl", row)
         pairs += len(found)
         playouts += n
@@ -238,15 +249,16 @@ def share(total: int, parts: int, part: int) -> int:
     return total * (part + 1) // parts - total * part // parts
 
 
-def assemble(folder: Path) -> list[dict]:
+def assemble(folder: Path) -> None:
     """All pairs in one file, in the order of tasks and attempts and not of their making; pairs.jsonl comes
     last.
     """
     rows = sorted(attempts(folder), key=lambda row: (row["suite"], row["task"], row["unit"]))
     found = [(row, i, facts) for row in rows for i, facts in enumerate(row["pairs"])]
     if not found:
-        where = f"{len(rows)} attempts gave no pair (see {folder / 'units.jsonl'})"
-        raise UserError(f"{where}; raise prefs.max_playouts")
+        raise UserError(
+            f"{len(rows)} attempts gave no pair (see {folder / 'units.jsonl'}); raise prefs.max_playouts"
+        )
     pairs = [disk.load_tensors(part_file(folder, row, i)) for row, i, _ in found]
     tensors = {key: torch.stack([pair[key] for pair in pairs]) for key in pairs[0]}
     disk.save_tensors(folder / "pairs.safetensors", tensors)
@@ -275,11 +287,11 @@ def main(cfg: Config, run: stage.Run) -> dict | None:
     (run.dir / "parts").mkdir(exist_ok=True)
     if not (run.dir / "pairs.jsonl").is_file():  # written when all else is there
         # 1. every task gets an equal share of the pairs wanted and of the play-outs allowed
-        pairs = tasks(cfg)
-        jobs = []
-        for i, (suite, task) in enumerate(pairs):
-            quota, budget = share(cfg.n_pairs, len(pairs), i), share(cfg.max_playouts, len(pairs), i)
-            jobs.append(Job(cfg, run.dir, suite, task, quota, budget))
+        every, n = tasks(cfg), len(tasks(cfg))
+        jobs = [
+            Job(cfg, run.dir, suite, task, share(cfg.n_pairs, n, i), share(cfg.max_playouts, n, i))
+            for i, (suite, task) in enumerate(every)
+        ]
 
         # 2. play until each has its share; what an earlier run has played counts
         def played() -> int:
@@ -288,10 +300,12 @@ def main(cfg: Config, run: stage.Run) -> dict | None:
         workers.run(collect, ranks.share(jobs), cfg.workers, "prefs", played, cfg.max_playouts)
         ranks.wait()
 
-    # 3. one file of all pairs
+        # 3. one file of all pairs
+        if run.first:
+            assemble(run.dir)
     if not run.first:
         return None
-    rows = attempts(run.dir) if (run.dir / "pairs.jsonl").is_file() else assemble(run.dir)
+    rows = attempts(run.dir)
     shutil.rmtree(run.dir / "parts", ignore_errors=True)
     print(summary(rows))
     return {"pairs": sum(len(row["pairs"]) for row in rows), "playouts": sum(row["playouts"] for row in rows)}

@@ -29,8 +29,6 @@ all epochs. The reference is the same weights with the adapter switched off. An 
 0) may keep chosen chunks likely. Left out: IPO and other losses, label smoothing, reward models.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -270,7 +268,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
 
 
 def metrics(loss: torch.Tensor, rewards: dict, pi_w: torch.Tensor, pi_l: torch.Tensor) -> dict[str, float]:
-    """A line of the log; the README explains each number."""
+    """A line of the log; docs/reading.md explains each number."""
     row = {key: value.mean().item() for key, value in rewards.items()} | {"loss": loss.item()}
     row["rewards/accuracies"] = (rewards["rewards/margins"] > 0).float().mean().item()
     row["rewards/margin_std"] = rewards["rewards/margins"].std(correction=0).item()

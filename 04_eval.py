@@ -15,8 +15,6 @@ from which its pairs came); Wilson intervals, exact McNemar tests; a crash of th
 its own and is no failure. Left out: rendering at every step (only when the policy looks), real robots.
 """
 
-from __future__ import annotations
-
 import contextlib
 import time
 from dataclasses import dataclass
@@ -98,13 +96,17 @@ def play(env: TaskEnv, policy, cfg: Config, init: int, frames: list | None) -> d
     return episode | {"success": bool(env.success), "steps": env.steps, "crash": "", "wall_s": wall}
 
 
-def evaluate(job: tuple[Config, Path, str, int, list[int]]) -> None:
-    """Worker: play episodes of one task, and append a row for each to played.jsonl."""
-    cfg, folder, suite, task, inits = job
-    policy, filmed = load_policy(cfg), common.init_states(cfg.group, cfg.n_init)[: cfg.videos]
+def evaluate(job: tuple[Config, Path, str, int]) -> None:
+    """Worker: play the episodes of one task that played.jsonl lacks, and append a row for each."""
+    cfg, folder, suite, task = job
+    inits, played = common.init_states(cfg.group, cfg.n_init), episodes.played(folder)
+    missing = [init for init in inits if (suite, task, init) not in played]
+    if not missing:
+        return
+    policy = load_policy(cfg)
     with contextlib.closing(TaskEnv(suite, task, cfg.image_size, cfg.render)) as env:
-        for init in inits:
-            frames = [] if init in filmed else None
+        for init in missing:
+            frames = [] if init in inits[: cfg.videos] else None
             row = play(env, policy, cfg, init, frames)
             if frames:
                 outcome = "success" if row["success"] else "failure"
@@ -135,8 +137,7 @@ def start_of(config: dict) -> str:
 def results_table(cfg: Config) -> list[dict]:
     """A row per finished evaluation of this seed and group of init states, paired with its SFT start.
 
-    Of several suites each has a row of its own beside. Evaluations of weights that have been made anew since
-    are left out.
+    Of several suites each has a row of its own beside. Left out: evaluations of weights made anew since.
     """
     finished = episodes.finished(cfg.seed_dir, "eval-*", cfg.group)
     of_policy = {facts["policy"]: (facts, played, timing) for facts, played, timing in finished}
@@ -144,62 +145,58 @@ def results_table(cfg: Config) -> list[dict]:
     for name in sorted(of_policy, key=lambda name: ("dpo" in name, name)):
         facts, played, timing = of_policy[name]
         used, start = facts["config"], start_of(facts["config"])
-        row = {"backbone": cfg.backbone, "policy": used["policy"], "name": name}
-        for key in ("adapter", "pairs", "surrogate"):
-            row[key] = used[key] if used["policy"] == "dpo" else "none"
-        row |= {"start": used["start"], "blank_images": used["blank_images"], "group": cfg.group}
-        row |= {"train_seeds": episodes.train_seeds(facts), "noise_seed": used["noise_seed"] or used["seed"]}
-        row |= {"command": timing["command"], "commit": timing["commit"]}
-        base_facts, base, _ = of_policy.get(start, (None, [], None))
-        is_paired = base_facts is not None and name != start
-        if is_paired:  # of the same weights, not another start_seed's
-            is_paired = base_facts["inputs"].items() <= facts["inputs"].items()
-            is_paired &= all(base_facts["config"][key] == used[key] for key in PROTOCOL)
+        row = {
+            key: used.get(key, "none") for key in ("adapter", "pairs", "surrogate")
+        }  # sft has none of them
+        row |= {
+            "backbone": cfg.backbone,
+            "policy": used["policy"],
+            "name": name,
+            "start": used["start"],
+            "blank_images": used["blank_images"],
+            "group": cfg.group,
+            "train_seeds": episodes.train_seeds(facts),
+            "noise_seed": used["noise_seed"] or used["seed"],
+            "command": timing["command"],
+            "commit": timing["commit"],
+        }
+        base_facts, base, _ = of_policy.get(start, (facts, [], None))
+        same_weights = base_facts["inputs"].items() <= facts["inputs"].items()  # not another start_seed's
+        same_protocol = all(base_facts["config"][key] == used[key] for key in PROTOCOL)
         for suites in [used["suites"], *([s] for s in used["suites"] if len(used["suites"]) > 1)]:
             of_suites = [episode for episode in played if episode["suite"] in suites]
             rows.append(row | {"suite": " ".join(suites)} | episodes.summarise(of_suites))
-            if is_paired:
+            if base and name != start and same_weights and same_protocol:
                 rows[-1] |= {"paired_with": start} | episodes.paired(of_suites, base)
     return rows
 
 
 def results_markdown(rows: list[dict]) -> str:
     """`over tasks`: the interval of a bootstrap of whole tasks. p: exact McNemar on the same episodes."""
-    head = "policy | suite | success | 95 % interval | over tasks | crashes | "
-    head += "against its SFT start | gained / lost | p"
+    columns = ("policy", "suite", "success", "95 % interval", "over tasks", "crashes")
+    head = " | ".join([*columns, "against its SFT start", "gained / lost", "p"])
     lines = [f"| {head} |", "|---" * 9 + "|"]
     for r in rows:
-        (low, high), (task_low, task_high) = r["ci95"], r["ci95_tasks"]
-        cells = [r["name"], r["suite"].replace(" ", ", "), f"{r['successes']} / {r['n']}"]
-        cells += [f"{low:.1%} to {high:.1%}", f"{task_low:.0%} to {task_high:.0%}", r["crashes"]]
         compared = ["", "", ""]
         if "diff_vs_sft" in r:
-            compared = [
-                f"{100 * r['diff_vs_sft']:+.1f} points",
-                f"{r['gained']} / {r['lost']}",
-                f"{r['p_vs_sft']:.2g}",
-            ]
+            difference, lost = f"{100 * r['diff_vs_sft']:+.1f} points", f"{r['gained']} / {r['lost']}"
+            compared = [difference, lost, f"{r['p_vs_sft']:.2g}"]
+        cells = [
+            r["name"],
+            r["suite"].replace(" ", ", "),
+            f"{r['successes']} / {r['n']}",
+            "{:.1%} to {:.1%}".format(*r["ci95"]),
+            "{:.0%} to {:.0%}".format(*r["ci95_tasks"]),
+            r["crashes"],
+        ]
         lines.append("| " + " | ".join(map(str, cells + compared)) + " |")
     return "\n".join(lines)
 
 
 def main(cfg: Config, run: stage.Run) -> dict:
-    # 1. the episodes that an earlier run has not played, task by task
-    inits = common.init_states(cfg.group, cfg.n_init)
-    played = episodes.played(run.dir)
-    jobs = []
-    for suite, task in tasks(cfg):
-        missing = [init for init in inits if (suite, task, init) not in played]
-        if missing:
-            jobs.append((cfg, run.dir, suite, task, missing))
-
-    # 2. play them
-    total = len(tasks(cfg)) * len(inits)
-    ranks.wait()  # all processes have read before any writes
-    title = f"eval {cfg.policy_name}"
+    jobs = [(cfg, run.dir, suite, task) for suite, task in tasks(cfg)]
+    total, title = len(jobs) * cfg.n_init, f"eval {cfg.policy_name}"
     workers.run(evaluate, ranks.share(jobs), cfg.workers, title, lambda: len(episodes.played(run.dir)), total)
-
-    # 3. count successes
     return episodes.finish(run, policy=cfg.policy_name)
 
 

@@ -19,8 +19,6 @@ Differs from the paper: synchronised clocks, p50 and p95.
 Left out: kernels of our own, quantisation.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import itertools
@@ -32,6 +30,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
+from unittest import mock
 
 import numpy as np
 import torch
@@ -131,21 +130,13 @@ class Clock:
 @contextlib.contextmanager
 def timers(policy, clock: Clock, compiled: bool = False) -> Iterator[None]:
     """Time the parts of a policy, except for modules that are compiled into their callers."""
-    put = []
-    try:
+    with contextlib.ExitStack() as stack:
         for path, part in PARTS[policy.backbone].items():
-            if compiled and "." in path:
-                continue
             owner, name = (policy.get_submodule(path), "forward") if "." in path else (policy, path)
-            put.append((owner, name, vars(owner).get(name)))
-            setattr(owner, name, clock.wrap(getattr(owner, name), part))
+            if owner is policy or not compiled:
+                timed = clock.wrap(getattr(owner, name), part)
+                stack.enter_context(mock.patch.object(owner, name, timed))
         yield
-    finally:
-        for owner, name, before in reversed(put):
-            if before is None:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, before)
 
 
 # ---------------------------------------------------------------------------------------------------- anatomy
@@ -161,23 +152,19 @@ class Point:
     backend: str = "eager"
 
 
-def points(cfg: Config, policy) -> list[tuple[str, Point]]:
+def points(cfg: Config, policy) -> Iterator[tuple[str, Point]]:
     """(label, point): the config's own, and with `sweeps` those that differ from it in one thing."""
     base = Point(cfg.denoise_steps, len(policy.cfg.cameras), 1, policy.cfg.horizon, cfg.dtype)
-    labelled = [("as it is", base)]
-    if not cfg.sweeps:
-        return labelled
-    values = {"steps": (), "views": (1, 2, 3), "batch": (1, 4, 16), "chunk": (1, 2, 4, 8), "dtype": ()}
+    values = {"steps": (), "views": (1, 2, 3), "batch": (1, 4, 16), "chunk": (1, 2, 4, 8)}
     if policy.backbone == "pi05":
         values |= {"steps": (1, 2, 4, 10, 20), "chunk": (5, 10, 20, 50)}
-    if cfg.dtype == "float32":
-        values["dtype"] = ("bfloat16",)
-    for key, value in [(key, value) for key, many in values.items() for value in many]:
+    values["dtype"] = ("bfloat16",)
+    yield "as it is", base
+    for key, value in [(key, value) for key, many in values.items() for value in many if cfg.sweeps]:
         if value != getattr(base, key):
-            labelled.append((f"{key} {value}", replace(base, **{key: value})))
-    if cfg.device == "cuda" or shutil.which("g++") or shutil.which("clang++"):
-        labelled.append(("compiled", replace(base, backend="compile")))
-    return labelled
+            yield f"{key} {value}", replace(base, **{key: value})
+    if cfg.sweeps and (cfg.device == "cuda" or shutil.which("g++") or shutil.which("clang++")):
+        yield "compiled", replace(base, backend="compile")
 
 
 def prepare(policy, point: Point):
@@ -250,17 +237,16 @@ def roofline(cfg: Config) -> dict:
     layers, and for the actions also the prefix's keys and values, in every pass. Kernel launches, norms and
     rotations come on top.
     """
-    published = {"model": {}, "checkpoint": "", "dtype": "bfloat16", "image_size": 224}
-    cfg = replace(cfg, **published, device="cpu", dry_run=True)
-    policy = memory.make_policy(cfg, "")
-    inputs, _, _ = memory.make_batch(policy, cfg, 1, "meta")
+    published = {"model": {}, "checkpoint": "", "init_from": "", "dtype": "bfloat16"}
+    policy = memory.make_policy(replace(cfg, **published, device="cpu"), "")
+    obs, _, _ = memory.make_batch(policy, 1)
     noise = policy.noise(1, torch.Generator()).to("meta")
     passes = cfg.denoise_steps if policy.backbone == "pi05" else policy.horizon * policy.action_dim
     with torch.no_grad():
         with memory.Work() as images:
-            embedded = policy.embed_prefix(*inputs)
+            embedded = policy.embed(obs)
         with memory.Work() as language:
-            prefix, _ = policy.prefill(*embedded)
+            prefix = policy.encode(embedded)
         with memory.Work() as actions:
             policy.sample_actions(prefix, noise, cfg.denoise_steps)
     actions.bytes += passes * memory.size([prefix.keys, prefix.values])
@@ -286,7 +272,7 @@ def random_policy(cfg: Config):
 def main(cfg: Config, run: stage.Run) -> None:
     """Measure every point; write latency.json, table.md and the plot; print the table and a line of JSON."""
     policy, rows = backbones.load_sft(cfg) if cfg.weights == "sft" else random_policy(cfg), []
-    for label, point in workers.progress(points(cfg, policy), desc="profile", unit="point"):
+    for label, point in workers.progress(list(points(cfg, policy)), desc="profile", unit="point"):
         rows.append({"label": label} | vars(point) | measure(policy, cfg, point))
         if abs(rows[-1]["parts_over_whole"] - 1) > 0.05:
             sums = f"the parts sum to {rows[-1]['parts_over_whole']:.0%} of the whole"

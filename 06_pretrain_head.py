@@ -1,505 +1,550 @@
-"""06 - Multi-view and temporal InfoNCE on the frozen vision tower, and what retrieval by it is worth.
+"""06 - Multi-view and temporal InfoNCE on the frozen vision tower, and what retrieval with it is worth.
 
 reads   <run>/data/ (00), <run>/<backbone>/seed<k>/sft/ (01) or `checkpoint`
-writes  <run>/<backbone>/seed<k>/head[-at<step>][-random]/: heads/<trained on>-<variant>.safetensors, agentview.npy
-        and wrist.npy (pooled features), metrics.jsonl, rows.json, table.{json,md}, {loss,neighbours,map}.png, done.json
-cost    the tower sees each image once; on what it gave 36 heads are trained (ten tasks), of 656,000 parameters at most
+writes  <run>/<backbone>/seed<k>/head[-at<start>][-random]/: heads/<split>-<variant>.safetensors,
+        metrics.jsonl, rows.json, table.{json,md}, {loss,neighbours,map}.png, done.json
+cost    the tower sees each image once; then 36 heads train (with ten tasks): 2 minutes on one core
 try     python 06_pretrain_head.py configs/tiny.yaml start=final
         python 06_pretrain_head.py configs/tiny.yaml start=final encoder=random
 
-The paper's pretraining. An image becomes the mean of the tower's patches, the head maps it to a unit vector. The loss asks the
-agent view at t to find, among the batch, the wrist view at t, and the agent view at t + 5 steps. Retrieval is by the agent view
-alone, in four protocols:
+The paper's pretraining of a projection head. An image becomes the mean of the tower's patches, and the head
+maps it to a unit vector. InfoNCE asks the agent view at step t to find two partners among the batch: the
+wrist view at t, and the agent view at t + 5. Retrieval uses the agent view alone, in four protocols:
 
-    all frames          the head saw every frame, and the best neighbour may be the next frame of the same episode (the paper's)
+    all frames          the paper's: the head saw every frame; the nearest may be the next of the same episode
     other episodes      the same head; neighbours come from other episodes
-    held-out episodes   neither the head nor 01_sft.py saw the query's episode (the last init states); neighbours from the rest
+    held-out episodes   neither the head nor 01 saw the query's episode; neighbours come from those they saw
     held-out tasks      the head never saw the query's task; neighbours come from other episodes of all tasks
 
-The head comes in three variants: "paper"; "masked", where near anchors of one episode are no negatives, nor are their partners;
-"corrected", which also standardises what comes in (over the training frames; folded into the first layer afterwards, so it is
-the same head). Beside them: the head before training, the tower's features as they are and standardised, 8 x 8 pixels and
-proprioception (both standardised), and chance, exactly. recall@k is the share of queries with
-a right frame among the k nearest; right is one of the same task, of the same episode, or of the same moment (same task,
-|dt| <= near). In "held-out tasks" only the head is new to the task: the tower was fine-tuned on all, unless encoder=random.
+recall@k is the share of queries with a right frame among their k nearest. Right is a frame of the same task,
+of the same episode, or of the same moment (same task, at most `near` steps apart).
 
-t + 5: the paper's frames are LIBERO's, one per step of 0.05 s. Here t counts steps too, and the partner is the image nearest to
-t + gap: one image further on where every 4th step has one (t + 4), exactly 5 in the official files.
-With torchrun, each process encodes its episodes and takes its rows of every batch (ranks.py).
-Differs from the paper: pooling (contrastive.py), the tower is the SFT policy's; anchors are what the demonstrations hold.
-Left out: augmentation, queues of negatives, approximate search.
+The head has three variants. "paper" is the paper's. "masked" takes no near frame of the same episode as a
+negative. "corrected" is masked, and its input is standardised; the first layer absorbs that after training.
+They are compared with the head before training, the tower's features, 8 x 8 pixels, proprioception and
+chance. In "held-out tasks" only the head is new to the task: 01 trained the tower on it, unless
+encoder=random.
+
+Differs from the paper: the pooling; the tower is the SFT policy's; the anchors come from the demonstrations.
+The paper's frames are LIBERO's, one per step. Here the partner is the recorded image nearest to t + 5: that
+of t + 4 where every 4th step has one. Left out: augmentation, queues of negatives, approximate search.
 """
 
-from __future__ import annotations
-
-import os
-import sys
+import itertools
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, ClassVar, Literal, Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+import backbones
 import common
-import disk
-import memory
-import ranks
-import runs
-import stats
-from contrastive import Head, info_nce, load_head, pooled, shuffle_weights, tower_of
-from head_report import markdown, plot_losses, plot_map, plot_neighbours
-from retrieval import AT, hits, nearest
+from report import stats
+from report.head import plot_losses, plot_map, plot_neighbours, retrieval_report
+from runtime import disk, ranks, stage, workers
+from runtime.config import Count
+from runtime.errors import UserError
 
-CAMERAS = ("agentview", "wrist")
-VARIANTS = {
-    "paper": (False, False),
-    "masked": (True, False),
-    "corrected": (True, True),
-}  # (negatives masked, input standardised)
+ANCHORS = 30  # of an episode, evenly spaced
+HIDDEN = 512  # units of the head
+DIM = 128  # of the embedding
+TEMPERATURE = 0.07
+TEMPORAL = 0.5  # weight of the temporal term; the views' term has the rest
+MASK = 10  # masked and corrected: frames of one episode at most so many steps apart are no negatives
+LR = 3e-4  # cosine to 0
+WEIGHT_DECAY = 0.01
+FOLDS = 10  # groups of tasks; each is held out once
+AT = (1, 5, 10)  # the k of recall@k
+# variant of the head -> (near frames are no negatives, the input is standardised)
+VARIANTS = {"paper": (False, False), "masked": (True, False), "corrected": (True, True)}
 
 
 @dataclass
-class Config(common.RunConfig):
-    encoder: str = "sft"  # or "random", the control: the same tower with the entries of each weight shuffled
-    anchors: int = 30  # of an episode, evenly spaced
-    gap: int = 5  # steps from an anchor to its temporal positive
-    hidden: int = 512
-    dim: int = 128
-    temperature: float = 0.07
-    temporal: float = 0.5  # weight of the temporal term; the views have the rest
-    mask: int = (
-        10  # in masked and corrected: frames of the same episode within so many steps are no negatives
-    )
-    epochs: int = 10
-    batch_size: int = 128  # anchors
-    lr: float = 3e-4  # cosine to 0
-    weight_decay: float = 0.01
-    near: int = 10  # steps within which two frames of a task are of the same moment
-    holdout: int = (
-        2  # init states of each task that are held out, the last ones; those of 01_sft.py when as many
-    )
-    folds: int = 10  # parts in which tasks are held out
-    log_every: int = 10
-    threads: int = 1
+class Config(common.SceneConfig, common.StartConfig):
+    section: ClassVar = "head"
+    by_torchrun: ClassVar = True
+    threads: ClassVar = 1
+    encoder: Literal["sft", "random"] = "sft"  # random: a control, the tower's weights shuffled
+    gap: Count = 5  # steps from an anchor to its temporal partner
+    near: int = 10  # at most so many steps apart, two frames of a task are of the same moment
+    holdout: int = 2  # init states held out, the last ones; as many as in 01 gives the same ones
+    epochs: Count = 10
+    batch_size: Annotated[int, 2] = 128  # anchors
+    log_every: Count = 10
 
-    def __post_init__(self):
-        super().__post_init__()
-        common.one_of("head.encoder", self.encoder, ("sft", "random"))
-        common.at_least(
-            self, anchors=1, gap=1, hidden=1, dim=1, mask=0, epochs=1, batch_size=2, lr=0, near=0, holdout=0
-        )
-        common.at_least(self, folds=2, log_every=1, threads=1, temporal=0)
-        common.divisible("head.batch_size", self.batch_size)
-        if self.temporal > 1 or self.temperature <= 0:
-            raise common.UserError("head.temporal must lie between 0 and 1, and head.temperature above 0")
+    @property
+    def folder(self) -> Path:
+        start = "" if self.start == "final" else f"-at{self.start}"
+        return self.seed_dir / f"head{start}{'' if self.encoder == 'sft' else '-random'}"
+
+    def inputs(self) -> list[Path]:
+        if self.blank_images:
+            remedy = "set blank_images=false"
+            raise UserError(f"black images are all alike, so there is nothing to retrieve; {remedy}")
+        return [stage.require(self.data_dir, "demos"), *self.sft_inputs()]
 
 
-# ------------------------------------------------------------------------------------------------------------------ data
+# ---------------------------------------------------------------------------------------------- head and loss
+class Head(nn.Module):
+    """Linear -> GELU -> Linear -> unit length: (B, W) -> (B, D). One head for all views.
+
+    It has 656,000 parameters at the published sizes, W = 1152 and D = 128.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, HIDDEN), nn.Linear(HIDDEN, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(self.fc2(F.gelu(self.fc1(x.float()))), dim=-1)
+
+    def fold_in(self, mean: Tensor, spread: Tensor) -> Self:
+        """Become the head that does to x what this one does to (x - mean) / spread."""
+        weight = self.fc1.weight.data.double() / spread.double()
+        shift = weight @ mean.double().expand(weight.shape[1])
+        self.fc1.bias.data = (self.fc1.bias.data.double() - shift).float()
+        self.fc1.weight.data = weight.float()
+        return self
+
+
+def info_nce(
+    a: Tensor, b: Tensor, temperature: float, negatives: Tensor | None = None, rows: Tensor | None = None
+) -> Tensor:
+    """Symmetric InfoNCE: a[i] (B, D) has to find b[i] among all of b, and b[i] a[i] among all of a.
+
+    arXiv 1807.03748, in both directions as CLIP's. Guessing gives log(B).
+    negatives: (B, B), True where b[j] may be a negative of a[i]; None: everywhere.
+    rows: the loss is the mean over these alone (a process's share); every row stays a candidate.
+    """
+    assert a.shape == b.shape and a.ndim == 2, (a.shape, b.shape)
+    logits = a @ b.T / temperature  # (B, B), the positives on the diagonal
+    if negatives is not None:
+        positives = torch.eye(len(a), dtype=torch.bool, device=a.device)
+        logits = logits.masked_fill(~(negatives | positives), -torch.inf)
+    log_p = logits.log_softmax(1).diagonal() + logits.log_softmax(0).diagonal()  # (B,)
+    return -(log_p if rows is None else log_p[rows]).mean() / 2
+
+
+# --------------------------------------------------------------------------------------------------- features
+def tower_of(policy) -> nn.Module:
+    """The SigLIP tower of either backbone."""
+    from transformers import SiglipVisionModel
+
+    for module in policy.modules():
+        if isinstance(module, SiglipVisionModel):
+            return module
+    raise UserError("the policy has no SigLIP tower; put siglip into model.towers")
+
+
+def pooled(policy, images: Tensor) -> Tensor:
+    """uint8 images (B, h, w, 3) -> float32 (B, W): the mean over the tower's patches.
+
+    The patches are those that the policy reads: behind the last norm for pi-0.5, before the last block for
+    OpenVLA. It is a mean because SigLIP has no CLS token, and published policies come without its attention
+    pooling.
+    """
+    tower = tower_of(policy)
+    table = tower.embeddings.position_embedding.weight  # (patches, W)
+    pixels = policy.pixels(images.to(table.device))[:, -3:]  # of OpenVLA's fused pixels, SigLIP's come last
+    x = tower.embeddings.patch_embedding(pixels.to(table.dtype)).flatten(2).transpose(1, 2) + table
+    x = x.to(next(tower.encoder.parameters()).dtype)
+    for layer in tower.encoder.layers:
+        x = layer(x, None)
+    return (x if tower.post_layernorm is None else tower.post_layernorm(x)).float().mean(1)
+
+
+def shuffle_weights(module: nn.Module, seed: int) -> None:
+    """Every tensor keeps its numbers, and so its scale, in random places."""
+    for name, p in module.named_parameters():
+        order = torch.randperm(p.numel(), generator=common.stream(seed, name)).to(p.device)
+        p.data = p.data.flatten()[order].view_as(p)
+
+
+# ----------------------------------------------------------------------------------------------------- frames
 @dataclass
 class Frames:
-    """What is known of the frames (N,) beside their features, and which are anchors (A,), by number."""
+    """The frames (N,) that are used of all demonstrations, and which of them are anchors (A,), by number."""
 
     suite: np.ndarray
-    task: np.ndarray  # over all suites
+    task: np.ndarray  # counts over all suites
     episode: np.ndarray
     step: np.ndarray
     held: np.ndarray  # bool: of a held-out episode
     state: np.ndarray  # (N, 8)
     pixels: np.ndarray  # (N, 192), the agent view at 8 x 8
+    agentview: np.ndarray  # (N, W), pooled features
+    wrist: np.ndarray  # (N, W)
     anchors: np.ndarray
     partners: np.ndarray  # (A,) the temporal positives
 
 
-def choose(steps: np.ndarray, anchors: int, gap: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the anchors among an episode's images (taken at `steps`), and of their partners: both (A,).
+def choose(steps: np.ndarray, gap: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions (A,) of the anchors among an episode's images, and of their partners.
 
-    The partner lies as many images ahead as come nearest to `gap` steps, one at least.
+    steps: of the images. A partner is as many images ahead as come nearest to `gap` steps, at least one.
     """
     ahead = max(1, round(gap / float(np.median(np.diff(steps))))) if len(steps) > 1 else 1
-    n = len(steps) - ahead  # images that have a partner
-    chosen = (
-        np.unique(np.linspace(0, n - 1, min(anchors, n)).round().astype(int)) if n > 0 else np.zeros(0, int)
-    )
+    n = max(0, len(steps) - ahead)  # images that have a partner
+    chosen = np.unique(np.linspace(0, n - 1, min(ANCHORS, n)).round().astype(int))
     return chosen, chosen + ahead
 
 
-def used(demo: common.Demo, cfg: Config) -> np.ndarray:
-    """Positions of the images that become frames: anchors, partners, and the last one, which shows the goal."""
-    return np.unique(
-        np.concatenate([*choose(demo.image_steps, cfg.anchors, cfg.gap), [len(demo.image_steps) - 1]])
-    )
+def used(demo: common.Demo, gap: int) -> np.ndarray:
+    """Positions of the images that become frames: anchors, partners, and the last, which shows the goal."""
+    return np.unique(np.concatenate([*choose(demo.image_steps, gap), [len(demo.image_steps) - 1]]))
 
 
 def shrink(images: np.ndarray, size: int = 8) -> np.ndarray:
-    """uint8 (B, S, S, 3) -> (B, size * size * 3): means of blocks, what is left over at the border cut off."""
-    b, s = len(images), images.shape[1] // size
-    return (
-        images[:, : s * size, : s * size]
-        .reshape(b, size, s, size, s, 3)
-        .mean((2, 4), dtype=np.float32)
-        .reshape(b, -1)
-    )
-
-
-def list_frames(cfg: Config) -> Frames:
-    rows, anchors, partners, n, tasks = [], [], [], 0, {}
-    for episode, (suite, held, demo) in enumerate(common.demonstrations(cfg, cfg.holdout)):
-        task = tasks.setdefault((suite, demo.task), len(tasks))  # counts over all suites
-        kept = used(demo, cfg)
-        a, b = choose(demo.image_steps, cfg.anchors, cfg.gap)
-        anchors.append(n + np.searchsorted(kept, a))
-        partners.append(n + np.searchsorted(kept, b))
-        steps, k = demo.image_steps[kept], len(kept)
-        of_episode = [np.full(k, value) for value in (suite, task, episode)]
-        rows.append([*of_episode, steps, np.full(k, held), demo.state[steps], shrink(demo.agentview[kept])])
-        n += k
-    return Frames(
-        *(np.concatenate(column) for column in zip(*rows, strict=True)),
-        *map(np.concatenate, (anchors, partners)),
-    )
-
-
-# -------------------------------------------------------------------------------------------------------------- features
-def is_whole(path: Path) -> bool:
-    """Whether a table is there in its full length: opened for writing, NumPy would fill a shorter one up with zeros."""
-    try:
-        np.load(path, mmap_mode="r")
-    except (FileNotFoundError, ValueError, EOFError):
-        return False
-    return True
+    """uint8 (B, S, S, 3) -> (B, size * size * 3): means of blocks. Cuts off what is left at the border."""
+    s = images.shape[1] // size
+    blocks = images[:, : s * size, : s * size].reshape(-1, size, s, size, s, 3)
+    return blocks.mean((2, 4), dtype=np.float32).reshape(len(images), -1)
 
 
 @torch.no_grad()
-def encode(cfg: Config, folder: Path, frames: Frames) -> dict[str, np.memmap]:
-    """Pooled features (N, W) of both cameras, float32 files of the folder, memory-mapped.
-
-    What is missing is NaN, so a run that was stopped goes on where it was.
-    """
-    policy = common.load_sft(cfg)
+def load_frames(cfg: Config) -> Frames:
+    """The frames of all demonstrations, with their features by the policy's tower."""
+    policy = backbones.load_sft(cfg)
     if cfg.encoder == "random":
         shuffle_weights(tower_of(policy), cfg.seed)
-    width = tower_of(policy).embeddings.position_embedding.weight.shape[1]
-    for camera in CAMERAS:
-        if ranks.first() and not is_whole(folder / f"{camera}.npy"):
-            with disk.replacing(folder / f"{camera}.npy") as temporary:
-                table = np.lib.format.open_memmap(temporary, "w+", np.float32, (len(frames.step), width))
-                with open(
-                    temporary, "r+b"
-                ) as file:  # a disk that is full shows here, and not as a crash while writing to memory
-                    os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
-                table[:] = np.nan
-    ranks.wait()
-    tables = {camera: np.load(folder / f"{camera}.npy", mmap_mode="r+") for camera in CAMERAS}
-    bar = common.progress(
-        common.demonstrations(cfg, cfg.holdout), total=frames.episode[-1] + 1, desc="encode", unit="episode"
-    )
-    for episode, (*_, demo) in enumerate(bar):
-        first, last = np.searchsorted(frames.episode, [episode, episode + 1])
-        if episode % ranks.size() == ranks.rank():
-            for camera, table in tables.items():
-                if np.isnan(table[first:last]).any():
-                    table[first:last] = pooled(
-                        policy, torch.from_numpy(getattr(demo, camera)[used(demo, cfg)])
-                    ).cpu()
-    for table in tables.values():
-        table.flush()
-    ranks.wait()
-    return {camera: np.load(folder / f"{camera}.npy", mmap_mode="r") for camera in CAMERAS}
+    episodes, tasks, n = [], {}, 0
+    bar = workers.progress(common.demonstrations(cfg, cfg.holdout), desc="encode", unit="episode")
+    for episode, (suite, held, demo) in enumerate(bar):
+        kept = used(demo, cfg.gap)
+        anchors, partners = choose(demo.image_steps, cfg.gap)
+        images = {camera: torch.from_numpy(getattr(demo, camera)[kept]) for camera in common.CAMERAS}
+        part = {
+            "suite": np.full(len(kept), suite),
+            "task": np.full(len(kept), tasks.setdefault((suite, demo.task), len(tasks))),
+            "episode": np.full(len(kept), episode),
+            "step": demo.image_steps[kept],
+            "held": np.full(len(kept), held),
+            "state": demo.state[demo.image_steps[kept]],
+            "pixels": shrink(demo.agentview[kept]),
+            "anchors": n + np.searchsorted(kept, anchors),
+            "partners": n + np.searchsorted(kept, partners),
+        }
+        episodes.append(part | {camera: pooled(policy, x).cpu().numpy() for camera, x in images.items()})
+        n += len(kept)
+    return Frames(**{key: np.concatenate([part[key] for part in episodes]) for key in episodes[0]})
 
 
-# -------------------------------------------------------------------------------------------------------------- training
-def splits(frames: Frames, cfg: Config) -> dict[str, np.ndarray]:
-    """By name, the anchors (numbers among the anchors) that a head is trained on."""
-    held, fold = frames.held[frames.anchors], frames.task[frames.anchors] % cfg.folds
-    found = {"all": np.flatnonzero(fold >= 0)}
+# --------------------------------------------------------------------------------------------------- training
+def protocols(frames: Frames) -> dict[str, list[tuple[str, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]]:
+    """Name -> parts: (split, training set, queries, gallery, ids). Each part has heads of its own.
+
+    Training set, queries and gallery number the anchors. A query gets no neighbour of its own id.
+    """
+    episode, held = frames.episode[frames.anchors], frames.held[frames.anchors]
+    fold = frames.task[frames.anchors] % FOLDS
+    every = np.arange(len(fold))
+    parts = {"all frames": [("all", every, every, every, every)]}
+    parts["other episodes"] = [("all", every, every, every, episode)]
     if held.any():
-        found["episodes"] = np.flatnonzero(~held)
+        kept = np.flatnonzero(~held)
+        parts["held-out episodes"] = [("episodes", kept, np.flatnonzero(held), kept, episode)]
     if len(np.unique(fold)) > 1:
-        found |= {f"tasks-{part}": np.flatnonzero(fold != part) for part in np.unique(fold)}
-    return found
+        parts["held-out tasks"] = [
+            (f"tasks-{part}", np.flatnonzero(fold != part), np.flatnonzero(fold == part), every, episode)
+            for part in np.unique(fold)
+        ]
+    return parts
 
 
-def fresh_head(width: int, cfg: Config) -> Head:
+def splits(frames: Frames) -> dict[str, np.ndarray]:
+    """Name -> the anchors that a head is trained on."""
+    return {split: on for parts in protocols(frames).values() for split, on, *_ in parts}
+
+
+def fresh_head(frames: Frames, cfg: Config) -> Head:
     with torch.random.fork_rng():
         torch.manual_seed(cfg.seed)
-        return Head(width, cfg.hidden, cfg.dim)
+        return Head(frames.agentview.shape[1])
 
 
-def losses(
-    see, features: dict, frames: Frames, index: np.ndarray, masked: bool, cfg: Config
-) -> dict[str, torch.Tensor]:
-    """Both terms of the loss on the anchors of `index` (B,), a mean over this rank's rows. see: features -> unit vectors."""
+def loss_terms(head: Head, views: dict, frames: Frames, index: np.ndarray, masked: bool) -> dict[str, Tensor]:
+    """Both terms of the loss on the anchors of `index` (B,), each a mean over this process's rows.
+
+    views: camera -> what the head is shown of each frame (N, W).
+    """
     at, later = frames.anchors[index], frames.partners[index]
-    views = [features["agentview"][at], features["wrist"][at], features["agentview"][later]]
-    now, wrist, then = see(torch.from_numpy(np.concatenate(views))).chunk(3)  # (B, D) each
-    rows, negatives = ranks.share(torch.arange(len(index))), None
+    shown = torch.cat([views["agentview"][at], views["wrist"][at], views["agentview"][later]])
+    now, wrist, then = head(shown).chunk(3)  # (B, D) each
+    negatives = None
     if masked:
         step, episode = frames.step[at], frames.episode[at]
-        near = (abs(step[:, None] - step) <= cfg.mask) & (episode[:, None] == episode)
+        near = (abs(step[:, None] - step) <= MASK) & (episode[:, None] == episode)
         negatives = torch.from_numpy(~near).to(now.device)
-    return {
-        key: info_nce(now, x, cfg.temperature, negatives, rows)
-        for key, x in (("views", wrist), ("temporal", then))
-    }
+    rows = ranks.share(torch.arange(len(index)))
+    partners = {"views": wrist, "temporal": then}
+    return {key: info_nce(now, x, TEMPERATURE, negatives, rows) for key, x in partners.items()}
 
 
-def train(
-    features: dict, frames: Frames, on: np.ndarray, split: str, variant: str, cfg: Config
-) -> tuple[Head, list[dict]]:
-    """A head trained on the anchors `on`, and what was logged; "episodes" logs the loss on the held-out ones as well."""
-    if cfg.batch_size > len(on):
-        raise common.UserError(
-            f"head.batch_size={cfg.batch_size} is more than the {len(on)} anchors of {split}; lower it"
-        )
+def train(frames: Frames, on: np.ndarray, split: str, variant: str, cfg: Config) -> tuple[Head, list[dict]]:
+    """A head trained on the anchors `on`, and its log; of "episodes" also the loss on the held-out ones."""
     masked, standardised = VARIANTS[variant]
-    device, logged = ranks.place(cfg.device), []
-    head = fresh_head(features["agentview"].shape[1], cfg).to(device)
     mean, spread = torch.zeros(1), torch.ones(1)
-    if standardised:  # each dimension over these frames and both cameras
-        x = torch.from_numpy(np.concatenate([features[camera][frames.anchors[on]] for camera in CAMERAS]))
-        mean, spread = x.mean(0), x.std(0) + 1e-6
-    optimizer = torch.optim.AdamW(head.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    if standardised:  # each dimension, over these anchors and both cameras
+        x = np.concatenate([frames.agentview[frames.anchors[on]], frames.wrist[frames.anchors[on]]])
+        mean, spread = torch.from_numpy(x).mean(0), torch.from_numpy(x).std(0) + 1e-6
+    device = ranks.place(cfg.device)
+    views = {"agentview": frames.agentview, "wrist": frames.wrist}
+    views = {key: ((torch.from_numpy(x) - mean) / spread).to(device) for key, x in views.items()}
+    head = fresh_head(frames, cfg).to(device)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
     steps = max(1, cfg.epochs * len(on) // cfg.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    held = np.flatnonzero(frames.held[frames.anchors]) if split == "episodes" else np.zeros(0, int)
-    held = common.np_stream(cfg.seed, "held").permutation(held)[
-        : len(held) // cfg.batch_size * cfg.batch_size
-    ]
+    held = np.flatnonzero(frames.held[frames.anchors] & (split == "episodes"))
+    held = common.np_stream(cfg.seed, "held").permutation(held)
+    held = held[: len(held) // cfg.batch_size * cfg.batch_size].reshape(-1, cfg.batch_size)
 
-    def terms(index: np.ndarray) -> dict[str, torch.Tensor]:
-        return losses(lambda x: head(((x - mean) / spread).to(device)), features, frames, index, masked, cfg)
+    logged = []
+    for step in workers.progress(range(steps), desc=f"head {split} {variant}", unit="step", leave=False):
+        # 1. a batch of anchors, and both terms of the loss
+        index = on[common.shuffled(cfg.seed, f"head {split}", step, cfg.batch_size, len(on)).numpy()]
+        terms = loss_terms(head, views, frames, index, masked)
+        loss = (1 - TEMPORAL) * terms["views"] + TEMPORAL * terms["temporal"]
 
-    for step in common.progress(range(steps), desc=f"head {split} {variant}", unit="step", leave=False):
-        found = terms(on[common.shuffled(cfg.seed, f"head {split}", step, cfg.batch_size, len(on)).numpy()])
-        ((1 - cfg.temporal) * found["views"] + cfg.temporal * found["temporal"]).backward()
+        # 2. one step of the optimiser
+        loss.backward()
         ranks.average_gradients(head.parameters())
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
+
+        # 3. the log
         if step % cfg.log_every == 0 or step == steps - 1:
-            row = ranks.mean({key: term.item() for key, term in found.items()})
+            row = {key: term.item() for key, term in terms.items()}
             with torch.no_grad():
-                batches = [terms(index) for index in held.reshape(-1, cfg.batch_size)]
-            if batches:
-                row |= ranks.mean(
-                    {f"held_out_{k}": float(np.mean([b[k].item() for b in batches])) for k in found}
-                )
-            logged.append(row | {"trained_on": split, "variant": variant, "step": step + 1})
-    return head.cpu().fold_in(mean, spread).requires_grad_(False), logged
+                batches = [loss_terms(head, views, frames, index, masked) for index in held]
+            for key in terms if batches else ():
+                row[f"held_out_{key}"] = float(np.mean([batch[key].item() for batch in batches]))
+            logged.append(ranks.mean(row) | {"trained_on": split, "variant": variant, "step": step + 1})
+    return head.cpu().fold_in(mean, spread), logged
 
 
-def train_all(features: dict, frames: Frames, cfg: Config, folder: Path) -> dict[tuple[str, str], Head]:
-    """A head for every split and variant; one that is there already is read."""
-    heads, metrics = {}, folder / "metrics.jsonl"
-    paths = {
-        (split, variant): folder / "heads" / f"{split}-{variant}.safetensors"
-        for split in splits(frames, cfg)
-        for variant in VARIANTS
-    }
-    if ranks.first():
-        (folder / "heads").mkdir(exist_ok=True)
-        disk.keep_rows(
-            metrics, lambda row: paths[row["trained_on"], row["variant"]].is_file(), "trained_on variant"
-        )
-    ranks.wait()
-    for (split, variant), path in paths.items():
-        there = path.is_file()
-        ranks.wait()  # all have looked before the first one writes
-        if not there:
-            head, logged = train(features, frames, splits(frames, cfg)[split], split, variant, cfg)
-            if ranks.first():
-                disk.write_rows(metrics, [*disk.read_jsonl(metrics), *logged])
-                disk.save_tensors(path, head.state_dict())
-            ranks.wait()
-        heads[split, variant] = load_head(path).to(ranks.place(cfg.device))
+def train_all(frames: Frames, cfg: Config, run: stage.Run) -> dict[tuple[str, str], Head]:
+    """A head for every split and variant. Those that an earlier run has trained are read."""
+    heads, metrics = {}, run.dir / "metrics.jsonl"
+    smallest = min(len(on) for on in splits(frames).values())
+    if cfg.batch_size > smallest:
+        anchors = f"the {smallest} anchors of the smallest training set"
+        raise UserError(f"head.batch_size={cfg.batch_size} is more than {anchors}; lower it")
+    (run.dir / "heads").mkdir(exist_ok=True)
+    for split, variant in itertools.product(splits(frames), VARIANTS):
+        file = run.dir / "heads" / f"{split}-{variant}.safetensors"
+        is_there = file.is_file()
+        ranks.wait()  # all processes have looked before one writes
+        if is_there:
+            head = fresh_head(frames, cfg)
+            head.load_state_dict(disk.load_tensors(file))
+        else:
+            head, log = train(frames, splits(frames)[split], split, variant, cfg)
+            if run.first:  # a kill may have left a log without its head
+                rows = disk.read_jsonl(metrics, "trained_on variant")
+                rows = [row for row in rows if (row["trained_on"], row["variant"]) != (split, variant)]
+                disk.write_rows(metrics, rows + log)
+                disk.save_tensors(file, head.state_dict())
+        heads[split, variant] = head.to(ranks.place(cfg.device))
     return heads
 
 
-# ------------------------------------------------------------------------------------------------------------- retrieval
-def representations(
-    features: dict, frames: Frames, heads: dict, split: str, cfg: Config
-) -> dict[str, torch.Tensor]:
-    """What the agent view of every frame is retrieved by, unit vectors (N, D), by name. Nothing is fitted outside the split."""
-    device, on = ranks.place(cfg.device), frames.anchors[splits(frames, cfg)[split]]
-    raw = torch.from_numpy(np.array(features["agentview"])).to(device)  # (N, W)
-    found = {f"head, {variant}": heads[split, variant](raw) for variant in VARIANTS}
-    found["head before training"] = fresh_head(raw.shape[1], cfg).requires_grad_(False).to(device)(raw)
+# -------------------------------------------------------------------------------------------------- retrieval
+@torch.no_grad()
+def representations(frames: Frames, heads: dict, split: str, cfg: Config) -> dict[str, Tensor]:
+    """Name -> unit vectors (N, D) of the agent view of every frame. Nothing is fitted outside the split."""
+    device = ranks.place(cfg.device)
+    on = frames.anchors[splits(frames)[split]]
+    raw = torch.from_numpy(frames.agentview).to(device)  # (N, W)
+    vectors = {f"head, {variant}": heads[split, variant](raw) for variant in VARIANTS}
+    vectors["head before training"] = fresh_head(frames, cfg).to(device)(raw)
+    vectors["encoder"] = F.normalize(raw, dim=1)
+    others = {"encoder, standardised": frames.agentview}
+    others |= {"pixels 8 x 8": frames.pixels, "proprioception": frames.state}
+    for name, x in others.items():
+        standardised = (x - x[on].mean(0)) / (x[on].std(0) + 1e-6)
+        vectors[name] = F.normalize(torch.from_numpy(standardised).float().to(device), dim=1)
+    return vectors
 
-    def standardised(x: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy((x - x[on].mean(0)) / (x[on].std(0) + 1e-6)).float().to(device)
 
-    others = {"encoder": raw, "encoder, standardised": standardised(features["agentview"])}
-    others |= {"pixels 8 x 8": standardised(frames.pixels), "proprioception": standardised(frames.state)}
-    return found | {name: torch.nn.functional.normalize(x, dim=1) for name, x in others.items()}
+def nearest(queries: Tensor, gallery: Tensor, allowed: np.ndarray, k: int) -> np.ndarray:
+    """The gallery's rows (Q, k) with the largest inner products to each query, best first.
+
+    allowed (Q, G): others come last.
+    """
+    products = (queries @ gallery.T).masked_fill(~torch.from_numpy(allowed).to(queries.device), -torch.inf)
+    return products.topk(min(k, len(gallery)), dim=1).indices.cpu().numpy()
 
 
-def protocols(frames: Frames, cfg: Config) -> dict[str, list[tuple[str, np.ndarray, np.ndarray, np.ndarray]]]:
-    """Each protocol's parts: (split whose heads are used, queries, gallery, ids that exclude one another), of anchors."""
-    episode, held = frames.episode[frames.anchors], frames.held[frames.anchors]
-    fold, every = frames.task[frames.anchors] % cfg.folds, np.arange(len(episode))
-    found = {"all frames": [("all", every, every, every)], "other episodes": [("all", every, every, episode)]}
-    names = splits(frames, cfg)
-    if "episodes" in names:
-        found["held-out episodes"] = [("episodes", np.flatnonzero(held), np.flatnonzero(~held), episode)]
-    if left_out := [int(name.removeprefix("tasks-")) for name in names if name.startswith("tasks-")]:
-        found["held-out tasks"] = [
-            (f"tasks-{part}", np.flatnonzero(fold == part), every, episode) for part in left_out
-        ]
-    return found
+def chance(right: np.ndarray, candidates: np.ndarray, k: int) -> np.ndarray:
+    """recall@k (Q,) of k different candidates drawn at random, `right` of them right.
+
+    1 - C(c - r, k) / C(c, k)
+    """
+    miss = np.ones(len(right))
+    for i in range(k):
+        miss *= np.maximum(candidates - right - i, 0) / np.maximum(candidates - i, 1)
+    return 1 - miss
 
 
 def score(
-    frames: Frames, x: torch.Tensor, queries: np.ndarray, gallery: np.ndarray, ids: np.ndarray, cfg: Config
-) -> dict:
-    """retrieval.hits of a part of a protocol, for unit vectors x of all frames (N, D)."""
-    q, g = frames.anchors[queries], frames.anchors[gallery]
-    kinds = {
-        "task": (frames.task, None),
-        "episode": (frames.episode, None),
-        "moment": (frames.task, cfg.near),
-    }
-    kinds = {right: (label[q], label[g], near) for right, (label, near) in kinds.items()}
-    return hits(x[q], x[g], ids[queries], ids[gallery], frames.step[q], frames.step[g], kinds)
+    frames: Frames, vectors: dict, queries, gallery, ids, near: int
+) -> dict[tuple[str, str], np.ndarray]:
+    """(name of the vectors, or "chance", kind of right) -> recall@AT of each query, (Q, len(AT)).
+
+    vectors: name -> unit vectors (N, D) of all frames.  For the others see `protocols`.
+    """
+    g, recalls = frames.anchors[gallery], defaultdict(list)
+    for some in np.split(queries, range(512, len(queries), 512)):  # few at a time: memory
+        q = frames.anchors[some]
+        allowed = ids[some][:, None] != ids[gallery]  # (512, G)
+        of_task = allowed & (frames.task[q][:, None] == frames.task[g])
+        kinds = {"task": of_task, "episode": allowed & (frames.episode[q][:, None] == frames.episode[g])}
+        kinds["moment"] = of_task & (abs(frames.step[q][:, None] - frames.step[g]) <= near)
+        for name, x in vectors.items():
+            rows = nearest(x[q], x[g], allowed, max(AT))
+            for kind, right in kinds.items():
+                hits = np.take_along_axis(right, rows, axis=1)  # (512, 10)
+                recalls[name, kind].append(np.stack([hits[:, :k].any(1) for k in AT], axis=1))
+        for kind, right in kinds.items():
+            of_k = [chance(right.sum(1), allowed.sum(1), k) for k in AT]
+            recalls["chance", kind].append(np.stack(of_k, axis=1))
+    return {key: np.concatenate(blocks).astype(float) for key, blocks in recalls.items()}
 
 
-def retrieval(features: dict, frames: Frames, heads: dict, cfg: Config) -> list[dict]:
-    """A row for every protocol, representation, suite, kind of right and k."""
+def recall_rows(frames: Frames, heads: dict, cfg: Config) -> list[dict]:
+    """A row for every protocol, representation, kind of right, suite and k."""
     rows = []
-    for protocol, parts in protocols(frames, cfg).items():
-        queries, scores = frames.anchors[np.concatenate([part[1] for part in parts])], {}
-        for split, *rest in parts:
-            for name, x in representations(features, frames, heads, split, cfg).items():
-                scores.setdefault(name, []).append(score(frames, x, *rest, cfg))
-        suites = sorted(set(frames.suite[queries]))
-        for name, found in scores.items():
-            for right in found[0]:
-                hit, by_chance = (np.concatenate([part[right][i] for part in found]) for i in (0, 1))
-                if not by_chance.any():  # there is nothing to find: the own episode is excluded
-                    continue
-                for suite in suites + ["all"] * (len(suites) > 1):
-                    of = (frames.suite[queries] == suite) | (suite == "all")
-                    about = {
-                        "suite": suite,
-                        "protocol": protocol,
-                        "right": right,
-                        "n": int(of.sum()),
-                        "unit": "share",
-                    }
-                    for i, k in enumerate(AT):
-                        said = about | {"metric": f"recall@{k}"}
-                        value = hit[of, :k].any(1).astype(float)
-                        interval = stats.cluster_bootstrap(value, frames.episode[queries][of], n=2000)
-                        rows.append(said | {"features": name, "value": value.mean(), "ci95": interval})
-                        if name == "proprioception":  # once, as the last row
-                            rows.append(
-                                said | {"features": "chance", "value": by_chance[of, i].mean(), "ci95": None}
-                            )
+    for protocol, parts in protocols(frames).items():
+        scores = []
+        for split, _, queries, gallery, ids in parts:
+            vectors = representations(frames, heads, split, cfg)
+            scores.append(score(frames, vectors, queries, gallery, ids, cfg.near))
+        recalls = {key: np.concatenate([part[key] for part in scores]) for key in scores[0]}
+        asked = frames.anchors[np.concatenate([queries for _, _, queries, _, _ in parts])]
+        suites = sorted(set(frames.suite[asked]))
+        for name, kind in recalls:
+            if name == "chance" or not recalls["chance", kind].any():  # no other frame of the own episode
+                continue
+            for suite in suites if len(suites) == 1 else [*suites, "all"]:
+                of = (frames.suite[asked] == suite) | (suite == "all")
+                for i, k in enumerate(AT):
+                    recall = recalls[name, kind][of, i]
+                    row = {"suite": suite, "protocol": protocol, "right": kind, "n": int(of.sum())}
+                    row |= {"unit": "share", "metric": f"recall@{k}"}
+                    interval = stats.cluster_bootstrap(recall, frames.episode[asked][of], n=2000)
+                    rows.append(row | {"features": name, "value": recall.mean(), "ci95": interval})
+                    if name == "proprioception":  # chance once, as the last row
+                        value = recalls["chance", kind][of, i].mean()
+                        rows.append(row | {"features": "chance", "value": value, "ci95": None})
     return rows
 
 
-def progress_rows(features: dict, frames: Frames, heads: dict, cfg: Config) -> list[dict]:
-    """Along each held-out episode (all of them succeed): does similarity to the goal rise?
+def progress_rows(frames: Frames, heads: dict, cfg: Config) -> list[dict]:
+    """Along each held-out episode, all of which succeed: does similarity to the goal rise?
 
-    The goal is shown by the last frames of the task's training episodes, since a robot at work has no image of its own end; the
-    similarity is a mean over them. "rising": the share of frames more similar than the one before (chance 1/2).
-    "rank correlation": Spearman's, of similarity and time (chance 0).
+    A robot at work has no image of its own goal. So the last frames of the task's training episodes show it,
+    and the similarity is a mean over them. "rising": the share of frames that are more similar than the one
+    before (chance 1/2). "rank correlation": Spearman's, of similarity and time (chance 0).
     """
     from scipy.stats import spearmanr
 
     last = np.flatnonzero(np.append(np.diff(frames.episode) > 0, True))
-    rows, episodes = [], np.unique(frames.episode[frames.held])
-    for name, x in representations(features, frames, heads, "episodes", cfg).items():
-        found = {"rising": [], "rank correlation": []}
+    rows = []
+    episodes = np.unique(frames.episode[frames.held])
+    for name, x in representations(frames, heads, "episodes", cfg).items():
+        rising, correlation = [], []
         for episode in episodes:
             own = np.flatnonzero(frames.episode == episode)
             goals = last[~frames.held[last] & (frames.task[last] == frames.task[own[0]])]
             similarity = (x[own] @ x[goals].T).mean(1).cpu().numpy()
-            found["rising"].append((np.diff(similarity) > 0).mean())
-            found["rank correlation"].append(spearmanr(similarity, frames.step[own]).statistic)
-        for metric, values in found.items():
-            interval = stats.cluster_bootstrap(np.array(values), episodes, n=2000)
-            said = {"suite": "all", "protocol": "progress", "right": "", "n": len(episodes), "metric": metric}
-            said |= {"unit": "share" if metric == "rising" else "correlation"}
-            rows.append(said | {"features": name, "value": float(np.mean(values)), "ci95": interval})
+            rising.append((np.diff(similarity) > 0).mean())
+            correlation.append(spearmanr(similarity, frames.step[own]).statistic)
+        of_metrics = {("rising", "share"): rising, ("rank correlation", "correlation"): correlation}
+        for (metric, unit), values in of_metrics.items():
+            row = {
+                "suite": "all",
+                "protocol": "progress",
+                "right": "",
+                "n": len(episodes),
+                "unit": unit,
+                "metric": metric,
+                "features": name,
+                "value": float(np.mean(values)),
+                "ci95": stats.cluster_bootstrap(np.array(values), episodes, n=2000),
+            }
+            rows.append(row)
     return rows
 
 
 def neighbours(vectors: dict, frames: Frames, part: tuple, names: tuple[str, str], cfg: Config) -> tuple:
-    """Six queries, each with the three nearest by two heads: frames (6, 7), which are of the right moment, and the images."""
-    _, queries, gallery, ids = part
-    a, chosen = frames.anchors, queries[np.linspace(0, len(queries) - 1, 8).round().astype(int)[1:-1]]
-    shown = [a[chosen][:, None]]
-    for name in names:
-        x, of = vectors[name], [torch.from_numpy(ids[rows]) for rows in (chosen, gallery)]
-        shown.append(
-            a[gallery][nearest(x[a[chosen]], x[a[gallery]], 3, *(i.to(x.device) for i in of)).cpu().numpy()]
-        )
-    shown, images = np.concatenate(shown, axis=1), {}
+    """Six queries, each with the three frames nearest to it under two heads.
+
+    Returns the frames' numbers (6, 7), whether each is of the query's moment, and their images.
+    """
+    _, _, queries, gallery, ids = part
+    queries = queries[np.linspace(0, len(queries) - 1, 8).round().astype(int)[1:-1]]
+    q, g = frames.anchors[queries], frames.anchors[gallery]
+    allowed = ids[queries][:, None] != ids[gallery]
+    shown = [g[nearest(vectors[name][q], vectors[name][g], allowed, 3)] for name in names]
+    shown = np.concatenate([q[:, None], *shown], axis=1)
+    apart = abs(frames.step[shown] - frames.step[q][:, None])
+    right = (frames.task[shown] == frames.task[q][:, None]) & (apart <= cfg.near)
+    images = {}
     for episode, (*_, demo) in enumerate(common.demonstrations(cfg, cfg.holdout)):
         own = np.intersect1d(shown, np.flatnonzero(frames.episode == episode))
-        at = used(demo, cfg)[own - np.searchsorted(frames.episode, episode)]
+        at = used(demo, cfg.gap)[own - np.searchsorted(frames.episode, episode)]
         images |= dict(zip(own.tolist(), demo.agentview[at], strict=True))
-    query = shown[:, :1]
-    right = (frames.task[shown] == frames.task[query]) & (
-        abs(frames.step[shown] - frames.step[query]) <= cfg.near
-    )
     return shown, right, images
 
 
-# ------------------------------------------------------------------------------------------------------------------ main
-def main(cfg: Config) -> None:
-    if cfg.dry_run:
-        return memory.report(cfg, "head")
-    if cfg.blank_images:
-        raise common.UserError(
-            "black images are all alike: there is nothing to retrieve; set blank_images=false"
-        )
-    runs.require(cfg.data_dir, "demos")
-    inputs = [cfg.data_dir, *common.sft_inputs(cfg)]
-    name = (
-        "head"
-        + ("" if cfg.start == "final" else f"-at{cfg.start}")
-        + ("-random" if cfg.encoder == "random" else "")
-    )
-    shared = f"suites tasks backbone seed image_size {common.SFT_KEYS}"
-    code = ["contrastive.py", "retrieval.py", "head_report.py", "stats.py", *cfg.policy_code]
-    stage = runs.open_stage(__file__, cfg, cfg.seed_dir / name, shared, inputs, code)
-    if stage is not None:
-        torch.set_num_threads(cfg.threads)
-        frames = list_frames(cfg)
-        features = encode(cfg, stage.dir, frames)
-        heads = train_all(features, frames, cfg, stage.dir)
-        if not ranks.first():
-            return
-        trained = sum(p.numel() for p in heads["all", "paper"].parameters())
-        print(
-            f"[06_pretrain_head] {len(frames.anchors)} anchors, {len(heads)} heads of {trained:,} parameters",
-            flush=True,
-        )
-        rows = retrieval(features, frames, heads, cfg)
-        if frames.held.any():
-            rows += progress_rows(features, frames, heads, cfg)
-        disk.write_json(stage.dir / "rows.json", rows)
-        parts = protocols(frames, cfg)
-        (part,) = parts.get("held-out episodes", parts["other episodes"])
-        vectors = representations(features, frames, heads, part[0], cfg)
-        plot_losses(disk.read_jsonl(stage.dir / "metrics.jsonl"), cfg, stage.dir / "loss.png")
-        plot_map(vectors, frames, stage.dir / "map.png")
-        names = ("head, paper", "head, corrected")
-        plot_neighbours(
-            *neighbours(vectors, frames, part, names, cfg), frames, names, stage.dir / "neighbours.png"
-        )
-        stage.finish(parameters=trained, anchors=len(frames.anchors), episodes=int(frames.episode[-1]) + 1)
-    if not ranks.first():
-        return
-    folder = cfg.seed_dir / name
-    timing, rows = disk.read_json(folder / "timing.json"), disk.read_json(folder / "rows.json")
-    about = {"backbone": cfg.backbone, "encoder": cfg.encoder, "train_seeds": [cfg.seed]}
-    about |= {"command": timing["command"], "commit": timing["commit"]}
-    disk.write_json(folder / "table.json", [about | row for row in rows])
-    disk.write_atomic(folder / "table.md", markdown(rows, cfg))
-    print(markdown(rows, cfg), flush=True)
+# ------------------------------------------------------------------------------------------------------- main
+def main(cfg: Config, run: stage.Run) -> dict | None:
+    # 1. features of all frames, and a head for every split and variant
+    frames = load_frames(cfg)
+    heads = train_all(frames, cfg, run)
+    if not run.first:
+        return None
+    trained = sum(p.numel() for p in heads["all", "paper"].parameters())
+    counts = f"{len(frames.anchors)} anchors, {len(heads)} heads of {trained:,} parameters"
+    print(f"[06_pretrain_head] {counts}", flush=True)
+
+    # 2. retrieval by each of them, and by what they are compared with
+    rows = recall_rows(frames, heads, cfg)
+    if frames.held.any():
+        rows += progress_rows(frames, heads, cfg)
+    disk.write_json(run.dir / "rows.json", rows)
+
+    # 3. plots
+    parts = protocols(frames)
+    part = parts.get("held-out episodes", parts["other episodes"])[0]
+    vectors = representations(frames, heads, part[0], cfg)
+    names = ("head, paper", "head, corrected")
+    plot_losses(disk.read_jsonl(run.dir / "metrics.jsonl"), cfg, run.dir / "loss.png")
+    plot_map(vectors, frames, run.dir / "map.png")
+    shown, right, images = neighbours(vectors, frames, part, names, cfg)
+    plot_neighbours(shown, right, images, frames, names, run.dir / "neighbours.png")
+    episodes = int(frames.episode[-1]) + 1
+    return {"parameters": trained, "anchors": len(frames.anchors), "episodes": episodes}
+
+
+def show_table(cfg: Config) -> None:
+    timing, rows = disk.read_json(cfg.folder / "timing.json"), disk.read_json(cfg.folder / "rows.json")
+    about = {
+        "backbone": cfg.backbone,
+        "encoder": cfg.encoder,
+        "train_seeds": [cfg.seed],
+        "command": timing["command"],
+        "commit": timing["commit"],
+    }
+    disk.write_json(cfg.folder / "table.json", [about | row for row in rows])
+    disk.write_atomic(cfg.folder / "table.md", retrieval_report(rows, cfg))
+    print(retrieval_report(rows, cfg), flush=True)
 
 
 if __name__ == "__main__":
-    common.run(lambda: main(common.load_config(Config, "head", sys.argv[1:])))
+    stage.start(main, Config, dry_run=backbones.dry_run, after=show_table)

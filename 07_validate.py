@@ -1,78 +1,55 @@
-"""07 - Is the surrogate right? Estimators of log p(chunk | observation) against the exact likelihood, on real preference pairs.
+"""07 - Is the surrogate right? Estimators of log p(chunk | observation) against the exact likelihood.
 
-reads   <run>/<backbone>/seed<k>/sft/ (01), prefs-<recipe>/ (02), every finished dpo-*-<recipe>/ of this recipe and start (03)
-        for the last panel: eval-*/episodes.jsonl of all seeds (04)
-writes  <run>/<backbone>/seed<k>/validate-<recipe>/: measures.safetensors (exact values and estimates of every chunk under every
-        policy), own.safetensors, gradients.jsonl, done.json; beside it validate-<recipe>.{json,md,png}: tables and plots
-cost    measured by each run (CPU seconds per chunk in the .md); --dry-run counts passes of the action expert
-try     python 07_validate.py configs/tiny.yaml validate.n_pairs=8 validate.repeats=4
+reads   <run>/<backbone>/seed<k>/sft/ (01), prefs-<pairs>/ (02), every finished dpo-*-<pairs>/ of the same
+        pairs and start (03); for the last panel eval-*/episodes.jsonl of all seeds (04)
+writes  <run>/<backbone>/seed<k>/validate-<pairs>[-at<start>]/: measures.safetensors (exact values and
+        estimates of every chunk under every policy), own.safetensors, gradients.jsonl, done.json;
+        beside the folder its tables and plots, validate-<pairs>[-at<start>].{json,md,png}
+cost    each run measures it (CPU seconds per chunk, in the .md); --dry-run counts passes of the action expert
+try     python 07_validate.py configs/tiny.yaml validate.n_pairs=8
 
-Three quantities are compared. `log p`: of a chunk. `difference`: log p of the chosen less that of the rejected chunk, one policy.
-`margin`: the difference under a DPO policy less that under its reference, which is what DPO's loss sees.
-An estimator is a scheme of draws (t, eps) (common.make_draws) and a weight on the velocity error (common.time_weight):
+Three quantities are compared. `log p` is that of a chunk. `difference` is log p of the chosen chunk minus
+that of the rejected one, under one policy. `margin` is the difference under a DPO policy minus that under its
+reference: what DPO's loss sees. An estimator is a scheme of draws (t, eps) (common.make_draws) and a weight
+on the velocity error (common.time_weight):
 
-    log p~(a | o) = - mean over k draws of w(t) || v(t eps + (1-t) a, t, o) - (eps - a) ||^2
+    log p~(a | o) = - mean over K draws of w(t) || v(t eps + (1-t) a, t, o) - (eps - a) ||^2
 
-`shared`: the same draws in all terms of a quantity, as in 03; otherwise every term has its own. All score whole chunks, as the
-exact likelihood must (03 by default scores the executed actions of a chunk; dpo.whole_chunk=true makes it the same).
-Every estimate is repeated with fresh draws. An estimator's `noise` is the variance between repeats over that between pairs, its
-`bias` what more repeats would not cure: 1 - r^2 between its mean over endless ones and the exact values, after the best scale.
-The tables and plots are made by agreement.py from what this stage measures.
-For an autoregressive policy log p is exact in closed form: there is nothing to validate.
+`shared`: all terms of a quantity have the same draws, as in 03; otherwise every term has its own. All
+estimators score whole chunks, as the exact likelihood must. (03 scores the executed actions of a chunk, or
+with dpo.whole_chunk=true all.) Every estimate is repeated with fresh draws. An estimator's `noise` is the
+variance between repeats over that between pairs. Its `bias` is what more repeats would not cure: 1 - r^2
+between its mean over endless repeats and the exact values. report/agreement.py makes the tables and plots.
+
+An autoregressive policy's log p is exact, in closed form, so there is nothing to validate.
 Left out: marginals of the executed actions (no closed form), policies in bfloat16, GPUs.
 """
 
-from __future__ import annotations
-
-import dataclasses
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import agreement
+import backbones
 import common
-import disk
-import likelihood
-import memory
-import runs
-import workers
-
-
-@dataclass
-class Config(common.RunConfig):
-    n_pairs: int = 200  # pairs looked at, evenly spread; all where there are fewer
-    draws: int = 4  # the estimators' number of draws in the tables (the paper's T) ...
-    max_draws: int = 64  # ... which goes through 1, 2, 4, ... up to this
-    repeats: int = 4  # of every estimate, with fresh draws; at least 4, one for each term of a margin
-    ode_steps: int = 20  # midpoint steps of the exact likelihood
-    probes: int = 0  # Hutchinson probes of its trace, shared by all chunks of a pair; 0 = the exact trace
-    float64: bool = False  # the exact likelihood in double precision
-    own_chunks: int = (
-        8  # observations for the Euler map's density and the study of steps, probes and precision
-    )
-    gradient_batches: int = 2  # of 8 pairs, in each of two states of the DPO training
-    gradient_probes: int = (
-        8  # of the exact gradient; the first 1, 2, 4, ... of one half are held against the other half
-    )
-    shift: int = 4  # augmentation of the published code's behaviour, pixels
-
-    def __post_init__(self):
-        super().__post_init__()
-        common.at_least(
-            self, n_pairs=2, draws=1, max_draws=4, repeats=4, ode_steps=1, probes=0, own_chunks=2, shift=0
-        )
-        common.at_least(self, gradient_batches=0, gradient_probes=2)
-        common.one_of("validate.draws", self.draws, draw_counts(self))
-
+from backbones import likelihood, memory
+from report import agreement
+from runtime import disk, stage, workers
+from runtime.config import Count, load_config
+from runtime.errors import UserError
 
 BLOCK = 8  # pairs that are scored together
-ESTIMATORS = {  # name -> scheme of its draws, weight on the squared velocity error. A config asks for them by
+REPEATS = 4  # of every estimate, with fresh draws: one for each term of a margin
+SHIFT = 4  # independent: random shift of the images, pixels, as in the published code
+ESTIMATORS = {  # name -> scheme of its draws, weight on the squared velocity error; and how 03 trains on it
     "paper": ("stratified", "velocity"),  # surrogate=paper, the default
     "paper-noise": ("stratified", "noise"),  # surrogate=paper dpo.weight=noise
     "paper-elbo": ("stratified", "elbo"),  # surrogate=paper dpo.weight=elbo
@@ -82,151 +59,175 @@ ESTIMATORS = {  # name -> scheme of its draws, weight on the squared velocity er
 }
 
 
+@dataclass
+class Config(common.ActingConfig, common.AdapterConfig):
+    section: ClassVar = "validate"
+    draws: ClassVar = 4  # of the estimates in the tables (the paper's T) ...
+    probes: ClassVar = 0  # of the exact likelihood's trace; 0: the exact trace
+    n_pairs: Annotated[int, 2] = 200  # pairs looked at, evenly spread; all where there are fewer
+    max_draws: Annotated[int, 4] = 64  # ... and in the plots 1, 2, 4, ... up to this
+    ode_steps: Count = 20  # midpoint steps of the exact likelihood
+    own_chunks: Annotated[int, 2] = 8  # observations for the study of the exact likelihood itself
+    gradient_batches: int = 2  # of 8 pairs, in each of two states of the DPO training
+    gradient_probes: Annotated[int, 2] = 8  # of the exact gradient; half of them are compared with the rest
+
+    folder = property(lambda self: self.seed_dir / self.variant("validate", self.pairs))
+
+    def dpo_folders(self) -> dict[str, Path]:
+        """Name -> folder of every finished DPO on these pairs and this start, or of the one that is given."""
+        if self.adapters_from:
+            return {self.made_adapter.name: self.adapter_dir}
+        finished = sorted(self.seed_dir.glob("dpo-*/done.json"))
+        used = {path.parent: disk.read_json(path)["config"] for path in finished}
+        ours = (self.pairs, self.start)
+        return {p.name: p for p, config in used.items() if (config["pairs"], config["start"]) == ours}
+
+    def inputs(self) -> list[Path]:
+        if self.device != "cpu":
+            raise UserError("07_validate.py measures on the CPU; set device=cpu")
+        adapters = self.adapter_inputs() if self.adapters_from else list(self.dpo_folders().values())
+        return [*self.sft_inputs(), *self.pairs_inputs(), *adapters]
+
+
 def draw_counts(cfg: Config) -> list[int]:
-    return [2**i for i in range(cfg.max_draws.bit_length()) if 2**i <= cfg.max_draws]
+    return [2**i for i in range(cfg.max_draws.bit_length())]
 
 
-# ------------------------------------------------------------------------------------------------------------ measurements
-def load_policy(cfg: Config, folder: Path | None):
-    """The SFT policy, or with a folder of 03 the DPO policy."""
-    policy = common.load_sft(cfg)
-    return policy if folder is None else common.load_adapter(policy, folder)
+# ------------------------------------------------------------------------------------------------------- data
+@dataclass
+class Job:
+    """What a worker computes, and the file that it writes."""
+
+    cfg: Config
+    file: Path
+    pairs: list[int]
+    adapter: Path | None = None  # folder of a DPO policy; None: the SFT policy
+    state: str = ""  # gradients: "start" or "end"
+    betas: dict[str, float] = field(default_factory=dict)  # gradients: estimator -> DPO's beta
 
 
 def load_pairs(cfg: Config) -> dict:
-    """Up to n_pairs of the recipe's pairs, evenly spread: observations, and `chunks` (N, 2, H, 7), chosen first."""
-    pairs = common.read_pairs(cfg.source("prefs"))
-    index = torch.linspace(0, len(pairs["mask"]) - 1, min(cfg.n_pairs, len(pairs["mask"]))).round().long()
-    kept = {key: pairs[key][index] for key in ("agentview", "wrist", "state")}
-    kept["chunks"] = torch.stack([pairs["chosen"], pairs["rejected"]], dim=1)[index]
-    kept["instruction"] = [pairs["instruction"][i] for i in index.tolist()]
+    """Up to n_pairs pairs, evenly spread: observations, and `chunks` (N, 2, H, 7), the chosen ones first."""
+    pairs = common.read_pairs(cfg.pairs_dir)
+    n = len(pairs["mask"])
+    index = torch.linspace(0, n - 1, min(cfg.n_pairs, n)).round().long()
+    kept = {key: pairs[key] for key in (*common.CAMERAS, "state", "instruction")}
+    kept["chunks"] = torch.stack([pairs["chosen"], pairs["rejected"]], dim=1)
+    kept = common.select(kept, index)
     return common.blank_images(kept) if cfg.blank_images else kept
 
 
-def rows_of(pairs: dict, index: list[int]) -> tuple[dict, Tensor]:
-    """Observations and chunks (n, 2, H, 7) of some pairs."""
-    part = {key: [x[i] for i in index] if isinstance(x, list) else x[index] for key, x in pairs.items()}
-    return part, part.pop("chunks")
+def inputs_of(job: Job) -> tuple:
+    """A job's policy, and the observations and chunks (n, 2, H, 7) of its pairs."""
+    policy = backbones.load_sft(job.cfg)
+    if job.adapter and not job.state:
+        policy = common.load_adapter(policy, job.adapter)
+    obs = common.select(load_pairs(job.cfg), torch.tensor(job.pairs))
+    return policy, obs, obs.pop("chunks")
 
 
+# ------------------------------------------------------------------------------------ estimates and the truth
 def velocity_errors(policy, prefix, chunks: Tensor, draws: common.Draws) -> Tensor:
-    """Squared velocity error (K, n, c) of the c chunks (n, c, H, 7) of each pair, two or one, under the same draws."""
+    """Squared velocity errors (K, n, c) of the c chunks (n, c, H, 7) of each pair, under the same draws."""
     n, c, h, _ = chunks.shape
-    flat, prefix = policy.pad(chunks.transpose(0, 1).flatten(0, 1)), prefix.select(torch.arange(n).repeat(c))
-    errors = common.flow_matching_error(
-        lambda index, x, t: policy.velocity(prefix.select(index), x, t),
-        flat,
-        draws.repeat(c),
-        torch.ones(c * n, h),
-    )
+    flat = policy.pad(chunks.transpose(0, 1).flatten(0, 1))  # (c n, H, D)
+    prefix = prefix.select(torch.arange(n).repeat(c))
+
+    def velocity(index: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        return policy.velocity(prefix.select(index), x_t, t)
+
+    errors = common.flow_matching_error(velocity, flat, draws.repeat(c), torch.ones(c * n, h))
     return errors.unflatten(1, (c, n)).transpose(1, 2)
 
 
-def estimate(
-    policy, obs, chunks: Tensor, name: str, k: int, g: torch.Generator, cfg: Config
-) -> tuple[Tensor, Tensor]:
-    """One estimate of log p (n, c), and the errors (K, n, c) it is the weighted mean of. Differentiable.
+def estimate(policy, obs, chunks: Tensor, name: str, k: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """One estimate of log p (n, c), and the errors (K, n, c) whose weighted mean it is. Differentiable.
 
-    obs: observations, or (but for "independent") their prefix.
+    obs: observations, or (except for "independent") their prefix.
     """
     scheme, weight = ESTIMATORS[name]
-    if name == "independent":  # the published code augments the images in every forward
-        obs = obs | {
-            camera: common.random_shift(obs[camera], cfg.shift, g) for camera in ("agentview", "wrist")
-        }
+    if name == "independent":  # the published code augments the images in every forward pass
+        obs = obs | {camera: common.random_shift(obs[camera], SHIFT, g) for camera in common.CAMERAS}
     draws = policy.draws(len(chunks), k, g, scheme)
     errors = velocity_errors(policy, policy.encode(obs), chunks, draws)
     return -(common.time_weight(draws.t, weight)[..., None] * errors).mean(0), errors
 
 
-def exact(policy, prefix, chunks: Tensor, cfg: Config, g: torch.Generator) -> Tensor:
-    """log p (n, 2) along the ODE; both chunks of a pair share the probes where there are any."""
-    probes = (
-        likelihood.make_probes(len(chunks), cfg.probes, (policy.horizon, policy.cfg.flow_dim), g)
-        if cfg.probes
-        else None
-    )
-    scores = likelihood.pair_log_probs(policy, prefix, *chunks.unbind(1), probes, cfg.ode_steps, cfg.float64)
-    return torch.stack(scores, dim=1)
+def exact(policy, prefix, chunks: Tensor, steps: int, g: torch.Generator | None = None) -> Tensor:
+    """log p (n, 2) along the ODE, in so many midpoint steps.
+
+    g: None: the exact trace. A generator: one Hutchinson probe from it, which both chunks of a pair share;
+    differentiable.
+    """
+    shape = (policy.horizon, policy.cfg.flow_dim)
+    probes = None if g is None else likelihood.make_probes(len(chunks), 1, shape, g)
+    return torch.stack(likelihood.pair_log_probs(policy, prefix, *chunks.unbind(1), probes, steps), dim=1)
 
 
 @torch.no_grad()
-def measure(job: tuple):
-    """Worker: exact values and all estimates for a block of pairs under one policy. Draws are the same under every policy."""
-    cfg, folder, pairs, block = job
-    policy, (obs, chunks) = load_policy(cfg, folder), rows_of(pairs, block)
-    prefix = policy.encode(obs)
-    found = {
-        "exact": exact(policy, prefix, chunks, cfg, common.stream(cfg.seed, "validate probes", block[0]))
-    }
+def measure(job: Job) -> None:
+    """Worker: exact values and all estimates of some pairs under one policy. All policies share draws."""
+    policy, obs, chunks = inputs_of(job)
+    cfg, prefix = job.cfg, policy.encode(obs)
+    tensors = {"exact": exact(policy, prefix, chunks, cfg.ode_steps)}
     for name, (scheme, weight) in ESTIMATORS.items():
         if scheme == "stratified" and weight != "velocity":
-            continue  # other weights of the paper's errors
+            continue  # other weights of the paper's errors, below
+        seen = obs if name == "independent" else prefix
         for k in draw_counts(cfg)[name == "antithetic" :]:  # mirror images come in pairs
             streams = [
-                common.stream(cfg.seed, "validate", scheme, k, r, block[0]) for r in range(cfg.repeats)
+                common.stream(cfg.seed, "validate", scheme, k, r, job.pairs[0]) for r in range(REPEATS)
             ]
-            seen = obs if name == "independent" else prefix
-            scores, errors = zip(
-                *(estimate(policy, seen, chunks, name, k, g, cfg) for g in streams), strict=True
-            )
-            found[f"{name}/{k}"] = torch.stack(scores)  # (R, n, 2)
+            repeats = [estimate(policy, seen, chunks, name, k, g) for g in streams]
+            tensors[f"{name}/{k}"] = torch.stack([score for score, _ in repeats])  # (R, n, 2)
             if name == "paper":
+                errors = torch.stack([error for _, error in repeats])  # (R, K, n, 2)
                 t = (torch.arange(k) + 0.5) / k
                 for other in ("noise", "elbo"):
-                    weighted = common.time_weight(t, other)[None, :, None, None] * torch.stack(
-                        errors
-                    )  # (R, K, n, 2)
-                    found[f"paper-{other}/{k}"] = -weighted.mean(1)
-                found["by_time"] = -torch.stack(errors).mean(
-                    0
-                )  # (K, n, 2) of the largest K, which comes last
-    yield found
+                    weighted = common.time_weight(t, other)[None, :, None, None] * errors
+                    tensors[f"paper-{other}/{k}"] = -weighted.mean(1)
+                tensors["by_time"] = -errors.mean(0)  # (K, n, 2) of the largest K, which comes last
+    disk.save_tensors(job.file, tensors)
 
 
 @torch.no_grad()
-def own_chunks(job: tuple):
-    """Worker: what the policy's own samples tell, whose noise is known: the Euler map's density, solver, probes, precision."""
-    cfg, folder, pairs, index = job
-    policy, (obs, chunks) = load_policy(cfg, folder), rows_of(pairs, index)
-    prefix, steps = policy.encode(obs), cfg.denoise_steps
-    velocity, grid = likelihood.velocity_of(policy, prefix), likelihood.time_grid(cfg.ode_steps)
-    own, euler = likelihood.euler_sample(
-        velocity, policy.noise(len(index), common.stream(cfg.seed, "own")), steps
+def own_chunks(job: Job) -> None:
+    """Worker: what the policy's own samples tell, whose noise is known.
+
+    That is the density of the Euler map, and how steps, probes and precision move the exact likelihood.
+    """
+    policy, obs, chunks = inputs_of(job)
+    cfg, prefix, n = job.cfg, policy.encode(obs), len(chunks)
+    velocity = likelihood.velocity_of(policy, prefix)
+    noise = policy.noise(n, common.stream(cfg.seed, "own"))
+    own, euler = likelihood.euler_sample(velocity, noise, cfg.denoise_steps)
+    probes = likelihood.make_probes(n, 16, own.shape[1:], common.stream(cfg.seed, "own probes")).split(1, 1)
+
+    def log_p(trace: likelihood.Divergence, steps: int = cfg.ode_steps) -> Tensor:
+        return likelihood.ode_log_prob(velocity, own, trace, likelihood.time_grid(steps))
+
+    tensors = {"chunk": own, "euler": euler, "exact": log_p(likelihood.exact_trace)}
+    tensors |= {f"probe/{i}": log_p(likelihood.hutchinson(probe)) for i, probe in enumerate(probes)}
+    tensors |= {f"steps/{k}": log_p(likelihood.hutchinson(probes[0]), k) for k in (5, 10, 20, 40, 80)}
+    policy64, prefix64, own64 = likelihood.in_float64(policy, prefix, own)
+    velocity64, trace64 = (
+        likelihood.velocity_of(policy64, prefix64),
+        likelihood.hutchinson(probes[0].double()),
     )
-    probes = likelihood.make_probes(len(index), 16, own.shape[1:], common.stream(cfg.seed, "own probes"))
-    along = {"exact": likelihood.ode_log_prob(velocity, own, likelihood.exact_trace, grid)}
-    for n in (5, 10, 20, 40, 80):
-        one = likelihood.hutchinson(probes[:, :1])
-        along[f"steps/{n}"] = likelihood.ode_log_prob(velocity, own, one, likelihood.time_grid(n))
-    double = likelihood.in_float64(policy, prefix, own)
-    velocity64 = likelihood.velocity_of(*double[:2])
-    along["float64"] = likelihood.ode_log_prob(
-        velocity64, double[2], likelihood.hutchinson(probes[:, :1].double()), grid
-    )
-    for i in range(16):
-        along[f"probe/{i}"] = likelihood.ode_log_prob(
-            velocity, own, likelihood.hutchinson(probes[:, i : i + 1]), grid
-        )
-    for n in (5, 10, 20, 40):  # what 03 would see of the pairs: one probe that both chunks share
-        one = dataclasses.replace(cfg, ode_steps=n, probes=1)
-        for i in range(8 if n == 10 else 1):
-            along[f"pair/{n}/{i}"] = exact(
-                policy, prefix, chunks, one, common.stream(cfg.seed, "pair probes", i)
-            )
-    pair_chunks = policy.pad(chunks.transpose(0, 1).flatten(0, 1))
-    twice = likelihood.velocity_of(policy, prefix.select(torch.arange(len(index)).repeat(2)))
-    inverse = likelihood.euler_log_prob(twice, pair_chunks, steps)
-    yield along | {
-        "chunk": own,
-        "euler": euler,
-        "inverse_found": inverse.isfinite().float(),
-        "inverse": inverse.nan_to_num(0),
-    }
+    grid = likelihood.time_grid(cfg.ode_steps)
+    tensors["float64"] = likelihood.ode_log_prob(velocity64, own64, trace64, grid)
+    for steps, i in [(5, 0), (20, 0), (40, 0), *((10, i) for i in range(8))]:
+        g = common.stream(cfg.seed, "pair probes", i)  # as 03 sees the pairs: both chunks share one probe
+        tensors[f"pair/{steps}/{i}"] = exact(policy, prefix, chunks, steps, g)
+    twice = likelihood.velocity_of(policy, prefix.select(torch.arange(n).repeat(2)))
+    flat = policy.pad(chunks.transpose(0, 1).flatten(0, 1))
+    inverse = likelihood.euler_log_prob(twice, flat, cfg.denoise_steps)
+    tensors |= {"inverse_found": inverse.isfinite().float(), "inverse": inverse.nan_to_num(0)}
+    disk.save_tensors(job.file, tensors)
 
 
-# ------------------------------------------------------------------------------------------------------------- the gradient
-def dpo_gradient(policy, score, beta: float) -> Tensor:
+# ----------------------------------------------------------------------------------------------- the gradient
+def dpo_gradient(policy, score: Callable[[str], Tensor], beta: float) -> Tensor:
     """Gradient of DPO's loss on the adapter. score(term) -> log p (n, 2) of chosen and rejected."""
     with policy.reference():
         ref = score("reference")
@@ -237,178 +238,137 @@ def dpo_gradient(policy, score, beta: float) -> Tensor:
     return torch.cat([g.flatten() for g in grads if g is not None])
 
 
-def gradients(job: tuple):
+def gradients(job: Job) -> None:
     """Worker: cosines between the exact DPO gradient on one batch of pairs and every estimator's.
 
-    state "start": the adapter an identity again (B = 0), so policy = reference, as in DPO's first step; "end": as trained.
+    state "start": the adapter as in DPO's first step, an identity (B = 0), so policy = reference.
+    state "end": the adapter as trained.
     """
-    cfg, folder, pairs, index, betas, state = job
     from peft import PeftModel
 
-    policy, (obs, chunks) = common.load_sft(cfg), rows_of(pairs, index)
-    PeftModel.from_pretrained(policy, str(folder), is_trainable=True).eval()
+    policy, obs, chunks = inputs_of(job)
+    cfg, stream = job.cfg, partial(common.stream, job.cfg.seed)
+    PeftModel.from_pretrained(policy, str(job.adapter), is_trainable=True).eval()
     for name, p in policy.named_parameters():
-        if state == "start" and "lora_B" in name:
+        if job.state == "start" and "lora_B" in name:
             p.data.zero_()
-    each, one_probe = [], dataclasses.replace(cfg, probes=1, ode_steps=max(1, cfg.ode_steps // 2))
-    for i in range(cfg.gradient_probes):  # one probe at a time: the graph of a second derivative is large
 
-        def score(term, i=i):
-            g = common.stream(cfg.seed, "gradient probes", i, index[0])
-            return exact(policy, policy.encode(obs), chunks, one_probe, g)
+    def exactly(i: int, term: str) -> Tensor:
+        g = stream("gradient probes", i, job.pairs[0])
+        return exact(policy, policy.encode(obs), chunks, max(1, cfg.ode_steps // 2), g)
 
-        each.append(dpo_gradient(policy, score, betas["exact"]))
-    probes, half = torch.stack(each), len(each) // 2
-    truth, row, rows = probes.mean(0), {"state": state, "batch": index}, []
-    for k in [2**i for i in range(half.bit_length())]:
-        cosine = F.cosine_similarity(probes[:k].mean(0), probes[half:].mean(0), dim=0).item()
-        rows.append(row | {"estimator": "exact", "draws": k, "cosine": cosine})
+    def estimated(name: str, k: int, term: str) -> Tensor:
+        if name != "independent":
+            return estimate(policy, obs, chunks, name, k, stream("gradient", k, "", job.pairs[0]))[0]
+        g = stream("gradient", k, term, job.pairs[0])  # other draws in each term, and for each chunk
+        return torch.cat([estimate(policy, obs, chunk, name, k, g)[0] for chunk in chunks.split(1, 1)], dim=1)
+
+    rows = []
+
+    def add(estimator: str, draws: int, a: Tensor, b: Tensor) -> None:
+        row = {"state": job.state, "batch": job.pairs, "estimator": estimator, "draws": draws}
+        rows.append(row | {"cosine": F.cosine_similarity(a, b, dim=0).item()})
+
+    n = cfg.gradient_probes  # one at a time: the graph of a second derivative is large
+    probes = torch.stack([dpo_gradient(policy, partial(exactly, i), job.betas["exact"]) for i in range(n)])
+    for k in [2**i for i in range((n // 2).bit_length())]:
+        add("exact", k, probes[:k].mean(0), probes[n // 2 :].mean(0))
     for name in ESTIMATORS:
         for k in [k for k in (1, 4, 16, 64) if k <= cfg.max_draws and (name, k) != ("antithetic", 1)]:
-
-            def score(term, name=name, k=k):
-                if name != "independent":
-                    return estimate(
-                        policy,
-                        obs,
-                        chunks,
-                        name,
-                        k,
-                        common.stream(cfg.seed, "gradient", k, "", index[0]),
-                        cfg,
-                    )[0]
-                g = common.stream(
-                    cfg.seed, "gradient", k, term, index[0]
-                )  # and from chunk to chunk, as 03's code has it
-                return torch.cat(
-                    [estimate(policy, obs, chunks[:, i : i + 1], name, k, g, cfg)[0] for i in (0, 1)], dim=1
-                )
-
-            cosine = F.cosine_similarity(dpo_gradient(policy, score, betas[name]), truth, dim=0).item()
-            rows.append(row | {"estimator": name, "draws": k, "cosine": cosine})
-    yield rows
+            gradient = dpo_gradient(policy, partial(estimated, name, k), job.betas[name])
+            add(name, k, gradient, probes.mean(0))
+    disk.write_rows(job.file, rows)
 
 
-# -------------------------------------------------------------------------------------------------------------------- main
-def do_missing(
-    function, jobs: dict[str, tuple], parts: Path, cfg: Config, title: str
-) -> dict[str, dict | list]:
-    """The results of all jobs by name; those that a file of `parts` does not hold yet are worked on."""
-
-    def read(path: Path):
-        return disk.load_tensors(path) if path.suffix == ".safetensors" else disk.read_jsonl(path)
-
-    paths = {name: parts / f"{name}.{'jsonl' if function is gradients else 'safetensors'}" for name in jobs}
-    todo = [name for name, path in paths.items() if not path.is_file()]
-    results = workers.parallel(function, [jobs[name] for name in todo], cfg.workers)
-    for i, result in common.progress(results, total=len(jobs), initial=len(jobs) - len(todo), desc=title):
-        (disk.save_tensors if isinstance(result, dict) else disk.write_rows)(paths[todo[i]], result)
-    return {name: read(path) for name, path in paths.items()}
-
-
-def costs(cfg: Config, pairs: dict) -> dict:
-    """CPU seconds per chunk under the SFT policy, in blocks of the same size: the exact likelihood and estimates by draws."""
-    policy, (obs, chunks) = (
-        common.load_sft(cfg),
-        rows_of(pairs, list(range(min(BLOCK, len(pairs["chunks"]))))),
-    )
+# ------------------------------------------------------------------------------------------------------- main
+def costs(cfg: Config) -> dict[str, float]:
+    """CPU seconds per chunk under the SFT policy: of the exact likelihood, and of estimates by draws."""
+    policy, obs, chunks = inputs_of(Job(cfg, Path(), list(range(min(BLOCK, len(load_pairs(cfg)["chunks"]))))))
     torch.set_num_threads(1)
 
-    def seconds(function) -> float:
+    def seconds(function: Callable) -> float:
         began = time.process_time()
         function()
         return (time.process_time() - began) / (2 * len(chunks))
 
     with torch.no_grad():
         prefix, g = policy.encode(obs), common.stream(cfg.seed, "costs")
-        found = {"exact": seconds(lambda: exact(policy, prefix, chunks, cfg, g))}
+        spent = {"exact": seconds(lambda: exact(policy, prefix, chunks, cfg.ode_steps))}
         for k in draw_counts(cfg):
-            found[f"surrogate, {k} draws"] = seconds(
-                lambda k=k: estimate(policy, prefix, chunks, "paper", k, g, cfg)
-            )
-    return found
+            spent[f"surrogate, {k} draws"] = seconds(partial(estimate, policy, prefix, chunks, "paper", k, g))
+    return spent
 
 
-def dpo_folders(cfg: Config) -> dict[str, Path]:
-    """Every finished DPO of this recipe and start, or the one adapter that is given."""
-    if cfg.adapters_from:
-        return {cfg.variant("dpo").name: cfg.source("dpo")}
-    done = {p.parent: disk.read_json(p)["config"] for p in sorted(cfg.seed_dir.glob("dpo-*/done.json"))}
-    return {p.name: p for p, used in done.items() if (used["pairs"], used["start"]) == (cfg.pairs, cfg.start)}
+def do_missing(function: Callable[[Job], None], jobs: list[Job], cfg: Config, title: str) -> None:
+    """Do the jobs whose files an earlier run has not written."""
+    missing = [job for job in jobs if not job.file.is_file()]
+    written = lambda: sum(job.file.is_file() for job in jobs)  # noqa: E731
+    workers.run(function, missing, cfg.workers, title, written, len(jobs))
 
 
-def measure_all(cfg: Config, folder: Path, dpo: dict[str, Path]) -> None:
-    """Everything that takes time, in parts that survive a kill; measures.safetensors, own.safetensors, gradients.jsonl."""
-    pairs, parts = load_pairs(cfg), folder / "parts"
+def main(cfg: Config, run: stage.Run) -> dict:
+    parts, policies = run.dir / "parts", {"sft": None, **cfg.dpo_folders()}
     parts.mkdir(exist_ok=True)
-    every = list(range(len(pairs["chunks"])))
+    every = list(range(len(load_pairs(cfg)["chunks"])))
     blocks = [every[i : i + BLOCK] for i in range(0, len(every), BLOCK)]
-    policies = {"sft": None, **dpo}
-    jobs = {
-        f"{name}-{b:03d}": (cfg, path, pairs, block)
-        for name, path in policies.items()
-        for b, block in enumerate(blocks)
-    }
-    found, measures = do_missing(measure, jobs, parts, cfg, "validate"), {}
-    for name in policies:
-        mine = [found[f"{name}-{b:03d}"] for b in range(len(blocks))]
-        for key in mine[0]:
-            measures[f"{name}|{key}"] = torch.cat(
-                [part[key] for part in mine], dim=0 if key == "exact" else 1
-            )
+
+    # 1. exact values and all estimates of every pair under every policy
+    jobs, measures = {}, {}
+    for name, adapter in policies.items():
+        files = [parts / f"{name}-{b:03d}.safetensors" for b in range(len(blocks))]
+        jobs[name] = [Job(cfg, *each, adapter) for each in zip(files, blocks, strict=True)]
+    do_missing(measure, [job for of_policy in jobs.values() for job in of_policy], cfg, "validate")
+    for name, of_policy in jobs.items():
+        tensors = [disk.load_tensors(job.file) for job in of_policy]
+        for key in tensors[0]:
+            of_pairs = [part[key] for part in tensors]
+            measures[f"{name}|{key}"] = torch.cat(of_pairs, dim=0 if key == "exact" else 1)
+
+    # 2. what the policy's own samples tell
     few = [every[i * len(every) // cfg.own_chunks] for i in range(min(cfg.own_chunks, len(every)))]
-    own = do_missing(own_chunks, {"own": (cfg, None, pairs, few)}, parts, cfg, "own chunks")["own"]
+    own = Job(cfg, parts / "own.safetensors", few)
+    do_missing(own_chunks, [own], cfg, "own chunks")
 
-    spread = {"exact": measures["sft|exact"]} | {
-        n: measures[f"sft|{n}/{cfg.draws}"].mean(0) for n in ESTIMATORS
-    }
+    # 3. gradients of DPO's loss under LoRA, on the paper's surrogate where there are several
+    scores = {name: measures[f"sft|{name}/{cfg.draws}"].mean(0) for name in ESTIMATORS}
+    scores["exact"] = measures["sft|exact"]
     betas = {
-        name: 1 / (x[:, 0] - x[:, 1]).std(correction=0).item() for name, x in spread.items()
-    }  # 03's beta: auto
-    lora = sorted((p for name, p in dpo.items() if name.startswith("dpo-lora")), key=lambda p: len(p.name))[
-        :1
-    ]  # paper's
-    jobs = {}
-    for path in lora:
+        name: 1 / (x[:, 0] - x[:, 1]).std(correction=0).item() for name, x in scores.items()
+    }  # beta: auto
+    batches = list(enumerate(blocks[: cfg.gradient_batches]))
+    steps = []
+    for name in sorted((name for name in policies if name.startswith("dpo-lora")), key=len)[:1]:
         for state in ("start", "end"):
-            for b, block in enumerate(blocks[: cfg.gradient_batches]):
-                jobs[f"gradient-{state}-{b}"] = (cfg, path, pairs, block, betas, state)
-    cosines = [row for rows in do_missing(gradients, jobs, parts, cfg, "gradients").values() for row in rows]
-    disk.save_tensors(folder / "measures.safetensors", measures)
-    disk.save_tensors(folder / "own.safetensors", own)
-    disk.write_rows(folder / "gradients.jsonl", cosines)
+            file = f"gradient-{state}-{{}}.jsonl"
+            steps += [
+                Job(cfg, parts / file.format(b), block, policies[name], state, betas) for b, block in batches
+            ]
+    do_missing(gradients, steps, cfg, "gradients")
+
+    disk.save_tensors(run.dir / "measures.safetensors", measures)
+    disk.save_tensors(run.dir / "own.safetensors", disk.load_tensors(own.file))
+    cosines = [row for job in steps for row in disk.read_jsonl(job.file)]
+    disk.write_rows(run.dir / "gradients.jsonl", cosines)
     shutil.rmtree(parts)
+    run.times["cpu_s_per_chunk"] = costs(cfg)
+    return {"policies": list(policies)}
 
 
-def main(cfg: Config) -> None:
+def print_passes(cfg: Config, section: str) -> None:
+    """What --dry-run adds."""
+    dims = memory.make_policy(cfg, "").noise(1, torch.Generator()).numel()  # as flowed, padding included
+    counts = (
+        f"{agreement.passes('exact', 0, cfg, dims)} exact, {REPEATS * 4 * 2 * cfg.max_draws} for estimates"
+    )
+    print(f"{section}: passes of the action expert per chunk and policy: {counts}")
+
+
+def validate(cfg: Config) -> None:
     if cfg.backbone == "openvla":
-        return print(
-            "[07_validate] openvla's log p is the exact likelihood, in closed form: there is nothing to validate"
-        )
-    if cfg.dry_run:
-        dims = (
-            memory.make_policy(cfg, "").noise(1, torch.Generator()).numel()
-        )  # as flowed: with what published shapes pad
-        counts = f"{agreement.passes('exact', 0, cfg, dims)} exact, {cfg.repeats * 4 * 2 * cfg.max_draws} for the estimates"
-        return print(f"validate: passes of the action expert per chunk and policy: {counts}")
-    if cfg.device != "cpu":
-        raise common.UserError("07_validate.py measures on the CPU; set device=cpu")
-    runs.alone(__file__)
-    dpo = dpo_folders(cfg)
-    adapters = common.given_or_made(cfg, "dpo") if cfg.adapters_from else list(dpo.values())
-    inputs = [*common.sft_inputs(cfg), *common.given_or_made(cfg, "prefs"), *adapters]
-    shared = f"suites backbone seed blank_images pairs denoise_steps {common.SFT_KEYS}"
-    code = ["likelihood.py", "workers.py", *cfg.policy_code]
-    stage = runs.open_stage(__file__, cfg, cfg.variant("validate"), shared, inputs, code)
-    folder = cfg.variant("validate")
-    if stage is not None:
-        measure_all(cfg, folder, dpo)
-        stage.finish(policies=["sft", *dpo])
-    timing = disk.read_json(folder / "timing.json")
-    if "cpu_s_per_chunk" not in timing:  # also after a kill between the two
-        disk.write_json(folder / "timing.json", timing | {"cpu_s_per_chunk": costs(cfg, load_pairs(cfg))})
-    agreement.report(cfg, folder)
+        print("[07_validate] openvla's log p is exact, in closed form: there is nothing to validate")
+    else:
+        stage.execute(main, cfg, print_passes, lambda cfg: agreement.report(cfg, cfg.folder))
 
 
 if __name__ == "__main__":
-    common.run(lambda: main(common.load_config(Config, "validate", sys.argv[1:])))
+    stage.command_line(lambda: validate(load_config(Config, sys.argv[1:])))

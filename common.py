@@ -4,8 +4,6 @@ Something stands here when two stages use it and a silent difference between two
 Losses, pair selection and training loops stay in their stage. Importing this module is cheap.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import warnings
@@ -19,15 +17,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from runtime import disk, stage
-from runtime.batches import own_rows, select, shuffled  # noqa: F401 (stages take them from here)
 from runtime.config import Count, PlaceConfig
 from runtime.errors import UserError, one_line, one_of, regex
-from runtime.seeds import entropy, np_stream, stream  # noqa: F401 (the same)
+from runtime.seeds import entropy, np_stream, own_rows, select, shuffled, stream  # noqa: F401 (stages take them from here)
 
 # ----------------------------------------------------------------------------------------------------- LIBERO
 # As OpenVLA evaluates (experiments/robot/libero/run_libero_eval.py), and openpi (examples/libero/main.py)
-MAX_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520}
-MAX_STEPS |= {"libero_90": 400}
+SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
+MAX_STEPS = dict(zip(SUITES, (220, 280, 300, 520, 400), strict=True))
 SETTLE_STEPS = 10  # steps after a reset in which objects come to rest; MAX_STEPS does not count them
 SETTLE_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
 GRIPPER_OPEN, GRIPPER_CLOSE = -1.0, 1.0  # what env.step takes
@@ -48,8 +45,9 @@ def init_states(group: str, n: int | None = None) -> list[int]:
     one_of("group of init states", group, INIT_GROUPS)
     states = list(INIT_GROUPS[group])
     if n is not None and not 0 < n <= len(states):
-        limits = f"{states[0]}-{states[-1]}: choose 1 to {len(states)}"
-        raise UserError(f"group {group!r} has init states {limits}, not {n}")
+        raise UserError(
+            f"group {group!r} has init states {states[0]}-{states[-1]}: choose 1 to {len(states)}, not {n}"
+        )
     return states[:n]
 
 
@@ -119,8 +117,9 @@ def read_demos(path: Path, task: int) -> Iterator[Demo]:
                 state = state.astype(np.float32)
                 yield Demo(task, number, init_state, instruction, actions, state, steps, *images)
     except H5PY_ERRORS as error:
-        why = f"{path} is not a complete LIBERO HDF5 file ({one_line(error)})"
-        raise UserError(f"{why}; record it again with 00_demos.py") from error
+        raise UserError(
+            f"{path} is not a complete LIBERO HDF5 file ({one_line(error)}); record it again with 00_demos.py"
+        ) from error
 
 
 def demonstrations(cfg, holdout: int) -> Iterator[tuple[str, bool, Demo]]:
@@ -143,8 +142,11 @@ def demonstrations(cfg, holdout: int) -> Iterator[tuple[str, bool, Demo]]:
             demos = list(read_demos(path, int(path.stem.rpartition("_")[2])))
             for demo in demos:
                 if demo.init_state not in (-1, *INIT_GROUPS["demos"]):
-                    where = f"demo_{demo.number} starts from init state {demo.init_state}"
-                    raise UserError(f"{path}: {where}, which is kept for another purpose")
+                    raise UserError(
+                        f"{path}: "
+                        f"demo_{demo.number} starts from init state {demo.init_state}"
+                        f", which is kept for another purpose"
+                    )
             starts = [d.init_state if d.init_state >= 0 else d.number for d in demos]
             distinct = sorted(set(starts))
             held = distinct[len(distinct) - holdout :] if len(distinct) > holdout else []
@@ -177,8 +179,10 @@ def read_pairs(folder: Path, policy=None) -> dict:
     if pairs["mask"].dtype != torch.bool:
         raise UserError(f"{path}: mask must be boolean; {again}")
     if policy is not None and h != (policy.horizon,):
-        theirs = f"the pairs have chunks of {h[0]} actions, the policy of {policy.horizon}"
-        raise UserError(f"{theirs}: they are another policy's, see pairs_from")
+        raise UserError(
+            f"the pairs have chunks of {h[0]} actions, the policy of {policy.horizon}"
+            f": they are another policy's, see pairs_from"
+        )
     return pairs
 
 
@@ -210,19 +214,21 @@ class Draws:
     t: torch.Tensor  # (K, B) times
     eps: torch.Tensor  # (K, B, H, D) noise
 
-    def to(self, device: torch.device) -> Draws:
+    def to(self, device: torch.device) -> "Draws":
         return Draws(self.t.to(device), self.eps.to(device))
 
-    def select(self, index: torch.Tensor) -> Draws:
+    def select(self, index: torch.Tensor) -> "Draws":
         """The draws of some of the chunks."""
         return Draws(self.t[:, index], self.eps[:, index])
 
-    def repeat(self, n: int) -> Draws:
+    def repeat(self, n: int) -> "Draws":
         """The same draws for n batches laid end to end, e.g. [chosen; rejected]."""
         return Draws(self.t.repeat(1, n), self.eps.repeat(1, n, 1, 1))
 
 
-def make_draws(batch: int, horizon: int, dim: int, k: int, generator: torch.Generator, scheme: str) -> Draws:
+def make_draws(
+    batch: int, horizon: int, dim: int, k: int, generator: torch.Generator, scheme: str
+) -> "Draws":
     """K draws (t, eps) for each of `batch` chunks. scheme:
 
     "stratified": t at the midpoints of k equal strata, the paper's {0.125, 0.375, 0.625, 0.875} for k = 4.
@@ -315,8 +321,9 @@ def load_adapter(policy, folder: Path):
         with warnings.catch_warnings(action="ignore"):  # of missing keys, which are an error below
             adapted = PeftModel.from_pretrained(policy, str(folder))
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
-        why = one_line(error)
-        raise UserError(f"{folder} holds no adapter of this policy ({why}); run 03_dpo.py again") from error
+        raise UserError(
+            f"{folder} holds no adapter of this policy ({one_line(error)}); run 03_dpo.py again"
+        ) from error
     with safe_open(path, "pt") as file:
         other = set(file.keys()) ^ set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     if other:
@@ -414,8 +421,9 @@ class PairsConfig(StartConfig):
         made_from = stage.read_identity(stage.require(folder, section, hint) / "done.json")["inputs"]
         for path in self.sft_inputs():
             if stage.input_name(path, self.run_dir) not in made_from:
-                remedy = "set checkpoint= and start_seed= as they were for it"
-                raise UserError(f"{folder} was not made from {path}: {remedy}")
+                raise UserError(
+                    f"{folder} was not made from {path}: set checkpoint= and start_seed= as they were for it"
+                )
         return [folder]
 
     def pairs_inputs(self) -> list[Path]:

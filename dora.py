@@ -1,13 +1,12 @@
 """DoRA (arXiv 2402.09353) as peft has it, at the price of LoRA: same parameters, same files, same values.
 
-A DoRA layer computes g * (W x + s B A x) with g = magnitude / norm, one number per output; the norm of the rows of W + s B A
-counts as a constant in the backward pass (the paper's section 4.3). peft makes that whole out x in matrix in every forward pass.
-Here the square of the norm is expanded row by row, |W|^2 + 2 s <W A^T, B> + s^2 <B (A A^T), B>, which needs no such matrix.
+A DoRA layer computes g * (W x + s B A x). g = magnitude / norm has one number per output; the norm is that of
+the rows of W + s B A and counts as a constant in the backward pass (the paper's section 4.3). peft builds
+this whole out x in matrix in every forward pass. Here the square of the norm is expanded row by row,
+|W|^2 + 2 s <W A^T, B> + s^2 <B (A A^T), B>, which needs no such matrix.
 
-Training uses this file; an adapter that it saved is loaded, merged and run by peft alone.
+Only training uses this file. peft alone loads, merges and runs an adapter that it saved.
 """
-
-from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +16,12 @@ from torch import Tensor, nn
 
 
 class Product(torch.autograd.Function):
-    """y = m / norm * (x W^T + s (x A^T) B^T) for x (N, in), in x's precision: W (out, in) frozen, A (rank, in), B (out, rank),
-    the magnitude m (out,) and the norm (out,), which is a constant.
+    """y = m / norm * (x W^T + s (x A^T) B^T) for x (N, in), in x's precision.
 
-    Kept for the backward pass are x, x A^T and y, which its neighbours mostly keep anyway: dL/dm = sum of dL/dy * y / m.
-    So m must not be 0. It starts as the norm of W's row, and changes by a learning rate a step.
+    W (out, in) is frozen; A (rank, in), B (out, rank), the magnitude m (out,); the norm (out,) is a constant.
+    The backward pass keeps x, x A^T and y; the layers next to it mostly keep x and y anyway. It uses
+    dL/dm = sum of dL/dy * y / m, so m must not be 0: it starts as the norm of W's row, and changes by a
+    learning rate a step.
     """
 
     @staticmethod
@@ -45,10 +45,13 @@ class Product(torch.autograd.Function):
 
 
 class FactoredDora(DoraLinearVariant):
-    """peft's variant (files, merging), but `row_norm` gives the first magnitude: m / norm = 1 exactly, in bfloat16 too."""
+    """peft's variant (files, merging), with `row_norm` as the first magnitude: m / norm is exactly 1.
+
+    That holds in bfloat16 too.
+    """
 
     @staticmethod
-    def init(module: DoraLinear, adapter_name: str, **kwargs) -> None:
+    def init(module: nn.Module, adapter_name: str, **kwargs) -> None:
         DoraLinearVariant.init(module, adapter_name, **kwargs)
         module.lora_magnitude_vector[adapter_name].weight.data = module.row_norm(adapter_name)
 
@@ -71,10 +74,8 @@ class DoraLinear(Linear):
         m, norm = self.lora_magnitude_vector[adapter].weight, self.row_norm(adapter)
         if base.bias is None:
             return Product.apply(x.flatten(0, -2), base.weight, A, B, m, norm, s).unflatten(0, x.shape[:-1])
-        y, g = (
-            base(x),
-            m / norm,
-        )  # a bias is not scaled; in this order of terms y stays as it is where g = 1 and B = 0
+        y, g = base(x), m / norm
+        # g does not scale a bias. In this order of terms y stays as it is where g = 1 and B = 0.
         return (y + (g - 1) * (y - base.bias) + g * s * (x.to(A.dtype) @ A.T @ B.T)).to(y.dtype)
 
     @torch.no_grad()

@@ -7,14 +7,14 @@
 #   bash run_all.sh configs/tiny.yaml "03 04" dpo.beta=2  only DPO and the evaluations, with another beta
 #   bash run_all.sh configs/tiny.yaml adapters=dora       without the LoRA variant
 #   bash run_all.sh configs/tiny.yaml backbones=both      both paradigms, one after the other
-#   bash run_all.sh configs/tiny.yaml 07                  the surrogate against the exact likelihood (not among the default stages)
+#   bash run_all.sh configs/tiny.yaml 07                  the surrogate against the exact likelihood; 05 to 07 run only if named
 #
-# Finished stages are skipped; a stage whose config, inputs or code have changed is redone, and so is what depends on it.
-# Stopped at any moment, the same command goes on where it was. Set PYTHON to use an environment of your own instead of .venv.
+# It skips finished stages. It redoes a stage whose config, inputs or code have changed, and what depends on that stage.
+# Stopped at any moment, the same command goes on where it was. Set PYTHON to use another environment than .venv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-unset ADAPTERS # which may be given as none
+unset ADAPTERS # "adapters=" means none
 CONFIG=configs/tiny.yaml STAGES="" BACKBONES="" OVERRIDES=()
 for argument in "$@"; do
   case $argument in
@@ -26,7 +26,7 @@ for argument in "$@"; do
     *) STAGES=$argument ;;
   esac
 done
-named() { # what a config, or else the one that it is laid over, has of a key, on a line of its own
+named() { # the value of a key that stands on a line of its own in a config, or else in its base
   [[ -f $2 ]] || return 0
   local found base
   found=$(sed -n "s/^$1: *\([^#]*\).*/\1/p" "$2") base=$(sed -n "s/^base: *\([^# ]*\).*/\1/p" "$2")
@@ -62,13 +62,15 @@ stage() { # number, script and its arguments
   "$PYTHON" "$1" "${arguments[@]}"
 }
 
-for backbone in ${BACKBONES:-""}; do # a wrong key shows now, not in an hour
-  "$PYTHON" common.py "$CONFIG" ${backbone:+backbone="$backbone"} ${OVERRIDES[@]+"${OVERRIDES[@]}"}
+# A wrong key shows now, not in an hour. Before a new run also: is this simulator everyone's simulator? Once.
+for backbone in ${BACKBONES:-""}; do
+  flag=--config-only
+  if [[ " $STAGES " == *" 00 "* && ! -d runs/$(basename "$CONFIG" .yaml) && $backbone == "${BACKBONES##* }" ]]; then
+    echo "[setup] \$ python -m extras.preflight $CONFIG"
+    flag=""
+  fi
+  "$PYTHON" -m extras.preflight "$CONFIG" "$STAGES" $flag ${backbone:+backbone="$backbone"} ${OVERRIDES[@]+"${OVERRIDES[@]}"}
 done
-if [[ " $STAGES " == *" 00 "* && ! -d runs/$(basename "$CONFIG" .yaml) ]]; then # once: is this simulator everyone's simulator?
-  echo "[setup] \$ python preflight.py $CONFIG"
-  "$PYTHON" preflight.py "$CONFIG" ${BACKBONES:+backbone="${BACKBONES##* }"} ${OVERRIDES[@]+"${OVERRIDES[@]}"}
-fi
 stage 00 00_demos.py
 for backbone in ${BACKBONES:-""}; do
   stage 01 01_sft.py

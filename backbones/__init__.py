@@ -4,12 +4,11 @@ OpenVLA (openvla.py) writes actions as tokens, pi-0.5 (pi05.py) generates them b
 this package is cheap: a backbone's module, and transformers with it, is imported when one is built.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch
 
+from backbones.memory import report as dry_run
 from backbones.models import build, horizon, load_policy
 from backbones.policy import Policy, build_tokenizer, collate
 from common import blank_images
@@ -27,10 +26,6 @@ def load_sft(cfg) -> Policy:
     """
     folder = Path(cfg.checkpoint or cfg.start_dir / "sft")
     weights = "model.safetensors" if cfg.start == "final" else f"model-{cfg.start}.safetensors"
-    if cfg.start != "final" and not (folder / weights).is_file():
-        kept = [path.stem.partition("-")[2] for path in sorted(folder.glob("model-*.safetensors"))]
-        there = ", ".join(kept) or "none"
-        raise UserError(f"no SFT snapshot of step {cfg.start} in {folder} (kept: {there}); see sft.snapshots")
     policy = load_policy(folder, weights, cfg.model if cfg.checkpoint else None, cfg.suites)
     if policy.backbone != cfg.backbone:
         raise UserError(f"{folder} is a checkpoint of {policy.backbone}; set backbone={policy.backbone}")
@@ -41,8 +36,7 @@ def load_sft(cfg) -> Policy:
 def propose(policy: Policy, obs: dict, cfg, generators: list[torch.Generator]) -> torch.Tensor:
     """One normalised chunk (H, 7) per generator for one observation, which is encoded once: (N, H, 7)."""
     if cfg.execute > policy.horizon:
-        held = f"the policy's chunks have {policy.horizon}"
-        raise UserError(f"execute={cfg.execute} actions of a chunk, but {held}; lower execute")
+        raise UserError(f"execute={cfg.execute} must be at most {policy.horizon}, the policy's chunk length")
     batch = collate([blank_images(obs) if cfg.blank_images else obs])
     prefix = policy.encode(batch).select(torch.zeros(len(generators), dtype=torch.long))
     noise = cfg.noise_scale * torch.cat([policy.noise(1, g) for g in generators])
@@ -50,10 +44,3 @@ def propose(policy: Policy, obs: dict, cfg, generators: list[torch.Generator]) -
     if not chunks.isfinite().all():
         raise UserError("the policy's actions are not finite: its weights or statistics are damaged")
     return chunks
-
-
-def dry_run(cfg, section: str) -> None:
-    """Print what a stage would take: memory and hours."""
-    from backbones.memory import report
-
-    report(cfg, section)

@@ -3,8 +3,6 @@
 Shapes: B observations, S tokens, L layers.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+KeyValues = list[tuple[Tensor, Tensor]]  # of each layer, (B, kv heads, S, head_dim), keys rotated
 
 
 def conv_stem(width: int, patch_size: int) -> nn.Sequential:
@@ -66,7 +66,7 @@ def project_kv(attn: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple
 
 
 class Rows:
-    """Tensors of a batch: observations come first in each, tokens last but one; the last is `valid` (B, S)."""
+    """Tensors of a batch, observations first, tokens last but one; the last of them is `valid` (B, S)."""
 
     def tensors(self) -> list[Tensor]:
         return [getattr(self, name) for name in self.__dataclass_fields__]
@@ -103,6 +103,9 @@ class Prefix(Rows):
     keys: Tensor  # (B, L, kv heads, S, head_dim), rotated
     values: Tensor  # (B, L, kv heads, S, head_dim)
     valid: Tensor  # (B, S) bool; False where the prompt is padded
+
+    def layers(self) -> KeyValues:
+        return list(zip(self.keys.unbind(1), self.values.unbind(1), strict=True))
 
 
 @dataclass

@@ -1,19 +1,21 @@
-"""The exact log-likelihood of an action chunk under a flow-matching policy: what stage 07 holds the surrogate against, and what
-stage 03 trains on with `surrogate: exact`.
+"""The exact log-likelihood of an action chunk under a flow-matching policy.
 
-The policy's velocity field turns noise into a chunk along dx/dt = v(x, t, o), from t = 1 (noise) to t = 0 (chunk). Followed the
-other way, from the chunk to the noise that it came from, it gives the chunk's density (Chen et al., arXiv 1806.07366, Eq. 8):
+Stage 07 compares the surrogate with it; stage 03 trains on it with `surrogate: exact`.
+
+The policy's velocity field turns noise into a chunk along dx/dt = v(x, t, o), from t = 1 (noise) to t = 0
+(chunk). Followed the other way, from the chunk to the noise that it came from, the field gives the chunk's
+density (Chen et al., arXiv 1806.07366, Eq. 8):
 
     log p(a | o) = log N(x_1; 0, I) + integral over t from 0 to 1 of tr(dv/dx)(x_t, t, o) dt,    x_0 = a.
 
-What acts is not that flow but its Euler map of 10 steps, x - v / 10, with a density of its own (`euler_log_prob`).
+The policy does not act by this flow but by its Euler map of 10 steps, x - v / 10. That map has a density of
+its own (`euler_log_prob`).
 
-A velocity is a function of x (N, H, D) and a time t (), the same for all rows, to (N, H, D); `velocity_of(policy, prefix)` is a
-policy's. Densities are over all H x D dimensions as flowed, 10 x 7 for the tiny policy. Where a published checkpoint pads its
-actions to 32 dimensions, this is the density of the padded chunk. Precision is that of the chunk.
+A velocity is a function of x (N, H, D) and a time t (), common to all rows, to (N, H, D);
+`velocity_of(policy, prefix)` makes one of a policy. Densities are over all H x D dimensions as flowed, 10 x 7
+for the tiny policy. Where a published checkpoint pads its actions to 32 dimensions, the density is that of
+the padded chunk. All is computed in the chunk's precision.
 """
-
-from __future__ import annotations
 
 import copy
 import dataclasses
@@ -31,7 +33,7 @@ Divergence = Callable[
 
 
 def derivatives():
-    """Context in which attention can be differentiated twice: the fused kernels' backward pass has no derivative."""
+    """Context in which attention can be differentiated twice, which fused kernels do not allow."""
     return sdpa_kernel(SDPBackend.MATH)
 
 
@@ -40,14 +42,17 @@ def velocity_of(policy, prefix) -> Velocity:
 
 
 def in_float64(policy, prefix, chunk: Tensor) -> tuple:
-    """The same in double precision: copies of the policy, its prefix and chunks."""
+    """Copies of the policy, its prefix and chunks in double precision."""
     prefix = dataclasses.replace(prefix, keys=prefix.keys.double(), values=prefix.values.double())
     return copy.deepcopy(policy).double(), prefix, chunk.double()
 
 
-# --------------------------------------------------------------------------------------------------------------- the trace
+# ------------------------------------------------------------------------------------------------- the trace
 def jacobian(velocity: Velocity, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """v (N, H, D) and dv/dx (N, H D, H D), a vector-Jacobian product for each of the H D outputs, batched. No gradients."""
+    """v (N, H, D) and dv/dx (N, H D, H D), without gradients.
+
+    One vector-Jacobian product for each of the H D outputs, all in one batch.
+    """
     n, h, d = x.shape
     with torch.enable_grad(), derivatives():
         x = x.detach().requires_grad_()
@@ -63,11 +68,10 @@ def exact_trace(velocity: Velocity, x: Tensor, t: Tensor) -> tuple[Tensor, Tenso
 
 
 def hutchinson(probes: Tensor) -> Divergence:
-    """tr dv/dx = E[z' (dv/dx) z] over probes z with unit covariance, here the mean over fixed ones, P for each row: (N, P, H, D).
+    """tr dv/dx = E[z' (dv/dx) z] over probes z with unit covariance: the mean over P fixed ones for each row.
 
-    Differentiable (a second time) wherever gradients are on.
+    probes: (N, P, H, D).  The result can be differentiated where gradients are on.
     """
-
     each = probes.unbind(1)
 
     def divergence(velocity: Velocity, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,11 +89,11 @@ def hutchinson(probes: Tensor) -> Divergence:
 
 
 def make_probes(batch: int, n: int, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """n Rademacher probes for each row (batch, n, H, D): of the least variance among those with independent entries."""
+    """n Rademacher probes for each row (batch, n, H, D): independent entries, with the least variance."""
     return torch.randint(0, 2, (batch, n, *shape), generator=generator).float() * 2 - 1
 
 
-# ----------------------------------------------------------------------------------------------------------------- the ODE
+# --------------------------------------------------------------------------------------------------- the ODE
 def log_normal(x: Tensor) -> Tensor:
     """log N(x; 0, I) of x (N, H, D): (N,)."""
     return -0.5 * (x.square() + math.log(2 * math.pi)).flatten(1).sum(1)
@@ -98,7 +102,8 @@ def log_normal(x: Tensor) -> Tensor:
 def time_grid(steps: int) -> Tensor:
     """steps + 1 times from 0 to 1, (i / steps)^2: dense near the chunk, where v changes fastest.
 
-    For the tiny policy, 10 midpoint steps of this grid err by 2 nats, equal ones by 10 (of about 200, see NOTES.md).
+    For the tiny policy, 10 midpoint steps of this grid err by 2 nats and equal steps by 10, of about 200 (see
+    docs/notes.md).
     """
     return torch.linspace(0, 1, steps + 1, dtype=torch.float64) ** 2
 
@@ -111,9 +116,10 @@ def ode_log_prob(
     solver: str = "midpoint",
     **options,
 ):
-    """log p (N,) of chunks (N, H, D) under the flow. times: from 0 to 1, the steps of a fixed-step solver of torchdiffeq.
+    """log p (N,) of chunks (N, H, D) under the flow, by a solver of torchdiffeq.
 
-    An adaptive solver ("dopri5", rtol=, atol=) picks its own, for all rows together.
+    times: from 0 to 1, the steps of a fixed-step solver. An adaptive one ("dopri5", rtol=, atol=) picks its
+    own, for all rows together.
     """
     from torchdiffeq import odeint
 
@@ -128,15 +134,13 @@ def ode_log_prob(
 def pair_log_probs(
     policy, prefix, chosen: Tensor, rejected: Tensor, probes: Tensor | None, steps: int, float64: bool = False
 ):
-    """log p (B,), (B,) of both chunks (B, H, 7) of each pair, after B prefixes.
+    """log p (B,), (B,) of both chunks (B, H, 7) of each pair, behind B prefixes.
 
     probes: Hutchinson's (B, P, H, D), the same for both chunks; None: the exact trace, without gradients.
     """
     b = len(chosen)
-    prefix, chunks = (
-        prefix.select(torch.arange(b).repeat(2)),
-        policy.pad(torch.cat([chosen, rejected])).to(prefix.keys.device),
-    )
+    prefix = prefix.select(torch.arange(b).repeat(2))
+    chunks = policy.pad(torch.cat([chosen, rejected])).to(prefix.keys.device)
     if float64:
         policy, prefix, chunks = in_float64(policy, prefix, chunks)
     trace = exact_trace if probes is None else hutchinson(probes.repeat(2, 1, 1, 1).to(chunks))
@@ -144,18 +148,16 @@ def pair_log_probs(
     return scores[:b], scores[b:]
 
 
-# ------------------------------------------------------------------------------------------------------------ the Euler map
+# --------------------------------------------------------------------------------------------- the Euler map
 def euler_sample(velocity: Velocity, noise: Tensor, steps: int = 10) -> tuple[Tensor, Tensor]:
-    """What acts: noise (N, H, D) -> chunk by x <- x - v(x, t) / steps for t = 1, 1 - 1 / steps, ..., 1 / steps, and log p (N,) of
-    the chunk under that map:
+    """How a policy acts: noise (N, H, D) -> chunk, and log p (N,) of the chunk under that map.
+
+    The map is x <- x - v(x, t) / steps for t = 1, 1 - 1 / steps, ..., 1 / steps, so
 
         log p(a) = log N(x_1; 0, I) - sum over steps of log |det(I - (dv/dx)(x_t, t) / steps)|
     """
-    x, log_p, eye = (
-        noise,
-        log_normal(noise),
-        torch.eye(noise[0].numel(), dtype=noise.dtype, device=noise.device),
-    )
+    x, log_p = noise, log_normal(noise)
+    eye = torch.eye(noise[0].numel(), dtype=noise.dtype, device=noise.device)
     for i in range(steps, 0, -1):
         v, j = jacobian(velocity, x, noise.new_tensor(i / steps))
         x, log_p = x - v / steps, log_p - torch.linalg.slogdet(eye - j / steps).logabsdet
@@ -167,16 +169,12 @@ def euler_log_prob(
 ) -> Tensor:
     """log p (N,) of any chunks (N, H, D) under that map, whose steps are inverted by Newton's method.
 
-    nan where no preimage is found. That is common, and no weakness of Newton's method alone: the last step (t = 1 / steps) nearly
-    projects onto the data, so it is badly conditioned, folds, and does not reach every chunk. Where a chunk has several
-    preimages, this is the density along one of them.
+    nan where no preimage is found, which is common. Newton's method is only one reason: the last step
+    (t = 1 / steps) nearly projects onto the data. So it is badly conditioned, it folds, and it does not reach
+    every chunk. Where a chunk has several preimages, this is the density along one of them.
     """
-    dt, x, log_det, found = (
-        1 / steps,
-        chunk,
-        chunk.new_zeros(len(chunk)),
-        chunk.new_ones(len(chunk), dtype=torch.bool),
-    )
+    dt, x, log_det = 1 / steps, chunk, chunk.new_zeros(len(chunk))
+    inverted = torch.ones_like(log_det, dtype=torch.bool)  # rows whose preimage was found so far
     eye = torch.eye(chunk[0].numel(), dtype=chunk.dtype, device=chunk.device)
     for i in range(1, steps + 1):
         t, after = chunk.new_tensor(i * dt), x
@@ -185,23 +183,19 @@ def euler_log_prob(
             v, j = jacobian(velocity, x, t)
             residual = after - (x - dt * v)  # (N, H, D)
             left = residual.flatten(1).norm(dim=1)
-            if (left[found] < tolerance).all():
+            if (left[inverted] < tolerance).all():
                 break
-            step = torch.linalg.solve_ex(eye - dt * j, residual.flatten(1)).result.view_as(
-                x
-            )  # singular: not finite
-            x = x + shortened(
-                step, left, lambda y: (after - (y - dt * velocity(y, t))).flatten(1).norm(dim=1), x
-            )
-        found &= left < tolerance
+            step = torch.linalg.solve_ex(eye - dt * j, residual.flatten(1)).result  # singular: not finite
+            x = x + shortened(step.view_as(x), left, lambda y: after - (y - dt * velocity(y, t)), x)  # noqa: B023
+        inverted &= left < tolerance
         log_det = log_det + torch.linalg.slogdet(eye - dt * j).logabsdet
-    return torch.where(found, log_normal(x) - log_det, math.nan)
+    return torch.where(inverted, log_normal(x) - log_det, math.nan)
 
 
 def shortened(step: Tensor, before: Tensor, residual: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Newton's step (N, H, D), halved in the rows whose residual (N,) it would not lessen."""
+    """Newton's step (N, H, D), halved in the rows in which it would not lessen the residual's norm (N,)."""
     for _ in range(6):
-        worse = ~(residual(x + step) < before)
+        worse = ~(residual(x + step).flatten(1).norm(dim=1) < before)
         if not worse.any():
             break
         step = torch.where(worse[:, None, None], step / 2, step)

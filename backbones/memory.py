@@ -18,8 +18,6 @@ simulator, and the time to launch kernels, which dominates eager code at batch 1
 hardware allows, not what a first run will take.
 """
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 
@@ -31,21 +29,16 @@ from torch.utils._pytree import tree_leaves
 
 import common
 from backbones.models import build
-from backbones.policy import STATE_DIM, build_tokenizer
+from backbones.policy import DIMS, build_tokenizer
 from backbones.published import sizes
 from runtime.config import laid_over
 
 SIMULATOR_GB = 2.4  # of one LIBERO process, measured
 PYTORCH_GB = 0.6  # of a process that has loaded nothing else
-GPU, FLOPS, BANDWIDTH = (
-    "H100",
-    989e12,
-    3.35e12,
-)  # NVIDIA's data sheet: dense bfloat16 per second, bytes per second
+GPU, FLOPS, BANDWIDTH = "H100", 989e12, 3.35e12  # data sheet: dense bfloat16 per second, bytes per second
 UTILISATION = 0.4  # share of FLOPS that well-run training reaches
 INSTRUCTION = "put both the alphabet soup and the tomato sauce in the basket"  # one of the longest
 SIMULATING = ("demos", "prefs", "eval", "cells")  # sections of stages whose workers each have a simulator
-PIXELS = 64  # of images for counting; a policy resizes them
 
 
 def size(tensors) -> int:
@@ -53,9 +46,9 @@ def size(tensors) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-# ------------------------------------------------------------------------------- a policy and a batch to count
+# ------------------------------------------------------------------------------ a policy and a batch to count
 def make_policy(cfg, trained: str) -> nn.Module:
-    """The config's policy on the meta device, in its dtype. trained: "full", "lora", "dora" or "" (nothing)."""
+    """The config's policy on the meta device. trained: "full", "lora", "dora" or "" (nothing)."""
     start = getattr(cfg, "checkpoint", "") or cfg.init_from
     model = laid_over(sizes(Path(start)), cfg.model) if start else cfg.model
     from_scratch = model and "vocab_size" not in model  # one instruction has about as many words as LIBERO's
@@ -68,37 +61,34 @@ def make_policy(cfg, trained: str) -> nn.Module:
             common.attach_adapter(policy, trained, cfg.rank, cfg.alpha, targets, cfg.seed)
     policy.recompute = getattr(cfg, "recompute", False)
     policy.tokenizer = build_tokenizer([INSTRUCTION])
-    for kind, n in (("action", common.ACTION_DIM), ("state", STATE_DIM)):
-        zeros, ones = [0.0] * n, [1.0] * n
-        policy.norm_stats[kind] = {"q01": [-1.0] * n, "q99": ones, "mean": zeros, "std": ones}
+    for kind, n in DIMS.items():
+        unit = {"q01": -1.0, "q99": 1.0, "mean": 0.0, "std": 1.0}
+        policy.norm_stats[kind] = {name: [value] * n for name, value in unit.items()}
     return policy
 
 
-def make_batch(policy, n: int, device: str) -> tuple[tuple, Tensor, Tensor]:
-    """Prefix inputs of n observations, chunks (n, H, 7) and mask (n, H), on `device`."""
-    image = torch.zeros(n, PIXELS, PIXELS, 3, dtype=torch.uint8)
-    obs = dict.fromkeys(common.CAMERAS, image)
-    obs |= {"state": torch.zeros(n, STATE_DIM), "instruction": [INSTRUCTION] * n}
-    inputs = tuple(None if x is None else x.to(device) for x in policy.inputs(obs))
-    chunk = torch.zeros(n, policy.horizon, policy.action_dim, device=device)
-    return inputs, chunk, torch.ones(n, policy.horizon, dtype=torch.bool, device=device)
+def make_batch(policy, n: int) -> tuple[dict, Tensor, Tensor]:
+    """n observations, chunks (n, H, 7) and mask (n, H). The policy resizes the images."""
+    obs = dict.fromkeys(common.CAMERAS, torch.zeros(n, 64, 64, 3, dtype=torch.uint8))
+    obs |= {"state": torch.zeros(n, DIMS["state"]), "instruction": [INSTRUCTION] * n}
+    return obs, torch.zeros(n, policy.horizon, policy.action_dim), torch.ones(n, policy.horizon) > 0
 
 
-def sft_forward(policy, cfg, device: str = "meta") -> Tensor:
+def sft_forward(policy, cfg) -> Tensor:
     """What 01_sft.py differentiates."""
-    inputs, chunk, mask = make_batch(policy, cfg.batch_size, device)
+    obs, chunk, mask = make_batch(policy, cfg.batch_size)
     draws = policy.draws(len(chunk), cfg.draws, torch.Generator(), "beta")
-    return policy.sft_loss(policy.prefix(*inputs), chunk, draws, mask)
+    return policy.sft_loss(policy.encode(obs), chunk, draws, mask)
 
 
-def dpo_forward(policy, cfg, device: str = "meta") -> Tensor:
+def dpo_forward(policy, cfg) -> Tensor:
     """What 03_dpo.py differentiates: both chunks of each pair, behind one prefix or one each."""
-    inputs, chunk, mask = make_batch(policy, cfg.batch_size, device)
+    obs, chunk, mask = make_batch(policy, cfg.batch_size)
     draws = policy.draws(len(chunk), cfg.draws, torch.Generator(), "stratified")
     if cfg.surrogate == "independent":
-        terms = [policy.log_prob(policy.prefix(*inputs), chunk, draws, mask, "velocity") for _ in range(2)]
+        terms = [policy.log_prob(policy.encode(obs), chunk, draws, mask, "velocity") for _ in range(2)]
         return torch.cat(terms).sum()
-    prefix = policy.prefix(*inputs).select(torch.arange(len(chunk), device=device).repeat(2))
+    prefix = policy.encode(obs).select(torch.arange(len(chunk)).repeat(2))
     both = None if draws is None else draws.repeat(2)
     return policy.log_prob(prefix, chunk.repeat(2, 1, 1), both, mask.repeat(2, 1), "velocity").sum()
 
@@ -114,12 +104,12 @@ class FusedAttention(TorchFunctionMode):
         options = kwargs or {}
         if function is not F.scaled_dot_product_attention or not arguments[0].is_meta:
             return function(*arguments, **options)
-        q, k, v = arguments
-        mask = options.get("attn_mask")
+        mask, causal = options.get("attn_mask"), options.get("is_causal", False)
         if mask is not None and not mask.is_floating_point():
-            mask = torch.zeros_like(mask, dtype=q.dtype)
-        attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return attention(q, k, v, 0.0, options.get("is_causal", False), attn_mask=mask)[0]
+            mask = torch.zeros_like(mask, dtype=arguments[0].dtype)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *arguments, 0.0, causal, attn_mask=mask
+        )[0]
 
 
 def kept_for_backward(policy, forward) -> int:
@@ -134,16 +124,13 @@ def kept_for_backward(policy, forward) -> int:
         return tensor
 
     def saving(where: dict):
-        return torch.autograd.graph.saved_tensors_hooks(
-            lambda tensor: keep(tensor, where), lambda tensor: tensor
-        )
+        return torch.autograd.graph.saved_tensors_hooks(lambda t: keep(t, where), lambda t: t)
 
     def counted(layer, *arguments):
         nonlocal most
         if policy.recompute:  # a layer that will run again keeps its arguments instead
-            for leaf in tree_leaves(arguments):
-                if isinstance(leaf, Tensor):
-                    keep(leaf, kept)
+            for tensor in [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]:
+                keep(tensor, kept)
             with saving(once):
                 layer(*arguments)
             most = max(most, sum(storage.nbytes() for key, storage in once.items() if key not in kept))
@@ -159,31 +146,29 @@ def kept_for_backward(policy, forward) -> int:
 
 def estimate(cfg, stage: str) -> dict:
     """Bytes by part, and counts. stage: "sft", "dpo", or another one, which only runs the policy."""
-    trained = {"sft": getattr(cfg, "train", ""), "dpo": getattr(cfg, "adapter", "")}.get(stage, "")
-    policy = make_policy(cfg, trained)
+    what_trains = {"sft": "train", "dpo": "adapter"}.get(stage)  # the key that says so
+    policy = make_policy(cfg, getattr(cfg, what_trains) if what_trains else "")
     trainable = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     parts = {"weights": size(policy.parameters())}
     with torch.no_grad():
-        prefix = policy.prefix(*make_batch(policy, 1, "meta")[0])
+        prefix = policy.encode(make_batch(policy, 1)[0])
     of_one = size([prefix.keys, prefix.values])
-    if trained:
-        moments = 2 * size(trainable.values())
-        parts |= {"gradients": size(trainable.values()), "AdamW's moments": moments}
-        if stage == "sft":
-            parts["averaged copy"] = parts["weights"]
+    if what_trains:
+        gradients = size(trainable.values())
+        parts |= {"gradients": gradients, "AdamW's moments": 2 * gradients}
+        parts |= {"averaged copy": parts["weights"]} if stage == "sft" else {}
         parts["activations"] = kept_for_backward(policy, lambda: FORWARD[stage](policy, cfg))
         if not all(name.startswith("expert.") for name in trainable):
             chunks = cfg.batch_size * (2 if stage == "dpo" else 1)
             parts["gradients of keys and values"] = chunks * of_one
     else:
         parts["keys and values"] = of_one
-    if stage == "distill":
-        parts["the student's weights"] = parts["weights"]
+    parts |= {"the student's weights": parts["weights"]} if stage == "distill" else {}
     return {
         "parts": parts,
         "parameters": sum(p.numel() for p in policy.parameters()),
         "trainable": sum(p.numel() for p in trainable.values()),
-        "adapted_layers": sum(name.endswith("weight") and "lora_A" in name for name in trainable),
+        "adapted_layers": sum("lora_A" in name for name in trainable),
     }
 
 
@@ -211,21 +196,24 @@ def work_of_training(cfg, stage: str) -> tuple[float, str]:
     policy = make_policy(cfg, cfg.train if stage == "sft" else cfg.adapter)
     with torch.no_grad(), Work() as work:
         FORWARD[stage](policy, cfg)
-    full = stage == "sft" and cfg.train == "full"  # otherwise no gradients of the weights, half the pass
-    passes = {"forward": 1, "backward": 2 if full else 1, "again": int(cfg.recompute)}
-    passes["reference"] = int(stage == "dpo")
+    full = stage == "sft" and cfg.train == "full"  # otherwise the backward pass gives no gradients of weights
+    passes = {
+        "forward": 1,
+        "backward": 1 + full,
+        "again": int(cfg.recompute),
+        "reference": int(stage == "dpo"),
+    }
     terms = " + ".join(f"{n} {name}" for name, n in passes.items() if n)
-    of_one = f"{work.flops / 1e12:.3g} TFLOP"
-    return cfg.steps * sum(passes.values()) * work.flops, f"{cfg.steps} steps x ({terms}) x {of_one}"
+    total = cfg.steps * sum(passes.values()) * work.flops
+    return total, f"{cfg.steps} steps x ({terms}) x {work.flops / 1e12:.3g} TFLOP"
 
 
 def work_of_a_look(cfg) -> tuple[float, float]:
     """Operations, and bytes of weights, from one observation to one chunk."""
     policy = make_policy(cfg, "")
-    noise = policy.noise(1, torch.Generator()).to("meta")
     with torch.no_grad(), Work() as work:
-        prefix = policy.prefix(*make_batch(policy, 1, "meta")[0])
-        policy.sample_actions(prefix, noise, cfg.denoise_steps)
+        prefix = policy.encode(make_batch(policy, 1)[0])
+        policy.sample_actions(prefix, policy.noise(1, torch.Generator()).to("meta"), cfg.denoise_steps)
     return work.flops, work.bytes
 
 
@@ -237,14 +225,15 @@ def time_needed(cfg, stage: str) -> str:
         return f"{terms}: {hours:.2g} hours on an {GPU} at {UTILISATION:.0%} of its peak"
     flops, read = work_of_a_look(cfg)
     seconds = max(flops / FLOPS / UTILISATION, read / BANDWIDTH)
-    steps = [common.MAX_STEPS[suite] for suite in cfg.suites]
-    tasks = len(cfg.suites) * len(cfg.tasks or range(10))
-    episodes = cfg.max_playouts if stage == "prefs" else tasks * cfg.n_init
-    looks = episodes * sum(steps) / len(steps) / cfg.execute
-    work = f"{flops / 1e12:.2g} TFLOP, {read / 1e9:.2g} GB of weights"
-    terms = f"{looks:.0f} looks at most x {1000 * seconds:.2g} ms ({work})"
-    hours = looks * seconds / 3600
-    return f"{terms}: {hours:.2g} hours on an {GPU} at best, without the simulator"
+    steps = sum(common.MAX_STEPS[suite] for suite in cfg.suites)  # of an episode of each suite
+    episodes = (
+        len(cfg.tasks or range(10)) * cfg.n_init if stage != "prefs" else cfg.max_playouts / len(cfg.suites)
+    )
+    looks = episodes * steps / cfg.execute
+    return (
+        f"{looks:.0f} looks at most x {1000 * seconds:.2g} ms ({flops / 1e12:.2g} TFLOP, {read / 1e9:.2g} GB"
+        f" of weights): {looks * seconds / 3600:.2g} hours on an {GPU} at best, the simulator apart"
+    )
 
 
 def report(cfg, stage: str) -> None:
@@ -254,22 +243,23 @@ def report(cfg, stage: str) -> None:
     if stage == "demos":
         return
     counts = estimate(cfg, stage)
-    parameters = f"{counts['parameters']:,} parameters, {counts['trainable']:,} of them trained"
-    print(f"{stage}, {cfg.backbone}, {cfg.dtype}: {parameters}")
+    print(
+        f"{stage}, {cfg.backbone}, {cfg.dtype}: {counts['parameters']:,} parameters,"
+        f" {counts['trainable']:,} of them trained"
+    )
     if counts["adapted_layers"]:
         print(f"adapter in {counts['adapted_layers']} layers")
-    for part, n in counts["parts"].items():
-        print(f"{part:>30}  {n / 2**30:9.3f} GiB")
     many = f", in each of {cfg.workers} processes" if stage in SIMULATING and cfg.workers > 1 else ""
-    print(f"{'together':>30}  {sum(counts['parts'].values()) / 2**30:9.3f} GiB{many}")
+    for part, n in (counts["parts"] | {"together": sum(counts["parts"].values())}).items():
+        print(f"{part:>30}  {n / 2**30:9.3f} GiB{many if part == 'together' else ''}")
     if stage in (*FORWARD, *SIMULATING):
         print(time_needed(cfg, stage))
     if not (getattr(cfg, "checkpoint", "") or cfg.init_from or cfg.model):  # the published shapes
-        download = f"{counts['parameters'] * 2 / 1e9:.0f} GB in bfloat16"
-        print(f"to download: {download}; a checkpoint in float32 has twice that")
+        gigabytes = counts["parameters"] * 2 / 1e9
+        print(f"to download: {gigabytes:.0f} GB in bfloat16; a checkpoint in float32 has twice that")
 
 
-# --------------------------------------------------------------------- extras/preflight.py: is there enough?
+# ----------------------------------------------------------------- for extras/preflight.py: is there enough?
 def free_memory(device: str) -> int:
     """Free bytes of the GPU, or of main memory: the system's count, or what the container's limit leaves."""
     if device == "cuda":
@@ -287,48 +277,45 @@ def free_memory(device: str) -> int:
     return free
 
 
-def memory_needed(cfgs: dict) -> dict[str, tuple[int, int]]:
-    """Stage -> bytes of main memory, and of the GPU where its config uses one."""
+def memory_needed(cfgs: dict) -> dict[str, dict[str, int]]:
+    """Stage -> bytes of main memory ("cpu"), and of the GPU ("cuda") where its config uses one."""
     needs = {}
     for stage, cfg in cfgs.items():
-        model = 0
-        if stage != "demos" and not (stage == "sft" and cfgs["dpo"].checkpoint):  # then there is no SFT
-            model = sum(estimate(cfg, stage)["parts"].values())
+        none = stage == "demos" or (stage == "sft" and cfgs["dpo"].checkpoint)  # then there is no SFT
+        model = 0 if none else sum(estimate(cfg, stage)["parts"].values())
         processes = cfg.workers if stage in SIMULATING else 1
         program = 1e9 * (SIMULATOR_GB if stage in SIMULATING else PYTORCH_GB)
         on_gpu = processes * model if getattr(cfg, "device", "cpu") == "cuda" else 0
-        needs[stage] = int(processes * (program + model) - on_gpu), on_gpu
+        needs[stage] = {"cpu": int(processes * (program + model) - on_gpu), "cuda": on_gpu}
     return needs
 
 
 def check_memory(cfgs: dict) -> tuple[bool, str]:
     """Whether the stage that takes most fits, and a line for preflight.py."""
     needs, words, fits = memory_needed(cfgs), [], True
-    for i, device in enumerate(dict.fromkeys(["cpu", cfgs["eval"].device])):
-        stage = max(needs, key=lambda name: needs[name][i])
-        need, free = needs[stage][i], free_memory(device)
+    for device in dict.fromkeys(["cpu", cfgs["eval"].device]):
+        need, stage = max((need[device], stage) for stage, need in needs.items())
+        free = free_memory(device)
         fits &= need <= free
         what = "main memory" if device == "cpu" else "GPU memory"
         words.append(f"{stage} takes {need / 2**30:.1f} GiB of {what}, {free / 2**30:.1f} are free")
-    remedy = "" if fits else "; lower workers or the stage's batch_size, or set its recompute (see --dry-run)"
-    return fits, "; ".join(words) + remedy
+    if not fits:
+        words.append("lower workers or the stage's batch_size, or set its recompute (see --dry-run)")
+    return fits, "; ".join(words)
 
 
 def disk_needed(cfgs: dict) -> int:
     """Bytes of a run folder at its fullest, nothing compressed: demonstrations and pairs while their parts
     are merged, weights, and two states of a training while the second is written.
     """
-    demos, sft, prefs = cfgs["demos"], cfgs["sft"], cfgs["prefs"]
+    demos, sft = cfgs["demos"], cfgs["sft"]
     frame = 2 * 3 * demos.image_size**2
     episodes = len(demos.suites) * len(demos.tasks or range(10)) * demos.n_init * demos.demos_per_init
-    total = 2 * prefs.n_pairs * frame + 50 * 10**6  # pairs; videos, logs, the report
+    total = 2 * cfgs["prefs"].n_pairs * frame + 50 * 10**6  # pairs; videos, logs, the report
     if not demos.source:
         total += 2 * frame * episodes * 120 / demos.frame_every  # 120 steps: about the mean
-    if not cfgs["dpo"].checkpoint:
-        weights = estimate(sft, "sft")["parts"]["weights"]
-        total += (
-            1 + len(sft.snapshots)
-        ) * weights + 2 * 4 * weights  # policy, average and two moments, twice
+    if not cfgs["dpo"].checkpoint:  # snapshots; and twice: the policy, its average and two moments
+        total += (1 + len(sft.snapshots) + 2 * 4) * estimate(sft, "sft")["parts"]["weights"]
     return int(total)
 
 
@@ -337,7 +324,6 @@ def check_disk(cfgs: dict) -> tuple[bool, str]:
     root = Path(cfgs["demos"].root).absolute()
     there = next(folder for folder in (root, *root.parents) if folder.is_dir())
     need, free = disk_needed(cfgs), shutil.disk_usage(there).free
+    remedy = "" if need <= free else "; make room, or name another disk with root="
     words = f"a run takes {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free in {there}"
-    if need > free:
-        words += "; make room, or name another disk with root="
-    return need <= free, words
+    return need <= free, words + remedy

@@ -1,7 +1,5 @@
 """From a name or a folder to a policy."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,10 +8,10 @@ from backbones.policy import (
     build_tokenizer,
     checked_stats,
     config_from,
-    config_of,
     is_own,
     read_object,
     read_tokenizer,
+    saved_config,
 )
 from backbones.published import load as load_published
 from runtime import disk
@@ -39,9 +37,8 @@ def build(name: str, model: dict, instructions: Sequence[str] | None = None) -> 
     instructions: for training from scratch. The tokenizer knows their words, and so does vocab_size unless it
     is given.
     """
-    tokenizer = None
-    if instructions is not None:
-        tokenizer = build_tokenizer(instructions)
+    tokenizer = None if instructions is None else build_tokenizer(instructions)
+    if tokenizer is not None:
         model = {"vocab_size": tokenizer.get_vocab_size()} | model
     cls = policy_class(name)
     policy = cls(config_from(model, cls.config_class, "model"))
@@ -67,15 +64,16 @@ def load_policy(
     suites: whose statistics to take where a published checkpoint has several.
     """
     folder = Path(folder)
-    if not is_own(folder):
+    if not is_own(folder) and weights == "model.safetensors":
         return load_published(folder, model or {}, list(suites), build)
     for file in ("config.json", "norm_stats.json", weights):
         if not (folder / file).is_file():
-            raise UserError(f"{folder} holds no {file}; run 01_sft.py first")
-    policy = build(read_object(folder / "config.json")["backbone"], config_of(folder) | (model or {}))
+            there = sorted(path.name for path in folder.glob("*.safetensors"))
+            raise UserError(f"{folder} holds no {file}, only {there}; run 01_sft.py, see sft.snapshots")
+    name, config = saved_config(folder)
+    policy = build(name, config | (model or {}))
     policy.load_weights([(folder / weights, disk.load_tensors(folder / weights))])
-    stats = folder / "norm_stats.json"
-    policy.norm_stats = checked_stats(read_object(stats), str(stats))
+    policy.norm_stats = checked_stats(read_object(folder / "norm_stats.json"), f"{folder}/norm_stats.json")
     if (folder / "tokenizer.json").is_file():
         policy.tokenizer = read_tokenizer(folder / "tokenizer.json")
     return policy.eval()

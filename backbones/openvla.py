@@ -16,8 +16,6 @@ Shapes: B observations, N chunks, S prefix tokens, H actions of a chunk, n = 7 H
 L layers.
 """
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
@@ -34,9 +32,9 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
-from backbones.layers import Prefix, conv_stem, each_image, padded, project_kv, rotary, rotate
+from backbones.layers import KeyValues, Prefix, conv_stem, each_image, padded, project_kv, rotary, rotate
 from backbones.openvla_images import center_crop, jpeg, resize_bicubic, resize_lanczos3
-from backbones.policy import STATE_DIM, Id, Policy, Size
+from backbones.policy import STATE_DIM, Id, Policy, Size, refuse
 from common import ACTION_DIM, CAMERAS
 from runtime.errors import UserError
 
@@ -45,7 +43,6 @@ TOWERS = {  # channel means and standard deviations of the images, in the order 
     "dino": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
-KeyValues = list[tuple[Tensor, Tensor]]  # of each layer, (N, heads, S, head_dim), keys rotated
 
 
 # ----------------------------------------------------------------------------------------------------- config
@@ -87,43 +84,52 @@ class OpenVLAConfig:
     horizon: Size = 1  # actions per inference, 7 tokens each
     cameras: list[Literal[CAMERAS]] = field(default_factory=lambda: ["agentview"])  # patches in this order
     state_token: bool = False  # one token behind the patches: a linear map of the normalised state
-    towers: list[Literal[tuple(TOWERS)]] = field(
-        default_factory=lambda: list(TOWERS)
-    )  # one alone: half the encoder
+    # one tower alone halves the encoder
+    towers: list[Literal[tuple(TOWERS)]] = field(default_factory=lambda: list(TOWERS))
     conv_stem: bool = False  # stride-2 convolutions in place of the towers' linear patch embedding
     append_bins: bool = False  # action tokens behind the words instead of in place of the last ones
     label_smoothing_bins: float = 0.0  # training targets are Gaussians with this standard deviation, in bins
 
     def __post_init__(self):
-        for name, known in (("towers", TOWERS), ("cameras", CAMERAS)):
-            chosen = getattr(self, name)
-            if not chosen or [k for k in known if k in chosen] != list(chosen):
-                raise UserError(f"model.{name} is {chosen}; choose from {list(known)}, in this order")
-        if self.dino.intermediate_size % self.dino.hidden_size:
-            raise UserError(
-                "model.dino.intermediate_size must be a multiple of hidden_size (published: 4 times)"
-            )
-        if self.llm.width % (2 * self.llm.num_heads):
-            raise UserError(
-                "model.llm.width must be a multiple of twice its num_heads: heads of an even size"
-            )
-        if any(t.hidden_size % t.num_attention_heads for t in (self.dino, self.siglip)):
-            raise UserError("model: a tower's hidden_size must be a multiple of its num_attention_heads")
-        if self.image_size < self.patch_size:
-            raise UserError("model.image_size must be at least model.patch_size")
         try:
             self.prompt.format(task="")
         except (LookupError, ValueError, AttributeError) as error:
             raise UserError(f"model.prompt={self.prompt!r} must be a text with {{task}} in it") from error
-        if self.n_bins < 2 or (not self.append_bins and self.n_bins > self.vocab_size):
-            raise UserError(f"model.n_bins={self.n_bins} must be 2 or more, and fit into the vocabulary")
-        if self.conv_stem and self.patch_size & (self.patch_size - 1):
-            raise UserError(
-                "model.patch_size must be a power of 2: model.conv_stem halves the image at each step"
-            )
-        if max(self.bos, self.eos, self.space) >= self.vocab_size:
-            ids = f"below vocab_size={self.vocab_size}; 2, 1, 4 when training from scratch"
-            raise UserError(f"model.bos, eos, space must be {ids}")
+        towers = [name for name in TOWERS if name in self.towers]  # in their order, each once
+        cameras = [name for name in CAMERAS if name in self.cameras]
+        refuse(
+            (not towers or towers != self.towers, f"model.towers: choose from {[*TOWERS]}, in this order"),
+            (
+                not cameras or cameras != self.cameras,
+                f"model.cameras: choose from {[*CAMERAS]}, in this order",
+            ),
+            (
+                self.dino.intermediate_size % self.dino.hidden_size,
+                "model.dino.intermediate_size must be a multiple of its hidden_size (published: 4 times)",
+            ),
+            (
+                self.llm.width % (2 * self.llm.num_heads),
+                "model.llm.width must be a multiple of twice its num_heads: heads of an even size",
+            ),
+            (
+                any(tower.hidden_size % tower.num_attention_heads for tower in (self.dino, self.siglip)),
+                "model: a tower's hidden_size must be a multiple of its num_attention_heads",
+            ),
+            (self.image_size < self.patch_size, "model.image_size must be at least model.patch_size"),
+            (self.n_bins < 2, "model.n_bins must be 2 or more"),
+            (
+                not self.append_bins and self.n_bins > self.vocab_size,
+                f"model.n_bins={self.n_bins} must fit into the vocabulary of {self.vocab_size}",
+            ),
+            (
+                self.conv_stem and self.patch_size & (self.patch_size - 1),
+                "model.patch_size must be a power of 2: model.conv_stem halves the image at each step",
+            ),
+            (
+                max(self.bos, self.eos, self.space) >= self.vocab_size,
+                f"model.bos, eos, space must be below vocab_size={self.vocab_size}; 2, 1, 4 from scratch",
+            ),
+        )
 
     @property
     def action_end(self) -> int:
@@ -203,7 +209,9 @@ def attend(attn: nn.Module, x: Tensor, rope: tuple, k: Tensor, v: Tensor, mask: 
 def decoder_layer(
     layer: nn.Module, x: Tensor, rope: tuple, past: tuple | None, mask: Tensor | None, kv_only: bool
 ):
-    """A layer on tokens x (N, n, W) behind `past`: output (None with kv_only), keys and values of all tokens."""
+    """A layer on tokens x (N, n, W) behind `past` -> output (None with kv_only), keys and values of all
+    tokens.
+    """
     h = layer.input_layernorm(x)
     k, v = project_kv(layer.self_attn, h, rope)
     if past is not None:
@@ -333,16 +341,13 @@ class OpenVLA(Policy):
         causal = valid.new_ones(n, n).tril().expand(len(valid), -1, -1)
         return self._rotary(positions), torch.cat([valid[:, None].expand(-1, n, -1), causal], dim=2)[:, None]
 
-    def _logits(self, past: KeyValues, surroundings: tuple, ids: Tensor) -> tuple[Tensor, KeyValues]:
+    def follow(self, past: KeyValues, surroundings: tuple, ids: Tensor) -> tuple[Tensor, KeyValues]:
+        """Logits (N, n, rows), float32, behind each of the tokens ids (N, n), which follow `past`.
+
+        Also returns `past` with these tokens included.
+        """
         hidden, past = self._layers(self.language_model.embed_tokens(ids), *surroundings, past)
         return self.language_model.lm_head(hidden).float(), past
-
-    def follow(self, past: KeyValues, valid: Tensor, ids: Tensor) -> tuple[Tensor, KeyValues]:
-        """Logits (N, n, rows), float32, behind each of the tokens ids (N, n), and `past` with them included.
-
-        The tokens follow `past`, whose tokens count where valid (N, S) is True.
-        """
-        return self._logits(past, self.surroundings(valid, ids.shape[1]), ids)
 
     def token_log_probs(self, prefix: Prefix, ids: Tensor, count: int) -> Tensor:
         """Log-softmax over all rows (N, count, rows) of the first `count` tokens behind "▁".
@@ -350,7 +355,8 @@ class OpenVLA(Policy):
         ids (N, n): the tokens themselves.
         """
         ids = F.pad(ids, (1, 0), value=self.cfg.space)[:, :count]
-        return self.follow(layers_of(prefix), prefix.valid, ids)[0].log_softmax(-1)
+        logits, _ = self.follow(prefix.layers(), self.surroundings(prefix.valid, ids.shape[1]), ids)
+        return logits.log_softmax(-1)
 
     @torch.no_grad()
     def generate(self, prefix: Prefix, noise: Tensor) -> Tensor:
@@ -359,14 +365,14 @@ class OpenVLA(Policy):
         noise: (N, H, 7, bins).
         """
         start, end = self.cfg.action_end - self.cfg.n_bins, self.cfg.action_end
-        noise, past = noise.to(prefix.valid.device).flatten(1, 2), layers_of(prefix)
+        noise, past = noise.to(prefix.valid.device).flatten(1, 2), prefix.layers()
         known = prefix.valid.shape[1]
         (cos, sin), mask = self.surroundings(prefix.valid, noise.shape[1])
         ids = [torch.full((len(prefix), 1), self.cfg.space, device=noise.device)]
         for i, gumbel in enumerate(noise.unbind(1)):
             here = slice(i, i + 1)
             its = (cos[:, here], sin[:, here]), mask[:, :, here, : known + i + 1]
-            logits, past = self._logits(past, its, ids[-1])
+            logits, past = self.follow(past, its, ids[-1])
             ids.append(start + (logits[:, -1, start:end] + gumbel).argmax(-1, keepdim=True))
         return torch.cat(ids[1:], dim=1)
 
@@ -427,9 +433,8 @@ class OpenVLA(Policy):
         log_p_bins = log_p[:, :-1, cfg.action_end - cfg.n_bins : cfg.action_end]
         targets = smoothing(cfg.n_bins, cfg.label_smoothing_bins, ids.device)[ids - cfg.action_end]
         action = (targets * log_p_bins).sum(-1)
-        counts = torch.ones_like(ids)
-        if mask is not None:
-            counts = mask.to(ids.device).repeat_interleave(ACTION_DIM, dim=1)
+        mask = torch.ones(chunk.shape[:2]) if mask is None else mask
+        counts = mask.to(ids.device).repeat_interleave(ACTION_DIM, dim=1)
         return -((action * counts).sum() + log_p[:, -1, cfg.eos].sum()) / (counts.sum() + len(ids))
 
     # --------------------------------------------------------------------------------------- normalisation
@@ -469,10 +474,6 @@ class OpenVLA(Policy):
         mask = [True] * (ACTION_DIM - 1) + [False]
         stats = {"min": stats["q01"], "max": stats["q99"], "mask": mask} | stats
         return {key: np.asarray(stats[key]) for key in ("q01", "q99", "min", "max", "mask")}
-
-
-def layers_of(prefix: Prefix) -> KeyValues:
-    return list(zip(prefix.keys.unbind(1), prefix.values.unbind(1), strict=True))
 
 
 def smoothing(n_bins: int, std: float, device: torch.device) -> Tensor:

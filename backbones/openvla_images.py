@@ -1,10 +1,9 @@
-"""OpenVLA's image pipeline, as its published checkpoints were evaluated with it on LIBERO.
+"""OpenVLA's image pipeline: what its published checkpoints saw when they were evaluated on LIBERO.
 
-Follows experiments/robot/openvla_utils.py and robot/libero/libero_utils.py of openvla, which use TensorFlow, in numpy and PIL:
-exact but for the JPEG decoder (a few pixels of the resize are off by one level). All images are uint8 (h, w, 3).
+Follows experiments/robot/openvla_utils.py and robot/libero/libero_utils.py of openvla, which use TensorFlow,
+in numpy and PIL. Exact but for the JPEG decoder; the resize is off by one level in a few pixels. All images
+are uint8 (h, w, 3).
 """
-
-from __future__ import annotations
 
 import io
 
@@ -13,15 +12,21 @@ from PIL import Image
 
 
 def jpeg(image: np.ndarray) -> np.ndarray:
-    """JPEG round trip at quality 95, 4:2:0, as the training data had. TensorFlow decodes with a less exact inverse cosine
-    transform than PIL: the same bits, read up to 17 grey levels (1.3 on average) differently."""
+    """JPEG round trip at quality 95, 4:2:0, which the training data went through.
+
+    TensorFlow decodes with a less exact inverse cosine transform than PIL: from the same bytes its pixels
+    differ by up to 17 grey levels, 1.3 on average.
+    """
     file = io.BytesIO()
     Image.fromarray(image).save(file, "JPEG", quality=95, subsampling=2)
     return np.asarray(Image.open(file))
 
 
 def lanczos3_weights(n_in: int, n_out: int) -> np.ndarray:
-    """(n_out, n_in) float32 rows of the antialiased kernel sinc(x) sinc(x / 3), normalised; zero outside the image."""
+    """(n_out, n_in) float32: rows of the antialiased kernel sinc(x) sinc(x / 3), normalised.
+
+    Zero outside the image.
+    """
     scale = n_in / n_out
     x = (np.arange(n_in) - ((np.arange(n_out)[:, None] + 0.5) * scale - 0.5)) / max(scale, 1.0)
     weights = np.where(np.abs(x) < 3, np.sinc(x) * np.sinc(x / 3), 0.0)
@@ -37,9 +42,9 @@ def resize_lanczos3(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def center_crop(image: np.ndarray, area: float = 0.9) -> np.ndarray:
-    """tf.image.crop_and_resize of the central 90 % of the area, to the same size: bilinear, corners on corners, float32.
+    """The central 90 % of the area, back at the same size: tf.image.crop_and_resize, bilinear, float32.
 
-    Only because the published checkpoints were trained with random crops of this area.
+    It maps corners to corners. The published checkpoints were trained with random crops of this area.
     """
     n, side = len(image), np.sqrt(np.float32(area))
     low, high = (np.float32(1) - side) / 2, (np.float32(1) + side) / 2
@@ -53,5 +58,5 @@ def center_crop(image: np.ndarray, area: float = 0.9) -> np.ndarray:
 
 
 def resize_bicubic(image: np.ndarray, size: int) -> np.ndarray:
-    """The processor's resize: PIL, antialiased, whatever the aspect."""
+    """The processor's resize: PIL, antialiased, without keeping the aspect."""
     return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))

@@ -12,8 +12,6 @@ Shapes: B observations, N rows of the expert (N = B, or K draws for each), S pre
 chunk, D action dimensions as flowed (32 published, of which 7 are real), W width of the expert, L layers.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -30,9 +28,8 @@ from transformers.models.gemma.modeling_gemma import GemmaDecoderLayer, GemmaRMS
 
 import common
 from backbones.layers import Prefix, conv_stem, each_image, full, padded, project_kv, rotary, rotate
-from backbones.policy import STATE_DIM, Policy, Size
+from backbones.policy import LARGEST, STATE_DIM, Policy, Size, refuse
 from common import ACTION_DIM, CAMERAS, Draws
-from runtime.errors import UserError
 
 PAD, BOS = 0, 2  # PaliGemma's token ids
 EPS, GELU = 1e-6, "gelu_pytorch_tanh"  # of every norm and every MLP
@@ -70,7 +67,9 @@ class Pi05Config:
     expert: GemmaSize = field(default_factory=lambda: GemmaSize(1024, 18, 4096, 8, 1, 256))
     vision: VisionSize = field(default_factory=lambda: VisionSize(1152, 27, 16, 4304, 224, 14))
     horizon: Size = 10  # actions of a chunk
-    flow_dim: Annotated[int, ACTION_DIM] = 32  # action dimensions as flowed: the 7 real ones and zero padding
+    flow_dim: Annotated[int, ACTION_DIM, LARGEST] = (
+        32  # action dimensions as flowed: the 7 real ones and zero padding
+    )
     max_tokens: Size = 200  # of the prompt; longer ones are cut on the right
     cameras: list[Literal[CAMERAS]] = field(default_factory=lambda: list(CAMERAS))  # openpi masks a third one
     prompt: Literal["openpi", "lerobot"] = "openpi"  # text alone; or "Task: ..., State: ...;\nAction: "
@@ -86,23 +85,27 @@ class Pi05Config:
     def __post_init__(self):
         vlm, expert, vision = self.vlm, self.expert, self.vision
         shared = ("depth", "num_heads", "num_kv_heads", "head_dim")  # prefix and suffix share one attention
-        if [getattr(vlm, k) for k in shared] != [getattr(expert, k) for k in shared]:
-            raise UserError(
-                f"model.vlm and model.expert must agree in {', '.join(shared)}; change one of them"
-            )
-        if vlm.num_heads % vlm.num_kv_heads or vision.hidden_size % vision.num_attention_heads:
-            raise UserError(
-                "model: num_heads must be a multiple of num_kv_heads, hidden_size of num_attention_heads"
-            )
-        if vlm.head_dim % 2 or expert.width % 2:
-            raise UserError("model: head_dim and expert.width must be even")
-        if vision.image_size < vision.patch_size:
-            raise UserError("model.vision.image_size must be at least its patch_size")
-        if not self.cameras:
-            raise UserError(f"model.cameras is empty; choose from {', '.join(CAMERAS)}")
-        if self.conv_stem and vision.patch_size & (vision.patch_size - 1):
-            halves = "model.conv_stem halves the image at each step"
-            raise UserError(f"model.vision.patch_size must be a power of 2: {halves}")
+        refuse(
+            (
+                [getattr(vlm, key) for key in shared] != [getattr(expert, key) for key in shared],
+                f"model.vlm and model.expert differ; make these equal: {', '.join(shared)}",
+            ),
+            (vlm.num_heads % vlm.num_kv_heads, "model.vlm.num_heads must be a multiple of num_kv_heads"),
+            (
+                vision.hidden_size % vision.num_attention_heads,
+                "model.vision.hidden_size must be a multiple of num_attention_heads",
+            ),
+            (vlm.head_dim % 2 or expert.width % 2, "model: head_dim and expert.width must be even"),
+            (
+                vision.image_size < vision.patch_size,
+                "model.vision.image_size must be at least its patch_size",
+            ),
+            (not self.cameras, f"model.cameras is empty; choose from {', '.join(CAMERAS)}"),
+            (
+                self.conv_stem and vision.patch_size & (vision.patch_size - 1),
+                "model.vision.patch_size must be a power of 2: conv_stem halves the image at each step",
+            ),
+        )
 
 
 # ---------------------------------------------------------------------------------------------------- modules
@@ -201,9 +204,8 @@ def key_bias(valid: Tensor, dtype: torch.dtype) -> Tensor:
 class Pi05(Policy):
     backbone, config_class = "pi05", Pi05Config
     adapter_targets = r".*(language_model|expert)\.layers\.\d+\.self_attn\.[qkvo]_proj"  # 144 layers
-    keep_float32 = (
-        r"embeddings\.|(input|post_attention)_layernorm|\.norm\.|action_|time_mlp|state_proj"  # openpi's
-    )
+    # as openpi does
+    keep_float32 = r"embeddings\.|(input|post_attention)_layernorm|\.norm\.|action_|time_mlp|state_proj"
 
     def __init__(self, cfg: Pi05Config):
         super().__init__(cfg)
@@ -290,7 +292,10 @@ class Pi05(Policy):
         token_valid: Tensor,
         state: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Prefix tokens (B, S, width) and their validity (B, S): cameras in order, [the state,] the text."""
+        """Prefix tokens (B, S, width) and their validity (B, S): cameras in order, [the state,] the text.
+
+        present (B, cameras): False for a camera to leave out.
+        """
         features = self.image_features(images.flatten(0, 1))
         features = features.unflatten(0, images.shape[:2])  # (B, cameras, tokens, width)
         text = self.language_model.embed_tokens(tokens) * math.sqrt(self.cfg.vlm.width)
@@ -325,7 +330,7 @@ class Pi05(Policy):
         return F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(e))))
 
     def modulations(self, t: Tensor) -> list[Tensor]:
-        """The modulation of each of the expert's 2 L + 1 norms at the times t (N,), in their order: (N, 1, 3 W)."""
+        """Modulations (N, 1, 3 W) of the expert's 2 L + 1 norms, in their order, at the times t (N,)."""
         cond, layers = self.time_condition(t), self.expert.layers
         norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
         return [norm.modulation(cond) for norm in [*norms, self.expert.norm]]
@@ -335,11 +340,9 @@ class Pi05(Policy):
         tables, attention bias, and each layer's keys and values of the prefix.
         """
         valid = torch.cat([prefix.valid, prefix.valid.new_ones(len(prefix), h)], dim=1)
-        positions = prefix.valid.sum(1, keepdim=True) + torch.arange(
-            h, device=valid.device
-        )  # after the prefix
+        positions = prefix.valid.sum(1, keepdim=True) + torch.arange(h, device=valid.device)
         rope, bias = rotary(positions, self.cfg.expert.head_dim), key_bias(valid, prefix.keys.dtype)
-        return rope, bias, list(zip(prefix.keys.unbind(1), prefix.values.unbind(1), strict=True))
+        return rope, bias, prefix.layers()
 
     def flow(self, surroundings: tuple, x_t: Tensor, modulations: Sequence[Tensor]) -> Tensor:
         """The expert on x_t (N, H, D): the velocity, float32 (N, H, D).
@@ -400,9 +403,8 @@ class Pi05(Policy):
         """Flow matching: mean squared velocity error over draws, unmasked actions and real dimensions."""
         mask = chunk.new_ones(chunk.shape[:2], dtype=torch.bool) if mask is None else mask
         chunk, draws, mask = (x.to(prefix.valid.device) for x in (self.pad(chunk), draws, mask))
-        error = common.flow_matching_error(
-            partial(self._velocity_at, prefix), chunk, draws, mask
-        )  # (K, B) sums
+        velocity = partial(self._velocity_at, prefix)
+        error = common.flow_matching_error(velocity, chunk, draws, mask)  # (K, B)
         return error.sum() / (len(error) * mask.sum() * ACTION_DIM)
 
     # --------------------------------------------------------------------------------------- normalisation
@@ -412,12 +414,12 @@ class Pi05(Policy):
         return (x - low) / span + offset
 
     def unnormalise(self, chunk):
-        """Model units (..., D) -> what env.step takes, (..., 7) float32. Not clipped: the environment clips."""
+        """Model units (..., D) -> what env.step takes, (..., 7) float32. The environment clips, not this."""
         low, span, offset = self._affine("action", chunk)
         return (chunk[..., :ACTION_DIM] - offset) * span + low
 
     def _affine(self, kind: str, like):
-        """(low, span, offset) of normalised = (x - low) / span + offset: arrays, or tensors where `like` is one."""
+        """(low, span, offset) of normalised = (x - low) / span + offset, as arrays or tensors like `like`."""
         lerobot, names = self.cfg.norm_eps == "lerobot", STATISTICS[self.cfg.normalisation]
         stats = self.stats(kind, names, "set model.normalisation to what it has")
         low, high = (np.asarray(stats[name]) for name in names)
@@ -437,9 +439,7 @@ def resize_openpi(image: np.ndarray, size: int) -> np.ndarray:
     """uint8 (h, w, 3) -> (size, size, 3), same aspect, centred on black: openpi_client/image_tools.py."""
     ratio, canvas = max(image.shape[:2]) / size, Image.new("RGB", (size, size))
     height, width = int(image.shape[0] / ratio), int(image.shape[1] / ratio)
-    resized = Image.fromarray(image).resize(
-        (width, height), resample=Image.Resampling.BILINEAR
-    )  # antialiased
+    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)  # antialiased
     canvas.paste(resized, ((size - width) // 2, (size - height) // 2))
     return np.asarray(canvas)
 

@@ -1,5 +1,4 @@
-"""What a policy is: the protocol that both backbones follow, their base class, and readers of a policy's
-files.
+"""What a policy is: the protocol that both backbones follow, their base class, and readers of its files.
 
 The stages ask five things of a policy and know nothing of what is behind them:
 
@@ -15,8 +14,6 @@ randomness, which the methods above take as an argument), begin(obs) (the part o
 not change), `norm_stats`, `tokenizer`, `adapter_targets` and save(folder).
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import re
@@ -24,7 +21,7 @@ import typing
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
 import numpy as np
 import torch
@@ -38,8 +35,10 @@ from runtime.config import typed
 from runtime.errors import UserError, did_you_mean, one_line
 
 STATE_DIM = 8  # end-effector position (3), its axis-angle (3), two finger joints
-Size = Annotated[int, 1, 2**31 - 1]  # of a layer, an image, a vocabulary
-Id = Annotated[int, 0, 2**31 - 1]  # of a token, and sizes that may be 0
+DIMS = {"action": ACTION_DIM, "state": STATE_DIM}
+LARGEST = 2**31 - 1
+Size = Annotated[int, 1, LARGEST]  # of a layer, an image, a vocabulary
+Id = Annotated[int, 0, LARGEST]  # of a token, and sizes that may be 0
 
 
 # ------------------------------------------------------------------------------------------------------ files
@@ -51,16 +50,16 @@ def read_object(path: Path) -> dict:
     return content
 
 
-def config_of(folder: str | Path) -> dict:
-    """The model's config as it was saved beside its weights."""
-    config = read_object(Path(folder) / "config.json")
-    return {key: value for key, value in config.items() if key != "backbone"}
+def saved_config(folder: Path) -> tuple[str, dict]:
+    """The backbone's name and the model's config, as `Policy.save` wrote them."""
+    config = read_object(folder / "config.json")
+    return config.pop("backbone"), config
 
 
-def is_own(folder: str | Path) -> bool:
+def is_own(folder: Path) -> bool:
     """True unless the folder holds a checkpoint that someone else's code wrote."""
-    config = Path(folder) / "config.json"
-    return not Path(folder).exists() or (config.is_file() and "backbone" in read_object(config))
+    config = folder / "config.json"
+    return not folder.exists() or (config.is_file() and "backbone" in read_object(config))
 
 
 def read_tokenizer(path: Path):
@@ -73,17 +72,17 @@ def read_tokenizer(path: Path):
 
 
 def checked_stats(stats: dict, where: str) -> dict:
-    """norm_stats as they are, provided that all that normalisation reads is finite and of the right length."""
-    for kind, n in {"action": ACTION_DIM, "state": STATE_DIM}.items():
+    """norm_stats as they are; UserError unless what normalisation reads is finite, of the right length."""
+    for kind, n in DIMS.items():
         named = stats.get(kind, {"mean": [0] * n})
         if not isinstance(named, dict) or not named:
             raise UserError(f"{where} has no statistics of the {kind}; get the checkpoint again")
         for name in {"mean", "std", "q01", "q99", "min", "max", "mask"} & named.keys():
             values = named[name] if isinstance(named[name], list) else []
-            numbers = [v for v in values if isinstance(v, int | float) and math.isfinite(v)]
-            if not len(values) == len(numbers) == n:
-                what = f"{name} of the {kind} must be {n} finite numbers"
-                raise UserError(f"{where}: {what}; get the checkpoint again")
+            if [isinstance(v, int | float) and abs(v) < math.inf for v in values] != [True] * n:
+                raise UserError(
+                    f"{where}: {name} of the {kind} must be {n} finite numbers; get the checkpoint again"
+                )
     return stats
 
 
@@ -105,6 +104,13 @@ def config_from(value, kind: type, where: str):
         raise UserError(f"{where} is not complete; give all of {', '.join(types)}") from error
 
 
+def refuse(*cases: tuple[object, str]) -> None:
+    """UserError with the text of the first case that applies."""
+    for applies, text in cases:
+        if applies:
+            raise UserError(text)
+
+
 # ------------------------------------------------------------------------------------------------------- text
 def build_tokenizer(instructions: Sequence[str]):
     """A word-level tokenizer for training from scratch: PaliGemma's special ids, single digits, and the
@@ -116,8 +122,7 @@ def build_tokenizer(instructions: Sequence[str]):
     text = " ".join([*sorted(instructions), "task state action in out what should the robot take to"])
     words = sorted({word for word, _ in split.pre_tokenize_str(text.lower().replace("_", " "))})
     vocab = dict.fromkeys(["<pad>", "<eos>", "<bos>", "<unk>", "\n", *"0123456789", *"-,:;?", *words])
-    ids = {word: i for i, word in enumerate(vocab)}
-    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocab)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = split
     return tokenizer
@@ -161,10 +166,6 @@ class Policy(nn.Module):
         inputs = [None if x is None else x.to(device) for x in self.inputs(obs)]
         return Embedded(*self.embed_prefix(*inputs))
 
-    def prefix(self, *inputs: Tensor | None) -> Prefix:
-        """What `inputs(obs)` gives, on the weights' device -> Prefix."""
-        return self.prefill(*self.embed_prefix(*inputs))[0]
-
     @torch.no_grad()
     def begin(self, obs: dict) -> dict | Embedded | Prefix:
         """The part of encode(obs) that the training of this policy does not change: all of it, all but the
@@ -177,7 +178,7 @@ class Policy(nn.Module):
         return self.embed(obs) if any(name.startswith(llm) for name in trained) else self.encode(obs)
 
     @contextlib.contextmanager
-    def reference(self) -> Iterator[Policy]:
+    def reference(self) -> Iterator[Self]:
         """The weights that the adapter started from: every peft layer off, no gradients. The old state comes
         back at the end.
         """
@@ -197,11 +198,10 @@ class Policy(nn.Module):
             for p, flag in trainable:  # enable_adapters changes the flags of the adapter's parameters
                 p.requires_grad_(flag)
 
-    def cast(self, dtype: str) -> Policy:
+    def cast(self, dtype: str) -> Self:
         """Weights to "float32" or "bfloat16", in place, except those of `keep_float32`."""
         for name, p in self.named_parameters():
-            kept = re.search(self.keep_float32, name)
-            p.data = p.data.to(torch.float32 if kept else getattr(torch, dtype))
+            p.data = p.data.to(torch.float32 if re.search(self.keep_float32, name) else getattr(torch, dtype))
         return self
 
     def run(self, layer, *arguments):
@@ -229,9 +229,7 @@ class Policy(nn.Module):
         return self.norm_stats[kind]
 
     def save(self, folder: Path) -> None:
-        """model.safetensors, config.json, norm_stats.json, tokenizer.json; each appears complete or not at
-        all.
-        """
+        """Write model.safetensors, config.json, norm_stats.json, tokenizer.json; each whole or not at all."""
         state = {key: tensor.detach().contiguous() for key, tensor in self.state_dict().items()}
         if any("lora_" in key for key in state):
             raise UserError("an adapter is attached: save it with peft's save_pretrained, or merge it first")
@@ -250,19 +248,18 @@ class Policy(nn.Module):
         Raises:
             UserError: names the first key that is unknown, of another shape or missing.
         """
-        own = self.state_dict()
-        missing = dict.fromkeys(own)
+        own = {key: tuple(tensor.shape) for key, tensor in self.state_dict().items()}
+        missing = set(own)
         for path, tensors in files:
             for key, tensor in tensors.items():
-                if key not in own:
-                    raise UserError(f"{path}: {key} is unknown; it is another model's file")
-                if tensor.shape != own[key].shape:
-                    shapes = f"{tuple(tensor.shape)} in the file, {tuple(own[key].shape)} by the config"
+                if own.get(key) != tuple(tensor.shape):
                     raise UserError(
-                        f"{path}: {key} has shape {shapes}; it is damaged, or `model:` contradicts it"
+                        f"{path}: {key} has shape {tuple(tensor.shape)}, the config gives"
+                        f" {own.get(key, 'no such key')}; it is another model's, or `model:` contradicts it"
                     )
-                missing.pop(key, None)
+            missing -= tensors.keys()
             self.load_state_dict(tensors, strict=False, assign=assign)
         if missing:
-            absent = f"{next(iter(missing))} is missing"
-            raise UserError(f"{path}: {absent}; a file is not complete, or it is another model's")
+            raise UserError(
+                f"{path}: {min(missing)} is missing; a file is not complete, or it is another model's"
+            )

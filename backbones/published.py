@@ -12,19 +12,18 @@ Not tried on a real published file. The key lists and formats are those of the o
 (tests/fixtures/keys-*.txt); the tests read random checkpoints in these formats.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from backbones.policy import STATE_DIM, checked_stats, config_of, is_own, read_object, read_tokenizer
+from backbones.policy import DIMS, checked_stats, is_own, read_object, read_tokenizer, saved_config
 from common import ACTION_DIM
 from runtime import disk
 from runtime.config import laid_over
@@ -41,22 +40,11 @@ class Checkpoint:
     shapes: dict[str, list[int]]
     config: dict
 
-    def shape(self, key: str) -> list[int]:
-        if key not in self.shapes:
-            why = "a shard is not there, or it is another model's checkpoint"
-            raise UserError(f"{self.folder}: {key} is missing; {why}")
-        return self.shapes[key]
-
     def layers(self, prefix: str) -> int:
         """How many layers `prefix`0, 1, 2, ... there are."""
         return len(
             {key.removeprefix(prefix).partition(".")[0] for key in self.shapes if key.startswith(prefix)}
         )
-
-    def tensors(self, file: Path) -> dict[str, Tensor]:
-        """The tensors of one file."""
-        with safe_open(file, "pt") as f:
-            return {key: f.get_tensor(key) for key, its in self.files.items() if its == file}
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -76,22 +64,20 @@ def weight_files(path: Path) -> list[Path]:
         raise UserError(f"{path} holds an adapter alone; merge it into its base model first")
     pickles = sorted(p.name for p in path.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if pickles:
-        never = "a pickle, which is never opened here"
-        raise UserError(f"{path} holds {pickles[0]}, {never}; convert it to safetensors first")
+        raise UserError(
+            f"{path} holds {pickles[0]}, a pickle, which nothing here opens; convert it to safetensors first"
+        )
     raise UserError(f"{path} holds no model.safetensors and no {index.name}; is it a checkpoint's folder?")
 
 
 def shards(index: Path) -> list[Path]:
-    named = read_object(index).get("weight_map")
-    names = set(named.values()) if isinstance(named, dict) else set()
-    if not names or not all(isinstance(name, str) and "\0" not in name for name in names):
-        raise UserError(f"{index} has no weight_map that names files; get the checkpoint again")
-    for name in sorted(names):
-        if PurePosixPath(name).name != name:
+    names = sorted(set(read_object(index)["weight_map"].values()))
+    for name in names:
+        if Path(name).name != name:
             raise UserError(f"{index} names {name!r}, which is not in its folder; get the checkpoint again")
         if not (index.parent / name).is_file():
-            raise UserError(f"{index.parent} lacks the shard {name} of its index; get the checkpoint again")
-    return [index.parent / name for name in sorted(names)]
+            raise UserError(f"{index.parent} lacks the shard {name!r} of its index; get the checkpoint again")
+    return [index.parent / name for name in names]
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -104,13 +90,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
     for file in weight_files(path):
         with open(file, "rb") as f:
             if f.read(7) == b"version":
-                pointer = "is a git-LFS pointer, not the weights"
-                raise UserError(f"{file} {pointer}; run `git lfs pull` in its folder")
+                raise UserError(
+                    f"{file} is a git-LFS pointer, not the weights; run `git lfs pull` in its folder"
+                )
         try:
             with safe_open(file, "pt") as f:
                 for key in f.keys():  # noqa: SIM118 (not a dict)
-                    files[key] = file
-                    shapes[key] = f.get_slice(key).get_shape()
+                    files[key], shapes[key] = file, f.get_slice(key).get_shape()
         except SafetensorError as error:
             raise UserError(f"{file} is truncated or no safetensors file ({error}); get it again") from error
     config = folder / "config.json"
@@ -118,48 +104,42 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 # --------------------------------------------------------------------------------------------- OpenVLA's keys
-OPENVLA_NAMES = (  # part of a published key -> the same part here; applied one after the other
-    ("vision_backbone.featurizer.", "vision.dino."),
-    ("vision_backbone.fused_featurizer.", "vision.siglip."),
-    ("language_model.model.", "language_model."),
-    ("dino.blocks.", "dino.encoder.layer."),
-    ("siglip.blocks.", "siglip.encoder.layers."),
-    ("dino.patch_embed.proj.", "dino.embeddings.patch_embeddings.projection."),
-    ("siglip.patch_embed.proj.", "siglip.embeddings.patch_embedding."),
-    ("dino.pos_embed", "dino.embeddings.position_embeddings"),
-    ("siglip.pos_embed", "siglip.embeddings.position_embedding.weight"),
-    ("dino.cls_token", "dino.embeddings.cls_token"),
-    ("dino.reg_token", "dino.embeddings.register_tokens"),
-)
-BLOCK_NAMES = {  # within a tower's blocks; {} stands for q, k, v, which timm keeps in one matrix
-    "dino": (
-        ("attn.qkv", "attention.{}_proj"),
+OPENVLA_NAMES = {  # beginning of a published key -> what to replace in it, one after the other
+    "language_model.": (("language_model.model.", "language_model."),),
+    "vision_backbone.featurizer.": (
+        ("vision_backbone.featurizer.", "vision.dino."),
+        ("dino.blocks.", "dino.encoder.layer."),
+        ("patch_embed.proj.", "embeddings.patch_embeddings.projection."),
+        ("pos_embed", "embeddings.position_embeddings"),
+        ("cls_token", "embeddings.cls_token"),
+        ("reg_token", "embeddings.register_tokens"),
+        ("attn.qkv", "attention.{}_proj"),  # {}: q, k or v, which timm keeps in one matrix
         ("attn.proj", "attention.o_proj"),
         ("ls1.scale_factor", "layer_scale1.lambda1"),
         ("ls2.scale_factor", "layer_scale2.lambda1"),
     ),
-    "siglip": (
+    "vision_backbone.fused_featurizer.": (
+        ("vision_backbone.fused_featurizer.", "vision.siglip."),
+        ("siglip.blocks.", "siglip.encoder.layers."),
+        ("patch_embed.proj.", "embeddings.patch_embedding."),
+        ("pos_embed", "embeddings.position_embedding.weight"),
         ("attn.qkv", "self_attn.{}_proj"),
         ("attn.proj", "self_attn.out_proj"),
         (".norm", ".layer_norm"),
     ),
 }
+OPENVLA_UNREAD = r".*featurizer\.(norm|attn_pool)\..*"  # of the towers; and so is their last block
 
 
 def openvla_key(key: str, cfg) -> str | None:
-    """The name here of a tensor of OpenVLA's files; None for the towers' last block, norm and pooling.
-
-    Nothing reads the output of these.
-    """
-    for theirs, ours in OPENVLA_NAMES:
-        key = key.replace(theirs, ours)
-    for tower, names in BLOCK_NAMES.items():
-        if key.startswith(f"vision.{tower}.encoder."):
-            for theirs, ours in names:
-                key = key.replace(theirs, ours)
-            return key if int(key.split(".")[4]) < getattr(cfg, tower).num_hidden_layers else None
-    unread = ("vision.dino.norm.", "vision.siglip.norm.", "vision.siglip.attn_pool.")
-    return None if key.startswith(unread) else key
+    """The name here of a tensor of OpenVLA's files; None where nothing reads it."""
+    if re.fullmatch(OPENVLA_UNREAD, key):
+        return None
+    for beginning, names in OPENVLA_NAMES.items():
+        for theirs, ours in names if key.startswith(beginning) else ():
+            key = key.replace(theirs, ours)
+    block = re.match(r"vision\.(dino|siglip)\.encoder\.layers?\.(\d+)", key)
+    return None if block and int(block[2]) >= getattr(cfg, block[1]).num_hidden_layers else key
 
 
 def openvla_tensors(tensors: dict[str, Tensor], cfg) -> dict[str, Tensor]:
@@ -167,12 +147,12 @@ def openvla_tensors(tensors: dict[str, Tensor], cfg) -> dict[str, Tensor]:
     named = {}
     for key, tensor in tensors.items():
         name = openvla_key(key, cfg)
-        if name is None:
-            continue
         if name == "vision.siglip.embeddings.position_embedding.weight":
             tensor = tensor[0]
-        parts = zip("qkv", tensor.chunk(3), strict=True) if "{}" in name else [("", tensor)]
-        named |= {name.format(part): t for part, t in parts}
+        if name is not None and "{}" in name:
+            named |= {name.format(part): t for part, t in zip("qkv", tensor.chunk(3), strict=True)}
+        elif name is not None:
+            named[name] = tensor
     return named
 
 
@@ -203,29 +183,34 @@ def pi05_tensors(tensors: dict[str, Tensor], cfg) -> dict[str, Tensor]:
 # ----------------------------------------------------------------------------------------- sizes and switches
 def openvla_model(c: Checkpoint) -> dict:
     """The `model` section that an OpenVLA checkpoint amounts to."""
-    llm, featurizers = "language_model.model.", {"dino": "featurizer.", "siglip": "fused_featurizer."}
-    rows, width = c.shape(f"{llm}embed_tokens.weight")
-    patch = c.shape("vision_backbone.featurizer.patch_embed.proj.weight")[-1]
-    padding = c.config.get("pad_to_multiple_of", 64)
-    model = {"vocab_size": rows - padding, "vocab_padding": padding, "patch_size": patch}
-    model["n_bins"] = c.config.get("n_action_bins", 256)
-    model["llm"] = {
-        "width": width,
-        "depth": c.layers(f"{llm}layers."),
-        "mlp_dim": c.shape(f"{llm}layers.0.mlp.gate_proj.weight")[0],
-        "num_heads": c.config.get("text_config", {}).get("num_attention_heads", width // 128),
-    }
-    for name, featurizer in featurizers.items():
-        prefix = f"vision_backbone.{featurizer}"
-        _, patches, hidden = c.shape(f"{prefix}pos_embed")
-        model["image_size"] = patch * math.isqrt(patches)
-        model[name] = {
-            "hidden_size": hidden,
+
+    def tower(prefix: str) -> dict:
+        return {
+            "hidden_size": c.shapes[f"{prefix}pos_embed"][2],
             "num_hidden_layers": c.layers(f"{prefix}blocks.") - 1,  # nothing reads the last block's output
             "num_attention_heads": 16,
-            "intermediate_size": c.shape(f"{prefix}blocks.0.mlp.fc1.weight")[0],
+            "intermediate_size": c.shapes[f"{prefix}blocks.0.mlp.fc1.weight"][0],
         }
-    return model
+
+    dino, llm = "vision_backbone.featurizer.", "language_model.model."
+    rows, width = c.shapes[f"{llm}embed_tokens.weight"]
+    patch = c.shapes[f"{dino}patch_embed.proj.weight"][-1]
+    padding = c.config.get("pad_to_multiple_of", 64)
+    return {
+        "vocab_size": rows - padding,
+        "vocab_padding": padding,
+        "n_bins": c.config.get("n_action_bins", 256),
+        "image_size": patch * math.isqrt(c.shapes[f"{dino}pos_embed"][1]),
+        "patch_size": patch,
+        "dino": tower(dino),
+        "siglip": tower("vision_backbone.fused_featurizer."),
+        "llm": {
+            "width": width,
+            "depth": c.layers(f"{llm}layers."),
+            "mlp_dim": c.shapes[f"{llm}layers.0.mlp.gate_proj.weight"][0],
+            "num_heads": c.config.get("text_config", {}).get("num_attention_heads", width // 128),
+        },
+    }
 
 
 def pi05_model(c: Checkpoint, prefix: str) -> dict:
@@ -234,51 +219,57 @@ def pi05_model(c: Checkpoint, prefix: str) -> dict:
         raise UserError(f"{c.folder} is a pi-0 checkpoint (it has action_time_mlp_in); this kit has pi-0.5")
     both = f"{prefix}paligemma_with_expert."
     vision = f"{both}paligemma.model.vision_tower.vision_model."
-    patches, hidden = c.shape(f"{vision}embeddings.position_embedding.weight")
-    patch = c.shape(f"{vision}embeddings.patch_embedding.weight")[-1]
-    tower = {
-        "hidden_size": hidden,
-        "num_hidden_layers": c.layers(f"{vision}encoder.layers."),
-        "num_attention_heads": 16,
-        "intermediate_size": c.shape(f"{vision}encoder.layers.0.mlp.fc1.weight")[0],
-        "image_size": patch * math.isqrt(patches),
-        "patch_size": patch,
-    }
+    patches, hidden = c.shapes[f"{vision}embeddings.position_embedding.weight"]
+    patch = c.shapes[f"{vision}embeddings.patch_embedding.weight"][-1]
     return {
         "vlm": gemma_size(c, f"{both}paligemma.model.language_model."),
         "expert": gemma_size(c, f"{both}gemma_expert.model."),
-        "vision": tower,
-        "vocab_size": c.shape(f"{both}paligemma.lm_head.weight")[0],
-        "flow_dim": c.shape(f"{prefix}action_in_proj.weight")[1],
+        "vision": {
+            "hidden_size": hidden,
+            "num_hidden_layers": c.layers(f"{vision}encoder.layers."),
+            "num_attention_heads": 16,
+            "intermediate_size": c.shapes[f"{vision}encoder.layers.0.mlp.fc1.weight"][0],
+            "image_size": patch * math.isqrt(patches),
+            "patch_size": patch,
+        },
+        "vocab_size": c.shapes[f"{both}paligemma.lm_head.weight"][0],
+        "flow_dim": c.shapes[f"{prefix}action_in_proj.weight"][1],
     }
 
 
 def gemma_size(c: Checkpoint, stack: str) -> dict:
     """Sizes of one of pi-0.5's two Gemmas, which have 8 heads."""
-    queries, width = c.shape(f"{stack}layers.0.self_attn.q_proj.weight")
+    queries, width = c.shapes[f"{stack}layers.0.self_attn.q_proj.weight"]
     return {
         "width": width,
         "depth": c.layers(f"{stack}layers."),
-        "mlp_dim": c.shape(f"{stack}layers.0.mlp.gate_proj.weight")[0],
+        "mlp_dim": c.shapes[f"{stack}layers.0.mlp.gate_proj.weight"][0],
         "num_heads": 8,
-        "num_kv_heads": c.shape(f"{stack}layers.0.self_attn.k_proj.weight")[0] // (queries // 8),
+        "num_kv_heads": c.shapes[f"{stack}layers.0.self_attn.k_proj.weight"][0] // (queries // 8),
         "head_dim": queries // 8,
     }
 
 
 def lerobot_model(c: Checkpoint) -> dict:
-    """lerobot's pi-0.5: the prompt holds the state, padded to 32 dimensions before version 0.5.
+    """lerobot's pi-0.5. Its prompt holds the state, which lerobot before 0.5 padded to 32 dimensions.
 
-    The published ones were made with an earlier version.
+    The published ones were made with such a version.
     """
     modes = {c.config.get("normalization_mapping", {}).get(kind, "QUANTILES") for kind in ("STATE", "ACTION")}
     known = {"QUANTILES": "quantile", "MEAN_STD": "mean_std"}
     if len(modes) > 1 or not modes <= known.keys():
-        choices = f"known: one of {', '.join(known)} for both"
-        raise UserError(f"{c.folder}/config.json normalises by {sorted(modes)}; {choices}")
-    switches = {"prompt": "lerobot", "prompt_state_dims": 32, "resize": "lerobot", "norm_eps": "lerobot"}
-    switches |= {"normalisation": known[modes.pop()], "horizon": c.config.get("chunk_size", 50)}
-    return pi05_model(c, "model.") | switches | {"max_tokens": c.config.get("tokenizer_max_length", 200)}
+        raise UserError(
+            f"{c.folder}/config.json normalises by {sorted(modes)}; known: one of {', '.join(known)} for both"
+        )
+    return pi05_model(c, "model.") | {
+        "prompt": "lerobot",
+        "prompt_state_dims": 32,
+        "resize": "lerobot",
+        "norm_eps": "lerobot",
+        "normalisation": known[modes.pop()],
+        "max_tokens": c.config.get("tokenizer_max_length", 200),
+        "horizon": c.config.get("chunk_size", 50),
+    }
 
 
 def openpi_model(c: Checkpoint) -> dict:
@@ -299,10 +290,7 @@ def openvla_stats(c: Checkpoint, suites: list[str]) -> dict:
 
 
 def suite_stats(published: dict, suite: str) -> dict:
-    """norm_stats of one suite from OpenVLA's config.json or dataset_statistics.json.
-
-    Without a mask every dimension is normalised.
-    """
+    """norm_stats of one suite from config.json or dataset_statistics.json; no mask: normalise everything."""
     for name in (suite, f"{suite}_no_noops"):
         if name in published:
             return {"action": {"mask": [True] * ACTION_DIM} | published[name]["action"]}
@@ -312,79 +300,71 @@ def suite_stats(published: dict, suite: str) -> dict:
 def lerobot_stats(c: Checkpoint, suites: list[str]) -> dict:
     files = sorted(c.folder.glob("policy_preprocessor*normalizer*.safetensors"))
     if not files:
-        absent = "policy_preprocessor*normalizer*.safetensors, the statistics"
-        raise UserError(f"{c.folder} holds no {absent}; get the whole folder")
+        raise UserError(
+            f"{c.folder} holds no policy_preprocessor*normalizer*.safetensors, the statistics;"
+            " get the whole folder"
+        )
     stats = {"action": {}, "state": {}}
     for key, tensor in disk.load_tensors(files[0]).items():
-        feature, _, name = key.rpartition(".")
-        if feature == "action":
-            stats["action"][name] = tensor.flatten().tolist()[:ACTION_DIM]
-        if feature == "observation.state":
-            stats["state"][name] = tensor.flatten().tolist()[:STATE_DIM]
+        feature, _, name = key.removeprefix("observation.").partition(".")
+        if feature in stats:
+            stats[feature][name] = tensor.flatten().tolist()[: DIMS[feature]]
     return stats
 
 
 def openpi_stats(c: Checkpoint, suites: list[str]) -> dict:
     files = sorted(c.folder.rglob("norm_stats.json"))
     if len(files) != 1:
-        found = f"{len(files)} files norm_stats.json instead of one"
-        raise UserError(f"{c.folder} holds {found}; copy openpi's assets folder into it")
+        raise UserError(
+            f"{c.folder} holds {len(files)} files norm_stats.json instead of one;"
+            " copy openpi's assets folder into it"
+        )
     stats = disk.read_json(files[0])
     stats = stats.get("norm_stats", stats)
     return {
-        kind: {key: values[:n] for key, values in stats[theirs].items() if values is not None}
-        for kind, theirs, n in (("action", "actions", ACTION_DIM), ("state", "state", STATE_DIM))
+        kind: {key: values[: DIMS[kind]] for key, values in stats[theirs].items() if values is not None}
+        for kind, theirs in (("action", "actions"), ("state", "state"))
     }
 
 
 # ---------------------------------------------------------------------------------------------------- loading
-@dataclass(frozen=True)
-class Format:
-    backbone: str
-    begins: str  # some key begins with this
-    model: Callable[[Checkpoint], dict]  # the `model` section that a checkpoint amounts to
-    stats: Callable[[Checkpoint, list[str]], dict]  # norm_stats of some suites
-    tensors: Callable[
-        [dict[str, Tensor], object], dict[str, Tensor]
-    ]  # tensors of a file under the names here
-    tokenizer: str  # the repository that publishes it
+FORMATS = {
+    "openvla": {
+        "backbone": "openvla",
+        "begins": "vision_backbone.",  # some key begins with this
+        "model": openvla_model,  # Checkpoint -> the `model` section that it amounts to
+        "stats": openvla_stats,  # Checkpoint, suites -> norm_stats
+        "tensors": openvla_tensors,  # tensors of a file, model config -> tensors under the names here
+        "tokenizer": "openvla/openvla-7b",  # the repository that publishes it
+    },
+    "lerobot": {
+        "backbone": "pi05",
+        "begins": "model.paligemma_with_expert.",
+        "model": lerobot_model,
+        "stats": lerobot_stats,
+        "tensors": pi05_tensors,
+        "tokenizer": "google/paligemma-3b-pt-224",
+    },
+    "openpi": {
+        "backbone": "pi05",
+        "begins": "paligemma_with_expert.",
+        "model": openpi_model,
+        "stats": openpi_stats,
+        "tensors": pi05_tensors,
+        "tokenizer": "google/paligemma-3b-pt-224",
+    },
+}
 
 
-FORMATS = (
-    Format(
-        backbone="openvla",
-        begins="vision_backbone.",
-        model=openvla_model,
-        stats=openvla_stats,
-        tensors=openvla_tensors,
-        tokenizer="openvla/openvla-7b",
-    ),
-    Format(
-        backbone="pi05",
-        begins="model.paligemma_with_expert.",
-        model=lerobot_model,
-        stats=lerobot_stats,
-        tensors=pi05_tensors,
-        tokenizer="google/paligemma-3b-pt-224",
-    ),
-    Format(
-        backbone="pi05",
-        begins="paligemma_with_expert.",
-        model=openpi_model,
-        stats=openpi_stats,
-        tensors=pi05_tensors,
-        tokenizer="google/paligemma-3b-pt-224",
-    ),
-)
-
-
-def format_of(c: Checkpoint) -> Format:
+def format_of(c: Checkpoint) -> dict:
     """Whose checkpoint it is, by its keys."""
-    for known in FORMATS:
-        if any(key.startswith(known.begins) for key in c.shapes):
-            return known
-    begins = f"it begins with {next(iter(c.shapes), 'nothing')}"
-    raise UserError(f"{c.folder} is no checkpoint of OpenVLA or pi-0.5 ({begins}); no other can be read")
+    for its in FORMATS.values():
+        if any(key.startswith(its["begins"]) for key in c.shapes):
+            return its
+    first = next(iter(c.shapes), "nothing")
+    raise UserError(
+        f"{c.folder} is no checkpoint of OpenVLA or pi-0.5 (it begins with {first}); no other can be read"
+    )
 
 
 @contextlib.contextmanager
@@ -394,17 +374,18 @@ def reading(path: str | Path) -> Iterator[None]:
     try:
         yield
     except (*damage, SafetensorError) as error:
-        what = f"is no checkpoint of OpenVLA or pi-0.5, or a damaged one ({one_line(error)})"
-        raise UserError(f"{path} {what}; get it again") from error
+        raise UserError(
+            f"{path} is no checkpoint of OpenVLA or pi-0.5, or damaged ({one_line(error)}); get it again"
+        ) from error
 
 
 def sizes(path: Path) -> dict:
     """The `model` section that a published checkpoint amounts to, or that the kit's own folder has."""
     if is_own(path):
-        return config_of(path)
+        return saved_config(path)[1]
     with reading(path):
         c = open_checkpoint(path)
-        return format_of(c).model(c)
+        return format_of(c)["model"](c)
 
 
 def load(path: Path, model: dict, suites: list[str], build: Callable):
@@ -415,19 +396,24 @@ def load(path: Path, model: dict, suites: list[str], build: Callable):
     Raises:
         UserError: names the first key or file that is missing, damaged or another model's.
     """
+
+    def renamed(file: Path) -> dict[str, Tensor]:
+        with safe_open(file, "pt") as f:
+            tensors = {key: f.get_tensor(key) for key, its_file in c.files.items() if its_file == file}
+        return its["tensors"](tensors, policy.cfg)
+
     with reading(path):
         c = open_checkpoint(path)
         its = format_of(c)
         with torch.device("meta"):
-            policy = build(its.backbone, laid_over(its.model(c), model))
-        named = ((file, its.tensors(c.tensors(file), policy.cfg)) for file in dict.fromkeys(c.files.values()))
-        policy.load_weights(named, assign=True)
+            policy = build(its["backbone"], laid_over(its["model"](c), model))
+        policy.load_weights(((file, renamed(file)) for file in dict.fromkeys(c.files.values())), assign=True)
         for module in policy.modules():  # SigLIP's; no file has them, and nothing here reads them
             if getattr(module, "position_ids", None) is not None:
                 module.position_ids = torch.arange(module.position_ids.shape[-1])[None]
-        policy.norm_stats = checked_stats(its.stats(c, suites), str(path))
+        policy.norm_stats = checked_stats(its["stats"](c, suites), str(path))
     tokenizer = c.folder / "tokenizer.json"
     if not tokenizer.is_file():
-        raise UserError(f"{c.folder} holds no tokenizer.json; put that of {its.tokenizer} there")
+        raise UserError(f"{c.folder} holds no tokenizer.json; put that of {its['tokenizer']} there")
     policy.tokenizer = read_tokenizer(tokenizer)
     return policy.eval()

@@ -1,140 +1,189 @@
-"""05 - Success and latency of caches and of fewer denoise steps, one cell at a time (paper's inference section).
+"""Cells: success and latency with caches and with fewer denoise steps (the paper's inference section).
 
-reads   <run>/<backbone>/seed<k>/sft/ (01); or a published checkpoint, or a student of 05_distill.py
-writes  <run>/<backbone>/seed<k>/cell-<name>[-val]/: episodes.jsonl, summary.json, done.json; beside it
-        cells[-val].{json,md}, the table of all cells so far
+reads   <run>/<backbone>/seed<k>/sft/ (01); or `checkpoint`, published or a student of extras/distill.py
+writes  <run>/<backbone>/seed<k>/cell-<name>[-val]/: episodes.jsonl, summary.json, done.json; beside the
+        folder cells[-val].{json,md}, the table of all cells so far
 cost    50 episodes, 2 to 10 s each on one core
-try     python 05_cells.py configs/tiny.yaml start=final execute=2 cells.reuse=chunk cells.threshold=0.98
-        python 05_cells.py configs/tiny.yaml start=final denoise_steps=2 cells.solver=midpoint
+try     python -m extras.cells configs/tiny.yaml start=final execute=2 cells.reuse=chunk cells.threshold=0.98
+        python -m extras.cells configs/tiny.yaml start=final denoise_steps=2 cells.solver=midpoint
 
-A cell is what these keys, `execute` (actions carried out between two looks) and `denoise_steps` describe; caches.py says what is
-reused. Every cell is paired, episode by episode, with the one that looks as often, reuses nothing and takes ten Euler steps.
-Differs from the paper: an action is executed once; the similarity check is part of the latency; what a hit cannot see is tested
-and stands in the table; a cell that merely looks less often (execute=5, 10) is the baseline that a cache has to beat.
+A cell is one setting of these keys, `execute` (actions carried out between two looks) and `denoise_steps`;
+extras/caches.py says what is reused. Every cell is paired, episode by episode, with the one that looks as
+often, reuses nothing and takes ten Euler steps.
+Differs from the paper: an action is carried out once; the similarity check is part of the latency; a test
+shows what a hit cannot see, and the table says it; a cell that only looks less often (execute=5, 10) is the
+baseline that a cache has to beat.
 """
 
-from __future__ import annotations
-
-import sys
+import contextlib
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated, ClassVar, Literal
 
-import caches
+import backbones
 import common
-import disk
-import episodes
-import memory
-import ranks
-import runs
-import sim
+from extras.caches import Actor, sees_on_a_hit
+from report import episodes
+from report.tables import listing
+from runtime import disk, ranks, stage, workers
+from runtime.config import Count
+from runtime.errors import UserError
+from sim.env import CRASHES, TaskEnv, carry_out, tasks
 
 
 @dataclass
-class Config(common.RunConfig):
-    reuse: str = "none"  # "none" | "chunk" | "prefix" | "patches"
-    threshold: float = 0.98  # similarity from which on something is reused; the paper: 0.92, 0.95, 0.98, 0.999
-    cap: int = 4  # looks in a row that may reuse
-    relevant: float = 0.25  # patches: share of the image tokens, those most attended to, that are never reused
-    solver: str = "euler"  # "euler" | "midpoint" | "heun"; the last two evaluate the flow twice a step
-    group: str = "val"  # init states: "val" (35-39, for every choice) or "test" (40-49, reported)
-    n_init: int = 5  # init states per task
+class Config(common.SceneConfig, common.ActingConfig):
+    section: ClassVar = "cells"
+    by_torchrun: ClassVar = True
+    reuse: Literal["none", "chunk", "prefix", "patches"] = "none"
+    threshold: Annotated[float, -1] = 0.98  # similarity that allows reuse; the paper: 0.92, 0.95, 0.98, 0.999
+    cap: Count = 4  # looks in a row that may reuse
+    relevant: Annotated[float, 0, 1] = 0.25  # patches: share of image tokens, the most attended, always anew
+    solver: Literal["euler", "midpoint", "heun"] = "euler"  # the last two evaluate the flow twice a step
+    group: Literal["val", "test"] = "val"  # init states: "val" (35-39, for every choice) or "test" (40-49)
+    n_init: Count = 5  # init states per task
 
-    def __post_init__(self):
-        super().__post_init__()
-        common.at_least(self, threshold=-1, cap=1, relevant=0, n_init=1)
-        choices = {"reuse": caches.REUSE, "solver": caches.SOLVERS, "group": ("val", "test")}
-        for key, known in choices.items():
-            common.one_of(f"cells.{key}", getattr(self, key), known)
+    @property
+    def cell(self) -> str:
+        """E.g. none-k5-euler10, chunk0.98x4-k2-euler10, student-none-k8-euler1."""
+        kept = "" if self.reuse == "none" else f"{self.threshold:g}x{self.cap}"
+        start = "" if self.start == "final" else f"-at{self.start}"
+        weights = f"{Path(self.checkpoint).name}-" if self.checkpoint else ""
+        return f"{weights}{self.reuse}{kept}-k{self.execute}-{self.solver}{self.denoise_steps}{start}"
 
+    suffix = property(lambda self: "-val" if self.group == "val" else "")
+    folder = property(lambda self: self.seed_dir / f"cell-{self.cell}{self.suffix}")
 
-def cell_name(cfg: Config) -> str:
-    """E.g. none-k5-euler10, chunk0.98x4-k2-euler10, student-none-k8-euler1: its folder, without cell- or -val."""
-    kept = "" if cfg.reuse == "none" else f"{cfg.threshold:g}x{cfg.cap}"
-    name = f"{cfg.reuse}{kept}-k{cfg.execute}-{cfg.solver}{cfg.denoise_steps}{'' if cfg.start == 'final' else f'-at{cfg.start}'}"
-    return f"{Path(cfg.checkpoint).name}-{name}" if cfg.checkpoint else name
-
-
-def play(job: tuple):
-    """Worker: episodes of one task in a cell; yields a row for each. Seconds go where wall times go, to timing.json."""
-    cfg, _, suite, task, inits = job
-    policy, env = common.load_sft(cfg), sim.TaskEnv(suite, task, cfg.image_size, cfg.render)
-    for init in inits:
-        actor = caches.Actor(policy, cfg, (suite, task, init))
-        row = episodes.play(env, init, actor)
-        row |= {"looks": actor.looks, "hits": round(actor.hits, 3), "wall_s": {"episode": row["wall_s"]} | actor.seconds}
-        yield {"suite": suite, "task": task, "init_state": init, "seed": cfg.seed} | row
-    env.close()
+    def inputs(self) -> list[Path]:
+        if self.blank_images:
+            raise UserError("caches compare images, and black ones are all alike; set blank_images=false")
+        if self.backbone != "pi05" and (self.reuse == "patches" or self.solver != "euler"):
+            only = f"reuse={self.reuse} with solver={self.solver} needs pi05's layers or its flow"
+            raise UserError(f"{only}; with {self.backbone} use reuse=chunk or prefix, and solver=euler")
+        common.init_states(self.group, self.n_init)
+        tasks(self)
+        return self.sft_inputs()
 
 
-PROTOCOL = ("suites", "image_size", "render", "execute", "noise_scale")  # what the two of a pair share, beside the weights
-NO_REUSE = {"reuse": "none", "solver": "euler", "denoise_steps": 10}
+# --------------------------------------------------------------------------------------------------- episodes
+def play(env: TaskEnv, actor: Actor, init: int) -> dict:
+    """One episode from init state `init`. Its seconds end up in timing.json, as wall times do."""
+    began, crash = time.time(), ""
+    try:
+        env.reset(init)
+        while not env.success and env.steps < env.max_steps:
+            carry_out(env, actor(env.observe()))
+    except CRASHES as error:  # the simulator diverged: neither success nor failure of the policy
+        crash = type(error).__name__
+    wall = 0.0 if crash else round(time.time() - began, 2)
+    return {
+        "suite": env.suite,
+        "task": env.task_id,
+        "init_state": init,
+        "success": not crash and bool(env.success),
+        "steps": env.steps,
+        "crash": crash,
+        "looks": actor.looks,
+        "hits": round(actor.hits, 3),
+        "wall_s": {"episode": wall} | actor.seconds,
+    }
+
+
+def evaluate(job: tuple[Config, Path, str, int]) -> None:
+    """Worker: play the episodes of one task that played.jsonl lacks, and append a row for each."""
+    cfg, folder, suite, task = job
+    played = episodes.played(folder)
+    missing = [
+        init for init in common.init_states(cfg.group, cfg.n_init) if (suite, task, init) not in played
+    ]
+    if not missing:
+        return
+    policy = backbones.load_sft(cfg)
+    with contextlib.closing(TaskEnv(suite, task, cfg.image_size, cfg.render)) as env:
+        for init in missing:
+            row = play(env, Actor(policy, cfg, (suite, task, init)), init)
+            disk.append_jsonl(folder / "played.jsonl", row | {"seed": cfg.seed})
+
+
+# ----------------------------------------------------------------------------------------------------- tables
+# what a cell and its baseline must share, beside the weights
+PROTOCOL = ("suites", "image_size", "render", "execute", "noise_scale")
 
 
 def teacher(checkpoint: str) -> str:
-    """The checkpoint that a student was made from, by its done.json; of any other, itself."""
+    """The checkpoint that a student was made from, by its done.json; of any other checkpoint, itself."""
     done = Path(checkpoint) / "done.json"
     facts = disk.read_json(done) if done.is_file() else {"stage": ""}
-    return facts["config"]["checkpoint"] if facts["stage"] == "05_distill" else checkpoint
+    return facts["config"]["checkpoint"] if facts["stage"] in ("distill", "05_distill") else checkpoint
 
 
 def cells_table(cfg: Config) -> list[dict]:
-    """A row per finished cell, paired with the one that reuses nothing and looks as often, in ten Euler steps."""
-    cells, rows = episodes.finished(cfg.seed_dir, "cell-*", cfg.group), []
-    found = {facts["cell"]: (facts, played, timing) for facts, played, timing in cells}
-    for name, (facts, played, timing) in found.items():
-        seconds, steps = list(timing["episodes_s"].values()), sum(row["steps"] for row in played)
-        spent = {part: 1e3 * sum(s[part] for s in seconds) / max(1, steps) for part in ("check", "encode", "act")}
-        row = {"name": name, "suite": " ".join(facts["config"]["suites"]), "backbone": cfg.backbone, "policy": "sft"}
-        row |= {"group": cfg.group, "train_seeds": episodes.train_seeds(facts), "sees_on_a_hit": facts["sees_on_a_hit"]}
-        row |= {"hit_rate": sum(r["hits"] for r in played) / max(1, sum(r["looks"] for r in played))}
-        row |= {"ms_per_step": sum(spent.values()), "ms_per_step_parts": spent} | episodes.summarise(played)
-        row |= {"command": timing["command"], "commit": timing["commit"]}
-        mine = facts["config"]
-        same = {key: mine[key] for key in ("execute", "start")} | {"checkpoint": teacher(mine["checkpoint"])}
-        base = cell_name(replace(cfg, **NO_REUSE, **same))
-        if base in found and base != name and all(found[base][0]["config"][key] == mine[key] for key in PROTOCOL):
-            row |= {"paired_with": base} | episodes.paired(played, found[base][1])
-        rows.append(row)
+    """A row per finished cell, paired with the one that looks as often, reuses nothing, takes ten steps."""
+    finished = episodes.finished(cfg.seed_dir, "cell-*", cfg.group)
+    of_cell = {facts["cell"]: (facts["config"], played) for facts, played, _ in finished}
+    rows = []
+    for facts, played, timing in finished:
+        used, seconds = facts["config"], timing["episodes_s"].values()
+        steps, looks = (max(1, sum(row[key] for row in played)) for key in ("steps", "looks"))
+        spent = {part: 1e3 * sum(s[part] for s in seconds) / steps for part in ("check", "encode", "act")}
+        row = {
+            "name": facts["cell"],
+            "suite": " ".join(used["suites"]),
+            "backbone": cfg.backbone,
+            "policy": "sft",
+            "group": cfg.group,
+            "train_seeds": episodes.train_seeds(facts),
+            "sees_on_a_hit": facts["sees_on_a_hit"],
+            "hit_rate": sum(row["hits"] for row in played) / looks,
+            "ms_per_step": sum(spent.values()),
+            "ms_per_step_parts": spent,
+            "command": timing["command"],
+            "commit": timing["commit"],
+        }
+        rows.append(row | episodes.summarise(played))
+        baseline = {"reuse": "none", "solver": "euler", "denoise_steps": 10, "execute": used["execute"]}
+        baseline |= {"start": used["start"], "checkpoint": teacher(used["checkpoint"])}
+        name = replace(cfg, **baseline).cell
+        base, others = of_cell.get(name, (used, []))
+        if others and name != facts["cell"] and all(base[key] == used[key] for key in PROTOCOL):
+            rows[-1] |= {"paired_with": name} | episodes.paired(played, others)
     return rows
 
 
 def cells_markdown(rows: list[dict]) -> str:
     """ms per step of the environment; `a hit sees`: what of a new observation reaches the actions then."""
-    head = (
-        "cell | success | 95 % interval | hits | ms per step | of it the check | a hit sees | over no reuse | gained / lost | p"
-    )
-    lines = [f"| {head} |", "|---" * 10 + "|"]
-    for r in rows:
-        sees = "" if r["name"].startswith("none") else " and ".join(r["sees_on_a_hit"]) or "nothing new"
-        cells = [r["name"], f"{r['successes']} / {r['n']}", "{:.0%} to {:.0%}".format(*r["ci95"]), f"{r['hit_rate']:.0%}"]
-        cells += [f"{r['ms_per_step']:.2f}", f"{r['ms_per_step_parts']['check']:.2f}", sees]
-        if "gained" in r:
-            cells += [f"{100 * r['diff_vs_sft']:+.0f} points", f"{r['gained']} / {r['lost']}", f"{r['p_vs_sft']:.2g}"]
-        lines.append("| " + " | ".join(cells) + " |" * (11 - len(cells)))
-    return "\n".join(lines)
+    columns = {
+        "cell": "{name}",
+        "success": "{successes} / {n}",
+        "95 % interval": "{ci95[0]:.0%} to {ci95[1]:.0%}",
+        "hits": "{hit_rate:.0%}",
+        "ms per step": "{ms_per_step:.2f}",
+        "of it the check": "{ms_per_step_parts[check]:.2f}",
+        "a hit sees": lambda row: (
+            "" if row["name"].startswith("none") else " and ".join(row["sees_on_a_hit"]) or "nothing new"
+        ),
+        "over no reuse": lambda row: f"{100 * row['diff_vs_sft']:+.0f} points" if "gained" in row else "",
+        "gained / lost": lambda row: "{gained} / {lost}".format_map(row) if "gained" in row else "",
+        "p": lambda row: f"{row['p_vs_sft']:.2g}" if "gained" in row else "",
+    }
+    return listing(rows, columns)
 
 
-def main(cfg: Config) -> None:
-    if cfg.dry_run:
-        return memory.report(cfg, "eval")
-    if cfg.blank_images:
-        raise common.UserError("caches compare images, and black ones are all alike; set blank_images=false")
-    tasks, inits, suffix = sim.tasks(cfg), common.init_states(cfg.group, cfg.n_init), "-val" if cfg.group == "val" else ""
-    shared = f"suites tasks backbone seed image_size render execute denoise_steps noise_scale {common.SFT_KEYS}"
-    code = ["sim.py", "osc.py", "workers.py", "episodes.py", "stats.py", "caches.py", *cfg.policy_code]
-    folder = cfg.seed_dir / f"cell-{cell_name(cfg)}{suffix}"
-    stage = runs.open_stage(__file__, cfg, folder, shared, common.sft_inputs(cfg), code)
-    if stage is not None:
-        rows = episodes.gather(stage, play, cfg, tasks, inits, cell_name(cfg))
-        if ranks.first():
-            sees = caches.sees_on_a_hit(common.load_sft(cfg), cfg)
-            episodes.finish(stage, rows, cell=cell_name(cfg), sees_on_a_hit=sees)
-    if ranks.first():
-        rows = cells_table(cfg)
-        disk.write_json(cfg.seed_dir / f"cells{suffix}.json", rows)
-        disk.write_atomic(cfg.seed_dir / f"cells{suffix}.md", cells_markdown(rows) + "\n")
-        print(cells_markdown(rows), flush=True)
+def main(cfg: Config, run: stage.Run) -> dict:
+    jobs = [(cfg, run.dir, suite, task) for suite, task in tasks(cfg)]
+    total, title = len(jobs) * cfg.n_init, f"cell {cfg.cell}"
+    workers.run(evaluate, ranks.share(jobs), cfg.workers, title, lambda: len(episodes.played(run.dir)), total)
+    return episodes.finish(run, cell=cfg.cell, sees_on_a_hit=sees_on_a_hit(backbones.load_sft(cfg), cfg))
+
+
+def show_table(cfg: Config) -> None:
+    """All cells so far of this seed and group: cells.json, cells.md."""
+    rows = cells_table(cfg)
+    disk.write_json(cfg.seed_dir / f"cells{cfg.suffix}.json", rows)
+    disk.write_atomic(cfg.seed_dir / f"cells{cfg.suffix}.md", cells_markdown(rows) + "\n")
+    print(cells_markdown(rows), flush=True)
 
 
 if __name__ == "__main__":
-    common.run(lambda: main(common.load_config(Config, "cells", sys.argv[1:])))
+    stage.start(main, Config, dry_run=backbones.dry_run, after=show_table)

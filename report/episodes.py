@@ -3,8 +3,6 @@
 A row: suite, task, init_state, seed, success, steps, crash (the simulator's error, or ""), and more.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 from pathlib import Path
@@ -103,14 +101,20 @@ def summarise(rows: list[dict]) -> dict:
     }
 
 
-def paired(rows: list[dict], base: list[dict]) -> dict:
-    """Difference to a baseline on the episodes (place and seed) that both played without a crash."""
-    mine, theirs = (
+def matched(rows: list[dict], base: list[dict]) -> list[tuple[Place, bool, bool]]:
+    """(place, success, baseline's success) of the episodes that both played, with one seed and no crash."""
+    own, theirs = (
         {(place_of(row), row["seed"]): row["success"] for row in side if not row["crash"]}
         for side in (rows, base)
     )
-    both = [key for key in mine if key in theirs]
-    test = stats.mcnemar([mine[k] for k in both], [theirs[k] for k in both], [place for place, _ in both])
+    return [(key[0], own[key], theirs[key]) for key in own if key in theirs]
+
+
+def paired(rows: list[dict], base: list[dict]) -> dict:
+    """Difference to a baseline on the episodes that match."""
+    both = matched(rows, base)
+    places, successes, theirs = ([episode[i] for episode in both] for i in range(3))
+    test = stats.mcnemar(successes, theirs, places)
     return {
         "diff_vs_sft": (test["only_a"] - test["only_b"]) / max(1, len(both)),
         "gained": test["only_a"],

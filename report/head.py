@@ -1,7 +1,5 @@
 """The tables and plots of 06_pretrain_head.py."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -27,15 +25,15 @@ def retrieval_report(rows: list[dict], cfg) -> str:
     """Markdown: a table for every protocol and suite, the last one for progress towards the goal."""
     parts = [INTRODUCTION.format(**vars(cfg))]
     for protocol, suite, n in dict.fromkeys((row["protocol"], row["suite"], row["n"]) for row in rows):
-        mine = [row for row in rows if (row["protocol"], row["suite"], row["n"]) == (protocol, suite, n)]
+        part = [row for row in rows if (row["protocol"], row["suite"], row["n"]) == (protocol, suite, n)]
         if protocol == "progress":
             title = f"**progress**: similarity to the goal frame along {n} held-out episodes"
-            table = pivot(mine, ["features"], "metric", PROGRESS, progress_cell)
+            table = pivot(part, ["features"], "metric", PROGRESS, progress_cell)
         else:
             title = f"**{protocol}**, {suite}, {n} queries"
-            kinds = {row["right"]: f"same {row['right']}" for row in mine}
-            table = pivot(mine, ["features"], "right", kinds, recall_cell)
-        parts.append(f"{title}\n\n{table.markdown()}\n")
+            kinds = {row["right"]: f"same {row['right']}" for row in part}
+            table = pivot(part, ["features"], "right", kinds, recall_cell)
+        parts.append(f"{title}\n\n{table}\n")
     return "\n".join(parts)
 
 

@@ -1,7 +1,5 @@
 """The tables and the plot of 05_profile.py: where the time of an inference goes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -34,24 +32,29 @@ def parts_of(times: list[dict[str, float]]) -> list[str]:
 
 def latency_report(rows: list[dict], roofline: dict, gpu: str) -> str:
     """Markdown: measured times of every point, the paper's shares, and the roofline with `gpu` first."""
-    measured = {"": lambda row: row["label"]}
-    measured |= {"p50 ms": lambda row: f"{row['p50_ms']:.2f}", "p95 ms": lambda row: f"{row['p95_ms']:.2f}"}
-    for part in parts_of([row["parts_ms"] for row in rows]):
-        measured[part] = lambda row, part=part: f"{row['parts_ms'].get(part, 0.0):.2f}"
-    measured["parts / whole"] = lambda row: f"{row['parts_over_whole']:.1%}"
-    measured["prefix share"] = lambda row: f"{row['prefix_share']:.1%}"
-    measured["ceiling of a prefix cache"] = lambda row: f"{row['ceiling']:.2f}x"
-    bounds = sorted(roofline["gpus"].items(), key=lambda item: item[0] != gpu)
-    least = {"published size, least ms on": lambda item: item[0]}
-    for part in ("images", "prefix", "actions"):
-        least[part] = lambda item, part=part: f"{item[1]['ms'][part]:.2f}"
-    least["prefix share"] = lambda item: f"{item[1]['prefix_share']:.1%}"
-    least["ceiling"] = lambda item: f"{amdahl(item[1]['prefix_share']):.2f}x"
+    parts = parts_of([row["parts_ms"] for row in rows])
+    measured = {
+        "": "{label}",
+        "p50 ms": "{p50_ms:.2f}",
+        "p95 ms": "{p95_ms:.2f}",
+        **{part: lambda row, part=part: f"{row['parts_ms'].get(part, 0.0):.2f}" for part in parts},
+        "parts / whole": "{parts_over_whole:.1%}",
+        "prefix share": "{prefix_share:.1%}",
+        "ceiling of a prefix cache": "{ceiling:.2f}x",
+    }
+    least = {
+        "published size, least ms on": "{gpu}",
+        **{part: f"{{ms[{part}]:.2f}}" for part in ("images", "prefix", "actions")},
+        "prefix share": "{prefix_share:.1%}",
+        "ceiling": "{ceiling:.2f}x",
+    }
+    bounds = [{"gpu": name, "ceiling": amdahl(b["prefix_share"])} | b for name, b in roofline["gpus"].items()]
+    bounds.sort(key=lambda row: row["gpu"] != gpu)
     paper = (
-        f"prefix {PAPER['prefix_share']:.1%}, denoising {PAPER['denoise_share']:.1%}, eager code on one GPU"
+        "Paper: prefix {prefix_share:.1%}, denoising {denoise_share:.1%}, eager code on one GPU: a ceiling "
     )
-    paper = f"Paper: {paper}: a ceiling of {amdahl(PAPER['prefix_share']):.2f}x."
-    return "\n\n".join([listing(rows, measured).markdown(), paper, listing(bounds, least).markdown()]) + "\n"
+    paper = paper.format(**PAPER) + f"of {amdahl(PAPER['prefix_share']):.2f}x."
+    return "\n\n".join([listing(rows, measured), paper, listing(bounds, least)]) + "\n"
 
 
 def metric_rows(backbone: str, point: dict, timing: dict) -> list[dict]:

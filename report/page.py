@@ -1,60 +1,30 @@
-"""What a report page is made of, as Markdown and as one HTML file that needs no other: strings, tables, images."""
-
-from __future__ import annotations
+"""The report as an HTML page, from its blocks of Markdown; and marked tables in other Markdown files."""
 
 import base64
 import html
 import re
 import string
-from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
-import common
+from runtime.errors import UserError, did_you_mean
 
-PILLS = {"holds here": "holds", "does not hold here": "not", "not testable here": "untestable", "not run here": "pending"}
-
-
-@dataclass
-class Table:
-    head: list[str]
-    rows: list[list]
-    cards: bool = False  # long texts: on a phone each row is a card
-
-    def markdown(self) -> str:
-        lines = [self.head, ["---"] * len(self.head), *self.rows]
-        return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-    def html(self) -> str:
-        head = "".join(f'<th scope="col">{inline(name)}</th>' for name in self.head)
-        labels = [f' data-label="{html.escape(name)}"' * self.cards for name in self.head]
-        lines = ["".join(f"<td{label}>{inline(x)}</td>" for label, x in zip(labels, row, strict=True)) for row in self.rows]
-        body = "".join(f"<tr>{line}</tr>\n" for line in lines)
-        kind = ' class="cards"' * self.cards
-        return f'<div class="scroll"><table{kind}><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
+PILLS = {  # verdict -> its CSS class
+    "holds here": "holds",
+    "does not hold here": "not",
+    "not testable here": "untestable",
+    "not run here": "pending",
+}
+LARGEST = 400_000  # bytes of another stage's picture that a page may contain
 
 
-@dataclass
-class Image:
-    name: str  # of its file, for Markdown
-    alt: str
-    light: bytes
-    dark: bytes = b""  # the same for readers who prefer a dark page
-    clip: bool = False  # a rollout
-
-    def html(self) -> str:
-        kind, words = self.name.rpartition(".")[2], html.escape(self.alt)
-        light, dark = (f"data:image/{kind};base64,{base64.b64encode(data).decode()}" for data in (self.light, self.dark))
-        source = f'<source srcset="{dark}" media="(prefers-color-scheme: dark)">' if self.dark else ""
-        picture = f'<picture>{source}<img src="{light}" alt="{words}"></picture>'
-        return f"<figure{' class=clip' * self.clip}>{picture}<figcaption>{words}</figcaption></figure>"
+def slug(words: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
 
 
-Block = str | Table | list[Image]  # a string is a paragraph, a heading with its #s, or a list with its dashes
-
-
-def inline(text) -> str:
+def inline(text: str) -> str:
     """HTML of a cell or a paragraph: `code`, [links](to), *stress*, and a verdict as a pill."""
-    text = html.escape(str(text))
+    text = html.escape(text)
     if text in PILLS:
         return f'<span class="pill {PILLS[text]}">{text}</span>'
     text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
@@ -62,74 +32,73 @@ def inline(text) -> str:
     return re.sub(r"\[([^\]]+)\]\(([^)\s]+)\)", r'<a href="\2">\1</a>', text)
 
 
-def slug(words: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
+def table_html(block: str) -> str:
+    """A table with verdicts holds long texts: on a phone each of its lines becomes a card."""
+    lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in block.splitlines()]
+    head, _, *body = [[inline(cell.strip().replace("\\|", "|")) for cell in line] for line in lines]
+    is_cards = "verdict" in head
+    labels = [f' data-label="{name}"' if is_cards else "" for name in head]
+    rows = [[f"<td{label}>{cell}</td>" for label, cell in zip(labels, line, strict=True)] for line in body]
+    names = "".join(f'<th scope="col">{name}</th>' for name in head)
+    table = '<table class="cards">' if is_cards else "<table>"
+    body = "\n".join(f"<tr>{''.join(row)}</tr>" for row in rows)
+    return f'<div class="scroll">{table}<thead><tr>{names}</tr></thead>\n<tbody>{body}</tbody></table></div>'
 
 
-def as_markdown(blocks: list[Block]) -> str:
-    """Rollouts are left out."""
-    said = []
-    for block in blocks:
-        if isinstance(block, list):
-            said += [f"![{image.alt}]({image.name})" for image in block if not image.clip]
-        else:
-            said.append(block.markdown() if isinstance(block, Table) else block)
-    return "\n\n".join(said) + "\n"
+def figure_html(line: str, folder: Path, alone: bool) -> str:
+    """A figure. It contains its picture if the report drew it or the page stands alone, else links to it."""
+    words, source = re.fullmatch(r"!\[(.*)\]\((.*)\)", line).groups()
+    path, own = folder / unquote(source), "/" not in source
+    if own or (alone and path.stat().st_size <= LARGEST):
+        source = f"data:image/{path.suffix[1:]};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    picture = f'<img src="{source}" alt="{html.escape(words)}">'
+    caption = f"<figcaption>{html.escape(words)}</figcaption>"
+    return f'<figure class="{"drawn" if own else path.suffix[1:]}">{picture}{caption}</figure>'
 
 
-def as_html(blocks: list[Block]) -> str:
-    """The whole page; its first heading is followed by links to its chapters (##)."""
-    chapters = [block.removeprefix("## ") for block in blocks if isinstance(block, str) and block.startswith("## ")]
+def as_html(blocks: list[str], folder: Path, alone: bool) -> str:
+    """The page; its first heading is followed by links to its chapters (##).
+
+    A block is a paragraph, a heading, a table, a list, or lines of images.
+    folder: where the page will lie.  alone: it must show small pictures without the files beside it.
+    """
+    chapters = [block[3:] for block in blocks if block.startswith("## ")]
     links = "".join(f'<a href="#{slug(words)}">{inline(words)}</a>' for words in chapters)
-    said = []
+    parts = []
     for block in blocks:
-        if isinstance(block, Table):
-            said.append(block.html())
-        elif isinstance(block, list):
-            clips = " clips" * any(image.clip for image in block)
-            said.append(f'<div class="figures{clips}">{"".join(image.html() for image in block)}</div>')
-        elif heading := re.fullmatch(r"(#+) (.*)", block):
-            level, words = len(heading[1]), heading[2]
-            name = f' id="{slug(words)}"' * (level == 2)
-            said.append(f"<h{level}{name}>{inline(words)}</h{level}>" + f"<nav>{links}</nav>" * (level == 1))
+        if block.startswith("|"):
+            parts.append(table_html(block))
+        elif block.startswith("!"):
+            figures = [figure_html(line, folder, alone) for line in block.splitlines()]
+            parts.append(f'<div class="figures">{"".join(figures)}</div>')
         elif block.startswith("- "):
-            said.append("<ul>" + "".join(f"<li>{inline(line[2:])}</li>" for line in block.splitlines()) + "</ul>")
+            items = [f"<li>{inline(line[2:])}</li>" for line in block.splitlines()]
+            parts.append(f"<ul>{''.join(items)}</ul>")
+        elif block.startswith("#"):
+            marks, words = block.split(" ", 1)
+            name = f' id="{slug(words)}"' if marks == "##" else ""
+            parts.append(f"<h{len(marks)}{name}>{inline(words)}</h{len(marks)}>")
         else:
-            said.append(f"<p>{inline(block)}</p>")
+            parts.append(f"<p>{inline(block)}</p>")
+    parts.insert(1, f"<nav>{links}</nav>")
     template = string.Template(Path(__file__).with_name("template.html").read_text())
-    return template.substitute(title=html.escape(blocks[0].lstrip("# ")), body="\n".join(said))
+    return template.substitute(title=html.escape(blocks[0].lstrip("# ")), body="\n".join(parts))
 
 
-def fill_in(text: str, tables: dict[str, Table]) -> str:
-    """A Markdown text in which the table of each <!-- table:NAME --> ... <!-- /table --> is made anew.
+def fill_in(text: str, tables: dict[str, str]) -> str:
+    """A Markdown text with the table of each <!-- table:NAME --> ... <!-- /table --> made anew.
 
     Raises:
         UserError: no table has this name, or the markers don't come in pairs.
     """
     start, end = r"<!-- table:(\S+) -->", "<!-- /table -->"
-    names, markers = re.findall(start, text), re.findall(rf"{start}|({end})", text)
-    if [bool(ends) for _, ends in markers] != [False, True] * len(names):
-        raise common.UserError(f"every <!-- table:NAME --> needs its {end} before the next one begins")
-    for name in names:
-        if name not in tables:
-            raise common.UserError(f"no table is called {name!r}; {common.did_you_mean(name, tables)}")
-    renewed = lambda marker: f"<!-- table:{marker[1]} -->\n\n{tables[marker[1]].markdown()}\n\n{end}"  # noqa: E731
-    return re.sub(rf"{start}.*?{end}", renewed, text, flags=re.DOTALL)
 
+    def renewed(marker: re.Match) -> str:
+        if marker[1] not in tables:
+            raise UserError(f"no table is called {marker[1]!r}; {did_you_mean(marker[1], tables)}")
+        return f"<!-- table:{marker[1]} -->\n\n{tables[marker[1]]}\n\n{end}"
 
-# ------------------------------------------------------------------------------------------- numbers in words
-def points(difference: float, interval: tuple[float, float]) -> str:
-    """A difference of rates with its interval, in percentage points."""
-    return f"{100 * difference:+.1f} points ({100 * interval[0]:+.1f} to {100 * interval[1]:+.1f})"
-
-
-def percent(interval: tuple[float, float]) -> str:
-    return f"{interval[0]:.1%} to {interval[1]:.1%}"
-
-
-def p_value(p: float) -> str:
-    return f"{p:.2f}" if p >= 0.0095 else f"{p:.1g}"
-
-
-def number(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    filled, n = re.subn(rf"{start}((?!<!-- table:).)*?{end}", renewed, text, flags=re.DOTALL)
+    if not n == len(re.findall(start, text)) == text.count(end):
+        raise UserError(f"every <!-- table:NAME --> needs its {end} before the next one begins")
+    return filled

@@ -3,8 +3,6 @@
 matplotlib is imported when something is drawn, so that importing this module is cheap.
 """
 
-from __future__ import annotations
-
 import io
 import re
 from pathlib import Path
@@ -12,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from report import stats
-from report.tables import baseline, by_suite, number, short
+from report.tables import baseline, by_suite, joined, metric_names, number, short
 
 INK = "#1c2128"
 COLOURS = {"sft": "#8a929c", "lora": "#2f74b5", "dora": "#d9822b", "other": "#4f9a6b"}
@@ -31,7 +29,6 @@ STYLE = {
     "grid.linewidth": 0.7,
     "legend.frameon": False,
     "legend.fontsize": 8,
-    "errorbar.capsize": 2.5,
     "figure.titlesize": 11,
     "savefig.dpi": 150,
 }
@@ -62,21 +59,36 @@ def save(figure, path: Path) -> None:
     Image.open(drawn).convert("RGB").quantize(64).save(path, optimize=True)
 
 
-def list_rows(ax, names: list[str], notes: list[str] = ()) -> None:
-    """Label a plot with one horizontal line per row: its name on the left, its note on the right."""
-    ax.set_yticks(range(len(names)), names)
+def draw_rows(
+    ax,
+    names: list[str],
+    values: list,
+    intervals: list,
+    colours: list,
+    notes: list[str] = (),
+    bars: bool = True,
+) -> None:
+    """One horizontal line per row, from the top: name, bar or mark, interval, and a note beside it."""
+    places = range(len(names))[::-1]
+    if bars:
+        ax.barh(places, values, 0.66, color=colours)
+    for y, value, interval, colour in zip(places, values, intervals, colours, strict=True):
+        if not bars:
+            ax.plot(value, y, "s", color=colour)
+        if interval:
+            ax.plot(interval, [y, y], color=INK if bars else colour, linewidth=1.2 if bars else 2)
+    for y, note in zip(places, notes, strict=False):
+        ax.text(1.02, y, note, transform=ax.get_yaxis_transform(), va="center", fontsize=9)
+    ax.set_yticks(places, names)
     ax.set_ylim(-0.6, len(names) - 0.4)
     ax.grid(axis="x")
     ax.tick_params(axis="y", length=0)
-    for i, note in enumerate(notes):
-        ax.text(1.02, i, note, transform=ax.get_yaxis_transform(), va="center", fontsize=9)
 
 
-def success_percent(rows: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-    """Success rates (N,), and how far their intervals reach below and above them (2, N), in percent."""
-    rates = np.array([100 * row["successes"] / max(1, row["n"]) for row in rows])
-    low, high = 100 * np.array([row["ci95"] for row in rows]).T
-    return rates, np.maximum(0, [rates - low, high - rates])
+def percents(rows: list[dict]) -> tuple[list[float], list[list[float]]]:
+    """Success rates and their intervals, in percent."""
+    rates = [100 * row["successes"] / max(1, row["n"]) for row in rows]
+    return rates, [[100 * bound for bound in row["ci95"]] for row in rows]
 
 
 def colour(row: dict) -> str:
@@ -86,38 +98,34 @@ def colour(row: dict) -> str:
 
 def labels(rows: list[dict]) -> list[str]:
     """The name of each row, with its suite and seeds if the rows differ in them."""
-    suites, seeds = {row["suite"] for row in rows}, {str(row.get("train_seeds")) for row in rows}
-    named = []
-    for row in rows:
-        suite = f"  {short(row['suite'])}" if len(suites) > 1 else ""
-        seed = f"  seed {', '.join(map(str, row['train_seeds']))}" if len(seeds) > 1 else ""
-        named.append(row["name"] + suite + seed)
-    return named
+    texts = {
+        "suite": lambda row: short(row["suite"]),
+        "train_seeds": lambda row: f"seed {joined(row['train_seeds'])}",
+    }
+    varied = [key for key in texts if len({str(row.get(key)) for row in rows}) > 1]
+    return ["  ".join([row["name"], *(texts[key](row) for key in varied)]) for row in rows]
 
 
 # ---------------------------------------------------------------------------------------------- success rates
 def success(rows: list[dict]):
     """Success rates as horizontal bars, with their Wilson intervals."""
-    rows = sorted(rows, key=by_suite)[::-1]
+    rows = sorted(rows, key=by_suite)
     figure, ax = canvas(5.4, 0.8 + 0.34 * len(rows))
-    rates, reach = success_percent(rows)
-    style = {"elinewidth": 1.1, "ecolor": INK}
-    ax.barh(range(len(rows)), rates, 0.66, xerr=reach, error_kw=style, color=[colour(row) for row in rows])
-    list_rows(ax, labels(rows), [f"{row['successes']}/{row['n']}" for row in rows])
-    ax.set(xlim=(0, 100), xlabel="success, % (bars: Wilson 95 %)")
+    notes = [f"{row['successes']}/{row['n']}" for row in rows]
+    draw_rows(ax, labels(rows), *percents(rows), [colour(row) for row in rows], notes)
+    ax.set(xlim=(0, 100), xlabel="success, % (lines: Wilson 95 %)")
     return figure
 
 
 def forest(rows: list[dict]):
     """Differences to the baseline on the same episodes, in points, with intervals and exact p-values."""
-    rows = sorted(rows, key=by_suite)[::-1]
+    rows = sorted(rows, key=by_suite)
     figure, ax = canvas(5.4, 0.85 + 0.34 * len(rows))
-    for i, row in enumerate(rows):
-        low, high = stats.paired_interval(row["gained"], row["lost"], row["paired_n"], row.get("deff", 1.0))
-        ax.plot([100 * low, 100 * high], [i, i], color=colour(row), linewidth=2.2, solid_capstyle="butt")
-        ax.plot(100 * row["diff_vs_sft"], i, "s", color=colour(row), markersize=6)
+    values = [100 * row["diff_vs_sft"] for row in rows]
+    intervals = [[100 * bound for bound in stats.difference_interval(row)] for row in rows]
+    notes = [f"p = {row['p_vs_sft']:.2g}" for row in rows]
+    draw_rows(ax, labels(rows), values, intervals, [colour(row) for row in rows], notes, bars=False)
     ax.axvline(0, color=INK, linewidth=0.9)
-    list_rows(ax, labels(rows), [f"p = {row['p_vs_sft']:.2g}" for row in rows])
     ax.set_xlabel(f"points against {baseline(rows)}, same episodes (95 %)", loc="right")
     return figure
 
@@ -130,22 +138,15 @@ def learning_curve(rows: list[dict], losses: list[dict]):
 
     rows = sorted(rows, key=step)
     figure, ax = canvas(5.4, 3.3)
-    rates, reach = success_percent(rows)
-    ax.errorbar(
-        [step(row) for row in rows],
-        rates,
-        reach,
-        fmt="o-",
-        color=COLOURS["lora"],
-        label="success (left), Wilson 95 %",
-    )
+    (rates, intervals), steps = percents(rows), [step(row) for row in rows]
+    ax.plot(steps, rates, "o-", color=COLOURS["lora"], label="success (left), Wilson 95 %")
+    ax.vlines(steps, *zip(*intervals, strict=True), color=COLOURS["lora"])
     ax.set(ylim=(0, 100), xlabel="SFT step", ylabel="success on validation states, %")
     ax.grid()
     right = ax.twinx()
     curve = np.array([(row["step"], row["val_loss"]) for row in losses if "val_loss" in row])
     right.semilogy(*curve.T, color=COLOURS["dora"], label="validation loss (right)")
-    handles = [*ax.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
-    ax.legend(handles=handles, loc="center right")
+    ax.legend(handles=[*ax.lines, *right.lines], loc="center right")
     return figure
 
 
@@ -189,37 +190,34 @@ def describe_cell(name: str) -> tuple[tuple, str]:
 
 def cells(rows: list[dict]):
     """Success with Wilson intervals (left), and CPU ms of the policy per step of the environment (right)."""
-    rows = sorted(rows, key=lambda row: describe_cell(row["name"]))[::-1]
+    rows = sorted(rows, key=lambda row: describe_cell(row["name"]))
     figure, (ax, right) = canvas(7.6, 0.8 + 0.27 * len(rows), columns=2, sharey=True)
-    rates, _ = success_percent(rows)
-    for i, row in enumerate(rows):
-        reuses = CELL.fullmatch(row["name"])[2] != "none"
-        ink = COLOURS["dora" if reuses else "sft"]
-        ax.plot([100 * x for x in row["ci95"]], [i, i], color=ink, linewidth=2)
-        ax.plot(rates[i], i, "s", color=ink, markersize=5)
-        right.barh(i, row["ms_per_step"], 0.62, color=ink)
-        hits = f"   {row['hit_rate']:.0%} hits" if reuses else ""
-        right.text(row["ms_per_step"], i, f" {row['ms_per_step']:.2f}{hits}", va="center", fontsize=8)
-    for panel in (ax, right):
-        list_rows(panel, [describe_cell(row["name"])[1] for row in rows])
+    names, milliseconds = (
+        [describe_cell(row["name"])[1] for row in rows],
+        [row["ms_per_step"] for row in rows],
+    )
+    colours = [COLOURS["dora" if describe_cell(row["name"])[0][0] else "sft"] for row in rows]
+    draw_rows(ax, names, *percents(rows), colours, bars=False)
+    draw_rows(right, names, milliseconds, [None] * len(rows), colours)
+    for y, row in enumerate(rows[::-1]):
+        hits = f"   {row['hit_rate']:.0%} hits" if describe_cell(row["name"])[0][0] else ""
+        right.text(row["ms_per_step"], y, f" {row['ms_per_step']:.2f}{hits}", va="center", fontsize=8)
     ax.tick_params(axis="y", labelsize=8)
     ax.set(xlim=(0, 101), xlabel="success, % (95 %)")
-    right.set(xlim=(0, 2 * max(row["ms_per_step"] for row in rows)), xlabel="CPU ms per step")
+    right.set(xlim=(0, 2 * max(milliseconds)), xlabel="CPU ms per step")
     return figure
 
 
-def metrics(rows: list[dict], names: list[str]):
+def metrics(rows: list[dict]):
     """Values of one unit as bars, with their intervals if they have any."""
-    figure, ax = canvas(5.4, 0.8 + 0.32 * len(rows))
-    rows = rows[::-1]
-    ax.barh(range(len(rows)), [row["value"] for row in rows], 0.62, color=COLOURS["lora"])
-    for i, row in enumerate(rows):
-        if row.get("ci95"):
-            ax.plot(row["ci95"], [i, i], color=INK, linewidth=1.2)
-    list_rows(ax, names[::-1], [number(row["value"]) for row in rows])
-    ax.set_xlabel(rows[0].get("unit", ""))
-    if max(abs(row["value"]) for row in rows) >= 1e5:
-        from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import EngFormatter
 
+    figure, ax = canvas(5.4, 0.8 + 0.32 * len(rows))
+    values, intervals = [row["value"] for row in rows], [row.get("ci95") for row in rows]
+    draw_rows(
+        ax, metric_names(rows), values, intervals, [COLOURS["lora"]] * len(rows), list(map(number, values))
+    )
+    ax.set_xlabel(rows[0].get("unit", ""))
+    if max(map(abs, values)) >= 1e5:
         ax.xaxis.set_major_formatter(EngFormatter())
     return figure

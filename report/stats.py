@@ -6,8 +6,6 @@ dependence raises the variance. Nothing here covers how much trainings differ: t
 a p-value generalises over init states, for the policies at hand.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
@@ -80,6 +78,11 @@ def paired_interval(gained: int, lost: int, n: int, deff: float = 1.0) -> tuple[
     up, down = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
     half = Z * np.sqrt(deff * (up + down - (up - down) ** 2) / (n + 2))
     return float(max(-1.0, up - down - half)), float(min(1.0, up - down + half))
+
+
+def difference_interval(row: dict) -> tuple[float, float]:
+    """The paired interval of a row that counts gained and lost episodes."""
+    return paired_interval(row["gained"], row["lost"], row["paired_n"], row.get("deff", 1.0))
 
 
 def holm(p: list[float]) -> list[float]:

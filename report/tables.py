@@ -1,10 +1,8 @@
 """Tables of the report, and how it writes numbers: from rows of table.json to lines of text."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from report import stats
@@ -16,24 +14,21 @@ RENAMED = {
 }  # in the commands of older results
 
 
-@dataclass
-class Table:
-    head: list[str]
-    lines: list[list]
-    cards: bool = False  # long texts: on a phone each line becomes a card
-
-    def markdown(self) -> str:
-        lines = [self.head, ["---"] * len(self.head), *self.lines]
-        cells = [[str(cell).replace("|", "\\|") for cell in line] for line in lines]
-        return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+def table(head: list[str], lines: list[list]) -> str:
+    """A Markdown table."""
+    text = [[str(cell).replace("|", "\\|") for cell in line] for line in (head, ["---"] * len(head), *lines)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in text)
 
 
-def listing(rows: list, columns: dict[str, Callable], cards: bool = False) -> Table:
-    """A line for each row. columns: heading -> function that makes the column's cell from a row."""
-    return Table(list(columns), [[cell(row) for cell in columns.values()] for row in rows], cards)
+def listing(rows: list[dict], columns: dict[str, str | Callable]) -> str:
+    """A line for each row. columns: heading -> its cell, as a format string or a function of the row."""
+    lines = []
+    for row in rows:
+        lines.append([c.format_map(row) if isinstance(c, str) else c(row) for c in columns.values()])
+    return table(list(columns), lines)
 
 
-def pivot(rows: list[dict], keys: Sequence[str], column: str, headings: dict, cell: Callable) -> Table:
+def pivot(rows: list[dict], keys: Sequence[str], column: str, headings: dict, cell: Callable) -> str:
     """A line for each combination of values of `keys`, and a column for each value of the key `column`.
 
     headings: value of `column` -> heading.  cell: makes a cell from its rows; without rows it stays empty.
@@ -44,7 +39,7 @@ def pivot(rows: list[dict], keys: Sequence[str], column: str, headings: dict, ce
     lines = []
     for line in dict.fromkeys(line for line, _ in groups):
         lines.append([*line, *(cell(groups[line, v]) if (line, v) in groups else "" for v in headings)])
-    return Table([*keys, *headings.values()], lines)
+    return table([*keys, *headings.values()], lines)
 
 
 # -------------------------------------------------------------------------------------------- numbers as text
@@ -69,8 +64,7 @@ def difference(row: dict) -> str:
     """A row's difference to its baseline; with an interval if the row counts gained and lost episodes."""
     if "gained" not in row:
         return f"{100 * row['diff_vs_sft']:+.1f} points"
-    counts = row["gained"], row["lost"], row["paired_n"]
-    return points(row["diff_vs_sft"], stats.paired_interval(*counts, row.get("deff", 1.0)))
+    return points(row["diff_vs_sft"], stats.difference_interval(row))
 
 
 def joined(values: Sequence) -> str:
@@ -87,10 +81,9 @@ def script(row: dict) -> str:
 
 def short(suite: str) -> str:
     """libero_object -> Object; several suites -> 4 suites."""
-    names = suite.split()
-    if len(names) > 1:
-        return f"{len(names)} suites"
-    return names[0].removeprefix("libero_").capitalize().replace("10", "Long")
+    first, *others = suite.split()
+    name = first.removeprefix("libero_").capitalize().replace("10", "Long")
+    return f"{1 + len(others)} suites" if others else name
 
 
 def baseline(rows: list[dict]) -> str:
@@ -129,7 +122,7 @@ def metric_names(rows: list[dict]) -> list[str]:
 
 
 # ----------------------------------------------------------------------------------------------------- tables
-def success_table(rows: list[dict]) -> Table:
+def success_table(rows: list[dict]) -> str:
     """Success rates of one group of init states.
 
     `over tasks` is the interval of a bootstrap that draws whole tasks. With several suites, Holm's correction
@@ -140,13 +133,13 @@ def success_table(rows: list[dict]) -> Table:
     for row, p in zip(tested, stats.holm([row["p_vs_sft"] for row in tested]), strict=True):
         row["p_holm"] = p
     columns = {
-        "policy": lambda row: row["name"],
+        "policy": "{name}",
         "suite": lambda row: short(row["suite"]),
         "seeds": lambda row: joined(row["train_seeds"]),
-        "success": lambda row: f"{row['successes']} / {row['n']}",
+        "success": "{successes} / {n}",
         "95 % interval": lambda row: percent(row["ci95"]),
         "over tasks": lambda row: percent(row["ci95_tasks"]),
-        "crashes": lambda row: row["crashes"],
+        "crashes": "{crashes}",
         f"against {baseline(rows)} (95 %)": lambda row: difference(row) if "p_vs_sft" in row else "",
         "gained / lost": lambda row: (
             f"{row.get('gained', '')} / {row.get('lost', '')}" if "p_vs_sft" in row else ""
@@ -161,35 +154,42 @@ def success_table(rows: list[dict]) -> Table:
     return listing(rows, columns)
 
 
-def metrics_table(rows: list[dict]) -> Table:
+def metrics_table(rows: list[dict]) -> str:
     columns = {
-        "metric": lambda item: item[0],
-        "value": lambda item: number(item[1]["value"]),
-        "95 % interval": lambda item: " to ".join(map(number, item[1].get("ci95") or ())),
-        "unit": lambda item: item[1].get("unit", ""),
-        "n": lambda item: item[1].get("n", ""),
+        "metric": "{title}",
+        "value": lambda row: number(row["value"]),
+        "95 % interval": lambda row: " to ".join(map(number, row.get("ci95") or ())),
+        "unit": lambda row: row.get("unit", ""),
+        "n": lambda row: row.get("n", ""),
     }
-    return listing(list(zip(metric_names(rows), rows, strict=True)), columns)
+    titled = zip(metric_names(rows), rows, strict=True)
+    return listing([row | {"title": title} for title, row in titled], columns)
 
 
-RATES = {  # the audit's success rates: all seeds of a policy and suite together
-    "policy": lambda row: row["policy"],
-    "suite": lambda row: row["suite"],
-    "seeds": lambda row: joined(row["seeds"]),
-    "episodes": lambda row: row["episodes"],
-    "success": lambda row: f"{row['successes']} / {row['n']}",
-    "95 % interval": lambda row: percent(row["ci95"]),
-    "over tasks": lambda row: percent(row["ci95_tasks"]),
-    "crashes": lambda row: row["crashes"],
-}
-PAIRS = {  # its paired comparisons; the last column corrects p for all rows of the table
-    "policy": lambda row: row["policy"],
-    "against": lambda row: row["against"],
-    "suite": lambda row: row["suite"],
-    "pairs": lambda row: row["paired_n"],
-    "successes": lambda row: "{} against {}".format(*row["wins"]),
-    "difference (95 %)": lambda row: points(row["diff"], row["ci95"]),
-    "gained / lost": lambda row: f"{row['gained']} / {row['lost']}",
-    "p": lambda row: p_value(row["p"]),
-    "p (Holm)": lambda row: p_value(row["p_holm"]),
-}
+rates_table = partial(  # the audit's success rates: all seeds of a policy and suite together
+    listing,
+    columns={
+        "policy": "{policy}",
+        "suite": "{suite}",
+        "seeds": lambda row: joined(row["seeds"]),
+        "episodes": "{episodes}",
+        "success": "{successes} / {n}",
+        "95 % interval": lambda row: percent(row["ci95"]),
+        "over tasks": lambda row: percent(row["ci95_tasks"]),
+        "crashes": "{crashes}",
+    },
+)
+pairs_table = partial(  # its paired comparisons; the last column corrects p for all rows of the table
+    listing,
+    columns={
+        "policy": "{policy}",
+        "against": "{against}",
+        "suite": "{suite}",
+        "pairs": "{paired_n}",
+        "successes": "{wins[0]} against {wins[1]}",
+        "difference (95 %)": lambda row: points(row["diff"], row["ci95"]),
+        "gained / lost": "{gained} / {lost}",
+        "p": lambda row: p_value(row["p"]),
+        "p (Holm)": lambda row: p_value(row["p_holm"]),
+    },
+)

@@ -11,9 +11,8 @@ the keys that it inherits are shared, and stand at the top level. The type of a 
     adapter: Literal["lora", "dora"] = "lora"
 """
 
-from __future__ import annotations
-
 import dataclasses
+import json
 import math
 import re
 import typing
@@ -140,12 +139,10 @@ def read_yaml(path: Path, above: tuple[str, ...] = ()) -> dict:
 def parse_yaml(text: str | bytes, where: str):
     """The plain data of a YAML text; nothing in it is executed."""
     try:
-        return yaml.safe_load(text)
-    except (
-        yaml.YAMLError,
-        ValueError,
-        RecursionError,
-    ) as error:  # ValueError: a date or a number that is none
+        data = yaml.safe_load(text)
+        json.dumps(data, sort_keys=True, allow_nan=False)  # what it cannot hold, a date say, is no config
+        return data
+    except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{where} is not valid YAML: {one_line(error)}") from error
 
 
@@ -192,11 +189,11 @@ def load_config(cls: type, argv: list[str]):
         if not section and key == "backbone":
             data[key] = value
     sections = [*STAGES, *BACKBONES]
+    if (backbone := str(data.get("backbone", "pi05"))) in BACKBONES and isinstance(data.get(backbone), dict):
+        data = laid_over(data, data[backbone])
     for name in [*sections, "model"]:
         if not isinstance(data.get(name) or {}, dict):
             raise UserError(f"{path}: section {name!r} must hold `key: value` lines")
-    if (backbone := str(data.get("backbone", "pi05"))) in BACKBONES:
-        data = laid_over(data, data.get(backbone) or {})
 
     hints, shared = typing.get_type_hints(cls, include_extras=True), shared_keys()
     usable = [*own_keys(cls), *shared]  # a section may also set what is shared, for its stage alone

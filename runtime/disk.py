@@ -3,8 +3,6 @@
 Every file is written beside its place and then renamed, so a kill or a full disk leaves the old file or none.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl
@@ -33,9 +31,8 @@ def writing(path: Path) -> Iterator[None]:
         RuntimeError,
         SafetensorError,
     ) as error:  # the system's and h5py's, torch's, safetensors'
-        why = one_line(error)
         raise UserError(
-            f"{path} cannot be written ({why}); make room, the same command then goes on"
+            f"{path} cannot be written ({one_line(error)}); make room, the same command then goes on"
         ) from error
 
 
@@ -73,9 +70,8 @@ def read_json(path: Path):
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        why = one_line(error)
         raise UserError(
-            f"{path} cannot be read ({why}); remove its folder and run its stage again"
+            f"{path} cannot be read ({one_line(error)}); remove its folder and run its stage again"
         ) from error
 
 
@@ -112,12 +108,16 @@ def read_jsonl(path: Path, needs: str = "") -> list[dict]:
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
     except (OSError, ValueError, RecursionError) as error:
-        why = one_line(error)
-        raise UserError(f"{path} is damaged ({why}); remove its folder and run its stage again") from error
+        raise UserError(
+            f"{path} is damaged ({one_line(error)}); remove its folder and run its stage again"
+        ) from error
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not set(needs.split()) <= row.keys():
-            what = f"line {number} is no object with {needs or 'keys'}"
-            raise UserError(f"{path} is damaged ({what}); remove its folder and run its stage again")
+            raise UserError(
+                f"{path} is damaged ("
+                f"line {number} is no object with {needs or 'keys'}"
+                f"); remove its folder and run its stage again"
+            )
     return rows
 
 
@@ -138,9 +138,8 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
         with safe_open(path, "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError) as error:
-        why = one_line(error)
         raise UserError(
-            f"{path} cannot be read ({why}); remove its folder and run its stage again"
+            f"{path} cannot be read ({one_line(error)}); remove its folder and run its stage again"
         ) from error
 
 

@@ -1,13 +1,14 @@
 """Errors that are for the user: one line that says what is wrong and what to do."""
 
-from __future__ import annotations
-
 import difflib
 import re
 
 
 class UserError(Exception):
     """Its text is one line. Scripts print it without a traceback and exit with code 2."""
+
+    def __str__(self) -> str:
+        return " ".join(super().__str__().splitlines())
 
 
 def one_line(error: BaseException) -> str:

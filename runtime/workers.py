@@ -1,7 +1,5 @@
 """Jobs in parallel processes: nothing left running, errors with their cause."""
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import os
@@ -61,9 +59,9 @@ def run(
                 future.result()
             bar.update(count() - bar.n)
     except BrokenProcessPool:
-        died = "a worker process died (the system kills one where memory runs out)"
         raise UserError(
-            f"{died}; run the same command again, it goes on, with workers=1 if it dies again"
+            "a worker process died (the system kills one where memory runs out)"
+            "; run the same command again, it goes on, with workers=1 if it dies again"
         ) from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

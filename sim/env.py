@@ -39,7 +39,8 @@ os.environ.setdefault("LP_NUM_THREADS", "1")  # more threads do not speed up Mes
 
 LIBERO_CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}  # our name -> LIBERO's
 GL_REMEDY = (
-    "install the GL library (Debian: apt-get install libegl1 libgl1, or libosmesa6 and set MUJOCO_GL=osmesa)"
+    f"MUJOCO_GL is {os.environ['MUJOCO_GL']}: install its library (Debian: apt-get install libegl1 libgl1, "
+    "or libosmesa6 with MUJOCO_GL=osmesa)"
 )
 
 
@@ -73,8 +74,8 @@ def libraries() -> types.SimpleNamespace:
     paths |= {"datasets": root.parent / "datasets", "assets": assets}
     config = tempfile.TemporaryDirectory(prefix="libero-config-")
     atexit.register(config.cleanup)
-    text = yaml.safe_dump({key: str(path) for key, path in paths.items()})
-    (Path(config.name) / "config.yaml").write_text(text)
+    content = yaml.safe_dump({key: str(path) for key, path in paths.items()})
+    (Path(config.name) / "config.yaml").write_text(content)
     os.environ["LIBERO_CONFIG_PATH"] = config.name
     os.environ.setdefault("MPLCONFIGDIR", config.name)  # LIBERO imports matplotlib
     if not os.access(package_folder("robosuite"), os.W_OK):  # numba caches beside the source, else at home
@@ -90,8 +91,7 @@ def libraries() -> types.SimpleNamespace:
 
             from sim import osc
     except (ImportError, AttributeError, RuntimeError) as error:
-        gl = os.environ["MUJOCO_GL"]
-        raise UserError(f"cannot import LIBERO with MUJOCO_GL={gl} ({error}); {GL_REMEDY}") from error
+        raise UserError(f"cannot import LIBERO ({error}); {GL_REMEDY}") from error
     return types.SimpleNamespace(
         mujoco=mujoco, benchmark=benchmark, ControlEnv=ControlEnv, osc=osc, assets=assets
     )
@@ -158,35 +158,29 @@ class TaskEnv:
     """
 
     def __init__(self, suite: str, task_id: int, image_size: int = 64, render: str = "fast"):
-        self.suite = suite
-        self.task_id = task_id
-        self.image_size = image_size
-        self.render_mode = render
+        self.suite, self.task_id = suite, task_id
+        self.image_size, self.render_mode = image_size, render
         self.instruction = instruction(suite, task_id)
         self.max_steps = common.MAX_STEPS[suite]
         self._mj = libraries().mujoco
         bddl = suite_of(suite).get_task_bddl_file_path(task_id)
-        numpy_state = np.random.get_state()  # LIBERO draws from numpy's global generator
         with contextlib.redirect_stdout(io.StringIO()):
             self._wrapper = libraries().ControlEnv(
                 bddl, has_offscreen_renderer=False, use_camera_obs=False, ignore_done=True
             )
             self.env = self._wrapper.env
             self.env._initialize_sim = functools.partial(_initialize, self.env, self.env._initialize_sim)
-            self._wrapper.seed(common.ENV_SEED)
+            self._wrapper.seed(common.ENV_SEED)  # numpy's global generator
             self._wrapper.reset()
             del self.env._initialize_sim
-        np.random.set_state(numpy_state)
         self.env._observables.clear()
-        self.model = self.env.sim.model._model
-        self.data = self.env.sim.data._data
+        self.model, self.data = self.env.sim.model._model, self.env.sim.data._data
         self.robot = self.env.robots[0]
         self.controller = self.robot.controller
         self._osc = libraries().osc.Controller(self.robot, self.model, self.data)
         self._substeps = int(self.env.control_timestep / self.env.model_timestep)  # 25
         self._view = self._mj.MjData(self.model)  # what the cameras look at
-        self._renderer = None
-        self._before = None
+        self._renderer = self._before = None
         self.steps = 0
         self._see(self.data.qpos)
         self._fresh = self.save()  # the state in which the standard protocol calls set_init_state
@@ -219,10 +213,9 @@ class TaskEnv:
         assert 0 <= init_state < len(states), init_state
         self._mj.mj_resetData(self.model, self.data)
         self._set_state(self._fresh.physics)
-        self._set_python_state(self._fresh)
         self._wrapper.set_state(states[init_state])
         self._mj.mj_forward(self.model, self.data)
-        self._synchronise()
+        self._set_python_state(self._fresh)
         self._see(self.data.qpos)
         for _ in range(common.SETTLE_STEPS if settle else 0):
             self.step(np.array(common.SETTLE_ACTION))
@@ -238,8 +231,7 @@ class TaskEnv:
             Diverged: the physics became unstable.
         """
         action = np.asarray(action, dtype=np.float64)
-        if action.shape != (7,) or not np.isfinite(action).all():
-            raise ValueError(f"an action is 7 finite numbers, not {action}")
+        assert action.shape == (7,) and np.isfinite(action).all(), f"not 7 finite numbers: {action}"
         for substep in range(1, self._substeps + 1):
             self._mj.mj_forwardSkip(self.model, self.data, self._mj.mjtStage.mjSTAGE_NONE, 1)  # no sensors
             if substep == 1:
@@ -262,11 +254,6 @@ class TaskEnv:
         """Whether LIBERO's goal predicate holds now; the standard evaluation stops as soon as it does."""
         return bool(self.env._check_success())
 
-    def _synchronise(self) -> None:
-        """Update what LIBERO derives from a new state outside of mujoco: the glow of a burner."""
-        self.env._check_success()
-        self.env._post_process()
-
     def save(self) -> Snapshot:
         """The complete state: after `restore`, the episode continues exactly as from here."""
         kinds = (np.ndarray, np.generic, bool, int, float, type(None))
@@ -283,8 +270,7 @@ class TaskEnv:
 
     def restore(self, snap: Snapshot) -> None:
         """Return to a saved state of this task, whatever happened since, in this process or another."""
-        if snap.task != (self.suite, self.task_id):
-            raise ValueError(f"a snapshot of task {snap.task} does not fit {self.suite} task {self.task_id}")
+        assert snap.task == (self.suite, self.task_id), f"a snapshot of another task: {snap.task}"
         self._mj.mj_resetData(self.model, self.data)
         if snap.before is not None:  # the predicate reads contacts and poses of the last substep: repeat it
             self._set_state(snap.before)
@@ -294,15 +280,17 @@ class TaskEnv:
             self._set_state(snap.physics)
             self._mj.mj_forward(self.model, self.data)
             self._set_state(snap.physics)  # its warm start
-        self._set_python_state(snap)
         self._before, self._seen = snap.before, snap.seen
-        self._synchronise()
+        self._set_python_state(snap)
 
     def _set_python_state(self, snap: Snapshot) -> None:
+        """Set what lies outside of mujoco, and let LIBERO update the glow of a burner."""
         for name, value in snap.controller.items():
             setattr(self.controller, name, copy.copy(value))
         self.robot.gripper.current_action = snap.gripper.copy()
         self.steps = snap.steps
+        self.env._check_success()
+        self.env._post_process()
 
     # ---------------------------------------------------------------------------------------- observation
     def _posed(self):
@@ -378,7 +366,7 @@ class TaskEnv:
         """
         view = self._view
         geoms = np.hstack([view.geom_xpos, view.geom_xmat])
-        eye = np.hstack([view.cam_xpos[camera_id], view.cam_xmat[camera_id]])
+        eye = [*view.cam_xpos[camera_id], *view.cam_xmat[camera_id]]
         pose = np.vstack([geoms, eye]).astype(np.float32)  # (ngeom + 1, 12)
         same = (pose == self._pose).all(axis=1)
         at_rest = same[:-1] & same[-1] & visible & ~self._of_robot
@@ -398,14 +386,12 @@ class TaskEnv:
         try:
             self._renderer = mj.Renderer(model, self.image_size, self.image_size)
         except Exception as error:  # PyOpenGL's and mujoco's errors have no common base
-            gl = os.environ["MUJOCO_GL"]
-            raise UserError(f"cannot render with MUJOCO_GL={gl} ({error}); {GL_REMEDY}") from error
+            raise UserError(f"cannot render ({error}); {GL_REMEDY}") from error
         atexit.register(self.close)  # runs before EGL is shut down
         self._option = mj.MjvOption()
         self._option.geomgroup[0] = 0  # collision geoms; robosuite hides them too
         self._renderer.update_scene(self._view, scene_option=self._option)
-        scene = self._renderer.scene
-        shown = scene.geoms[: scene.ngeom]
+        shown = self._renderer.scene.geoms[: self._renderer.scene.ngeom]
         self._has_glass = any(g.objtype == mj.mjtObj.mjOBJ_GEOM and g.rgba[3] < 1 for g in shown)
         flat = np.isin(model.geom_type, (mj.mjtGeom.mjGEOM_PLANE, mj.mjtGeom.mjGEOM_BOX))
         shiny = (model.geom_matid >= 0) & (model.mat_reflectance[model.geom_matid] > 0)
@@ -453,9 +439,9 @@ def _initialize(env, initialize_sim) -> None:
 def axis_angle(quat: np.ndarray) -> np.ndarray:
     """Unit quaternion (4,) xyzw -> rotation vector (3,) in radians.
 
-    The same as robosuite.utils.transform_utils.quat2axisangle. The hand lives near an angle of pi, where q and
-    -q give opposite vectors. LIBERO's data and all published policies do *not* take the shorter arc, so the
-    angle runs over [0, 2 pi].
+    The same as robosuite.utils.transform_utils.quat2axisangle. The hand lives near an angle of pi, where q
+    and -q give opposite vectors. LIBERO's data and all published policies do *not* take the shorter arc, so
+    the angle runs over [0, 2 pi].
     """
     assert quat.shape == (4,), quat.shape
     w = float(np.clip(quat[3], -1.0, 1.0))

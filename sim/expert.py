@@ -45,9 +45,7 @@ class Expert:
     ACCELERATION = 0.35  # bound on the change of the translation between two actions
 
     def __init__(self, env: TaskEnv, rng: np.random.Generator, waypoint_jitter: float):
-        self.model = env.model
-        self.data = env.data
-        self.robot = env.robot
+        self.model, self.data, self.robot = env.model, env.data, env.robot
         self.things = env.env.objects_dict | env.env.fixtures_dict
         self.last = np.zeros(6)  # the last action without noise, without the gripper
         self.jitter = lambda: rng.uniform(-1, 1, 3) * waypoint_jitter  # of one waypoint, metres
@@ -81,12 +79,12 @@ class Expert:
     def points(self, *names: str) -> np.ndarray:
         """Points (N, 3) on the collision geometry of objects and fixtures."""
         trees = self.model.body_rootid
-        return self.body_points(np.isin(trees, [trees[self.root(name)] for name in names]))
+        return self.body_points(np.isin(trees, [trees[self.root(name)] for name in names]).nonzero()[0])
 
-    def body_points(self, chosen: np.ndarray) -> np.ndarray:
-        """Points (N, 3) on the collision geometry of the chosen bodies, (nbody,) bool."""
+    def body_points(self, bodies: np.ndarray) -> np.ndarray:
+        """Points (N, 3) on the collision geometry of bodies, given by their numbers."""
         solid = (self.model.geom_contype | self.model.geom_conaffinity) > 0
-        geoms = np.flatnonzero(solid & chosen[self.model.geom_bodyid])
+        geoms = np.flatnonzero(solid & np.isin(self.model.geom_bodyid, bodies))
         return surface_points(self.model, self.data, geoms)
 
     def obstacles(self, target: str) -> np.ndarray:
@@ -108,7 +106,7 @@ class Expert:
         coordinate 0 and open at negative ones.
         """
         kind, now = self.model.joint(joint), self.data.joint(joint)
-        points = self.body_points(np.arange(self.model.nbody) == kind.bodyid)
+        points = self.body_points(kind.bodyid)
         arm = points.mean(0) - now.xanchor
         out = -now.xaxis if kind.type == SLIDE else -np.cross(now.xaxis, arm)
         out = out / np.linalg.norm(out)
@@ -116,7 +114,7 @@ class Expert:
         return (bar.max(0) + bar.min(0)) / 2, out
 
     def facing(self, approach: np.ndarray, opening: np.ndarray) -> np.ndarray:
-        """Rotation (3, 3) of a hand that points along `approach` and opens as nearly along `opening` as it can.
+        """Rotation (3, 3) of a hand that points along `approach` and opens nearly along `opening`.
 
         Two such rotations differ by half a turn. The one nearer to the hand's present and first rotation is
         taken, since the last joint cannot turn all the way round.
@@ -125,8 +123,8 @@ class Expert:
         opening = opening - approach * (opening @ approach)
         opening = opening / np.linalg.norm(opening)
         both = [np.stack([side, np.cross(approach, side), approach], axis=1) for side in (opening, -opening)]
-        wanted = (self.rotation, TOP_DOWN)
-        return min(both, key=lambda to: sum(np.linalg.norm(turn_between(a, to)) for a in wanted))
+        present_and_first = (self.rotation, TOP_DOWN)
+        return min(both, key=lambda to: sum(np.linalg.norm(turn_between(a, to)) for a in present_and_first))
 
     def towards(self, position, rotation, gripper: float, speed: float = 1.0) -> np.ndarray:
         """The next action (7,) on the way to a pose.
@@ -200,7 +198,7 @@ def pick_rim(
     """
     points, obstacles = e.points(target), e.obstacles(target)
     middle = e.spot(target)
-    if goal:  # what stands around the goal, as if the object were there already
+    if goal:  # the goal's neighbours too, moved to where they would be around the object
         way = e.spot(goal) - np.append(middle[:2], points[:, 2].min())
         obstacles = np.concatenate([obstacles, obstacles - way])
     base = e.data.body(e.robot.robot_model.root_body).xpos
@@ -284,14 +282,13 @@ def insert(e: Expert, target: str, site: str, path: list[tuple], pitch=0) -> Act
     """
     rotation = Rotation.from_euler("x", pitch, degrees=True).as_matrix() @ e.rotation
     goals = [e.spot(site) + e.data.site(site).xmat.reshape(3, 3) @ point for point in path]
-    tolerance, speed, patience = 0.03, 1.0, 90  # to the first point; slower and closer to the others
-    for goal in goals:
+    for number, goal in enumerate(goals):  # fast to the first point, then slowly and closely
+        tolerance, speed, patience = (0.008, 0.5, 45) if number else (0.03, 1.0, 90)
         for _ in range(patience):
             position = carried(e, target, goal, rotation)
             if e.near(position, rotation, tolerance, 0.2):
                 break
             yield e.towards(position, rotation, GRIPPER_CLOSE, speed)
-        tolerance, speed, patience = 0.008, 0.5, 45
     yield from release(e, rotation, away=-rotation[:, 2])
 
 
@@ -397,9 +394,9 @@ def push_shut(e: Expert, joint: str, tilt: float, lead=0.05) -> Actions:
 
 def turn_knob(e: Expert, joint: str, to=0.9) -> Actions:
     """Grasp the ridge of a knob from above and turn it to a coordinate (radians)."""
-    body = e.model.joint(joint).bodyid[0]
+    body = e.model.joint(joint).bodyid
     across, along = e.data.xmat[body].reshape(3, 3).T[:2]  # of the ridge
-    top = e.body_points(np.arange(e.model.nbody) == body)[:, 2].max()
+    top = e.body_points(body)[:, 2].max()
     position = np.append(e.data.joint(joint).xanchor[:2], top - 0.012) + 0.005 * along
     rotation = e.facing(-UP, across)
     yield from grasp_from_above(e, position, rotation)
@@ -415,11 +412,11 @@ def pick_handle(e: Expert, target: str, tilt=45, lift=0.07) -> Actions:
     def along(angle):
         return offset @ [np.cos(angle), np.sin(angle)]  # (N,)
 
-    def cost(angle):
-        """A handle is far out, and narrow: the width of the outermost 12 mm, less half the distance."""
-        outermost = along(angle) > along(angle).max() - 0.012
+    def cost(
+        angle,
+    ):  # a handle is narrow and far out: the width of its outermost 12 mm, less half the distance
         across = offset @ [-np.sin(angle), np.cos(angle)]
-        return np.ptp(across[outermost]) - 0.5 * along(angle).max()
+        return np.ptp(across[along(angle) > along(angle).max() - 0.012]) - 0.5 * along(angle).max()
 
     angle = min(np.deg2rad(range(0, 360, 5)), key=cost)
     out = np.array([np.cos(angle), np.sin(angle), 0])

@@ -1,9 +1,11 @@
-"""LIBERO's controller: robosuite 1.4's OSC_POSE and its gripper, equal in every bit. `sim.py` steps with it.
+"""LIBERO's controller: robosuite 1.4's OSC_POSE and its gripper, equal in every bit.
 
-robosuite spends most of a control step on look-ups, format checks and histories that nobody reads. Left here are the operations
-on which a torque depends, in robosuite's order and memory layout (both decide the last bits), with robosuite's own compiled
-functions. The state stays in robosuite's objects: a control step here and one of robosuite's may follow each other.
-Import after `sim.libraries()`. tests/test_sim.py compares with robosuite's loop.
+robosuite spends most of a control step on look-ups, format checks and histories that nobody reads. This file
+keeps the operations that a torque depends on, and calls robosuite's own compiled functions. The order of
+operations and the memory layout are robosuite's too: both decide the last bits. The state stays in
+robosuite's objects, so its own control steps and these may alternate.
+
+Import after `env.libraries()`. tests/test_sim.py compares with robosuite's loop.
 """
 
 import mujoco
@@ -12,41 +14,33 @@ from robosuite.utils.control_utils import nullspace_torques, opspace_matrices, o
 
 
 def consecutive(indexes) -> slice:
-    """The slice that selects the same elements: it makes views, which are quicker than copies by index."""
-    first, n = int(indexes[0]), len(indexes)
-    assert list(indexes) == list(range(first, first + n)), indexes
-    return slice(first, first + n)
+    """The slice that selects the same elements. It makes views, which are quicker than copies by index."""
+    first = int(indexes[0])
+    assert list(indexes) == list(range(first, first + len(indexes))), indexes
+    return slice(first, first + len(indexes))
 
 
 class Controller:
-    """Actions to motor commands: `begin` once in a control step, after its first forward dynamics; `actuate` in each substep.
+    """Turns actions into motor commands.
 
-    state: robosuite's controller object, which holds the goal and what `_look` saw of the arm.
+    Call `begin` once in a control step, after its first forward dynamics, and `actuate` in every substep.
+    state: robosuite's controller object. It holds the goal, and what `_look` reads of the arm.
     """
 
     def __init__(self, robot, model: mujoco.MjModel, data: mujoco.MjData):
-        self.state, self.hand, self.site, self.model, self.data = (
-            robot.controller,
-            robot.gripper,
-            robot.eef_site_id,
-            model,
-            data,
-        )
-        self.qpos, self.dofs = (
-            consecutive(robot._ref_joint_pos_indexes),
-            consecutive(robot._ref_joint_vel_indexes),
-        )
-        self.motors, self.grip = (
-            consecutive(robot._ref_joint_actuator_indexes),
-            robot._ref_joint_gripper_actuator_indexes,
-        )
+        self.model, self.data = model, data
+        self.state, self.hand, self.site = robot.controller, robot.gripper, robot.eef_site_id
+        self.qpos = consecutive(robot._ref_joint_pos_indexes)
+        self.dofs = consecutive(robot._ref_joint_vel_indexes)
+        self.motors = consecutive(robot._ref_joint_actuator_indexes)
         self.low, self.high = robot.torque_limits
+        self.grip = robot._ref_joint_gripper_actuator_indexes
         low, high = model.actuator_ctrlrange[self.grip].T
         self.grip_middle, self.grip_span = 0.5 * (high + low), 0.5 * (high - low)
         self.jacobian, self.mass = np.zeros((6, model.nv)), np.zeros((model.nv, model.nv))  # work space
 
     def begin(self, action: np.ndarray) -> None:
-        """A new action (7,). Its goal is relative to where the hand is now."""
+        """Take a new action (7,). Its goal is relative to where the hand is now."""
         self._look()
         self.state.set_goal(action[:6])
         self.closing = np.array([-1.0, 1.0]) * self.hand.speed * np.sign(action[6:])
@@ -54,8 +48,9 @@ class Controller:
     def actuate(self) -> None:
         """Write the motor commands of one substep to data.ctrl.
 
-        Operational space control (Khatib 1987): the hand's force F = kp e - kd v, its torque likewise, each decoupled by its
-        own 3x3 inertia; joint torques J^T F + gravity + a pull to the initial posture in the null space of the hand.
+        Operational space control (Khatib 1987): the hand's force is F = kp e - kd v, its torque likewise, and
+        each is decoupled by its own 3x3 inertia. The joint torques are J^T F + gravity + a pull towards the
+        initial posture in the null space of the hand.
         """
         self._look()
         c, data = self.state, self.data
@@ -71,10 +66,11 @@ class Controller:
         data.ctrl[self.grip] = self.grip_middle + self.grip_span * self.hand.current_action
 
     def _look(self) -> None:
-        """Read the arm's state, once per substep.
+        """Read the arm's state, once in a substep.
 
-        robosuite evaluates the dynamics again before. Nothing has changed, but the constraint solver starts from the solution
-        just found. Right after a reset the standard protocol does not look: it acts on an old state once.
+        robosuite evaluates the dynamics again before it reads. Nothing has changed, but the constraint solver
+        starts from the solution just found. Right after a reset the standard protocol does not look: the
+        first action works on an old state.
         """
         c, data, site, dofs = self.state, self.data, self.site, self.dofs
         if not c.new_update:
@@ -89,8 +85,7 @@ class Controller:
         )
         c.joint_pos, c.joint_vel = data.qpos[self.qpos].copy(), data.qvel[dofs].copy()
         c.J_full = np.array(self.jacobian[:, dofs], order="F")  # (6, 7)
-        c.J_pos, c.J_ori = (
-            np.array(self.jacobian[rows, dofs], order="F") for rows in (slice(3), slice(3, 6))
-        )
+        c.J_pos = np.array(self.jacobian[:3, dofs], order="F")
+        c.J_ori = np.array(self.jacobian[3:, dofs], order="F")
         c.mass_matrix = np.array(self.mass[dofs, dofs], order="F")  # (7, 7)
         c.new_update = False

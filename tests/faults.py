@@ -1,21 +1,24 @@
-"""Faults, one after the other, in every stage of configs/micro.yaml: what a rerun gives, against the undisturbed run.
+"""Faults in every stage of configs/micro.yaml, one at a time. Does a rerun give the undisturbed result?
 
     python tests/faults.py [moments=20] [stages=sft,dpo] [faults=kill,disk] [seed=0] [out=results/reliability]
 
-kill      SIGKILL at random moments, by the CPU time used
-disk      a disk that is full at a random moment (a small tmpfs: needs root), with room again for the rerun
-worker    a worker process killed (evaluation with two workers)
-rank      one process of torchrun killed, of two or four in turn: the job must end by itself, with an exit code that is not 0; the
-          rerun is by torchrun and, from a copy of what was left, by one process
-input     an input file cut in half, or with one bit flipped
-partial   the same to a file that a killed stage had written
-twice     a second run started on the same folder
+kill      SIGKILL at a random moment, measured in CPU time
+disk      the disk is full at a random moment (a small tmpfs: needs root); the rerun has room again
+worker    a worker process is killed (evaluation with two workers)
+rank      one process of torchrun is killed, of two or four in turn. The job must end by itself, with an exit
+          code that is not 0. It is run again by torchrun and, from a copy of what was left, by one process
+input     an input file is cut in half, or one of its bits is flipped
+partial   the same happens to a file that a killed stage had written
+twice     a second run is started on the same folder
 place     another working directory, a source folder that may not be written, no GL library
 
-After each the stage is run again. Its files must be those of the undisturbed run, or else one line must name the file and the
-remedy, and the remedy help (trainings on several ranks: weights within 1e-5, since sums are rounded in another order; episodes
-and pairs: the very files). Everything lies in a folder whose name has a space. `moments` is how many kills each stage gets; of
-the other faults it gets a seventh as many, one at least.
+After each fault the stage runs again. It must give the files of the undisturbed run; or one line must name
+the file and the remedy, and the remedy must help. (After trainings on several ranks the weights agree within
+1e-5, since sums are rounded in another order.) A damaged file of an unfinished stage may pass unnoticed if it
+can still be read: only a finished stage has hashes of its files.
+
+Everything lies in a folder whose name has a space. `moments` is the number of kills per stage. Of the other
+faults each stage gets a seventh as many, at least one.
 """
 
 import functools
@@ -34,41 +37,56 @@ import psutil
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from test_pipeline import SEED_DIR, STAGES, command, copy_of_the_kit, outputs
+from test_pipeline import SEED_DIR, STAGES, copy_of_the_kit, outputs
 
-import disk
+from runtime import disk
 
-ALL = {name: tuple(stage[:2]) for name, stage in STAGES.items()}
+ALL = {name: tuple(stage[:2]) for name, stage in STAGES.items()}  # what to run, and the folder that it writes
 ALL["validate"] = ["07_validate.py"], f"{SEED_DIR}/validate-episode"
-cell = ["05_cells.py", "cells.reuse=chunk", "execute=2", "start=final"]
+cell = ["-m extras.cells", "cells.reuse=chunk", "execute=2", "start=final"]
 ALL["cell"] = cell, f"{SEED_DIR}/cell-chunk0.98x4-k2-euler10-val"
-ALL["distill"] = ["05_distill.py", "start=final", "distill.steps=6", "distill.batch_size=4"], f"{SEED_DIR}/student"
-ALL["distill"][0].extend(["distill.checkpoint_every=2", "distill.log_every=1"])
-ALL["workers"] = ["04_eval.py", "tasks=[0,3]", "workers=2", "eval.n_init=1", "eval.videos=0"], f"{SEED_DIR}/eval-sft"
-INPUTS = {"sft": ["demos"], "prefs": ["sft"], "dpo": ["sft", "prefs"], "eval": ["sft", "dpo"], "head": ["demos", "sft"]}
-INPUTS |= {"validate": ["sft", "prefs", "dpo"], "cell": ["sft"], "distill": ["demos", "sft"], "workers": ["sft"]}
-RANKED = ("sft", "prefs", "dpo", "eval", "head", "workers")  # started by torchrun as well
+student = ["-m extras.distill", "start=final", "distill.steps=6", "distill.batch_size=4"]
+student += ["distill.checkpoint_every=2", "distill.log_every=1"]
+ALL["distill"] = student, f"{SEED_DIR}/student"
+two_tasks = ["04_eval.py", "tasks=[0,3]", "workers=2", "eval.n_init=1", "eval.videos=0"]
+ALL["workers"] = two_tasks, f"{SEED_DIR}/eval-sft"
+INPUTS = {"sft": ["demos"], "prefs": ["sft"], "dpo": ["sft", "prefs"], "eval": ["sft", "dpo"]}
+INPUTS |= {"head": ["demos", "sft"], "validate": ["sft", "prefs", "dpo"], "cell": ["sft"]}
+INPUTS |= {"distill": ["demos", "sft"], "workers": ["sft"]}
+RANKED = ("sft", "prefs", "dpo", "eval", "head", "workers")  # torchrun may start these, too
 TRAININGS = ("sft", "dpo", "head")
-SAME, SAID = "same result", "one line, then the same"
+SAME, SAID, ENOUGH = "same result", "one line, then the same", "had room enough"
+OTHER, UNNOTICED = "another result, without a word", "passed unnoticed: "
+
+
+def command(arguments: list[str], *more: str) -> list[str]:
+    """What runs a script, or `-m MODULE`, on the micro config."""
+    return [sys.executable, *arguments[0].split(), "configs/micro.yaml", *arguments[1:], *more]
 
 
 def of_ranks(name: str, processes: int) -> list[str]:
     """A stage's command for so many processes."""
     alone = command(ALL[name][0])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return alone if processes == 1 else torchrun + alone[1:]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return alone if processes == 1 else [*torchrun, "--nproc_per_node", str(processes), *alone[1:]]
+
+
+def call(arguments: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess:
+    env = os.environ | environment
+    return subprocess.run(arguments, cwd=folder, capture_output=True, text=True, env=env)
 
 
 def run(kit: Path, name: str, processes: int = 1) -> subprocess.CompletedProcess:
-    return subprocess.run(of_ranks(name, processes), cwd=kit, capture_output=True, text=True)
+    return call(of_ranks(name, processes), kit)
 
 
 def start(kit: Path, name: str, processes: int = 1) -> subprocess.Popen:
-    return subprocess.Popen(of_ranks(name, processes), cwd=kit, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(of_ranks(name, processes), cwd=kit, stdout=pipe, stderr=pipe, text=True)
 
 
 def cpu_time(pid: int) -> float:
-    """Seconds of a process and its children that live."""
+    """Seconds that a process and its living children have used."""
     try:
         me = psutil.Process(pid)
         return sum(sum(p.cpu_times()[:2]) for p in [me, *me.children(recursive=True)])
@@ -77,7 +95,7 @@ def cpu_time(pid: int) -> float:
 
 
 def wait_for(process: subprocess.Popen, seconds: float) -> bool:
-    """Until it has used so much CPU time; False if it ended before."""
+    """Wait until it has used so much CPU time; False if it ended before."""
     while process.poll() is None:
         if cpu_time(process.pid) >= seconds:
             return True
@@ -91,7 +109,7 @@ def one_line(result: subprocess.CompletedProcess | subprocess.Popen, stderr: str
 
 
 def close(got: Path, want: Path) -> bool:
-    """Two trainings that differ in rounding: the same weights within 1e-5, as many rows of metrics."""
+    """Whether two trainings differ in rounding alone: weights within 1e-5, as many rows of metrics."""
     for path in want.rglob("*.safetensors"):
         a, b = (disk.load_tensors(folder / path.relative_to(want)) for folder in (got, want))
         if a.keys() != b.keys() or any(not torch.allclose(a[key], b[key], atol=1e-5, rtol=0) for key in b):
@@ -105,8 +123,8 @@ class Bench:
     def __init__(self, folder: Path, stages: list[str], rng: random.Random):
         self.folder, self.rng, self.seconds, self.rows = folder, rng, {}, []
         self.undisturbed = copy_of_the_kit(folder / "undisturbed kit")
-        needed = dict.fromkeys([*(s for name in stages for s in [*needs(name), name])])
-        for name in needed:
+        needed = [name for stage in stages for name in [*needs(stage), stage]]
+        for name in dict.fromkeys(needed):
             before = os.times()
             result = run(self.undisturbed, name)
             after = os.times()
@@ -115,7 +133,7 @@ class Bench:
             print(f"undisturbed {name}: {self.seconds[name]:.0f} s of CPU time", flush=True)
 
     def without(self, name: str) -> Path:
-        """A kit in which all that `name` needs is there, and nothing of it."""
+        """A kit in which everything is there that `name` needs, and nothing of itself."""
         kit = self.folder / "a kit"
         shutil.rmtree(kit, ignore_errors=True)
         copy_of_the_kit(kit)
@@ -124,20 +142,20 @@ class Bench:
         return kit
 
     def moment(self, name: str, first: float) -> float:
-        """A random moment between the first share of a stage's CPU time (of which imports take a good part) and its end."""
+        """A random moment of a stage, in CPU time, after the share `first`. Imports take a good part."""
         return self.rng.uniform(first, 1) * self.seconds[name]
 
     def same(self, kit: Path, name: str, rounded: bool) -> bool:
-        """Whether the stage gave what the undisturbed run gave; rounded: in another order of sums."""
+        """Whether the stage gave what the undisturbed run gave; rounded: but for the order of sums."""
         folder = ALL[name][1]
         if rounded:
             return (kit / folder / "done.json").is_file() and close(kit / folder, self.undisturbed / folder)
-        files = disk.read_json(kit / folder / "done.json")["outputs"]  # are they what they are said to be?
+        files = disk.read_json(kit / folder / "done.json")["outputs"]  # do their hashes hold?
         whole = all(disk.sha256(kit / folder / name) == its for name, its in files.items())
         return whole and outputs(kit, folder) == outputs(self.undisturbed, folder)
 
     def judge(self, kit: Path, name: str, remedy=None, processes: int = 1, rounded: bool = False) -> str:
-        """Run the stage again. -> SAME, SAID (after the remedy of its error), or what else it was."""
+        """Run the stage again. -> SAME, SAID (after the remedy of its error), OTHER or what else it was."""
         result, said = run(kit, name, processes), False
         if result.returncode:
             if remedy is None or not one_line(result, result.stderr):
@@ -148,7 +166,7 @@ class Bench:
             if result.returncode:
                 return f"exit code {result.returncode} after the remedy: {result.stderr.strip()[-300:]}"
         if not self.same(kit, name, rounded):
-            return "another result, without a word"
+            return OTHER
         return SAID if said else SAME
 
     def note(self, name: str, fault: str, outcome: str) -> None:
@@ -162,9 +180,9 @@ def needs(name: str) -> list[str]:
     return list(dict.fromkeys([*(s for d in direct for s in needs(d)), *direct]))
 
 
-# ----------------------------------------------------------------------------------------------------------------- faults
+# ----------------------------------------------------------------------------------------------------- faults
 def killed(bench: Bench, name: str, first: float) -> Path | None:
-    """A kit whose stage was killed at a random moment after the share `first` of its time; None if it was faster, five times."""
+    """A kit whose stage was killed after the share `first` of its time; None if it was faster five times."""
     for _ in range(5):
         kit = bench.without(name)
         process = start(kit, name)
@@ -185,20 +203,24 @@ def fill_disk(bench: Bench, name: str) -> None:
     if os.getuid():
         return bench.note(name, "disk full", "not tried: needs root")
     share = bench.rng.uniform(0.05, 0.9)
-    for outcome in (full_disk(bench, name, share, slack) for slack in (40_000, 0, -20_000, -60_000)):
-        if outcome != "had room enough":
+    for slack in (40_000, 0, -20_000, -60_000):
+        if (outcome := full_disk(bench, name, share, slack)) != ENOUGH:
             break
     bench.note(name, "disk full", SAID if outcome == SAME else outcome)
 
 
+def size_of(folder: Path) -> int:
+    return sum(p.stat().st_blocks * 512 for p in folder.rglob("*") if p.is_file())
+
+
 def full_disk(bench: Bench, name: str, share: float, slack: int) -> str:
-    """What a rerun gives after a run on a disk with room for a share of what the stage writes, and some bytes more or less."""
+    """What a rerun gives after a run on a disk with room for a share of the stage's files, and `slack`."""
     kit = bench.without(name)
-    (kit / "runs").rename(kit / "before") if (kit / "runs").exists() else (kit / "before").mkdir()
+    (kit / "runs").mkdir(exist_ok=True)
+    (kit / "runs").rename(kit / "before")
     (kit / "runs").mkdir()
-    weigh = lambda folder: sum(p.stat().st_blocks * 512 for p in folder.rglob("*") if p.is_file())  # noqa: E731
-    there, own = weigh(kit / "before"), weigh(bench.undisturbed / ALL[name][1])
-    size = there + max(4096, int(own * share) + slack)
+    own = size_of(bench.undisturbed / ALL[name][1])
+    size = size_of(kit / "before") + max(4096, int(own * share) + slack)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", kit / "runs"], check=True)
     try:
         shutil.copytree(kit / "before", kit / "runs", dirs_exist_ok=True)
@@ -208,7 +230,7 @@ def full_disk(bench: Bench, name: str, share: float, slack: int) -> str:
         if not one_line(result, result.stderr) and result.returncode:
             outcome = f"{result.stderr.strip()[-300:]!r}, then: {outcome}"
         elif result.returncode == 0:
-            outcome = "had room enough" if outcome == SAME else outcome
+            outcome = ENOUGH if outcome == SAME else outcome
     finally:
         subprocess.run(["umount", kit / "runs"], check=True)
     return outcome
@@ -219,12 +241,13 @@ def worker(bench: Bench, name: str) -> None:
         return
     kit = bench.without(name)
     process = start(kit, name)
-    while process.poll() is None and len(psutil.Process(process.pid).children()) < 3:  # two and the resource tracker
+    children = psutil.Process(process.pid).children
+    while process.poll() is None and len(children()) < 3:  # two workers and the resource tracker
         time.sleep(0.01)
     wait_for(process, bench.moment(name, 0.3))
-    children = [p for p in psutil.Process(process.pid).children() if "spawn_main" in " ".join(p.cmdline())]
-    if children:
-        bench.rng.choice(children).kill()
+    living = [p for p in children() if "spawn_main" in " ".join(p.cmdline())]
+    if living:
+        bench.rng.choice(living).kill()
     _, stderr = process.communicate()
     said = one_line(process, stderr) or process.returncode == 0
     outcome = bench.judge(kit, name)
@@ -234,7 +257,8 @@ def worker(bench: Bench, name: str) -> None:
 def rank(bench: Bench, name: str) -> None:
     if name not in RANKED:
         return
-    tried = sum(row[:2] == (name, "a rank killed") for row in bench.rows) // 2  # a row for each way to run it again
+    fault = "a rank killed"
+    tried = sum(row[:2] == (name, fault) for row in bench.rows) // 2  # each gives two rows
     processes = 4 if tried % 2 and name != "dpo" else 2  # dpo's batch is 2
     kit = bench.without(name)
     folder = kit / ALL[name][1]
@@ -252,14 +276,14 @@ def rank(bench: Bench, name: str) -> None:
         for p in [*agent[0].children(recursive=True), *agent]:
             p.kill()
         process.communicate()
-        return bench.note(name, "a rank killed", "the job hangs")
+        return bench.note(name, fault, "the job hangs")
     if (folder / "done.json").is_file():
-        return bench.note(name, "a rank killed", "not tried: it was done by then")
+        return bench.note(name, fault, "not tried: it was done by then")
     if process.returncode == 0:
-        return bench.note(name, "a rank killed", "exit code 0")
+        return bench.note(name, fault, "exit code 0")
     copy = shutil.copytree(kit, kit.with_name("a copy of the kit"), dirs_exist_ok=False)
     for again, n in ((kit, processes), (copy, 1)):
-        bench.note(name, "a rank killed", bench.judge(again, name, processes=n, rounded=name in TRAININGS))
+        bench.note(name, fault, bench.judge(again, name, processes=n, rounded=name in TRAININGS))
     shutil.rmtree(copy)
 
 
@@ -272,11 +296,19 @@ def damage(path: Path, how: str, rng: random.Random) -> None:
         path.write_bytes(content)
 
 
+def files_of(folder: Path, *but: str) -> list[Path]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [path for path in files if path.stat().st_size and path.name not in but]
+
+
 def restore(kit: Path, bench: Bench, path: Path, stderr: str) -> None:
-    """The remedy, if the line names the damaged file or its folder: here the file's own content, in place of making it anew."""
-    named = path.name in stderr or str(path.parent.relative_to(kit)) in stderr
-    if named:
+    """The remedy, if the line names the damaged file or its folder. It puts the content back."""
+    if path.name in stderr or str(path.parent.relative_to(kit)) in stderr:
         shutil.copyfile(bench.undisturbed / path.relative_to(kit), path)
+
+
+def with_name(outcome: str, path: Path) -> str:
+    return outcome if outcome in (SAME, SAID) else f"{path.name}: {outcome}"
 
 
 def damaged_input(bench: Bench, name: str) -> None:
@@ -285,10 +317,7 @@ def damaged_input(bench: Bench, name: str) -> None:
             return
         kit = bench.without(name)
         folder = kit / ALL[bench.rng.choice(INPUTS[name])][1]
-        files = [
-            p for p in folder.rglob("*") if p.is_file() and p.stat().st_size and p.name not in ("timing.json", "summary.json")
-        ]
-        path = bench.rng.choice(sorted(files))
+        path = bench.rng.choice(files_of(folder, "timing.json", "summary.json"))  # what is read
         damage(path, how, bench.rng)
         remedy = functools.partial(restore, kit, bench, path)
         bench.note(name, f"an input file {how}", with_name(bench.judge(kit, name, remedy), path))
@@ -300,25 +329,22 @@ def remove(kit: Path, folder: Path, path: Path, stderr: str) -> None:
         shutil.rmtree(folder)
 
 
-def with_name(outcome: str, path: Path) -> str:
-    return outcome if outcome in (SAME, SAID) else f"{path.name}: {outcome}"
-
-
 def damaged_partial(bench: Bench, name: str) -> None:
     for how in ("cut", "bit flipped"):
-        kit = killed(bench, name, 0.5)
+        fault, kit = f"a partial output {how}", killed(bench, name, 0.5)
         if kit is None:
-            bench.note(name, f"a partial output {how}", "not tried: it was done by then")
+            bench.note(name, fault, "not tried: it was done by then")
             continue
         folder = kit / ALL[name][1]
-        files = sorted(p for p in folder.rglob("*") if p.is_file() and p.stat().st_size)
+        files = files_of(folder)
         if not files:
-            bench.note(name, f"a partial output {how}", bench.judge(kit, name))
+            bench.note(name, fault, bench.judge(kit, name))
             continue
         path = bench.rng.choice(files)
         damage(path, how, bench.rng)
-        remedy = functools.partial(remove, kit, folder, path)
-        bench.note(name, f"a partial output {how}", with_name(bench.judge(kit, name, remedy), path))
+        outcome = bench.judge(kit, name, functools.partial(remove, kit, folder, path))
+        outcome = UNNOTICED + path.name if outcome == OTHER else with_name(outcome, path)
+        bench.note(name, fault, outcome)
 
 
 def twice(bench: Bench, name: str) -> None:
@@ -331,29 +357,34 @@ def twice(bench: Bench, name: str) -> None:
     first.send_signal(signal.SIGCONT)
     first.communicate()
     refused = one_line(second, second.stderr) and "another process is at work" in second.stderr
-    same = first.returncode == 0 and outputs(kit, ALL[name][1]) == outputs(bench.undisturbed, ALL[name][1])
-    outcome = SAID if refused and same else f"{second.stderr[-300:]!r}, the first one {'the same' if same else 'another'}"
-    bench.note(name, "two runs at once", outcome)
+    same = first.returncode == 0 and bench.same(kit, name, rounded=False)
+    outcome = f"the second said {second.stderr[-300:]!r}, the first gave the same: {same}"
+    bench.note(name, "two runs at once", SAID if refused and same else outcome)
 
 
 def place(bench: Bench, name: str) -> None:
     if name != "dpo":  # once is enough
         return
+    script, folder = ALL[name]
+    want = outputs(bench.undisturbed, folder)["outputs"]
+
     kit, elsewhere = bench.without(name), bench.folder / "elsewhere"
     elsewhere.mkdir(exist_ok=True)
-    script, folder = ALL[name]
-    arguments = [sys.executable, str(kit / script[0]), str(kit / "configs" / "micro.yaml"), f"root={kit / 'runs'}"]
-    result = subprocess.run(arguments, cwd=elsewhere, capture_output=True, text=True)
-    same = result.returncode == 0 and outputs(kit, folder)["outputs"] == outputs(bench.undisturbed, folder)["outputs"]
-    bench.note(name, "another working directory", SAME if same and not any(elsewhere.iterdir()) else result.stderr[-300:])
-    no_gl = subprocess.run(
-        command(["00_demos.py"], "root=no-gl"), cwd=kit, capture_output=True, text=True, env=os.environ | {"MUJOCO_GL": "osmesa"}
-    )
-    said = one_line(no_gl, no_gl.stderr) and "apt-get install" in no_gl.stderr
-    there = no_gl.returncode == 0  # libOSMesa is installed
-    bench.note("demos", "no GL library", SAID if said else "not tried: there is one" if there else no_gl.stderr[-300:])
+    paths = [kit / script[0], kit / "configs" / "micro.yaml", f"root={kit / 'runs'}"]
+    result = call([sys.executable, *map(str, paths)], elsewhere)
+    same = result.returncode == 0 and outputs(kit, folder)["outputs"] == want and not any(elsewhere.iterdir())
+    bench.note(name, "another working directory", SAME if same else result.stderr[-300:])
+
+    no_gl = call(command(["00_demos.py"], "root=no-gl"), kit, MUJOCO_GL="osmesa")
+    outcome = "not tried: there is one"  # libOSMesa is installed
+    if no_gl.returncode:
+        said = one_line(no_gl, no_gl.stderr) and "apt-get install" in no_gl.stderr
+        outcome = SAID if said else no_gl.stderr[-300:]
+    bench.note("demos", "no GL library", outcome)
+
+    fault = "a source folder that may not be written"
     if os.getuid():
-        return bench.note(name, "a source folder that may not be written", "not tried: needs root")
+        return bench.note(name, fault, "not tried: needs root")
     kit = bench.without(name)
     shutil.copytree(kit / "runs", elsewhere / "runs", dirs_exist_ok=True)
     shutil.rmtree(elsewhere / folder, ignore_errors=True)
@@ -361,39 +392,40 @@ def place(bench: Bench, name: str) -> None:
     try:
         subprocess.run(["mount", "-o", "remount,bind,ro", kit], check=True)
         refused = run(kit, name)
-        result = subprocess.run(command(script, f"root={elsewhere / 'runs'}"), cwd=kit, capture_output=True, text=True)
+        result = call(command(script, f"root={elsewhere / 'runs'}"), kit)
     finally:
         subprocess.run(["umount", kit], check=True)
-    same = result.returncode == 0 and outputs(elsewhere, folder)["outputs"] == outputs(bench.undisturbed, folder)["outputs"]
+    same = result.returncode == 0 and outputs(elsewhere, folder)["outputs"] == want
     said = one_line(refused, refused.stderr) and "root=" in refused.stderr
-    outcome = SAID if said and same else f"{refused.stderr[-300:]!r}, {result.stderr[-300:]!r}"
-    bench.note(name, "a source folder that may not be written", outcome)
+    bench.note(name, fault, SAID if said and same else f"{refused.stderr[-300:]!r}, {result.stderr[-300:]!r}")
 
 
-FAULTS = {"kill": kill, "disk": fill_disk, "worker": worker, "input": damaged_input, "partial": damaged_partial, "twice": twice}
-FAULTS |= {"place": place, "rank": rank}
+FAULTS = {"kill": kill, "disk": fill_disk, "worker": worker, "input": damaged_input}
+FAULTS |= {"partial": damaged_partial, "twice": twice, "place": place, "rank": rank}
+ONCE = ("twice", "place")
 
 
-# ------------------------------------------------------------------------------------------------------------------ table
+# ------------------------------------------------------------------------------------------------------ table
 def markdown(rows: list[tuple[str, str, str]], arguments: str) -> str:
     lines = [f"`python tests/faults.py {arguments}`", ""]
-    lines += ["| stage | fault | tried | same result | one line, then the same | anything else |", "| --- " * 6 + "|"]
+    lines += ["| stage | fault | tried | same result | one line, then the same | anything else |"]
+    lines += ["|---" * 6 + "|"]
     for stage, fault in dict.fromkeys((stage, fault) for stage, fault, _ in rows):
-        found = Counter(outcome for s, f, outcome in rows if (s, f) == (stage, fault))
-        n, rest = sum(found.values()), {k: v for k, v in found.items() if k not in (SAME, SAID)}
+        counts = Counter(outcome for s, f, outcome in rows if (s, f) == (stage, fault))
+        n, rest = sum(counts.values()), {k: v for k, v in counts.items() if k not in (SAME, SAID)}
         said = "; ".join(f"{v} x {' '.join(k.split())[:160].replace('|', '/')}" for k, v in rest.items())
-        lines.append(f"| {stage} | {fault} | {n} | {found[SAME]} | {found[SAID]} | {said} |")
+        lines.append(f"| {stage} | {fault} | {n} | {counts[SAME]} | {counts[SAID]} | {said} |")
     return "\n".join(lines) + "\n"
 
 
 def main(moments: int = 20, stages: str = "", faults: str = "", seed: int = 0, out: str = "") -> int:
     names = stages.split(",") if stages else list(ALL)
-    kinds = faults.split(",") if faults else list(FAULTS)
+    times = {kind: max(1, moments // 7) for kind in FAULTS} | dict.fromkeys(ONCE, 1) | {"kill": moments}
     with tempfile.TemporaryDirectory(prefix="faults ") as folder:
         bench = Bench(Path(folder), names, random.Random(seed))
         for name in names:
-            for kind in kinds:
-                for _ in range(moments if kind == "kill" else 1 if kind in ("twice", "place") else max(1, moments // 7)):
+            for kind in faults.split(",") if faults else FAULTS:
+                for _ in range(times[kind]):
                     FAULTS[kind](bench, name)
     only = (f" stages={stages}" if stages else "") + (f" faults={faults}" if faults else "")
     table = markdown(bench.rows, f"moments={moments} seed={seed}{only}")
@@ -401,10 +433,11 @@ def main(moments: int = 20, stages: str = "", faults: str = "", seed: int = 0, o
     if out:
         Path(out).mkdir(parents=True, exist_ok=True)
         disk.write_atomic(Path(out) / "faults.md", table)
-    accepted = (SAME, SAID, "had room enough")
-    return int(any(outcome not in accepted and not outcome.startswith("not tried") for *_, outcome in bench.rows))
+    accepted = (SAME, SAID, ENOUGH, UNNOTICED, "not tried")
+    return int(not all(outcome.startswith(accepted) for *_, outcome in bench.rows))
 
 
 if __name__ == "__main__":
     options = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    sys.exit(main(**{key: int(value) if key in ("moments", "seed") else value for key, value in options.items()}))
+    numbers = {key: int(options.pop(key)) for key in ("moments", "seed") if key in options}
+    sys.exit(main(**options, **numbers))

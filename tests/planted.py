@@ -1,9 +1,10 @@
-"""Plants the mistakes of planted.yaml, one at a time, in a copy of the kit, and sees that the named test fails.
+"""Makes the mistakes of planted.yaml, one at a time, in a copy of the kit: the named test must then fail.
 
-    python tests/planted.py [WORDS] [out=FOLDER]     all rows, or those with WORDS in reason or test; the table goes to FOLDER
+    python tests/planted.py [WORDS] [out=FOLDER]
+        all rows, or those with WORDS in `why` or `test`; the table of results goes to FOLDER
 
-A row says: in `file`, `old` (which stands there exactly once) becomes `new`; then `test` must fail, and fail because of what it
-found and not because the code no longer runs. Each test is first run without the mistake: it must pass.
+A row says: in `file`, `old` (which stands there exactly once) becomes `new`. Then `test` must fail because of
+what it found, and not because the code no longer runs. Without the mistake each test must pass.
 """
 
 import ast
@@ -20,11 +21,15 @@ import yaml
 
 HERE = Path(__file__).resolve().parent
 KIT = HERE.parent
-LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "runs", "results", "__pycache__", ".*_cache", ".hypothesis")
-# what pytest prints of a test that did not find what it expects; anything else means that the planted code does not run
-FOUND = ("AssertionError", "assert ", "Failed: DID NOT RAISE", "Failed: stopped", "UserError", "Regex pattern did not match")
+LEFT_OUT = shutil.ignore_patterns(
+    ".git", ".venv", "runs", "results", "__pycache__", ".*_cache", ".hypothesis"
+)
+# What pytest prints when a test did not find what it expects. Anything else: the planted code does not run.
+FOUND = ("AssertionError", "assert ", "Failed: DID NOT RAISE", "Failed: stopped", "UserError")
+FOUND += ("Regex pattern did not match",)
 LIBRARIES = ["h5py", "hypothesis", "matplotlib.pyplot", "peft", "scipy.stats", "torchdiffeq", "transformers"]
-LIBRARIES += [f"transformers.models.{name}.modeling_{name}" for name in ("dinov2_with_registers", "gemma", "llama", "siglip")]
+MODELS = ("dinov2_with_registers", "gemma", "llama", "siglip")
+LIBRARIES += [f"transformers.models.{name}.modeling_{name}" for name in MODELS]
 
 
 def table() -> list[dict]:
@@ -36,7 +41,7 @@ def planted(row: dict, text: str) -> str:
 
 
 def problems(row: dict, kit: Path = KIT) -> list[str]:
-    """What is wrong with a row: nothing, as long as it fits the code."""
+    """What is wrong with a row; nothing as long as it fits the code."""
     where = f"{row['why']!r}"
     if set(row) != {"why", "file", "old", "new", "test"}:
         return [f"{where} has the keys {sorted(row)}"]
@@ -53,14 +58,15 @@ def problems(row: dict, kit: Path = KIT) -> list[str]:
 
 
 def run_tests(kit: Path, tests: list[str]) -> tuple[int, str]:
-    """pytest's exit code and output, in a fork of this process, which has imported the libraries: seconds less."""
+    """pytest's exit code and output. It runs in a fork of this process, which has imported the libraries."""
     with tempfile.TemporaryFile("w+") as said:
         if (pid := os.fork()) == 0:
             os.chdir(kit)
             for stream in (1, 2):
                 os.dup2(said.fileno(), stream)
             sys.path[0] = str(kit / "tests")
-            sys.dont_write_bytecode = True  # Python may take an old .pyc for a file that was changed in the same second
+            # Python may take an old .pyc for a file that was changed in the same second
+            sys.dont_write_bytecode = True
             os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
             code = pytest.main(["-q", "-x", "--tb=short", "-p", "no:cacheprovider", *tests])
             sys.stdout.flush()
@@ -71,7 +77,7 @@ def run_tests(kit: Path, tests: list[str]) -> tuple[int, str]:
 
 
 def caught(row: dict, kit: Path) -> tuple[bool, str]:
-    """Plant one mistake, run its test, restore the file. -> whether the test found it, and its words."""
+    """Plant one mistake, run its test, restore the file. -> whether the test found it, and what it said."""
     path = kit / row["file"]
     right = path.read_text()
     try:
@@ -87,15 +93,12 @@ def caught(row: dict, kit: Path) -> tuple[bool, str]:
 
 
 def markdown(rows: list[tuple[dict, bool, str]]) -> str:
-    lines = ["| planted mistake | file | test that fails | what it says |", "| --- | --- | --- | --- |"]
+    lines = ["| planted mistake | file | test that fails | what it says |", "|---" * 4 + "|"]
     for row, ok, said in rows:
-        cells = [
-            row["why"],
-            row["file"],
-            row["test"].removeprefix("tests/"),
-            said[:100] if ok else f"**not caught**: {said[:200]}",
-        ]
-        lines.append("| " + " | ".join(str(cell).replace("|", "/").replace("\n", " ") for cell in cells) + " |")
+        outcome = said[:100] if ok else f"**not caught**: {said[:200]}"
+        cells = [row["why"], row["file"], row["test"].removeprefix("tests/"), outcome]
+        cells = [cell.replace("|", "/").replace("\n", " ") for cell in cells]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -117,7 +120,8 @@ def main(words: str = "", out: str = "") -> int:
             began = time.time()
             ok, said = caught(row, kit) if passes[row["test"]] is True else (False, passes[row["test"]])
             results.append((row, ok, said))
-            print(f"{'caught' if ok else 'MISSED'} {time.time() - began:4.0f} s  {row['why']}: {said[:120]}", flush=True)
+            verdict = f"{'caught' if ok else 'MISSED'} {time.time() - began:4.0f} s"
+            print(f"{verdict}  {row['why']}: {said[:120]}", flush=True)
     missed = sum(not ok for _, ok, _ in results)
     print(f"{len(results) - missed} of {len(results)} planted mistakes caught")
     if out:

@@ -1,4 +1,4 @@
-"""Checkpoints in the published formats: every key of the original's list, few layers, small widths, random weights."""
+"""Random checkpoints in the published formats: every key of the original's list, few layers, small widths."""
 
 import json
 import re
@@ -28,7 +28,20 @@ SMALL = {  # full size -> size here; every width of either model
         256: 4,
     }
     | {1: 1, 4: 4, 3: 3, 14: 8},
-    "pi05": {1152: 48, 4304: 80, 2048: 64, 16384: 96, 256: 8, 1024: 32, 4096: 48, 3072: 96, 257152: 300, 32: 32, 3: 3, 14: 8},
+    "pi05": {
+        1152: 48,
+        4304: 80,
+        2048: 64,
+        16384: 96,
+        256: 8,
+        1024: 32,
+        4096: 48,
+        3072: 96,
+        257152: 300,
+        32: 32,
+        3: 3,
+        14: 8,
+    },
 }
 LAYERS = {"openvla": 3, "pi05": 2}  # kept of each stack
 
@@ -49,7 +62,9 @@ def tensors(backbone: str) -> dict[str, torch.Tensor]:
 
 def small_shape(backbone: str, key: str, shape: list[int], small: dict) -> list[int]:
     if backbone == "openvla":
-        if "featurizer.blocks" in key and "fused" not in key and "mlp" in key:  # DINO's 4096 is 4 x 1024, not the Llama's
+        if (
+            "featurizer.blocks" in key and "fused" not in key and "mlp" in key
+        ):  # DINO's 4096 is 4 x 1024, not the Llama's
             return [{1024: 32, 4096: 128}[n] for n in shape]
         return [64 if "projector" in key and n == 4096 else small[n] for n in shape]
     expert, attention = "gemma_expert" in key, re.search(r"self_attn\.([qkvo])_proj", key)
@@ -64,12 +79,19 @@ def small_shape(backbone: str, key: str, shape: list[int], small: dict) -> list[
 def statistics(n: int) -> dict:
     rng = np.random.default_rng(n)
     mean, std = rng.normal(size=n), rng.uniform(0.5, 2, size=n)
-    named = {"mean": mean, "std": std, "q01": mean - 2 * std, "q99": mean + 2 * std, "min": mean - 3 * std, "max": mean + 3 * std}
+    named = {
+        "mean": mean,
+        "std": std,
+        "q01": mean - 2 * std,
+        "q99": mean + 2 * std,
+        "min": mean - 3 * std,
+        "max": mean + 3 * std,
+    }
     return {key: value.tolist() for key, value in named.items()}
 
 
 def write_tokenizer(folder: Path, words: int = 0) -> None:
-    """words: as PaliGemma's own, so many of them and an added one for images, which no prompt holds and no weight stands for."""
+    """words: so many, as PaliGemma's own, and one added for images, which no prompt and no weight has."""
     tokenizer = json.loads(backbones.build_tokenizer(INSTRUCTIONS).to_str())
     vocab = tokenizer["model"]["vocab"]
     vocab |= {f"<loc{i:04d}>": i for i in range(len(vocab), words)}
@@ -80,10 +102,15 @@ def write_tokenizer(folder: Path, words: int = 0) -> None:
 
 
 def full_size(backbone: str, device: str) -> dict[str, torch.Tensor]:
-    """Random bf16 tensors for all published keys in their published shapes, drawn on the device; what write_* take as `made`."""
+    """Random bf16 tensors for all published keys in their published shapes, drawn on the device.
+
+    The functions write_* take them as `made`.
+    """
     listing = FIXTURES / {"openvla": "keys-openvla-7b.txt", "pi05": "keys-pi05.txt"}[backbone]
     rows = [line.split("\t") for line in listing.read_text().splitlines()]
-    rows = [(key, json.loads(shape)) for key, shape in rows if not (backbone == "pi05" and "embed_tokens" in key)]
+    rows = [
+        (key, json.loads(shape)) for key, shape in rows if not (backbone == "pi05" and "embed_tokens" in key)
+    ]
     normal = {"device": device, "dtype": torch.bfloat16}
     return {key: (0.02 * torch.randn(shape, **normal) + ("norm" in key)).cpu() for key, shape in rows}
 
@@ -98,7 +125,10 @@ def write_openvla(folder: Path, made: dict | None = None, heads: int = 4) -> dic
     action = statistics(7) | {"mask": [True] * 6 + [False]}
     config = {"model_type": "openvla", "n_action_bins": 256, "pad_to_multiple_of": 64}
     config |= {"text_config": {"num_attention_heads": heads}}
-    config |= {"torch_dtype": "bfloat16", "norm_stats": {"libero_object_no_noops": {"action": action, "proprio": statistics(8)}}}
+    config |= {
+        "torch_dtype": "bfloat16",
+        "norm_stats": {"libero_object_no_noops": {"action": action, "proprio": statistics(8)}},
+    }
     (folder / "config.json").write_text(json.dumps(config))
     write_tokenizer(folder)
     return made
@@ -109,7 +139,12 @@ def write_lerobot(folder: Path, made: dict | None = None, **config) -> dict[str,
     made = {f"model.{key}": t for key, t in (made or tensors("pi05")).items()}
     save_file(made, folder / "model.safetensors")
     modes = {"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"}
-    config = {"type": "pi05", "chunk_size": 6, "tokenizer_max_length": 60, "normalization_mapping": modes} | config
+    config = {
+        "type": "pi05",
+        "chunk_size": 6,
+        "tokenizer_max_length": 60,
+        "normalization_mapping": modes,
+    } | config
     (folder / "config.json").write_text(json.dumps(config))
     stats = {"action": statistics(7), "observation.state": statistics(8)}
     named = {
@@ -127,9 +162,13 @@ def write_openpi(folder: Path) -> dict[str, torch.Tensor]:
     """One file, statistics in the assets folder."""
     made = tensors("pi05")
     save_file(made, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"action_dim": 32, "action_horizon": 10, "paligemma_variant": "gemma_2b"}))
+    (folder / "config.json").write_text(
+        json.dumps({"action_dim": 32, "action_horizon": 10, "paligemma_variant": "gemma_2b"})
+    )
     assets = folder / "assets" / "physical-intelligence" / "libero"
     assets.mkdir(parents=True)
-    (assets / "norm_stats.json").write_text(json.dumps({"norm_stats": {"actions": statistics(7), "state": statistics(8)}}))
+    (assets / "norm_stats.json").write_text(
+        json.dumps({"norm_stats": {"actions": statistics(7), "state": statistics(8)}})
+    )
     write_tokenizer(folder, words=300)
     return made

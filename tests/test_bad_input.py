@@ -1,8 +1,10 @@
-"""Generated bad input at every door: configs, demonstrations, checkpoints, pairs, JSON. One line, nothing written or run.
+"""Bad input, generated: configs, demonstrations, checkpoints, pairs, JSON.
 
-pytest tests/test_bad_input.py: a sample, some hundred inputs. With LONG=1 ten times as many (bash tests/run.sh --long).
+Each must give one line that says what is wrong. Nothing of it is executed, and nothing is written.
+pytest tests/test_bad_input.py: some hundred inputs. With LONG=1 ten times as many (bash tests/run.sh --long).
 """
 
+import contextlib
 import importlib
 import json
 import math
@@ -15,6 +17,7 @@ import sys
 import tempfile
 import typing
 from pathlib import Path
+from typing import Annotated, Literal
 
 import h5py
 import numpy as np
@@ -29,35 +32,37 @@ from samples import INSTRUCTIONS, STATES, write_demonstrations
 
 import backbones
 import common
-import contrastive
-import data
-import disk
-import runs
-from report import audit
+from runtime import config, disk, stage
+from runtime.errors import UserError
 
-sft = importlib.import_module("01_sft")
-KIT = Path(common.__file__).parent
-STAGES = {section: importlib.import_module(script).Config for section, script in runs.STAGES.items()}
+MODULES = {
+    section: importlib.import_module(command.removeprefix("-m ").removesuffix(".py"))
+    for section, command in config.STAGES.items()
+}
+STAGES = {section: module.Config for section, module in MODULES.items()}
+demos, sft, prefs, dpo, evaluation, *_ = MODULES.values()
 SIZE = {"width": 32, "depth": 2, "mlp_dim": 48, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16}
 VISION = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-MODEL = {"vlm": SIZE, "expert": SIZE, "vision": VISION | {"image_size": 32, "patch_size": 16}, "horizon": 4, "flow_dim": 7}
+VISION |= {"image_size": 32, "patch_size": 16}
+MODEL = {"vlm": SIZE, "expert": SIZE, "vision": VISION, "horizon": 4, "flow_dim": 7}
 
 
 def inputs(n: int):
     """n generated inputs of a test, the same in every run; ten times as many with LONG=1."""
     n *= 10 if os.environ.get("LONG") else 1
-    quiet = list(HealthCheck)
-    return settings(max_examples=n, derandomize=True, database=None, deadline=None, suppress_health_check=quiet)
+    always = {"derandomize": True, "database": None, "deadline": None}
+    return settings(max_examples=n, suppress_health_check=list(HealthCheck), **always)
 
 
 def tree(folder: Path) -> dict:
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+    """All that a folder holds."""
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 def refused(folder: Path, read) -> str:
     """`read` says in one line what is wrong, and leaves the folder as it was."""
     before = tree(folder)
-    with pytest.raises(common.UserError) as error:
+    with pytest.raises(UserError) as error:
         read()
     text = str(error.value)
     assert text and "\n" not in text, text
@@ -86,67 +91,80 @@ def bombs(folder: Path) -> list[bytes]:
     return made
 
 
-# ---------------------------------------------------------------------------------------------------------------- configs
-ANY = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.lists(st.integers(), max_size=2))
-NEVER_A_NUMBER = st.sampled_from(["many", None, True, [1], {"a": 1}, math.nan, math.inf, -math.inf, "1e999", "", "0x", "--1"])
-WRONG = {
-    int: NEVER_A_NUMBER | st.floats(0.1, 0.9) | st.integers(max_value=-1) | st.integers(min_value=2**62 + 1),
-    float: NEVER_A_NUMBER | st.floats(max_value=-0.01, allow_infinity=False) | st.integers(min_value=2**70),
-    str: st.sampled_from([None, True, [1], {"a": 1}, "\0", []]),
-    bool: st.sampled_from([1, 0.5, "yes please", None, [True]]),
-    list[int]: st.sampled_from([5, "a", [1.5], ["a"], None, {"a": 1}, [True], [None], [-1]]),
-    list[str]: st.sampled_from([5, "a", [None], [[1]], None, {"a": 1}, [True]]),
-    dict: st.sampled_from([5, "a", [1], True]),
-}
-MAY_BE_NEGATIVE = {"threshold"}  # a cosine
+# ---------------------------------------------------------------------------------------------------- configs
+ANY = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+ANY |= st.lists(st.integers(), max_size=2)
+NO_NUMBERS = ["many", None, True, [1], {"a": 1}, math.nan, math.inf, -math.inf, "1e999", "", "0x", "--1"]
+NO_LISTS = [5, "a", None, {"a": 1}, [None], [[1]], [True], ["a"], [-1], [1.5]]
+
+
+def wrong(kind) -> st.SearchStrategy:
+    """Values that a key of this type does not take."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    least, most = 0, config.LARGEST
+    if origin is Literal:
+        return st.sampled_from(["nonsense", None, True, 5, [1], {"a": 1}, ""])
+    if origin is list:
+        return st.sampled_from(NO_LISTS)
+    if origin is Annotated:
+        kind, least, most = (*arguments, most)[:3]
+    if kind is str:
+        return st.sampled_from([None, True, [1], {"a": 1}, "\0", [], *(["../x"] if least else [])])
+    if kind is bool:
+        return st.sampled_from([1, 0.5, "yes please", None, [True]])
+    if kind is dict:
+        return st.sampled_from([5, "a", [1], True])
+    beyond = st.integers(max_value=math.ceil(least) - 1) | st.integers(min_value=math.floor(most) + 1)
+    between = st.floats(0.1, 0.9) if kind is int else st.floats(max_value=least - 0.01, allow_infinity=False)
+    return st.sampled_from(NO_NUMBERS) | beyond | between
+
+
+def keys_of(section: str) -> dict:
+    """Name -> type of the keys that a config may give to a stage: its own, and those that stages share."""
+    hints = typing.get_type_hints(STAGES[section], include_extras=True)
+    return config.shared_keys() | {key: hints[key] for key in config.own_keys(STAGES[section])}
 
 
 @st.composite
 def a_wrong_value(draw) -> tuple[str, dict]:
     """A stage, and a config with one value of a kind that its key does not take."""
     section = draw(st.sampled_from(list(STAGES)))
-    hints = typing.get_type_hints(STAGES[section])
-    key = draw(st.sampled_from([k for k in hints if k not in MAY_BE_NEGATIVE]))
-    value = draw(WRONG[hints[key]])
-    own = key not in typing.get_type_hints(common.RunConfig)
-    return section, {section: {key: value}} if own else {key: value}
+    key, kind = draw(st.sampled_from(list(keys_of(section).items())))
+    value = draw(wrong(kind))
+    shared = key in config.shared_keys() and draw(st.booleans())
+    return section, {key: value} if shared else {section: {key: value}}
 
 
-def load(folder: Path, section: str, content: str | bytes, *overrides: str):
+def load(folder: Path, section: str, content: str | bytes, *overrides: str) -> str:
+    """The line in which a stage refuses a config."""
     path = folder / "exp.yaml"
     path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
-    return refused(folder, lambda: common.load_config(STAGES[section], section, [str(path), *overrides]))
+    return refused(folder, lambda: config.load_config(STAGES[section], [str(path), *overrides]))
 
 
 @inputs(150)
 @given(a_wrong_value())
 def test_a_config_with_a_wrong_value(case):
-    section, config = case
+    section, content = case
     assert STAGES[section]().name == ""  # the defaults are fine
     with tempfile.TemporaryDirectory() as folder:
-        load(Path(folder), section, yaml.safe_dump(config))
+        load(Path(folder), section, yaml.safe_dump(content))
 
 
 @inputs(30)
 @given(st.sampled_from(list(STAGES)), st.text(min_size=1, max_size=12), st.booleans())
 def test_a_config_with_an_unknown_key(section, key, inside):
-    hints = typing.get_type_hints(STAGES[section])
-    assume(key not in hints and key not in STAGES and key not in ("base", *backbones.BACKBONES))
+    assume(key not in {"base", *keys_of(section), *STAGES, *config.BACKBONES})
     with tempfile.TemporaryDirectory() as folder:
         load(Path(folder), section, yaml.safe_dump({section: {key: 1}} if inside else {key: 1}))
 
 
-NO_YAML = ["a: [", "a: 1\n b: 2", "\t", "seed: 2020-99-99", "seed: !!int x", "seed: !!python/object/apply:os.system ['false']"]
-NO_YAML += ["? [1]\n: 2", "seed: *nowhere", "seed: !!binary x", "[" * 5000, "{a: " * 3000, "- 1", "text", "5", "a: b: c", "\x07"]
-NO_YAML += [
-    b"\xff\xfe\x00",
-    b"seed: \x80",
-    "base: exp.yaml",
-    "base: [1]",
-    "base: ../exp.yaml",
-    "base: /etc/passwd",
-    "base: nowhere.yaml",
-]
+NO_YAML = ["a: [", "a: 1\n b: 2", "\t", "a: b: c", "\x07", "- 1", "text", "5", "[" * 5000, "{a: " * 3000]
+NO_YAML += ["? [1]\n: 2", "seed: *nowhere", "seed: 2020-99-99", "seed: !!int x", "seed: !!binary x"]
+NO_YAML += ["seed: !!python/object/apply:os.system ['false']", b"\xff\xfe\x00", b"seed: \x80"]
+NO_YAML += ["base: exp.yaml", "base: [1]", "base: ../exp.yaml", "base: /etc/passwd", "base: nowhere.yaml"]
+NO_YAML += ["model: {a: 2020-01-01}", "model: {1: 2, a: 3}", "model: &x {a: *x}", "model: {a: .nan}"]
+NO_YAML += ["pi05: {sft: 5}", "pi05: {model: 5}", "seed: 0x" + 5000 * "f", 'sft: {steps: "-5\\n"}']
 
 
 @pytest.mark.parametrize("text", NO_YAML, ids=range(len(NO_YAML)))
@@ -166,8 +184,8 @@ def test_any_bytes_as_a_config_are_a_config_or_one_line(content):
         path = Path(folder) / "exp.yaml"
         path.write_bytes(content)
         try:
-            common.load_config(STAGES["sft"], "sft", [str(path)])
-        except common.UserError as error:
+            config.load_config(STAGES["sft"], [str(path)])
+        except UserError as error:
             assert "\n" not in str(error)
 
 
@@ -192,7 +210,6 @@ SENSELESS = [
     ("dpo", "dpo: {beta: 0}"),
     ("dpo", "dpo: {beta: .inf}"),
     ("dpo", "dpo: {alpha: 0}"),
-    ("eval", "eval: {dropout: 1, policy: dpo}"),
     ("sft", "device: gpu"),
 ]
 
@@ -202,7 +219,40 @@ def test_a_config_that_makes_no_sense(section, text, tmp_path):
     load(tmp_path, section, text)
 
 
-@pytest.mark.parametrize("override", ["steps", "=", "sft.steps=", "sft.steps=[", "sft.steps=2020-99-99", "x.steps=1", "sft.=1"])
+REFUSED = [  # before a stage writes anything
+    (demos, {"n_init": 21}, "choose 1 to 20"),
+    (demos, {"tasks": [10]}, "10"),
+    (demos, {"suites": ["libero_90"]}, "the expert cannot do"),
+    (demos, {"source": "nowhere"}, "nowhere"),
+    (sft, {}, "run `python 00_demos.py"),
+    (sft, {"model": {"horizon": 0}}, "model.horizon"),
+    (sft, {"init_from": "nowhere"}, "00_demos.py"),
+    (prefs, {}, "run `python 01_sft.py"),
+    (prefs, {"n_init": 16}, "choose 1 to 15"),
+    (prefs, {"start_seed": 7}, "seed=7"),
+    (prefs, {"checkpoint": "nowhere"}, "no checkpoint nowhere"),
+    (dpo, {}, "run `python 01_sft.py"),
+    (dpo, {"checkpoint": "TMP/policy"}, "run `python 02_collect_prefs.py"),
+    (dpo, {"checkpoint": "TMP/policy", "pairs_from": "nowhere"}, "nowhere"),
+    (evaluation, {"n_init": 11}, "choose 1 to 10"),
+    (evaluation, {"checkpoint": "TMP/policy", "tasks": [10]}, "10"),
+    (evaluation, {"checkpoint": "TMP/policy", "policy": "dpo"}, "run `python 03_dpo.py"),
+    (evaluation, {"checkpoint": "TMP/policy", "policy": "dpo", "adapters_from": "nowhere"}, "nowhere"),
+]
+
+
+@pytest.mark.parametrize(("module", "values", "line"), REFUSED)
+def test_what_a_stage_refuses_before_it_writes(module, values, line, tmp_path):
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "policy" / "model.safetensors").touch()
+    values = {k: v.replace("TMP", str(tmp_path)) if isinstance(v, str) else v for k, v in values.items()}
+    cfg = module.Config(name="x", root=str(tmp_path / "runs"), **values)
+    assert line in refused(tmp_path, lambda: stage.execute(module.main, cfg))
+
+
+@pytest.mark.parametrize(
+    "override", ["steps", "=", "sft.steps=", "sft.steps=[", "sft.steps=2020-99-99", "x.steps=1", "sft.=1"]
+)
 def test_an_argument_that_is_none(override, tmp_path):
     load(tmp_path, "sft", "seed: 1", override)
 
@@ -211,19 +261,19 @@ def test_an_argument_that_is_none(override, tmp_path):
 def a_wrong_size(draw) -> dict:
     """A model section with one size that is none."""
     model = {key: dict(value) if isinstance(value, dict) else value for key, value in MODEL.items()}
-    path = draw(
-        st.sampled_from([(k, *s) for k, v in model.items() for s in ([(i,) for i in v] + [()] if isinstance(v, dict) else [()])])
-    )
+    paths = [(key,) for key in model]
+    paths += [(key, inner) for key, value in model.items() if isinstance(value, dict) for inner in value]
+    path = draw(st.sampled_from(paths))
     within = model if len(path) == 1 else model[path[0]]
     kind = dict if isinstance(within[path[-1]], dict) else int
-    within[path[-1]] = draw(WRONG[kind] | st.none() | (st.just(0) if kind is int else st.just([[1]])))
+    within[path[-1]] = draw(wrong(kind) | st.none() | (st.just(0) if kind is int else st.just([[1]])))
     return model
 
 
 @inputs(40)
 @given(a_wrong_size())
 def test_a_model_with_a_wrong_size(model):
-    with pytest.raises(common.UserError) as error:
+    with pytest.raises(UserError) as error:
         backbones.horizon("pi05", model)
     assert "\n" not in str(error.value)
 
@@ -248,12 +298,16 @@ def test_a_model_with_a_wrong_size(model):
     ],
 )
 def test_a_model_whose_sizes_do_not_fit(backbone, model):
-    with pytest.raises(common.UserError) as error:
+    with pytest.raises(UserError) as error:
         backbones.horizon(backbone, model)
     assert "\n" not in str(error.value)
 
 
-# --------------------------------------------------------------------------------------------------------- demonstrations
+# --------------------------------------------------------------------------------------------- demonstrations
+NO_STEPS = [[0, 4, 8, 13], [-1, 4, 8, 12], [0.5, 1, 2, 3], [], [0, 4], [[0, 4, 8, 12]], ["a"] * 4]
+NO_INFO = ["", "{", "[]", "5", "null", '{"language_instruction": 5}', '{"x": 1}', b"\xff", 3, [1, 2]]
+
+
 @st.composite
 def damage_of_demonstrations(draw):
     """A function that spoils an open HDF5 file."""
@@ -281,23 +335,20 @@ def damage_of_demonstrations(draw):
         del file[f"{demo}/{key}"]
         file.create_group(f"{demo}/{key}")
 
-    def attribute(name, content):
-        return lambda file: file["data"].attrs.__setitem__(name, content)
+    def no_steps(file):
+        steps = draw(st.sampled_from(NO_STEPS))
+        another(file, "obs/image_steps", np.array(steps, "S1" if "a" in steps else None))
 
-    steps = draw(st.sampled_from([[0, 4, 8, 13], [-1, 4, 8, 12], [0.5, 1, 2, 3], [], [0, 4], [[0, 4, 8, 12]], ["a"] * 4]))
-    faults = [
-        shape,
-        not_finite,
-        group,
-        lambda file: file.__delitem__(f"{demo}/{key}"),
-        lambda file: file.__delitem__(f"{demo}/obs"),
-    ]
-    faults += [lambda file: another(file, "obs/image_steps", np.array(steps, "S1" if steps == ["a"] * 4 else None))]
+    def no_info(file):
+        file["data"].attrs["problem_info"] = draw(st.sampled_from(NO_INFO))
+
+    def no_init_state(file):
+        file[demo].attrs["init_state_id"] = draw(st.sampled_from(["x", [1, 2]]))
+
+    faults = [shape, not_finite, group, no_steps, no_info, no_init_state]
+    faults += [lambda file: file.__delitem__(f"{demo}/{key}"), lambda file: file.__delitem__(f"{demo}/obs")]
     faults += [lambda file: file.move(demo, "data/demo_x"), lambda file: file.__delitem__("data")]
     faults += [lambda file: file["data"].attrs.__delitem__("problem_info")]
-    wrong = draw(st.sampled_from(["", "{", "[]", "5", "null", '{"language_instruction": 5}', '{"x": 1}', b"\xff", 3, [1, 2]]))
-    faults += [attribute("problem_info", wrong)]
-    faults += [lambda file: file[demo].attrs.__setitem__("init_state_id", draw(st.sampled_from(["x", [1, 2]])))]
     return draw(st.sampled_from(faults))
 
 
@@ -336,14 +387,20 @@ def test_demonstrations_that_do_not_go_together(tmp_path):
     assert "no demonstrations" in refused(tmp_path, lambda: sft.load_data(cfg, 4))
 
 
-# ------------------------------------------------------------------------------------------------------------ checkpoints
+# ------------------------------------------------------------------------------------------------ checkpoints
 @pytest.fixture(scope="module")
 def own(tmp_path_factory) -> Path:
     policy = backbones.build("pi05", MODEL, INSTRUCTIONS)
-    policy.norm_stats = {k: {s: [0.5] * n for s in ("mean", "std", "q01", "q99")} for k, n in (("action", 7), ("state", 8))}
+    policy.norm_stats = {
+        k: {s: [0.5] * n for s in ("mean", "std", "q01", "q99")} for k, n in (("action", 7), ("state", 8))
+    }
     folder = tmp_path_factory.mktemp("own")
     policy.save(folder)
     return folder
+
+
+NO_OBJECTS = [b"[]", b"5", b"null", b"{", b"\xff", b"[" * 3000]
+NO_STATISTICS = [None, "x", [], [0.5] * 6, [0.5] * 6 + ["x"], [math.nan] * 7, [[0.5]] * 7, {}]
 
 
 @st.composite
@@ -352,45 +409,44 @@ def damage_of_a_checkpoint(draw):
     names = ["model.safetensors", "config.json", "norm_stats.json"]
     name = draw(st.sampled_from(names))
     json_name = draw(st.sampled_from([*names[1:], "tokenizer.json"]))
-    garbage = draw(st.binary(min_size=1, max_size=30) | st.sampled_from([b"[]", b"5", b"null", b"{", b"\xff", b"[" * 3000]))
+    garbage = draw(st.binary(min_size=1, max_size=30) | st.sampled_from(NO_OBJECTS))
     part, at = draw(st.floats(0, 0.99)), draw(st.integers(0, 10**6))
-    wrong = draw(WRONG[int].filter(lambda v: not isinstance(v, str) or "\0" not in v))
-    number = draw(st.sampled_from([None, "x", [], [0.5] * 6, [0.5] * 6 + ["x"], [math.nan] * 7, [[0.5]] * 7, {}]))
+    size, numbers = draw(wrong(int)), draw(st.sampled_from(NO_STATISTICS))
     shape = draw(st.lists(st.integers(0, 3), max_size=3))
 
-    def rewrite(folder, file, change):
-        content = json.loads((folder / file).read_text())
-        change(content)
-        (folder / file).write_text(json.dumps(content))
+    def json_file(name, change):
+        def rewrite(folder):
+            content = json.loads((folder / name).read_text())
+            change(content)
+            (folder / name).write_text(json.dumps(content))
+
+        return rewrite
 
     def cut(folder):
         content = (folder / name).read_bytes()
         (folder / name).write_bytes(content[: int(part * len(content))])
 
-    def tensor(folder, change):
-        tensors = load_file(folder / "model.safetensors")
-        change(tensors, sorted(tensors)[at % len(tensors)])
-        save_file(tensors, folder / "model.safetensors")
+    def tensors(change):
+        def rewrite(folder):
+            content = load_file(folder / "model.safetensors")
+            change(content, sorted(content)[at % len(content)])
+            save_file(content, folder / "model.safetensors")
 
-    return draw(
-        st.sampled_from(
-            [
-                lambda folder: (folder / name).unlink(),
-                cut,
-                lambda folder: (folder / "model.safetensors").write_bytes(garbage),
-                lambda folder: (folder / json_name).write_bytes(garbage),
-                lambda folder: tensor(folder, lambda tensors, key: tensors.pop(key)),
-                lambda folder: tensor(folder, lambda tensors, key: tensors.update({key: torch.zeros([7, *shape])})),
-                lambda folder: tensor(folder, lambda tensors, key: tensors.update({key + "x": torch.zeros(2)})),
-                lambda folder: rewrite(folder, "config.json", lambda c: c["expert"].update(width=wrong)),
-                lambda folder: rewrite(folder, "config.json", lambda c: c.update(horizon=wrong)),
-                lambda folder: rewrite(folder, "config.json", lambda c: c.update(backbone=number)),
-                lambda folder: rewrite(folder, "config.json", lambda c: c.pop("backbone")),
-                lambda folder: rewrite(folder, "norm_stats.json", lambda c: c["action"].update(q01=number)),
-                lambda folder: rewrite(folder, "norm_stats.json", lambda c: c.update(state=number)),
-            ]
-        )
-    )
+        return rewrite
+
+    faults = [cut, lambda folder: (folder / name).unlink()]
+    faults += [lambda folder: (folder / "model.safetensors").write_bytes(garbage)]
+    faults += [lambda folder: (folder / json_name).write_bytes(garbage)]
+    faults += [tensors(lambda content, key: content.pop(key))]
+    faults += [tensors(lambda content, key: content.update({key: torch.zeros([7, *shape])}))]
+    faults += [tensors(lambda content, key: content.update({key + "x": torch.zeros(2)}))]
+    faults += [json_file("config.json", lambda content: content["expert"].update(width=size))]
+    faults += [json_file("config.json", lambda content: content.update(horizon=size))]
+    faults += [json_file("config.json", lambda content: content.update(backbone=numbers))]
+    faults += [json_file("config.json", lambda content: content.pop("backbone"))]
+    faults += [json_file("norm_stats.json", lambda content: content["action"].update(q01=numbers))]
+    faults += [json_file("norm_stats.json", lambda content: content.update(state=numbers))]
+    return draw(st.sampled_from(faults))
 
 
 @inputs(40)
@@ -420,14 +476,18 @@ def published(request, tmp_path_factory) -> Path:
 def load_published(folder: Path):
     model = {"bos": 2, "eos": 1, "space": 4} if (folder / "model.safetensors.index.json").is_file() else {}
     policy = backbones.load_policy(folder, model=model, suites=["libero_object"])
-    policy.unnormalise(torch.zeros(1, policy.horizon, 7))  # where statistics that a file may lack are asked for
+    policy.unnormalise(torch.zeros(1, policy.horizon, 7))  # needs statistics that a file may lack
     return policy
+
+
+NO_VALUES = [None, "x", [], {}, 5, [1], {"a": 1}, -1, 0, 1.5, [None]]
+NO_PLACES = ["../x.safetensors", "/etc/passwd", "a/../../b", "sub/x", "..", "", ".", "\0", None, 5, ["x"]]
 
 
 @st.composite
 def damage_of_a_published_checkpoint(draw):
-    at, value = draw(st.integers(0, 10**6)), draw(st.sampled_from([None, "x", [], {}, 5, [1], {"a": 1}, -1, 0, 1.5, [None]]))
-    place = draw(st.sampled_from(["../x.safetensors", "/etc/passwd", "a/../../b", "sub/x", "..", "", ".", "\0", None, 5, ["x"]]))
+    at = draw(st.integers(0, 10**6))
+    value, place = draw(st.sampled_from(NO_VALUES)), draw(st.sampled_from(NO_PLACES))
     dims, garbage = draw(st.integers(0, 3)), draw(st.binary(min_size=1, max_size=30))
 
     def stats(folder):  # in OpenVLA's config.json, openpi's norm_stats.json, lerobot's tensors
@@ -438,15 +498,17 @@ def damage_of_a_published_checkpoint(draw):
         content = json.loads(path.read_text())
         named = content["norm_stats"]
         first = next(iter(named))
-        within = [(content, "norm_stats"), (named, first), (named[first].get("action", named[first]), "q01")][at % 3]
-        within[0][within[1]] = value
+        places = [(content, "norm_stats"), (named, first), (named[first].get("action", named[first]), "q01")]
+        within, key = places[at % 3]
+        within[key] = value
         path.write_text(json.dumps(content))
 
     def shape(folder):
         path = sorted(p for p in folder.glob("model*.safetensors"))[0]
         tensors = load_file(path)
         key = sorted(tensors)[at % len(tensors)]
-        # What no policy reads may have any shape: the expert's words, the last block of a tower read before it, its norm
+        # No policy reads these, so they may have any shape: the expert's words, the last block of a tower
+        # that is read before it, and that tower's norm.
         assume(not re.search(r"gemma_expert\.lm_head|featurizer\.(blocks\.2|norm)\.", key))
         tensors[key] = torch.zeros([3] * (dims if dims != tensors[key].ndim else 4))
         save_file(tensors, path)
@@ -473,18 +535,20 @@ def test_a_published_checkpoint_that_is_none(published, damage):
 
 
 def test_no_pickle_is_ever_opened(own, tmp_path):
-    """In place of weights, of a training's state, of pairs, of an adapter, of a head."""
+    """In place of weights, of a training's state, of pairs, of an adapter."""
     (tmp_path / "bombs").mkdir()
     for i, bomb in enumerate(bombs(tmp_path / "bombs")):
         there = tmp_path / str(i)
         folder = Path(shutil.copytree(own, there / "policy"))
-        for name in ("model.safetensors", "checkpoint.pt", "pairs.safetensors", "adapter_model.safetensors", "pytorch_model.bin"):
+        names = ["model.safetensors", "pairs.safetensors", "adapter_model.safetensors"]
+        for name in [*names, "checkpoint.pt", "pytorch_model.bin"]:
             (folder / name).write_bytes(bomb)
-        (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}')
+        adapter = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}
+        (folder / "adapter_config.json").write_text(json.dumps(adapter))
         refused(there, lambda folder=folder: backbones.load_policy(folder))
         refused(there, lambda folder=folder: disk.load_checkpoint(folder / "checkpoint.pt"))
-        refused(there, lambda folder=folder: data.read_pairs(folder))
-        refused(there, lambda folder=folder: contrastive.load_head(str(folder / "model.safetensors")))
+        refused(there, lambda folder=folder: common.read_pairs(folder))
+        refused(there, lambda folder=folder: disk.load_tensors(folder / "model.safetensors"))
         refused(there, lambda folder=folder: common.load_adapter(backbones.load_policy(own), folder))
         (folder / "config.json").write_text("{}")
         refused(there, lambda folder=folder: backbones.load_policy(folder))
@@ -513,7 +577,7 @@ def test_the_state_of_a_training_cut_short_or_with_a_bit_flipped(place, cut, bit
         try:
             found = disk.load_checkpoint(path)
             assert not cut and found["step"] == 3 and torch.equal(found["policy"]["w"], state["policy"]["w"])
-        except common.UserError as error:
+        except UserError as error:
             assert "damaged" in str(error) and "\n" not in str(error)
 
 
@@ -523,14 +587,16 @@ def test_actions_that_are_not_finite(own):
         policy.action_out_proj.bias[0] = math.nan
     images = {c: np.zeros((32, 32, 3), np.uint8) for c in ("agentview", "wrist")}
     obs = images | {"state": np.zeros(8, np.float32), "instruction": INSTRUCTIONS[0]}
-    with pytest.raises(common.UserError, match="not finite"):
-        common.propose(policy, obs, common.RunConfig(execute=2), [common.stream(0, "x")])
+    with pytest.raises(UserError, match="not finite"):
+        backbones.propose(policy, obs, evaluation.Config(execute=2), [common.stream(0, "x")])
 
 
-# -------------------------------------------------------------------------------------------------------- pairs and JSON
+# --------------------------------------------------------------------------------------------- pairs and JSON
 def write_pairs(folder: Path, change) -> None:
     g = common.stream(0, "pairs")
-    tensors = {c: torch.randint(0, 256, (4, 8, 8, 3), generator=g, dtype=torch.uint8) for c in ("agentview", "wrist")}
+    tensors = {
+        c: torch.randint(0, 256, (4, 8, 8, 3), generator=g, dtype=torch.uint8) for c in ("agentview", "wrist")
+    }
     tensors |= {c: torch.randn(4, 5, 7, generator=g) for c in ("chosen", "rejected")}
     tensors |= {"state": torch.randn(4, 8, generator=g), "mask": torch.ones(4, 5, dtype=torch.bool)}
     rows = [{"instruction": "open the drawer"} for _ in range(4)]
@@ -539,12 +605,12 @@ def write_pairs(folder: Path, change) -> None:
     disk.write_rows(folder / "pairs.jsonl", rows)
 
 
+KEYS = ["agentview", "wrist", "state", "chosen", "rejected", "mask"]
+FAULTS = ["missing", "shape", "not finite", "fewer rows", "more rows", "no instruction", "empty", "dtype"]
+
+
 @inputs(40)
-@given(
-    st.sampled_from(["agentview", "wrist", "state", "chosen", "rejected", "mask"]),
-    st.sampled_from(["missing", "shape", "not finite", "fewer rows", "more rows", "no instruction", "empty", "dtype"]),
-    st.lists(st.integers(0, 5), max_size=4),
-)
+@given(st.sampled_from(KEYS), st.sampled_from(FAULTS), st.lists(st.integers(0, 5), max_size=4))
 def test_pairs_that_are_none(key, fault, shape):
     def change(tensors, rows):
         if fault == "missing":
@@ -568,62 +634,61 @@ def test_pairs_that_are_none(key, fault, shape):
 
     with tempfile.TemporaryDirectory() as folder:
         write_pairs(Path(folder), change)
-        refused(Path(folder), lambda: data.read_pairs(Path(folder)))
+        refused(Path(folder), lambda: common.read_pairs(Path(folder)))
         write_pairs(Path(folder), lambda tensors, rows: None)
-        assert len(data.read_pairs(Path(folder))["instruction"]) == 4
+        assert len(common.read_pairs(Path(folder))["instruction"]) == 4
 
 
-BAD_LINES = [
-    b"[1]",
-    b"5",
-    b"null",
-    b'"a"',
-    b"{",
-    b"nonsense",
-    b"",
-    b"\xff\xfe",
-    b'{"suite": 1}',
-    b"[" * 3000,
-    b"{'suite': 1, 'task': 2}",
-]
+GOOD_LINE = b'{"suite": "s", "task": 1}'
+BAD_LINES = [b"[1]", b"5", b"null", b'"a"', b"{", b"nonsense", b"", b"\xff\xfe", b'{"suite": 1}', b"[" * 3000]
+BAD_LINES += [b"{'suite': 1, 'task': 2}"]
 
 
 @inputs(40)
-@given(st.lists(st.just(b'{"suite": "s", "task": 1}'), max_size=3), st.sampled_from(BAD_LINES), st.integers(0, 3))
+@given(st.lists(st.just(GOOD_LINE), max_size=3), st.sampled_from(BAD_LINES), st.integers(0, 3))
 def test_lines_that_are_no_rows(good, bad, at):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
         path.write_bytes(b"".join(line + b"\n" for line in [*good[:at], bad, *good[at:]]))
         refused(Path(folder), lambda: disk.read_jsonl(path, "suite task"))
-        audit.audit(Path(folder)) if any(b"success" in line for line in good) else None
 
 
-@inputs(40)
-@given(
-    st.recursive(ANY, lambda inner: st.dictionaries(st.sampled_from(["stage", "fingerprint", "inputs", "x"]), inner, max_size=4))
-)
+PARTS = ("stage", "fingerprint", "inputs", "outputs", "config", "versions")
+
+
+@inputs(60)
+@given(st.recursive(ANY, lambda inner: st.dictionaries(st.sampled_from(PARTS), inner, max_size=6)))
 def test_a_folder_whose_done_json_is_none(content):
+    kinds = {"stage": str, "fingerprint": str, "inputs": dict}
+    nothing = {key: {} for key in ("config", "inputs", "source", "versions")}
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root) / "sft"
         folder.mkdir()
         (folder / "done.json").write_text(json.dumps(content))
-        is_one = isinstance(content, dict) and all(isinstance(content.get(k), v) for k, v in runs.IDENTITY.items())
-        assume(not is_one)
-        refused(Path(root), lambda: runs.fingerprint_of(folder, Path(root)))
+
+        def read():
+            stage.difference(stage.read_identity(folder / "done.json"), nothing)
+            stage.fingerprint_of(folder, Path(root))
+
+        if isinstance(content, dict) and all(isinstance(content.get(k), kind) for k, kind in kinds.items()):
+            with contextlib.suppress(UserError):  # it may be one
+                read()
+        else:
+            refused(Path(root), read)
 
 
-def test_a_damaged_file_among_the_inputs_is_named(tmp_path):
+def test_a_damaged_file_among_the_inputs_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(sft.Config, "inputs", lambda self: [])
     cfg = sft.Config(name="x", root=str(tmp_path))
-    stage = runs.open_stage("01_sft.py", cfg, tmp_path / "x" / "sft", "seed", [], [])
-    path = stage.dir / "model.safetensors"
-    disk.save_tensors(path, {"x": torch.zeros(9)})
-    stage.finish()
-    runs.fingerprint_of(stage.dir, tmp_path / "x")
+    stage.execute(lambda cfg, run: run.save("model.safetensors", {"x": torch.zeros(9)}), cfg)
+    stage.fingerprint_of(cfg.folder, cfg.run_dir)
+    path = cfg.folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1] + b"\1")
-    assert "model.safetensors is damaged" in refused(tmp_path, lambda: runs.fingerprint_of(stage.dir, tmp_path / "x"))
+    named = refused(tmp_path, lambda: stage.fingerprint_of(cfg.folder, cfg.run_dir))
+    assert "model.safetensors is damaged" in named
 
 
-# --------------------------------------------------------------------------------------------------------------- a command
+# -------------------------------------------------------------------------------------------------- a command
 CASES = [
     ("01_sft.py", "sft: {steps: .nan}"),
     ("03_dpo.py", "model: {horizon: ten}"),
@@ -634,6 +699,12 @@ CASES = [
 @pytest.mark.parametrize(("script", "text"), CASES if os.environ.get("LONG") else CASES[:1])
 def test_a_command_with_bad_input_ends_with_2_and_one_line(script, text, tmp_path):
     (tmp_path / "bad.yaml").write_text(text)
-    result = subprocess.run([sys.executable, KIT / script, "bad.yaml"], cwd=tmp_path, capture_output=True, text=True)
-    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1) and result.stderr.startswith("error: ")
+    result = subprocess.run(
+        [sys.executable, config.HERE / script, "bad.yaml"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (
+        2,
+        "",
+        1,
+    ) and result.stderr.startswith("error: ")
     assert [p.name for p in tmp_path.iterdir()] == ["bad.yaml"]

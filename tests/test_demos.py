@@ -1,4 +1,4 @@
-"""Demonstrations and the scripted expert: layout, noise, replay, resumption, tasks. `pytest tests/test_demos.py`, about 50 s."""
+"""Demonstrations and the scripted expert: layout, noise, replay, resuming, tasks. About 50 s."""
 
 import importlib
 import json
@@ -14,19 +14,23 @@ from safetensors.numpy import load_file
 from scipy.spatial.transform import Rotation
 
 import common
-import expert
-import grasps
-import sim
+from runtime import stage
+from runtime.config import HERE, load_config
+from runtime.errors import UserError
+from sim import grasps
+from sim.env import TaskEnv, instruction, suite_of
+from sim.expert import BOTTLE, BOWL, TASKS, Expert
 
 demos = importlib.import_module("00_demos")
 TASK = 1  # cream cheese: the shortest
 LIBERO_KEYS = {"actions", "states", "robot_states", "rewards", "dones", "obs"}
-LIBERO_OBS = {"agentview_rgb", "eye_in_hand_rgb", "ee_pos", "ee_ori", "ee_states", "gripper_states", "joint_states"}
+LIBERO_OBS = {"agentview_rgb", "eye_in_hand_rgb", "ee_pos", "ee_ori", "ee_states"}
+LIBERO_OBS |= {"gripper_states", "joint_states"}
 
 
 @pytest.fixture(scope="module")
 def env():
-    env = sim.TaskEnv("libero_object", TASK, image_size=32)
+    env = TaskEnv("libero_object", TASK, image_size=32)
     yield env
     env.close()
 
@@ -35,18 +39,18 @@ def env():
 def record(env, tmp_path_factory):
     """record(**config) -> the file that the stage writes, with one environment for all runs."""
 
-    def run(root: Path | None = None, **config) -> Path:
+    def recorded(root: Path | None = None, **config) -> Path:
         root = root or tmp_path_factory.mktemp("run")
         shared = f"root: {root}\ntasks: [{TASK}]\nimage_size: 32\nworkers: 1\n"
         (root / "mini.yaml").write_text(shared + "demos: {frame_every: 25}\n")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sim, "TaskEnv", lambda *_: env)
+            patch.setattr(demos, "TaskEnv", lambda *_: env)
             patch.setattr(env, "close", lambda: None)
             arguments = [f"demos.{key}={value}" for key, value in ({"n_init": 2} | config).items()]
-            demos.main(common.load_config(demos.Config, "demos", [str(root / "mini.yaml"), *arguments]))
+            stage.execute(demos.main, load_config(demos.Config, [str(root / "mini.yaml"), *arguments]))
         return root / "mini" / "data" / "libero_object" / f"task_{TASK:02d}.hdf5"
 
-    return run
+    return recorded
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +70,13 @@ def test_layout_is_liberos(file, env):
             steps = demo.attrs["num_samples"]
             assert set(demo) == LIBERO_KEYS | {"actions_executed"}
             assert set(demo["obs"]) == LIBERO_OBS | {"image_steps"}
-            shapes = {"actions": 7, "actions_executed": 7, "robot_states": 9, "obs/ee_pos": 3, "obs/ee_ori": 3}
+            shapes = {
+                "actions": 7,
+                "actions_executed": 7,
+                "robot_states": 9,
+                "obs/ee_pos": 3,
+                "obs/ee_ori": 3,
+            }
             shapes |= {"obs/ee_states": 6, "obs/gripper_states": 2, "obs/joint_states": 7}
             for key, width in shapes.items():
                 assert demo[key].shape == (steps, width) and demo[key].dtype == np.float64, key
@@ -74,7 +84,8 @@ def test_layout_is_liberos(file, env):
             assert demo["dones"][-1] == 1 and demo["dones"][()].sum() == 1
             images = demo["obs/image_steps"][()]
             assert list(images) == list(range(0, steps, 25))
-            assert demo["obs/agentview_rgb"].shape == demo["obs/eye_in_hand_rgb"].shape == (len(images), 32, 32, 3)
+            for camera in ("agentview", "eye_in_hand"):
+                assert demo[f"obs/{camera}_rgb"].shape == (len(images), 32, 32, 3)
             assert np.array_equal(demo["states"][0], demo.attrs["init_state"])
             assert steps == demo.attrs["success_step"] + 1 + demos.Config.tail
 
@@ -84,8 +95,8 @@ def test_reader_sees_what_a_policy_will_see(file, env):
     demo = next(common.read_demos(file, TASK))
     env.reset(demo.init_state)
     seen = env.observe()
-    assert np.array_equal(demo.agentview[0], seen["agentview"]) and np.array_equal(demo.wrist[0], seen["wrist"])
-    assert np.array_equal(demo.state[0], seen["state"])
+    for key in ("agentview", "wrist", "state"):
+        assert np.array_equal(getattr(demo, key)[0], seen[key]), key
     with h5py.File(file) as f:
         assert np.array_equal(f["data/demo_0/obs/agentview_rgb"][0], seen["agentview"][::-1, ::-1])
     assert demo.instruction == seen["instruction"]
@@ -95,11 +106,13 @@ def test_labels_are_clean_and_replay_succeeds(file, env):
     with h5py.File(file) as f:
         demo = f["data/demo_0"]
         clean, executed, states = (demo[key][()] for key in ("actions", "actions_executed", "states"))
-        noise, init_state, success_step = (executed - clean), demo.attrs["init_state_id"], demo.attrs["success_step"]
+        init_state, success_step = demo.attrs["init_state_id"], demo.attrs["success_step"]
+    noise = executed - clean
     assert np.abs(clean).max() <= 1 and np.abs(executed).max() <= 1
-    assert not noise[:, 6].any() and 0.01 < noise[:, :3].std() < 0.05 and 0.005 < noise[:, 3:6].std() < 0.02
+    assert 0.01 < noise[:, :3].std() < 0.05 and 0.005 < noise[:, 3:6].std() < 0.02
+    assert not noise[:, 6].any()
     steps_norm = np.linalg.norm(np.diff(clean[:, :3], axis=0), axis=1)
-    assert steps_norm.max() <= expert.Expert.ACCELERATION + 1e-9
+    assert steps_norm.max() <= Expert.ACCELERATION + 1e-9
     env.reset(init_state)
     for step, action in enumerate(executed):
         assert np.array_equal(env.env.sim.get_state().flatten(), states[step])  # bit for bit
@@ -114,7 +127,7 @@ def test_other_seed_gives_another_demonstration(file, record):
 
 
 def test_killed_and_resumed_equals_undisturbed(file, record, tmp_path):
-    """Stop after the first demonstration, go on, and get the same bytes; which shows determinism as well."""
+    """Stop after the first demonstration, go on, and get the same bytes: recording is deterministic too."""
     original, calls = demos.record_demo, []
 
     def stop_at_second(*arguments):
@@ -148,113 +161,127 @@ def ring(handle: float = 0.0) -> np.ndarray:
     """Points of a cup around the z axis: radius 4 cm, height 5 cm, with a handle along +x."""
     angle, height = (x.ravel() for x in np.meshgrid(np.linspace(-np.pi, np.pi, 60), np.linspace(0, 0.05, 6)))
     cup = 0.04 * np.stack([np.cos(angle), np.sin(angle), height / 0.04], axis=1)
-    bar = np.stack(np.meshgrid(np.linspace(0.04, 0.04 + handle, 5), [-0.004, 0.004], np.linspace(0, 0.05, 6)), -1).reshape(-1, 3)
-    return np.concatenate([cup, bar]) if handle else cup
+    bar = np.meshgrid(np.linspace(0.04, 0.04 + handle, 5), [-0.004, 0.004], np.linspace(0, 0.05, 6))
+    return np.concatenate([cup, np.stack(bar, -1).reshape(-1, 3)]) if handle else cup
 
 
 def test_rim_grasp_straddles_the_wall_and_keeps_off_handle_and_neighbours():
     nothing, middle, base = np.empty((0, 3)), np.zeros(3), np.array([-0.5, 0, 0])
     position, rotation = grasps.rim_grasp(ring(), nothing, middle, base, 0.02, grasps.RIM)
     assert np.allclose([np.linalg.norm(position[:2]), position[2]], [0.04, 0.03], atol=0.002)
-    assert abs(rotation[:2, 0] @ position[:2]) > 0.99 * 0.04 - 0.002 and np.allclose(rotation[:, 2], [0, 0, -1])  # radial
+    assert abs(rotation[:2, 0] @ position[:2]) > 0.99 * 0.04 - 0.002  # radial
+    assert np.allclose(rotation[:, 2], [0, 0, -1])
     assert abs(position[1]) > 0.03  # least turn: the fingers open along y
     every = [grasps.rim_grasp(ring(), nothing, middle, base, 0.02, [angle])[0] for angle in (0, 180)]
     assert np.allclose(every, [[0.04, 0, 0.03], [-0.04, 0, 0.03]], atol=0.002)
     away, _ = grasps.rim_grasp(ring(handle=0.03), nothing, middle, base, 0.02, [0, 180])
     assert away[0] < 0  # the handle is on the other side
-    wall = np.stack(np.meshgrid(np.linspace(-0.2, 0.2, 40), [0.06], np.linspace(0, 0.2, 20)), -1).reshape(-1, 3)
+    wall = np.meshgrid(np.linspace(-0.2, 0.2, 40), [0.06], np.linspace(0, 0.2, 20))
+    wall = np.stack(wall, -1).reshape(-1, 3)
     beside, turned = grasps.rim_grasp(ring(), wall, middle, base, 0.02, grasps.RIM)
-    assert grasps.collisions(wall, beside, turned[:, 0], turned[:, 1]) < grasps.collisions(wall, position, *rotation.T[:2])
+    hits = grasps.collisions(wall, position, rotation[:, 0])
+    assert grasps.collisions(wall, beside, turned[:, 0]) < hits
 
 
 def faults(suite: str, task: int, steps: list[tuple]) -> list[str]:
-    """What is wrong with a row: names that the task's BDDL file does not know, parts of its goal that nothing brings about."""
-    bddl = Path(sim.suite_of(suite).get_task_bddl_file_path(task)).read_text()
-    regions, fixtures, objects, _, init, goal = re.split(r"\(:(?:fixtures|objects|obj_of_interest|init|goal)", bddl)
+    """What is wrong with a row: names that the BDDL file lacks, and parts of its goal that no step serves."""
+    bddl = Path(suite_of(suite).get_task_bddl_file_path(task)).read_text()
+    sections = re.split(r"\(:(?:fixtures|objects|obj_of_interest|init|goal)", bddl)
+    regions, fixtures, objects, _, init, goal = sections
     declared = set(re.findall(r"\w+_\d+", fixtures + objects))
     sites = {f"{target}_{name}" for name, target in re.findall(r"\((\w+)\s*\(:target (\w+)\)", regions)}
     joints = [parameters["joint"] for _, parameters in steps if "joint" in parameters]
     moves = [parameters for _, parameters in steps if "joint" not in parameters]
     names = {value for parameters in moves for value in parameters.values() if isinstance(value, str)}
-    wrong = sorted(names - declared - sites) + [j for j in joints if not j.startswith(tuple(f"{d}_" for d in declared))]
+    owners = tuple(f"{name}_" for name in declared)
+    wrong = sorted(names - declared - sites) + [joint for joint in joints if not joint.startswith(owners)]
     for predicate in re.findall(r"\((\w+ [^()]+)\)", goal):
         _, what, *where = predicate.split()
         if where:
-            ends = [m.get("on") or m.get("to") or m.get("site") or m.get("container") for m in moves if m["target"] == what]
-            done = any(end and where[0].startswith(end) for end in ends)
+            keys = ("on", "to", "site", "container")
+            ends = [move[key] for move in moves for key in keys if move["target"] == what and key in move]
+            done = any(where[0].startswith(end) for end in ends)
         else:
-            done = f"({predicate})" in init or any(joint.startswith(what.removesuffix("region")) for joint in joints)
-        wrong += [] if done else [predicate]
+            part = what.removesuffix("region")
+            done = f"({predicate})" in init or any(joint.startswith(part) for joint in joints)
+        if not done:
+            wrong.append(predicate)
     return wrong
 
 
 @pytest.mark.parametrize("suite", ["libero_object", "libero_spatial", "libero_goal", "libero_10"])
 def test_every_task_has_a_row_that_fits_it(suite):
-    assert [task for s, task in expert.TASKS if s == suite] == list(range(10))
+    assert [task for s, task in TASKS if s == suite] == list(range(10))
     for task in range(10):
-        assert not faults(suite, task, expert.TASKS[suite, task]), (suite, task)
-        others = [faults(suite, task, expert.TASKS[suite, other]) for other in range(10) if other != task]
+        assert not faults(suite, task, TASKS[suite, task]), (suite, task)
+        others = [faults(suite, task, TASKS[suite, other]) for other in range(10) if other != task]
         assert suite == "libero_spatial" or all(others), (suite, task)  # nobody else's row fits
 
 
 def test_drawer_opens_by_its_handle_and_nothing_else_moves():
     """libero_goal task 0 with clean actions: a primitive on a joint, on the real simulator."""
-    env = sim.TaskEnv("libero_goal", 0)
+    env = TaskEnv("libero_goal", 0)
     env.reset(5)
-    hand, levels = expert.Expert(env, np.random.default_rng(0), 0.0), ("top", "middle", "bottom")
+    hand = Expert(env, np.random.default_rng(0), 0.0)
     bar, out = hand.handle("wooden_cabinet_1_middle_level")
     front = hand.points("wooden_cabinet_1")
-    assert np.allclose(out, [0, 1, 0]) and abs(bar[1] - front[:, 1].max()) < 0.02  # what sticks out most, towards the table
-    others = ("akita_black_bowl_1", "wine_bottle_1", "plate_1", "cream_cheese_1")
-    before, coordinates = {name: hand.spot(name) for name in others}, []
-    ((primitive, parameters),) = expert.TASKS["libero_goal", 0]
+    assert np.allclose(out, [0, 1, 0])  # towards the table
+    assert abs(bar[1] - front[:, 1].max()) < 0.02  # what sticks out most
+    before = {name: hand.spot(name) for name in (BOWL, BOTTLE, "plate_1", "cream_cheese_1")}
+    coordinates = []
+    ((primitive, parameters),) = TASKS["libero_goal", 0]
     for action in primitive(hand, **parameters):
         env.step(action)
-        coordinates.append([env.data.joint(f"wooden_cabinet_1_{level}_level").qpos[0] for level in levels])
+        joints = [f"wooden_cabinet_1_{level}_level" for level in ("top", "middle", "bottom")]
+        coordinates.append([env.data.joint(joint).qpos[0] for joint in joints])
     top, middle, bottom = np.array(coordinates).T
-    assert env.success and middle[0] > -0.001 and middle[-1] < -0.14 and np.abs([top, bottom]).max() < 0.005
+    assert env.success and middle[0] > -0.001 and middle[-1] < -0.14
+    assert np.abs([top, bottom]).max() < 0.005
     assert np.diff(middle).max() < 0.003  # pulled, not pushed about
     assert max(np.linalg.norm(hand.spot(name) - at) for name, at in before.items()) < 0.003
     env.close()
 
 
 def test_libero_object_stays_what_it_was(file):
-    """Bit for bit on one machine; elsewhere linear algebra may round otherwise."""
+    """Bit for bit on one machine; elsewhere linear algebra may round differently."""
     stored = load_file(Path(__file__).parent / "fixtures" / "expert_libero_object_1.safetensors")["actions"]
     with h5py.File(file) as f:
         assert np.allclose(f["data/demo_0/actions"][()], stored, rtol=0, atol=1e-6)
 
 
 def test_turn_between_and_limit():
-    turn = grasps.turn_between(grasps.TOP_DOWN, Rotation.from_rotvec([0, 0, 0.3]).as_matrix() @ grasps.TOP_DOWN)
+    turn = grasps.turn_between(
+        grasps.TOP_DOWN, Rotation.from_rotvec([0, 0, 0.3]).as_matrix() @ grasps.TOP_DOWN
+    )
     assert np.allclose(turn, [0, 0, 0.3])
     assert np.allclose(grasps.limit(np.array([3.0, 4.0]), 1.0), [0.6, 0.8])
     assert np.allclose(grasps.limit(np.zeros(2), 1.0), 0)
 
 
 def test_unknown_task_and_wrong_source_are_user_errors(record, tmp_path):
-    with pytest.raises(common.UserError, match="files"):
+    with pytest.raises(UserError, match="files"):
         record(source=tmp_path)
-    with pytest.raises(common.UserError, match="add a row"):
-        demos.main(demos.Config(name="other", root=str(tmp_path), suites=["libero_90"], tasks=[0]))
+    with pytest.raises(UserError, match="add a row"):
+        cfg = demos.Config(name="other", root=str(tmp_path), suites=["libero_90"], tasks=[0])
+        stage.execute(demos.main, cfg)
 
 
 def test_official_files_are_adopted(file, record, tmp_path):
-    """An official file is one without our additions; the same reader takes it from where the stage links it."""
+    """The stage links official files, which lack our additions, and the same reader takes them."""
     folder = tmp_path / "official" / "libero_object"
     folder.mkdir(parents=True)
-    copy = folder / (sim.instruction("libero_object", TASK).replace(" ", "_") + "_demo.hdf5")
+    copy = folder / (instruction("libero_object", TASK).replace(" ", "_") + "_demo.hdf5")
     copy.write_bytes(file.read_bytes())
     linked = record(source=tmp_path / "official")
     assert linked.is_symlink() and len(list(common.read_demos(linked, TASK))) == 2
 
 
 WRITES = """
-import importlib, resource, signal, sys
+import importlib, pathlib, resource, signal, sys
 import numpy as np
 sys.path.insert(0, sys.argv[1])
-import common
-path = common.Path(sys.argv[2])
+from runtime import stage
+path = pathlib.Path(sys.argv[2])
 frames = [np.random.default_rng(i).integers(0, 255, (128, 128, 3), np.uint8) for i in range(12)]
 def hdf5():
     with importlib.import_module("00_demos").hdf5_file(path) as file:
@@ -265,15 +292,16 @@ def gif():
     importlib.import_module("04_eval").save_gif(path, frames)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
-common.run({".hdf5": hdf5, ".gif": gif}[path.suffix])
+stage.command_line({".hdf5": hdf5, ".gif": gif}[path.suffix])
 """
 
 
 @pytest.mark.parametrize("name", ["task_00.hdf5", "episode.gif"])
 def test_a_disk_that_takes_no_more_is_one_line_whatever_the_library_does(name, tmp_path):
-    """HDF5 crashes while it writes, Pillow writes again when it is thrown away."""
+    """HDF5 crashes while it writes; Pillow writes once more when its object is deleted."""
     path = tmp_path / "folder" / name
     path.parent.mkdir()
-    done = subprocess.run([sys.executable, "-c", WRITES, str(common.HERE), str(path)], capture_output=True, text=True)
+    command = [sys.executable, "-c", WRITES, str(HERE), str(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert f"{path} cannot be written" in done.stderr and not any(path.parent.iterdir())

@@ -1,6 +1,7 @@
-"""The kit's DoRA layer against peft's own: values, gradients, files, the exact start. pytest tests/test_dora.py"""
+"""The kit's DoRA layer against peft's own: values, gradients, files, the exact start."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch import nn
 
 import common
 import dora
+
+merged_copy = importlib.import_module("01_sft").merged
 
 
 def plain(bias: bool = False) -> nn.Module:
@@ -52,7 +55,10 @@ def close(a: torch.Tensor, b: torch.Tensor) -> None:
 @pytest.mark.parametrize("shape", [(1, 24), (5, 24), (2, 3, 24)])
 def test_values_and_gradients_are_pefts_through_training(shape, bias):
     models = pair(bias)
-    assert isinstance(models[0].base_model.model[0], dora.DoraLinear) and type(models[1].base_model.model[0]) is Linear
+    assert (
+        isinstance(models[0].base_model.model[0], dora.DoraLinear)
+        and type(models[1].base_model.model[0]) is Linear
+    )
     optimizers = [torch.optim.AdamW(trained(m).values(), 0.02) for m in models]
     for step in range(3):  # the norm follows what the optimiser does
         x = torch.randn(shape, generator=common.stream(step, "x"))
@@ -78,7 +84,9 @@ def test_gradient_against_finite_differences_with_the_norm_held_fixed():
     m, norm = (torch.rand(7, generator=g, dtype=torch.float64) + 0.5 for _ in range(2))
     for tensor in (x, A, B, m):
         tensor.requires_grad_()
-    assert torch.autograd.gradcheck(lambda *parts: dora.Product.apply(parts[0], W, *parts[1:], norm, 2.0), (x, A, B, m))
+    assert torch.autograd.gradcheck(
+        lambda *parts: dora.Product.apply(parts[0], W, *parts[1:], norm, 2.0), (x, A, B, m)
+    )
 
 
 def test_norm_is_that_of_the_matrix_written_out():
@@ -143,7 +151,7 @@ def test_switched_off_and_merged():
     on = model(x)
     with model.disable_adapter():
         assert torch.equal(model(x), plain()(x))
-    close(common.merged_copy(model.base_model.model)(x), on)
+    close(merged_copy(model.base_model.model)(x), on)
     model.merge_adapter()
     close(model(x), on)
     model.unmerge_adapter()

@@ -1,6 +1,7 @@
-"""Mistakes that this field is known for, where no other test would see them; and the table of planted ones still fits the code.
+"""Mistakes that this field is known for, where no other test would see them.
 
-pytest tests/test_known_mistakes.py. `python tests/planted.py` plants each mistake of planted.yaml, this file's and all others'.
+pytest tests/test_known_mistakes.py. `python tests/planted.py` makes each mistake of planted.yaml in turn, and
+the test that the table names must then fail. The first test here checks that the table still fits the code.
 """
 
 import dataclasses
@@ -18,19 +19,21 @@ from samples import FLOW_MODEL, INSTRUCTIONS, close, write_demonstrations
 
 import backbones
 import common
-import disk
+from runtime import config, disk, stage
+from runtime.errors import UserError
+from sim import env
 
 sft, prefs, evaluation = (importlib.import_module(name) for name in ("01_sft", "02_collect_prefs", "04_eval"))
 
 
-# ------------------------------------------------------------------------------------------------------------- the table
+# -------------------------------------------------------------------------------------------------- the table
 def test_each_planted_mistake_still_fits_the_code():
     rows = planted.table()
     assert len(rows) >= 30
     assert [problem for row in rows for problem in planted.problems(row)] == []
 
 
-# ------------------------------------------------------------------------------------------------------------ randomness
+# ------------------------------------------------------------------------------------------------- randomness
 def test_a_stream_is_the_same_in_every_process():
     """Python's own hash of a string differs from process to process."""
     seed = int.from_bytes(hashlib.sha256(b'[42, "eval", "s", 3]').digest()[:8], "little") >> 1
@@ -40,25 +43,25 @@ def test_a_stream_is_the_same_in_every_process():
     ).integers(1 << 60)
 
 
-# --------------------------------------------------------------------------------------------------------------- acting
+# ----------------------------------------------------------------------------------------------------- acting
 @pytest.fixture(scope="module")
 def policy():
     """Its units are not the environment's: -1 and 1 are actions of -0.5 and 0.3."""
     torch.manual_seed(0)
     made = backbones.build("pi05", FLOW_MODEL, INSTRUCTIONS)
     stats = {"mean": 0.1, "std": 0.2, "q01": -0.5, "q99": 0.3}
-    made.norm_stats = {kind: {k: [v] * n for k, v in stats.items()} for kind, n in (("action", 7), ("state", 8))}
+    made.norm_stats = {
+        kind: {k: [v] * n for k, v in stats.items()} for kind, n in (("action", 7), ("state", 8))
+    }
     return made.eval()
 
 
 class World:
-    """An environment that shows where it is, writes down what is done, and succeeds at step `wins`."""
+    """An environment that shows where it is, records what is done, and succeeds at step `wins`."""
 
-    suite, task_id = "s", 3
-
-    def __init__(self, wins: int = 10**9, max_steps: int = 8):
-        self.wins, self.max_steps, self.done, self.restored = wins, max_steps, [], []
-        self.steps = 0
+    def __init__(self, wins: int = 10**9, max_steps: int = 8, suite: str = "libero_object", task: int = 3):
+        self.suite, self.task_id, self.wins, self.max_steps = suite, task, wins, max_steps
+        self.steps, self.done, self.restored = 0, [], []
 
     def reset(self, init):
         self.steps = 0
@@ -71,7 +74,7 @@ class World:
         self.restored.append(state)
 
     def observe(self):
-        images = {c: np.full((32, 32, 3), 10 * self.steps + 5, np.uint8) for c in ("agentview", "wrist")}
+        images = {c: np.full((32, 32, 3), 10 * self.steps + 5, np.uint8) for c in common.CAMERAS}
         return images | {"state": np.full(8, self.steps / 10, np.float32), "instruction": INSTRUCTIONS[0]}
 
     def step(self, action):
@@ -79,63 +82,132 @@ class World:
         self.steps += 1
         return self.success
 
+    def close(self):
+        pass
+
     success = property(lambda self: self.steps >= self.wins)
 
 
-def test_a_look_is_decided_by_the_episode_its_number_and_the_noise_seed(policy):
-    cfg, obs = evaluation.Config(execute=3, denoise_steps=2), World().observe()
-
-    def look(k=0, where=("s", 3, 40), **changes):
-        return evaluation.look(policy, dataclasses.replace(cfg, **changes), where, None, obs, k)
-
-    with torch.no_grad():
-        noise = torch.randn(1, 4, 7, generator=common.stream(42, "eval", "s", 3, 40, 0))
-        want = policy.unnormalise(policy.sample_actions(policy.encode(common.collate([obs])), noise, 2))[0, :3]
-    close(torch.from_numpy(look()), want)
-    assert np.array_equal(look(), look()) and np.array_equal(look(policy="dpo"), look())  # two policies meet the same noise
-    for other in (look(k=1), look(where=("s", 3, 41)), look(where=("s", 2, 40)), look(seed=43), look(noise_seed=7)):
-        assert not np.allclose(other, look(), atol=1e-3)
-    blank = {c: np.zeros((32, 32, 3), np.uint8) for c in ("agentview", "wrist")}
-    assert not np.allclose(look(blank_images=True), look(), atol=1e-4)
-    obs = obs | blank
-    assert np.array_equal(look(blank_images=True), look())
+def actions_of(acting, init: int = 40, task: int = 3, **changes) -> np.ndarray:
+    """What an evaluation executes in one episode of eight steps, (8, 7)."""
+    cfg = dataclasses.replace(evaluation.Config(execute=3, denoise_steps=2), **changes)
+    world = World(task=task)
+    row = evaluation.play(world, acting, cfg, init, None)
+    assert (row["task"], row["init_state"], row["seed"]) == (task, init, cfg.noise_seed or cfg.seed)
+    assert (row["success"], row["steps"], row["crash"]) == (False, 8, "")
+    return np.stack([action for _, action in world.done])
 
 
-def test_nothing_but_val_and_test_is_evaluated():
+def test_an_episode_is_decided_by_its_place_and_the_noise_seed(policy):
+    world, want = World(), []
+    for look in range(3):
+        world.steps = 3 * look
+        noise = policy.noise(1, common.stream(42, "eval", "libero_object", 3, 40, look))
+        chunk = policy.sample_actions(policy.encode(backbones.collate([world.observe()])), noise, 2)
+        want.append(policy.unnormalise(chunk)[0, :3].clip(-1, 1))
+    first = actions_of(policy)
+    close(torch.from_numpy(first).float(), torch.cat(want)[:8].float())
+    again = ({}, {"policy": "dpo"}, {"noise_seed": 42, "seed": 43})  # two policies meet the same noise
+    assert all(np.array_equal(actions_of(policy, **changes), first) for changes in again)
+    for changes in ({"init": 41}, {"task": 2}, {"seed": 43}, {"noise_seed": 7}, {"blank_images": True}):
+        assert not np.allclose(actions_of(policy, **changes), first, atol=1e-4)
+
+
+def test_the_blind_control_sees_black_images(policy, monkeypatch):
+    blind = actions_of(policy, blank_images=True)
+    observe = World.observe
+    monkeypatch.setattr(World, "observe", lambda self: common.blank_images(observe(self)))
+    assert np.array_equal(actions_of(policy), blind)
+
+
+def test_nothing_but_val_and_test_is_evaluated(tmp_path):
+    (tmp_path / "x.yaml").touch()
     for group in ("demos", "prefs"):
-        with pytest.raises(common.UserError, match=r"eval\.group"):
-            evaluation.Config(group=group)
+        with pytest.raises(UserError, match="unknown group"):
+            config.load_config(evaluation.Config, [str(tmp_path / "x.yaml"), f"group={group}"])
 
 
 def test_execution_is_clipped_and_ends_with_success_or_time():
     world = World(wins=3)
-    assert common.carry_out(world, np.full((5, 7), 2.0)) == 3 and np.abs([a for _, a in world.done]).max() == 1
-    assert common.carry_out(World(max_steps=2), np.zeros((5, 7))) == 2
+    assert env.carry_out(world, np.full((5, 7), 2.0)) == 3
+    assert np.abs([action for _, action in world.done]).max() == 1
+    assert env.carry_out(World(max_steps=2), np.zeros((5, 7))) == 2
 
 
-# ---------------------------------------------------------------------------------------------------------------- pairs
+def test_a_crash_is_no_failure_of_the_policy(policy, monkeypatch):
+    cfg = evaluation.Config(execute=3, denoise_steps=2)
+    row = evaluation.play(World(wins=5), policy, cfg, 40, [])
+    assert (row["success"], row["steps"], row["crash"]) == (True, 5, "")
+
+    def diverges(self, action):
+        raise env.Diverged("the physics became unstable")
+
+    monkeypatch.setattr(World, "step", diverges)
+    row = evaluation.play(World(), policy, cfg, 40, [])
+    assert (row["success"], row["crash"]) == (False, "Diverged")
+
+
+def test_no_episode_is_played_twice(policy, monkeypatch, tmp_path):
+    """An evaluation is killed in its third episode. The same command plays the rest, and counts each once."""
+    cfg = evaluation.Config(
+        name="x", root=str(tmp_path), tasks=[3], n_init=4, execute=3, denoise_steps=2, workers=1
+    )
+    monkeypatch.setattr(evaluation.Config, "inputs", lambda self: [])
+    monkeypatch.setattr(evaluation, "load_policy", lambda cfg: policy)
+    monkeypatch.setattr(evaluation, "TaskEnv", lambda suite, task, *_: World(suite=suite, task=task))
+    real, began = evaluation.play, []
+
+    def play(env, policy, cfg, init, frames):
+        began.append(init)
+        if len(began) == 3:
+            raise KeyboardInterrupt
+        return real(env, policy, cfg, init, frames)
+
+    monkeypatch.setattr(evaluation, "play", play)
+    with pytest.raises(KeyboardInterrupt):
+        stage.execute(evaluation.main, cfg)
+    gc.collect()  # the folder's lock
+    stage.execute(evaluation.main, cfg)
+    assert began == [40, 41, 42, 42, 43]
+    rows = disk.read_jsonl(cfg.folder / "episodes.jsonl")
+    assert [row["init_state"] for row in rows] == [40, 41, 42, 43]
+    assert disk.read_json(cfg.folder / "summary.json")["n"] == 4
+
+
+# ------------------------------------------------------------------------------------------------------ pairs
 def test_a_decision_holds_what_was_executed_in_the_policys_units(policy):
     cfg = prefs.Config(execute=3, denoise_steps=2)
     quiet, noisy = World(), World()
-    plain, loud = (prefs.play(w, policy, cfg, ("s", 3, 20, 0), sigma=s) for w, s in ((quiet, 0.0), (noisy, 0.3)))
-    assert [d.n for d in plain] == [3, 3, 2] and [d.number for d in plain] == [0, 1, 2] and [d.state for d in plain] == [0, 3, 6]
+    plain, loud = (
+        prefs.play(w, policy, cfg, ("libero_object", 3, 20, 0), sigma=s)
+        for w, s in ((quiet, 0.0), (noisy, 0.3))
+    )
+    assert (
+        [d.n for d in plain] == [3, 3, 2]
+        and [d.number for d in plain] == [0, 1, 2]
+        and [d.state for d in plain] == [0, 3, 6]
+    )
     for world, made in ((quiet, plain), (noisy, loud)):
         for d in made:
-            executed = np.stack([a for step, a in world.done if d.state <= step < d.state + d.n]).astype(np.float32)
+            executed = np.stack([a for step, a in world.done if d.state <= step < d.state + d.n]).astype(
+                np.float32
+            )
             np.testing.assert_allclose(d.executed[: d.n], policy.normalise(executed), atol=1e-5)
-    first, again = plain[0], prefs.play(World(), policy, cfg, ("s", 3, 20, 0))[0]
+    first, again = plain[0], prefs.play(World(), policy, cfg, ("libero_object", 3, 20, 0))[0]
     assert np.array_equal(first.proposed, again.proposed) and np.array_equal(first.proposed, loud[0].proposed)
     added = np.concatenate([policy.unnormalise(d.executed) - policy.unnormalise(d.proposed) for d in loud])
     assert 0.2 < added.std() < 0.4
-    np.testing.assert_allclose(policy.unnormalise(first.executed), policy.unnormalise(first.proposed).clip(-1, 1), atol=1e-5)
+    np.testing.assert_allclose(
+        policy.unnormalise(first.executed), policy.unnormalise(first.proposed).clip(-1, 1), atol=1e-5
+    )
 
 
 def test_play_outs_of_one_source_share_their_later_noise(policy):
     cfg = prefs.Config(execute=3, denoise_steps=2)
-    base = prefs.play(World(), policy, cfg, ("s", 3, 20, 0))
+    base = prefs.play(World(), policy, cfg, ("libero_object", 3, 20, 0))
     world = World()
     world.steps = 3
-    other = prefs.play(world, policy, cfg, ("s", 3, 20, 0), 1, torch.zeros(4, 7))
+    other = prefs.play(world, policy, cfg, ("libero_object", 3, 20, 0), 1, torch.zeros(4, 7))
     assert [d.number for d in other] == [1, 2] and not other[0].proposed.any()
     assert np.array_equal(other[1].proposed, base[2].proposed)  # the world shows the same there
 
@@ -143,10 +215,16 @@ def test_play_outs_of_one_source_share_their_later_noise(policy):
 def test_each_branch_starts_from_the_state_and_the_observation_of_its_decision(policy):
     cfg, world = prefs.Config(execute=3, denoise_steps=2, branches=3, tries=2), World(max_steps=12)
     pairs, playouts, _ = prefs.branch_pairs(world, policy, cfg, 20, 0)
-    assert pairs == [] and playouts == 7 and world.restored == [s for s in sorted(set(world.restored)) for _ in range(2)]
+    assert (
+        pairs == []
+        and playouts == 7
+        and world.restored == [s for s in sorted(set(world.restored)) for _ in range(2)]
+    )
     assert set(world.restored) < {0, 3, 6, 9} and len(set(world.restored)) == 3
     world = World()
-    world.restore = lambda state: setattr(world, "steps", state) or setattr(world, "wins", 8)  # from now on all succeed
+    world.restore = lambda state: (
+        setattr(world, "steps", state) or setattr(world, "wins", 8)
+    )  # from now on all succeed
     for tensors, facts in prefs.branch_pairs(world, policy, cfg, 20, 0)[0]:
         assert (tensors["state"] == np.float32(3 * facts["decision"] / 10)).all()
         assert not np.array_equal(tensors["chosen_proposed"], tensors["rejected_proposed"])
@@ -167,15 +245,27 @@ def test_a_pair_takes_a_success_and_a_failure(won, monkeypatch):
     assert playouts == len(won) and len(pairs) == (len(won) == 4)
     for tensors, facts in pairs:  # the least noisy success against the noisiest failure
         assert (facts["chosen_sigma"], facts["rejected_sigma"], facts["wins"]) == pytest.approx((0.1, 0.2, 2))
-        assert tensors["chosen"][0, 0] == pytest.approx(0.1) and tensors["rejected"][0, 0] == pytest.approx(0.2)
+        assert tensors["chosen"][0, 0] == pytest.approx(0.1) and tensors["rejected"][0, 0] == pytest.approx(
+            0.2
+        )
 
 
-# -------------------------------------------------------------------------------------------------------- fine-tuning
+# ------------------------------------------------------------------------------------------------ fine-tuning
 def config_of(tmp_path, **changes):
-    values = {"steps": 1, "batch_size": 4, "draws": 2, "warmup": 0, "holdout": 1, "log_every": 1, "checkpoint_every": 1}
+    values = {
+        "steps": 1,
+        "batch_size": 4,
+        "draws": 2,
+        "warmup": 0,
+        "holdout": 1,
+        "log_every": 1,
+        "checkpoint_every": 1,
+    }
     cfg = sft.Config(name="x", root=str(tmp_path), model=FLOW_MODEL, tasks=[0], **values | changes)
     write_demonstrations(cfg.data_dir / "libero_object" / "task_00.hdf5", [0, 0, 1, 2])
-    disk.write_json(cfg.data_dir / "done.json", {"stage": "00_demos", "inputs": {}, "fingerprint": "of the test"})
+    disk.write_json(
+        cfg.data_dir / "done.json", {"stage": "00_demos", "inputs": {}, "fingerprint": "of the test"}
+    )
     return cfg
 
 
@@ -190,20 +280,21 @@ def test_what_is_held_out_and_what_belongs_together(tmp_path):
         close(part["state"][:, 0], step)
         close(part["chunk"][:, 0, 0], step)
     write_demonstrations(cfg.data_dir / "libero_object" / "task_00.hdf5", [0, 40, 1])
-    with pytest.raises(common.UserError, match="init state 40, kept for others"):
+    with pytest.raises(UserError, match="init state 40, which is kept for another purpose"):
         sft.load_data(cfg, 4)
 
 
 def test_the_first_loss_written_out(tmp_path):
     """In the policy's units, on augmented images, with the draws of openpi's training."""
     cfg = config_of(tmp_path, shift=2)
-    sft.main(cfg)
+    stage.execute(sft.main, cfg)
     (row,) = disk.read_jsonl(cfg.seed_dir / "sft" / "metrics.jsonl")
-    train, _, instructions = sft.load_data(cfg, 4)
-    made = sft.make_policy(cfg, None, train, instructions)
+    made, train, _ = sft.make_policy(cfg)
     index, g = common.shuffled(42, "sft", 0, 4, 12), common.stream(42, "sft", 0)
-    obs = {key: train[key][index] for key in ("agentview", "wrist", "state")} | {"instruction": instructions * 4}
-    for camera in ("agentview", "wrist"):
+    obs = {key: train[key][index] for key in (*common.CAMERAS, "state")} | {
+        "instruction": INSTRUCTIONS[:1] * 4
+    }
+    for camera in common.CAMERAS:
         obs[camera] = common.random_shift(obs[camera], 2, g)
     q01, q99 = (np.quantile(train["all_actions"], q, axis=0) for q in (0.01, 0.99))
     chunk = (2 * (train["chunk"][index].numpy() - q01) / (q99 - q01 + 1e-6) - 1).astype(np.float32)
@@ -214,25 +305,26 @@ def test_the_first_loss_written_out(tmp_path):
 
 
 def test_what_is_saved_is_the_average_of_the_weights(tmp_path):
-    """After one step the decay is 1/10: the saved weights lie nine tenths of the way from the first to the trained ones."""
+    """After one step the decay is 1/10, so the saved weights have gone nine tenths of the way."""
     ends = {}
     for ema in (0.0, 0.998):
         cfg = config_of(tmp_path / str(ema), ema=ema)
-        sft.main(cfg)
+        stage.execute(sft.main, cfg)
         ends[ema] = disk.load_tensors(cfg.seed_dir / "sft" / "model.safetensors")
-    train, _, instructions = sft.load_data(cfg, 4)
-    begun = sft.make_policy(cfg, None, train, instructions).state_dict()
+    begun = sft.make_policy(cfg)[0].state_dict()
     moved = 0
     for key, tensor in ends[0.998].items():
         if tensor.is_floating_point():
-            torch.testing.assert_close(tensor, begun[key] + 0.9 * (ends[0.0][key] - begun[key]), atol=1e-6, rtol=0)
+            torch.testing.assert_close(
+                tensor, begun[key] + 0.9 * (ends[0.0][key] - begun[key]), atol=1e-6, rtol=0
+            )
             moved += not torch.equal(ends[0.0][key], begun[key])
     assert moved > 20
 
 
 def test_fine_tuning_goes_on_where_it_was(tmp_path, monkeypatch):
     whole, cut = (config_of(tmp_path / name, steps=4) for name in ("whole", "cut"))
-    sft.main(whole)
+    stage.execute(sft.main, whole)
     real, calls = common.random_shift, itertools.count()
 
     def dies(images, pixels, generator):
@@ -242,8 +334,8 @@ def test_fine_tuning_goes_on_where_it_was(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(common, "random_shift", dies)
-        sft.main(cut)
+        stage.execute(sft.main, cut)
     gc.collect()  # the folder's lock
-    sft.main(cut)
+    stage.execute(sft.main, cut)
     outputs = [disk.read_json(cfg.seed_dir / "sft" / "done.json")["outputs"] for cfg in (whole, cut)]
     assert outputs[0] == outputs[1]

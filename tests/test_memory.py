@@ -1,9 +1,8 @@
-"""The dry run's estimate against real policies and the paper's adapter table. pytest tests/test_memory.py"""
+"""The dry run's estimate against real policies and the paper's adapter table."""
 
 import importlib
 import subprocess
 import sys
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,14 +10,16 @@ import torch
 
 import backbones
 import common
-import memory
-import runs
+from backbones import memory
+from runtime.config import HERE, STAGES, load_config
+from runtime.errors import UserError
 
-TINY = str(runs.HERE / "configs" / "tiny.yaml")
+TINY = str(HERE / "configs" / "tiny.yaml")
 
 
-def config(script: str, section: str, *overrides: str, path: str = TINY):
-    return common.load_config(importlib.import_module(script).Config, section, [path, "--dry-run", *overrides])
+def config(section: str, *overrides: str, path: str = TINY):
+    stage = importlib.import_module(STAGES[section].removesuffix(".py"))
+    return load_config(stage.Config, [path, "--dry-run", *overrides])
 
 
 def real_policy(cfg, like):
@@ -31,14 +32,14 @@ def real_policy(cfg, like):
 @pytest.mark.parametrize("recompute", ["false", "true"])
 @pytest.mark.parametrize("backbone", ["pi05", "openvla"])
 def test_sft_counts_what_a_real_step_holds(backbone, recompute):
-    cfg = config("01_sft", "sft", f"backbone={backbone}", "sft.batch_size=3", f"sft.recompute={recompute}")
+    cfg = config("sft", f"backbone={backbone}", "sft.batch_size=3", f"sft.recompute={recompute}")
     parts = memory.estimate(cfg, "sft")["parts"]
     policy = real_policy(cfg, memory.make_policy(cfg, "full"))
     policy.recompute = cfg.recompute
-    kept = memory.kept_for_backward(policy, lambda: memory.sft_forward(policy, cfg, "cpu"))
+    kept = memory.kept_for_backward(policy, lambda: memory.sft_forward(policy, cfg))
     assert kept <= parts["activations"] < 1.02 * kept  # fused kernels of the CPU keep a little less
     optimizer = torch.optim.AdamW(policy.parameters())
-    memory.sft_forward(policy, cfg, "cpu").backward()
+    memory.sft_forward(policy, cfg).backward()
     optimizer.step()
     moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
     with_gradient = [p for p in policy.parameters() if p.grad is not None]
@@ -52,12 +53,12 @@ def test_sft_counts_what_a_real_step_holds(backbone, recompute):
 def test_dpo_counts_both_chunks_of_each_pair_and_recomputation_saves(backbone):
     counts = {}
     for recompute in ("false", "true"):
-        cfg = config("03_dpo", "dpo", f"backbone={backbone}", "dpo.batch_size=2", f"dpo.recompute={recompute}")
+        cfg = config("dpo", f"backbone={backbone}", "dpo.batch_size=2", f"dpo.recompute={recompute}")
         counts[recompute] = memory.estimate(cfg, "dpo")["parts"]["activations"]
         policy = real_policy(cfg, memory.make_policy(cfg, ""))
         common.attach_adapter(policy, "lora", cfg.rank, cfg.alpha, policy.adapter_targets, 0)
         policy.recompute = cfg.recompute
-        kept = memory.kept_for_backward(policy, lambda p=policy, c=cfg: memory.dpo_forward(p, c, "cpu"))
+        kept = memory.kept_for_backward(policy, lambda p=policy, c=cfg: memory.dpo_forward(p, c))
         assert kept <= counts[recompute] < 1.02 * kept
     assert counts["true"] < 0.6 * counts["false"]
 
@@ -66,26 +67,29 @@ def test_dpo_counts_both_chunks_of_each_pair_and_recomputation_saves(backbone):
 def test_dpo_counts_what_the_stage_itself_holds(surrogate):
     """Where nothing is shared every term has an encoding of its own, which the estimate had left out."""
     stage = importlib.import_module("03_dpo")
-    cfg = config("03_dpo", "dpo", "dpo.batch_size=2", f"surrogate={surrogate}")
+    cfg = config("dpo", "dpo.batch_size=2", f"surrogate={surrogate}")
     like = memory.make_policy(cfg, "lora")
     policy = real_policy(cfg, like)
     common.attach_adapter(policy, "lora", cfg.rank, cfg.alpha, policy.adapter_targets, 0)
-    image = torch.zeros(2, cfg.image_size, cfg.image_size, 3, dtype=torch.uint8)
-    obs = {"agentview": image, "wrist": image, "state": torch.zeros(2, 8), "instruction": [memory.INSTRUCTION] * 2}
-    chunk, mask = torch.zeros(2, policy.horizon, 7), torch.ones(2, policy.horizon, dtype=torch.bool)
-    noise = stage.shared_noise(policy, 2, cfg, torch.Generator())
-    kept = memory.kept_for_backward(policy, lambda: sum(stage.score(policy, obs, chunk, chunk, mask, noise, cfg, "test")).sum())
+    obs, chunk, mask = memory.make_batch(policy, 2)
+    draw, score = stage.scorer(policy, cfg)
+    draws = draw(2, torch.Generator())
+    terms = obs, chunk, chunk, mask, draws, ("test",)
+    kept = memory.kept_for_backward(policy, lambda: sum(score(*terms)).sum())
     assert 0.98 * kept < memory.estimate(cfg, "dpo")["parts"]["activations"] < 1.03 * kept
 
 
 @pytest.mark.parametrize("backbone", ["pi05", "openvla"])
 def test_layers_that_are_recomputed_keep_the_prefix_and_one_of_them_all_it_needs(backbone):
-    """On an H100 the estimate was 4.6 of 19.6 GiB short: the prefix's keys and values reach OpenVLA's layers in a tuple."""
-    cfg = config("03_dpo", "dpo", f"backbone={backbone}", "dpo.batch_size=2", "dpo.recompute=true")
+    """On an H100 an estimate without them was 4.6 of 19.6 GiB short.
+
+    The prefix's keys and values reach OpenVLA's layers in a tuple.
+    """
+    cfg = config("dpo", f"backbone={backbone}", "dpo.batch_size=2", "dpo.recompute=true")
     parts, policy = memory.estimate(cfg, "dpo")["parts"], memory.make_policy(cfg, "lora")
-    inputs, chunk, _ = memory.make_batch(policy, cfg, 2, "meta")
+    obs, chunk, _ = memory.make_batch(policy, 2)
     with torch.no_grad():
-        prefix = policy.prefix(*inputs)
+        prefix = policy.encode(obs)
     of_both_chunks = 2 * memory.size([prefix.keys, prefix.values])
     assert parts["gradients of keys and values"] == of_both_chunks
     wide = len(chunk) * policy.language_model.layers[0].mlp.gate_proj.out_features * prefix.keys.shape[3] * 4
@@ -95,7 +99,7 @@ def test_layers_that_are_recomputed_keep_the_prefix_and_one_of_them_all_it_needs
 def test_adapters_in_the_expert_alone_leave_the_prefix_without_gradients():
     count = {}
     for targets in ("", r"expert\.layers\.\d+\.self_attn\.q_proj"):
-        found = memory.estimate(config("03_dpo", "dpo", f"dpo.targets={targets}"), "dpo")
+        found = memory.estimate(config("dpo", f"dpo.targets={targets}"), "dpo")
         count[bool(targets)] = found["adapted_layers"], "gradients of keys and values" in found["parts"]
     assert count == {False: (24, True), True: (3, False)}
 
@@ -110,7 +114,7 @@ def test_adapters_in_the_expert_alone_leave_the_prefix_without_gradients():
     ],
 )
 def test_the_papers_adapter_table(name, adapter, layers, trainable):
-    cfg = config("03_dpo", "dpo", f"adapter={adapter}", path=str(runs.HERE / "configs" / f"{name}.yaml"))
+    cfg = config("dpo", f"adapter={adapter}", path=str(HERE / "configs" / f"{name}.yaml"))
     policy = memory.make_policy(cfg, adapter)
     sizes = {n: p.numel() for n, p in policy.named_parameters() if p.requires_grad}
     assert sum(sizes.values()) == trainable and sum("lora_A" in n for n in sizes) == layers
@@ -118,77 +122,91 @@ def test_the_papers_adapter_table(name, adapter, layers, trainable):
 
 @pytest.mark.parametrize("backbone", ["pi05", "openvla"])
 def test_operations_are_those_that_pytorch_counts(backbone):
-    """Of a real forward pass; PyTorch's counter knows convolutions too, and not the fused attention of CPUs."""
+    """PyTorch's counter also knows convolutions, and does not know the fused attention of CPUs."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    cfg = config("03_dpo", "dpo", f"backbone={backbone}", "dpo.batch_size=2")
+    cfg = config("dpo", f"backbone={backbone}", "dpo.batch_size=2")
     policy = real_policy(cfg, memory.make_policy(cfg, ""))
     with torch.no_grad(), FlopCounterMode(display=False) as counter, memory.Work() as work:
-        memory.dpo_forward(policy, cfg, "cpu")
+        memory.dpo_forward(policy, cfg)
     counts = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
     linear = sum(n for op, n in counts.items() if op in ("aten.mm", "aten.addmm", "aten.bmm"))
     assert linear <= work.flops < 1.3 * linear
 
 
 def test_a_full_step_costs_three_forwards_and_a_dpo_step_also_the_reference():
-    for script, section, passes in (("01_sft", "sft", 3), ("03_dpo", "dpo", 3)):
-        cfg = config(script, section, f"{section}.steps=7", f"{section}.batch_size=2")
+    for section in ("sft", "dpo"):
+        cfg = config(section, f"{section}.steps=7", f"{section}.batch_size=2")
         total, said = memory.work_of_training(cfg, section)
         policy = memory.make_policy(cfg, "full" if section == "sft" else "lora")
         with torch.no_grad(), memory.Work() as work:
-            getattr(memory, f"{section}_forward")(policy, cfg)
-        assert total == 7 * passes * work.flops and ("reference" in said) == (section == "dpo")
+            memory.FORWARD[section](policy, cfg)
+        assert total == 7 * 3 * work.flops and ("reference" in said) == (section == "dpo")
 
 
 def test_a_look_reads_the_weights_of_each_pass():
     """pi-0.5: the expert's layers once per denoise step; OpenVLA: the language model once per token."""
     for backbone, times in (("pi05", 10), ("openvla", 56)):
-        cfg = config("04_eval", "eval", f"backbone={backbone}")
+        cfg = config("eval", f"backbone={backbone}")
         policy = memory.make_policy(cfg, "")
         _, read = memory.work_of_a_look(cfg)
         stack = policy.expert if backbone == "pi05" else policy.language_model
-        matrices = sum(p.numel() * 4 for name, p in stack.layers.named_parameters() if name.endswith("proj.weight"))
-        assert times * matrices < read < times * memory.size(p for p in stack.parameters()) + memory.size(policy.parameters())
+        matrices = sum(
+            p.numel() * 4 for name, p in stack.layers.named_parameters() if name.endswith("proj.weight")
+        )
+        assert (
+            times * matrices
+            < read
+            < times * memory.size(p for p in stack.parameters()) + memory.size(policy.parameters())
+        )
 
 
 def test_a_dry_run_prints_and_writes_nothing(tmp_path):
-    command = [sys.executable, str(runs.HERE / "03_dpo.py"), TINY, "--dry-run", f"root={tmp_path}"]
+    command = [sys.executable, str(HERE / "03_dpo.py"), TINY, "--dry-run", f"root={tmp_path}"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0 and "activations" in result.stdout
     assert list(tmp_path.iterdir()) == []
 
 
-# ------------------------------------------------------------------------------------------------ what there is beforehand
+# ----------------------------------------------------------------------------------- what there is beforehand
 def stages(*overrides: str, path: str = TINY) -> dict:
     names = ("demos", "sft", "prefs", "dpo", "eval")
-    return {name: config(runs.STAGES[name], name, *overrides, path=path) for name in names}
+    return {name: config(name, *overrides, path=path) for name in names}
 
 
 def test_too_little_memory_or_disk_is_noticed_before_anything_starts(monkeypatch, tmp_path):
     cfgs = stages(f"root={tmp_path / 'not' / 'there'}")
     need, disk = memory.memory_needed(cfgs), memory.disk_needed(cfgs)
-    largest = max(main for main, _ in need.values())
-    assert largest == need["eval"][0] and 4.8e9 < largest < 5.5e9  # two simulators, and a small policy in each
+    largest = max(bytes_["cpu"] for bytes_ in need.values())
+    assert (
+        largest == need["eval"]["cpu"] and 4.8e9 < largest < 5.5e9
+    )  # two simulators, and a small policy in each
     assert 1e8 < disk < 1e9  # 200 demonstrations of 64 pixels, eight snapshots of 7 MB
     for check, room, named in ((memory.check_memory, largest, "workers"), (memory.check_disk, disk, "root=")):
         for free, ok in ((room, True), (room - 1, False)):
             monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
-            monkeypatch.setattr(memory.shutil, "disk_usage", lambda folder, free=free: SimpleNamespace(free=free))
+            monkeypatch.setattr(
+                memory.shutil, "disk_usage", lambda folder, free=free: SimpleNamespace(free=free)
+            )
             fits, said = check(cfgs)
             assert fits == ok and (named in said) == (not ok) and "\n" not in said
     assert not (tmp_path / "not").exists()
     more = stages("workers=8", "demos.demos_per_init=10", "image_size=128")
-    assert memory.memory_needed(more)["demos"][0] == 4 * need["demos"][0] and memory.disk_needed(more) > 20 * disk
+    assert (
+        memory.memory_needed(more)["demos"]["cpu"] == 4 * need["demos"]["cpu"]
+        and memory.disk_needed(more) > 20 * disk
+    )
 
 
 def test_a_policy_of_seven_billion_parameters_needs_a_gpu_of_its_size(monkeypatch):
-    cfgs = stages("device=cuda", path=str(runs.HERE / "configs" / "openvla_7b.yaml"))
-    cfgs = {stage: cfgs[stage] for stage in ("demos", "sft", "dpo", "eval")}
-    cfgs["sft"] = replace(cfgs["sft"], checkpoint="given")  # so there is no SFT
-    of_gpu = {stage: gpu for stage, (_, gpu) in memory.memory_needed(cfgs).items()}
+    cfgs = stages("device=cuda", path=str(HERE / "configs" / "openvla_7b.yaml"))
+    cfgs = {stage: cfgs[stage] for stage in ("demos", "dpo", "eval")}  # SFT elsewhere
+    of_gpu = {stage: needs["cuda"] for stage, needs in memory.memory_needed(cfgs).items()}
     assert of_gpu["demos"] == 0 and of_gpu["dpo"] > 14 * 2**30
     for free, ok in ((10**12, True), (8 * 2**30, False)):
-        monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free if device == "cuda" else 10**12)
+        monkeypatch.setattr(
+            memory, "free_memory", lambda device, free=free: free if device == "cuda" else 10**12
+        )
         fits, said = memory.check_memory(cfgs)
         assert fits == ok and "GPU memory" in said
 
@@ -208,13 +226,21 @@ def test_what_is_free_heeds_the_containers_limit(monkeypatch, tmp_path):
 def test_a_build_for_gpus_where_there_is_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    with pytest.raises(common.UserError, match="device=cpu"):
-        common.RunConfig(device="cuda")
-    assert common.RunConfig().device == "cpu"
+    with pytest.raises(UserError, match="device=cpu"):
+        common.PolicyConfig(device="cuda")
+    assert common.PolicyConfig().device == "cpu"
 
 
 def test_a_run_that_starts_from_a_checkpoint_has_its_size():
-    """smoke.yaml names no sizes: they are those of the policy that comes with the kit, not the published ones."""
-    cfgs = stages(f"init_from={runs.HERE / 'checkpoints' / 'tiny_libero_object'}", path=str(runs.HERE / "configs" / "smoke.yaml"))
-    assert max(main for main, _ in memory.memory_needed(cfgs).values()) < 6e9 and memory.disk_needed(cfgs) < 1e9
-    assert all(memory.estimate(cfgs[stage], stage)["parts"]["weights"] < 10e6 for stage in ("sft", "prefs", "dpo", "eval"))
+    """smoke.yaml names no sizes: the kit's own policy has them, and they are not the published ones."""
+    cfgs = stages(
+        f"init_from={HERE / 'checkpoints' / 'tiny_libero_object'}", path=str(HERE / "configs" / "smoke.yaml")
+    )
+    assert (
+        max(needs["cpu"] for needs in memory.memory_needed(cfgs).values()) < 6e9
+        and memory.disk_needed(cfgs) < 1e9
+    )
+    assert all(
+        memory.estimate(cfgs[stage], stage)["parts"]["weights"] < 10e6
+        for stage in ("sft", "prefs", "dpo", "eval")
+    )

@@ -1,5 +1,6 @@
-"""OpenVLA against its original and against itself: parity, tokens, prefix, files, adapters. pytest tests/test_openvla.py"""
+"""OpenVLA against its original and against itself: parity, tokens, prefix, files, adapters."""
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -16,8 +17,11 @@ import backbones
 import common
 from backbones import openvla, openvla_images
 from backbones.layers import Prefix
-from backbones.openvla import OpenVLA, OpenVLAConfig, layers_of
+from backbones.openvla import OpenVLA, OpenVLAConfig
 from backbones.published import openvla_key, openvla_tensors, suite_stats
+from runtime.errors import UserError
+
+merged_copy = importlib.import_module("01_sft").merged
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TINY = FIXTURES / "openvla_tiny_public.safetensors"
@@ -61,7 +65,10 @@ def chunks(n: int = 3, horizon: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def full_logits(policy, obs: dict, ids: torch.Tensor) -> torch.Tensor:
-    """Logits at "▁" and at each of ids (1, n) by one pass over the whole sequence of one observation, no cache: (n + 1, rows)."""
+    """Logits (n + 1, rows) at "▁" and at each of ids (1, n), for one observation.
+
+    One pass over the whole sequence, without a cache.
+    """
     tokens, valid = policy.tokenize(obs["instruction"])
     tokens = torch.cat([tokens, torch.full((1, 1), policy.cfg.space), ids], dim=1)
     images = torch.stack([policy.pixels(obs[c]) for c in policy.cfg.cameras], dim=1)
@@ -70,7 +77,7 @@ def full_logits(policy, obs: dict, ids: torch.Tensor) -> torch.Tensor:
     return policy.language_model.lm_head(policy.prefill(x, valid, to_end=True)[1])[0, -ids.shape[1] - 1 :]
 
 
-# ---------------------------------------------------------------------------------------------------------------- parity
+# ----------------------------------------------------------------------------------------------------- parity
 @pytest.mark.parametrize("fixture", ["openvla_tiny_public", "openvla_image_public"])
 def test_every_output_of_the_original(fixture):
     rows = list(parity.compare(FIXTURES / f"{fixture}.safetensors"))
@@ -96,7 +103,9 @@ rotary, attend, features = openvla.rotary, openvla.attend, OpenVLA.patch_feature
 MISTAKES = {
     "tanh GELU in the towers": swap(openvla, "GELU", "gelu_pytorch_tanh"),
     "another token in place of 29871": another_token_before_the_actions,
-    "SigLIP's features first": swap(OpenVLA, "patch_features", lambda self, pixels: features(self, pixels).roll(36, dims=-1)),
+    "SigLIP's features first": swap(
+        OpenVLA, "patch_features", lambda self, pixels: features(self, pixels).roll(36, dims=-1)
+    ),
     "position off by one behind the prefix": swap(
         openvla, "rotary", lambda positions, dim: rotary(positions + (positions.shape[0] > 1), dim)
     ),
@@ -104,11 +113,18 @@ MISTAKES = {
         openvla,
         "attend",
         lambda attn, x, rope, k, v, mask: attend(
-            attn, x, rope, k, v, torch.ones(1, 1, x.shape[1], k.shape[2], dtype=torch.bool) if mask is None else mask
+            attn,
+            x,
+            rope,
+            k,
+            v,
+            torch.ones(1, 1, x.shape[1], k.shape[2], dtype=torch.bool) if mask is None else mask,
         ),
     ),
     "epsilon of Llama-2": swap(openvla, "EPS", 1e-5),
-    "edges of torch.linspace": swap(openvla.np, "linspace", lambda a, b, n: torch.linspace(a, b, n, dtype=torch.float64).numpy()),
+    "edges of torch.linspace": swap(
+        openvla.np, "linspace", lambda a, b, n: torch.linspace(a, b, n, dtype=torch.float64).numpy()
+    ),
 }
 
 
@@ -121,12 +137,12 @@ def test_parity_detects_a_planted(mistake, monkeypatch):
 def test_parity_detects_another_crop(monkeypatch):
     crop = openvla_images.center_crop
     monkeypatch.setattr(openvla_images, "center_crop", lambda image: crop(image, area=0.91))
-    assert [name for name, *_, ok in parity.compare(FIXTURES / "openvla_image_public.safetensors") if not ok] == [
-        "center_crop224"
-    ]
+    assert [
+        name for name, *_, ok in parity.compare(FIXTURES / "openvla_image_public.safetensors") if not ok
+    ] == ["center_crop224"]
 
 
-# --------------------------------------------------------------------------------------------------- published checkpoint
+# --------------------------------------------------------------------------------------- published checkpoint
 @pytest.fixture(scope="module")
 def published() -> OpenVLA:
     with torch.device("meta"):
@@ -137,18 +153,24 @@ def test_published_shapes_and_keys(published):
     ours = {key: list(tensor.shape) for key, tensor in published.state_dict().items()}
     lines = [line.split("\t") for line in (FIXTURES / "keys-openvla-7b.txt").read_text().splitlines()]
     tensors = {key: torch.empty(json.loads(shape), device="meta") for key, shape in lines}
-    assert len(tensors) == 982 and ours == {k: list(t.shape) for k, t in openvla_tensors(tensors, published.cfg).items()}
+    assert len(tensors) == 982 and ours == {
+        k: list(t.shape) for k, t in openvla_tensors(tensors, published.cfg).items()
+    }
     unused = {key for key in tensors if openvla_key(key, published.cfg) is None}
     last = ("vision_backbone.featurizer.blocks.23.", "vision_backbone.fused_featurizer.blocks.26.")
     rest = (*last, "vision_backbone.featurizer.norm.", "vision_backbone.fused_featurizer.norm.")
-    assert unused == {k for k in tensors if k.startswith((*rest, "vision_backbone.fused_featurizer.attn_pool."))}
+    assert unused == {
+        k for k in tensors if k.startswith((*rest, "vision_backbone.fused_featurizer.attn_pool."))
+    }
     assert published.horizon == 1 and published.cfg.action_end == 32000
 
 
 @pytest.mark.parametrize(("kind", "count"), [("lora", 33_554_432), ("dora", 34_078_720)])
 def test_published_adapter(published, kind, count):
     names = [
-        n for n, m in published.named_modules() if isinstance(m, torch.nn.Linear) and re.fullmatch(OpenVLA.adapter_targets, n)
+        n
+        for n, m in published.named_modules()
+        if isinstance(m, torch.nn.Linear) and re.fullmatch(OpenVLA.adapter_targets, n)
     ]
     sizes = dict(published.named_parameters())
     assert len(names) == 128 and not any("vision" in n or "projector" in n for n in names)
@@ -161,9 +183,11 @@ def test_statistics_of_a_suite():
         "libero_goal": {"action": {"q01": [0]}, "proprio": {}},
         "libero_object_no_noops": {"action": {"q01": [1], "mask": [False]}},
     }
-    assert suite_stats(files, "libero_goal") == {"action": {"q01": [0], "mask": [True] * 7}}  # as the original without a mask
+    assert suite_stats(files, "libero_goal") == {
+        "action": {"q01": [0], "mask": [True] * 7}
+    }  # as the original without a mask
     assert suite_stats(files, "libero_object")["action"] == {"q01": [1], "mask": [False]}
-    with pytest.raises(common.UserError, match="libero_10"):
+    with pytest.raises(UserError, match="libero_10"):
         suite_stats(files, "libero_10")
 
 
@@ -172,12 +196,14 @@ def test_prompt_and_its_last_token():
     ids, valid = policy.tokenize(["Open the Drawer", INSTRUCTIONS[0]])
     words = [policy.tokenizer.id_to_token(i) for i in ids[0].tolist()]
     assert words[:10] == ["<bos>", "in", ":", "what", "action", "should", "the", "robot", "take", "to"]
-    assert words[10:] == ["open", "the", "drawer", "?", "\n", "out", ":"] + ["<eos>"] * 8 and valid.sum(1).tolist() == [17, 25]
+    assert words[10:] == ["open", "the", "drawer", "?", "\n", "out", ":"] + ["<eos>"] * 8 and valid.sum(
+        1
+    ).tolist() == [17, 25]
     policy.cfg.prompt += "\n"  # a tokenizer that gives "▁" itself: the same sequence
     assert torch.equal(policy.tokenize(["Open the Drawer", INSTRUCTIONS[0]])[0], ids)
     assert OpenVLAConfig().prompt.format(task="x") == "In: What action should the robot take to x?\nOut:"
     policy.cfg.vocab_size = 3
-    with pytest.raises(common.UserError, match="vocab_size"):
+    with pytest.raises(UserError, match="vocab_size"):
         policy.tokenize(["x"])
 
 
@@ -192,12 +218,14 @@ def test_images(shared_policy):
     grey = torch.full((1, 96, 96, 3), 128, dtype=torch.uint8)
     close(policy.pixels(grey), torch.full((1, 3, 64, 64), 128 / 255 * 2 - 1))
     scene = observations(size=96)["agentview"][:1]
-    seen = openvla_images.resize_lanczos3(openvla_images.jpeg(scene[0].numpy()), 64)  # the frame as it was stored, then resized
+    seen = openvla_images.resize_lanczos3(
+        openvla_images.jpeg(scene[0].numpy()), 64
+    )  # the frame as it was stored, then resized
     seen = torch.from_numpy(openvla_images.center_crop(seen)).permute(2, 0, 1)[None] / 255 * 2 - 1
     close(policy.pixels(scene), seen)
 
 
-# ----------------------------------------------------------------------------------------------------------- action tokens
+# ---------------------------------------------------------------------------------------------- action tokens
 def test_token_codec_at_the_published_size(published):
     assert published.encode_actions(torch.tensor([-1.0, 0.0, 1.0])).tolist() == [31999, 31872, 31744]
     ids = torch.arange(31744, 32000)
@@ -210,7 +238,10 @@ def test_token_codec_at_the_published_size(published):
 def test_codec_of_appended_bins(shared_policy):
     cfg = shared_policy.cfg
     assert cfg.action_end == cfg.vocab_size + 16 == len(shared_policy.language_model.lm_head.weight)
-    assert shared_policy.encode_actions(torch.tensor([-1.0, 1.0])).tolist() == [cfg.action_end - 1, cfg.vocab_size]
+    assert shared_policy.encode_actions(torch.tensor([-1.0, 1.0])).tolist() == [
+        cfg.action_end - 1,
+        cfg.vocab_size,
+    ]
 
 
 def check_log_prob(policy):
@@ -276,7 +307,9 @@ def test_greedy_decoding_is_an_argmax_over_full_passes(shared_policy):
             ids = torch.cat([ids, best.view(1, 1)], dim=1)
         assert torch.equal(ids[0], got[i])
     chunk = policy.sample_actions(policy.encode(obs), noise, 10)
-    assert chunk.dtype == torch.float32 and torch.equal(policy.encode_actions(chunk), got.view(3, 3, 7).clamp(min=start + 1))
+    assert chunk.dtype == torch.float32 and torch.equal(
+        policy.encode_actions(chunk), got.view(3, 3, 7).clamp(min=start + 1)
+    )
 
 
 @torch.no_grad()
@@ -284,7 +317,9 @@ def test_gumbel_noise_samples_the_softmax():
     policy, n = make_policy(horizon=1), 4000
     prefix = policy.encode(observations(1)).select(torch.zeros(n, dtype=torch.long))
     first = policy.generate(prefix, 0.7 * policy.noise(n, torch.Generator().manual_seed(0))[:, :, :1])[:, 0]
-    logits = policy.follow(layers_of(prefix.select(torch.tensor([0]))), prefix.valid[:1], torch.tensor([[policy.cfg.space]]))[0]
+    one = prefix.select(torch.tensor([0]))
+    space = torch.tensor([[policy.cfg.space]])
+    logits = policy.follow(one.layers(), policy.surroundings(one.valid, 1), space)[0]
     start = policy.cfg.action_end - policy.cfg.n_bins
     want = (logits[0, -1, start:] / 0.7).softmax(-1)
     got = torch.bincount(first - start, minlength=16) / n
@@ -313,7 +348,9 @@ def test_sft_loss_is_the_cross_entropy_written_out(shared_policy):
     (chunk, _), obs, policy = chunks(), observations(), shared_policy
     ids = policy.encode_actions(chunk).flatten(1)
     with torch.no_grad():
-        logits = torch.stack([full_logits(policy, part(obs, [i]), ids[i : i + 1]) for i in range(3)])  # (3, 22, rows)
+        logits = torch.stack(
+            [full_logits(policy, part(obs, [i]), ids[i : i + 1]) for i in range(3)]
+        )  # (3, 22, rows)
         targets = torch.nn.functional.pad(ids, (0, 1), value=policy.cfg.eos)
         want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
         close(policy.sft_loss(policy.encode(obs), chunk, None), want, 1e-5)
@@ -332,17 +369,22 @@ def test_smoothed_targets():
         assert (smooth.sft_loss(smooth.encode(obs), chunk) - plain).abs() > 1e-3
 
 
-# ------------------------------------------------------------------------------------------------------------------ prefix
+# ----------------------------------------------------------------------------------------------------- prefix
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "changes", [{}, {"towers": ["siglip"], "cameras": ["agentview"], "state_token": False, "conv_stem": False}]
+    "changes",
+    [{}, {"towers": ["siglip"], "cameras": ["agentview"], "state_token": False, "conv_stem": False}],
 )
 def test_rows_do_not_depend_on_their_batch_nor_on_padding(changes):
     policy, obs, (chunk, mask) = make_policy(**changes), observations(), chunks()
     together = policy.log_prob(policy.encode(obs), chunk, None, mask)
     alone = [policy.encode(part(obs, [i])) for i in range(3)]  # prompts of their own length
     assert len({p.valid.shape[1] for p in alone}) == 3
-    close(torch.cat([policy.log_prob(p, c[None], None, mask[:1]) for p, c in zip(alone, chunk, strict=True)]), together, 2e-5)
+    close(
+        torch.cat([policy.log_prob(p, c[None], None, mask[:1]) for p, c in zip(alone, chunk, strict=True)]),
+        together,
+        2e-5,
+    )
     close(policy.log_prob(Prefix.cat(alone), chunk, None, mask), together, 2e-5)
     index = torch.tensor([2, 0, 0])
     close(policy.log_prob(policy.encode(obs).select(index), chunk[index], None, mask), together[index], 2e-5)
@@ -352,7 +394,9 @@ def test_gradients_reach_every_part_through_the_prefix():
     policy, (chunk, mask) = make_policy(), chunks()
     prefix = policy.encode(observations())
     (
-        -policy.log_prob(prefix.select(torch.tensor([0, 1, 2])), chunk, policy.draws(3, 4, torch.Generator(), "beta"), mask).sum()
+        -policy.log_prob(
+            prefix.select(torch.tensor([0, 1, 2])), chunk, policy.draws(3, 4, torch.Generator(), "beta"), mask
+        ).sum()
     ).backward()
     for name, p in policy.named_parameters():
         assert p.grad is not None and p.grad.abs().sum() > 0, name
@@ -365,17 +409,19 @@ def test_stages_propose_as_with_any_backbone():
     generators = [torch.Generator().manual_seed(s) for s in (0, 1, 0)]
     with torch.no_grad():
         cfg = SimpleNamespace(blank_images=False, denoise_steps=10, execute=3, noise_scale=1.0)
-        chunk = common.propose(policy, obs, cfg, generators)
+        chunk = backbones.propose(policy, obs, cfg, generators)
         cfg.noise_scale = 0.0  # greedy: the noise makes no difference
-        greedy = common.propose(policy, obs, cfg, generators)
-    assert chunk.shape == (3, 3, 7) and torch.equal(chunk[0], chunk[2]) and not torch.equal(chunk[0], chunk[1])
+        greedy = backbones.propose(policy, obs, cfg, generators)
+    assert (
+        chunk.shape == (3, 3, 7) and torch.equal(chunk[0], chunk[2]) and not torch.equal(chunk[0], chunk[1])
+    )
     assert torch.equal(greedy[0], greedy[1])
     actions = np.asarray(policy.unnormalise(chunk[0]))
     assert actions.shape == (3, 7) and set(np.abs(actions[:, 6])) == {1.0}
     assert backbones.horizon("openvla", MODEL) == 3 and backbones.horizon("openvla", {}) == 1
 
 
-# ------------------------------------------------------------------------------------------------ normalisation and files
+# ------------------------------------------------------------------------------------ normalisation and files
 def test_normalise_round_trip_and_formulas():
     policy = make_policy()
     policy.norm_stats["action"] |= {"q01": [-1.0] * 7, "q99": [3.0] * 5 + [-1.0, 3.0]}
@@ -393,7 +439,7 @@ def test_normalise_round_trip_and_formulas():
     state = policy.normalise(torch.tensor(policy.norm_stats["state"]["q99"])[None] + 1, "state")
     assert (state > 1).all()  # states are not clipped
     policy.norm_stats = {}
-    with pytest.raises(common.UserError, match="norm_stats"):
+    with pytest.raises(UserError, match="norm_stats"):
         policy.normalise(x)
 
 
@@ -401,14 +447,18 @@ def test_normalise_round_trip_and_formulas():
 def test_saved_policy_is_the_same_policy(tmp_path):
     policy = make_policy()
     policy.save(tmp_path)
-    loaded, obs, noise = backbones.load_policy(tmp_path), observations(), policy.noise(3, torch.Generator().manual_seed(0))
+    loaded, obs, noise = (
+        backbones.load_policy(tmp_path),
+        observations(),
+        policy.noise(3, torch.Generator().manual_seed(0)),
+    )
     assert loaded.cfg == policy.cfg and loaded.norm_stats == policy.norm_stats and not loaded.training
     same = [p.unnormalise(p.sample_actions(p.encode(obs), noise)) for p in (policy, loaded)]
     assert torch.equal(*same)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["projector.fc2.bias"]
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(common.UserError, match=r"projector.fc2.bias is missing"):
+    with pytest.raises(UserError, match=r"projector.fc2.bias is missing"):
         backbones.load_policy(tmp_path)
 
 
@@ -426,12 +476,12 @@ def test_saved_policy_is_the_same_policy(tmp_path):
     ],
 )
 def test_wrong_configs_are_named_in_one_line(changes, word):
-    with pytest.raises(common.UserError, match=word) as error:
+    with pytest.raises(UserError, match=word) as error:
         make_policy(**changes)
     assert "\n" not in str(error.value)
 
 
-# ---------------------------------------------------------------------------------------------------------------- adapters
+# --------------------------------------------------------------------------------------------------- adapters
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_adapter_starts_as_an_identity_and_reference_switches_it_off(kind, tmp_path):
     policy, obs, (chunk, mask) = make_policy(), observations(), chunks()
@@ -452,13 +502,13 @@ def test_adapter_starts_as_an_identity_and_reference_switches_it_off(kind, tmp_p
     with policy.reference():
         assert torch.equal(score(), base) and not torch.is_grad_enabled()
     assert torch.equal(score(), perturbed)
-    merged = common.merged_copy(policy)
+    merged = merged_copy(policy)
     close(merged.log_prob(merged.encode(obs), chunk, None, mask).detach(), perturbed, 2e-3)
     merged.save(tmp_path)
     assert set(backbones.load_policy(tmp_path).state_dict()) == set(make_policy().state_dict())
 
 
-# ---------------------------------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------------------- training
 def test_a_tiny_policy_learns_chunks_by_heart():
     policy, obs = make_policy(label_smoothing_bins=0.5), observations(6)
     chunk = policy.decode_actions(policy.encode_actions(chunks(6)[0])).float()
@@ -469,5 +519,10 @@ def test_a_tiny_policy_learns_chunks_by_heart():
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():
-        error = (policy.sample_actions(policy.encode(obs), 0 * policy.noise(6, torch.Generator())) - chunk).square().mean().sqrt()
+        error = (
+            (policy.sample_actions(policy.encode(obs), 0 * policy.noise(6, torch.Generator())) - chunk)
+            .square()
+            .mean()
+            .sqrt()
+        )
     assert error < 0.2, error  # the chunks' own spread is 0.58

@@ -1,4 +1,4 @@
-"""The stages as a user runs them, on configs/micro.yaml and the real simulator: alone, killed and resumed, after an edit.
+"""The stages as a user runs them, on configs/micro.yaml and the real simulator: killed, resumed, edited.
 
 pytest tests/test_pipeline.py
 """
@@ -15,17 +15,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import disk
+from runtime import disk
+from runtime.config import HERE
 
-KIT = Path(__file__).resolve().parent.parent
 SEED_DIR = "runs/micro/pi05/seed42"
-# script with its arguments, the folder it writes, and the file whose appearance (with this many lines) shows it half-way
+# script with its arguments, the folder it writes, and what shows it half-way: a file, with so many lines
 STAGES = {
     "demos": (["00_demos.py"], "runs/micro/data", "parts/libero_object/task_03/00-00.hdf5", None),
     "sft": (["01_sft.py"], f"{SEED_DIR}/sft", "checkpoint.pt", None),
     "prefs": (["02_collect_prefs.py"], f"{SEED_DIR}/prefs-episode", "units.jsonl", 1),
     "dpo": (["03_dpo.py"], f"{SEED_DIR}/dpo-lora-episode", "checkpoint.pt", None),
-    "eval": (["04_eval.py", "policy=dpo"], f"{SEED_DIR}/eval-dpo-lora-episode", "episodes.jsonl", 1),
+    "eval": (["04_eval.py", "policy=dpo"], f"{SEED_DIR}/eval-dpo-lora-episode", "played.jsonl", 1),
     "head": (["06_pretrain_head.py"], f"{SEED_DIR}/head", "heads/all-paper.safetensors", None),
 }
 
@@ -33,7 +33,7 @@ STAGES = {
 def copy_of_the_kit(folder: Path) -> Path:
     """The sources in a folder of their own, so that runs and edits stay there."""
     ignore = shutil.ignore_patterns(".git", ".venv", "runs", "results", "tests", "__pycache__", ".*_cache")
-    return Path(shutil.copytree(KIT, folder, ignore=ignore))
+    return Path(shutil.copytree(HERE, folder, ignore=ignore))
 
 
 def command(arguments: list[str], *more: str) -> list[str]:
@@ -70,7 +70,9 @@ def test_killed_half_way_and_run_again_gives_the_same_files(name, finished, tmp_
     kit = copy_of_the_kit(tmp_path / "kit with a space")
     shutil.copytree(finished / "runs", kit / "runs")
     shutil.rmtree(kit / folder)
-    process = subprocess.Popen(command(arguments), cwd=kit, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(arguments), cwd=kit, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     while not half_way(kit / folder, marker, lines):
         assert process.poll() is None, "the stage ended before it could be killed"
         time.sleep(0.002)
@@ -102,7 +104,8 @@ def test_missing_input_is_one_line_that_names_the_stage(name, needs, finished, t
     if name in ("dpo", "eval"):
         shutil.copytree(finished / SEED_DIR / "sft", kit / SEED_DIR / "sft")
     result = stage(kit, name)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1 and f"python {needs}" in result.stderr, result.stderr
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert result.stderr.startswith("error: ") and f"run `python {needs}" in result.stderr
 
 
 def test_an_edited_script_is_rerun_with_what_depends_on_it_and_nothing_else(finished, tmp_path):
@@ -115,19 +118,21 @@ def test_an_edited_script_is_rerun_with_what_depends_on_it_and_nothing_else(fini
     assert "beta * (pi_w - ref_w)" in text
     script.write_text(text.replace("beta * (pi_w - ref_w)", "beta * 1.5 * (pi_w - ref_w)"))
     refused = stage(kit, "dpo")
-    assert refused.returncode == 2 and "source 03_dpo.py" in refused.stderr and "overwrite=true" in refused.stderr
+    assert refused.returncode == 2 and "source 03_dpo.py; add overwrite=true" in refused.stderr
     run = ["bash", "run_all.sh", "configs/micro.yaml", "00 01 02 03 04 08", "adapters=lora"]
-    result = subprocess.run(run, cwd=kit, capture_output=True, text=True, env=os.environ | {"PYTHON": sys.executable})
+    environment = os.environ | {"PYTHON": sys.executable}
+    result = subprocess.run(run, cwd=kit, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     redone = [line.split(",")[0] for line in result.stdout.splitlines() if "] redone, because of" in line]
     assert redone == ["[03_dpo] redone", "[04_eval] redone"], result.stdout
     for untouched in ("00_demos", "01_sft", "02_collect_prefs"):
         assert f"[{untouched}] already done" in result.stdout
     report = kit / "runs" / "micro" / "report"
-    assert {p.name for p in report.iterdir()} >= {"index.html", "table.json", "success-micro-pi05.png"}
+    assert {path.name for path in report.iterdir()} >= {"index.html", "table.json", "success-micro-pi05.png"}
     names = [row["name"] for row in disk.read_json(report / "table.json") if "successes" in row]
     assert names == ["sft", "dpo-lora-episode"] and str(report.relative_to(kit)) in result.stdout
-    assert outputs(kit, STAGES["dpo"][1])["outputs"] != outputs(finished, STAGES["dpo"][1])["outputs"]
+    folder = STAGES["dpo"][1]
+    assert outputs(kit, folder)["outputs"] != outputs(finished, folder)["outputs"]
 
 
 def torchrun(kit: Path, *arguments: str, processes: int = 2) -> subprocess.CompletedProcess:
@@ -135,11 +140,17 @@ def torchrun(kit: Path, *arguments: str, processes: int = 2) -> subprocess.Compl
     return subprocess.run([*run, *arguments], cwd=kit, capture_output=True, text=True)
 
 
+TRAINED = {
+    "dpo": "adapter_model.safetensors",
+    "head": "heads/episodes-corrected.safetensors",
+    "sft": "model.safetensors",
+}
+
+
 def test_two_ranks_train_what_one_process_trains(finished, tmp_path):
     kit = copy_of_the_kit(tmp_path / "kit")
     shutil.copytree(finished / "runs", kit / "runs")
-    trained = {"dpo": "adapter_model.safetensors", "head": "heads/episodes-corrected.safetensors", "sft": "model.safetensors"}
-    for name, file in trained.items():
+    for name, file in TRAINED.items():
         folder = STAGES[name][1]
         shutil.rmtree(kit / folder)
         result = torchrun(kit, STAGES[name][0][0], "configs/micro.yaml")
@@ -148,29 +159,32 @@ def test_two_ranks_train_what_one_process_trains(finished, tmp_path):
         assert got.keys() == want.keys()
         for key in want:
             torch.testing.assert_close(got[key], want[key], atol=1e-5, rtol=0)
-        assert len(disk.read_jsonl(kit / folder / "metrics.jsonl")) == len(disk.read_jsonl(finished / folder / "metrics.jsonl"))
+        logs = [disk.read_jsonl(root / folder / "metrics.jsonl") for root in (kit, finished)]
+        assert len(logs[0]) == len(logs[1]) > 0
     refused = torchrun(kit, "03_dpo.py", "configs/micro.yaml", "dpo.batch_size=3", "overwrite=true")
     assert refused.returncode != 0 and "dpo.batch_size=3 can't be split" in refused.stderr
 
 
 def test_two_ranks_and_four_play_the_episodes_of_one_process(finished, tmp_path):
     """Of two tasks, so that two of the four have nothing to play."""
-    episodes = []
+    played = []
     for processes in (1, 2, 4):
         kit = copy_of_the_kit(tmp_path / f"kit{processes}")
         shutil.copytree(finished / SEED_DIR / "sft", kit / SEED_DIR / "sft")
         arguments = ["04_eval.py", "configs/micro.yaml", "tasks=[0, 3]", "eval.n_init=1", "eval.videos=0"]
-        alone = [sys.executable, *arguments]
-        result = torchrun(kit, *arguments, processes=processes) if processes > 1 else subprocess.run(alone, cwd=kit)
-        assert result.returncode == 0, getattr(result, "stderr", "")
-        episodes.append(outputs(kit, f"{SEED_DIR}/eval-sft"))
+        if processes > 1:
+            result = torchrun(kit, *arguments, processes=processes)
+        else:
+            result = subprocess.run([sys.executable, *arguments], cwd=kit, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        played.append(outputs(kit, f"{SEED_DIR}/eval-sft"))
         rows = disk.read_jsonl(kit / SEED_DIR / "eval-sft" / "episodes.jsonl")
         assert [(row["task"], row["init_state"]) for row in rows] == [(0, 40), (3, 40)]
-    assert episodes[0] == episodes[1] == episodes[2]
+    assert played[0] == played[1] == played[2]
 
 
 def test_init_states_of_the_test_group_cannot_be_trained_on(finished):
     result = stage(finished, "demos", "demos.n_init=21")
     assert result.returncode == 2 and "0-19" in result.stderr
     result = stage(finished, "eval", "eval.group=prefs")
-    assert result.returncode == 2 and "eval.group" in result.stderr
+    assert result.returncode == 2 and "group='prefs'; known: test, val" in result.stderr

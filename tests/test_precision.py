@@ -11,16 +11,36 @@ import torch
 import backbones
 import common
 from backbones.pi05 import Pi05, Pi05Config
+from runtime.config import load_config
+from runtime.errors import UserError
 
 dpo, sft = importlib.import_module("03_dpo"), importlib.import_module("01_sft")
 
 GEMMA = {"width": 32, "depth": 2, "mlp_dim": 48, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16}
 VISION = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 MODELS = {
-    "pi05": {"vlm": GEMMA, "expert": GEMMA, "vision": VISION | {"image_size": 32, "patch_size": 16}, "horizon": 4}
+    "pi05": {
+        "vlm": GEMMA,
+        "expert": GEMMA,
+        "vision": VISION | {"image_size": 32, "patch_size": 16},
+        "horizon": 4,
+    }
     | {"flow_dim": 9, "state_token": True, "conv_stem": True, "gate_bias": 1.0},
-    "openvla": {"bos": 2, "eos": 1, "space": 4, "vocab_padding": 0, "append_bins": True, "n_bins": 32, "horizon": 2}
-    | {"llm": {"width": 32, "depth": 2, "mlp_dim": 48, "num_heads": 2}, "dino": VISION, "siglip": VISION, "image_size": 32}
+    "openvla": {
+        "bos": 2,
+        "eos": 1,
+        "space": 4,
+        "vocab_padding": 0,
+        "append_bins": True,
+        "n_bins": 32,
+        "horizon": 2,
+    }
+    | {
+        "llm": {"width": 32, "depth": 2, "mlp_dim": 48, "num_heads": 2},
+        "dino": VISION,
+        "siglip": VISION,
+        "image_size": 32,
+    }
     | {"patch_size": 16, "image_pipeline": "none", "state_token": True, "cameras": ["agentview", "wrist"]},
 }
 INSTRUCTIONS = ["pick up the milk and place it in the basket", "pick up the ketchup and place it"]
@@ -30,15 +50,23 @@ UNIT = {"mean": 0.0, "std": 1.0, "q01": -1.0, "q99": 1.0}
 def make_policy(name: str, dtype: str = "float32", device: str = "cpu"):
     torch.manual_seed(0)
     policy = backbones.build(name, MODELS[name], INSTRUCTIONS)
-    policy.norm_stats = {kind: {k: [v] * n for k, v in UNIT.items()} for kind, n in (("action", 7), ("state", 8))}
+    policy.norm_stats = {
+        kind: {k: [v] * n for k, v in UNIT.items()} for kind, n in (("action", 7), ("state", 8))
+    }
     return policy.cast(dtype).to(device).eval()
 
 
 def batch(policy, b: int = 3):
     """CPU tensors, as the stages have them."""
     g, shape = common.stream(0, "batch"), (b, policy.horizon, 7)
-    obs = {c: torch.randint(0, 256, (b, 32, 32, 3), generator=g, dtype=torch.uint8) for c in ("agentview", "wrist")}
-    obs |= {"state": torch.rand(b, 8, generator=g) * 2 - 1, "instruction": [INSTRUCTIONS[i % 2] for i in range(b)]}
+    obs = {
+        c: torch.randint(0, 256, (b, 32, 32, 3), generator=g, dtype=torch.uint8)
+        for c in ("agentview", "wrist")
+    }
+    obs |= {
+        "state": torch.rand(b, 8, generator=g) * 2 - 1,
+        "instruction": [INSTRUCTIONS[i % 2] for i in range(b)],
+    }
     chosen, rejected = (torch.rand(shape, generator=g) * 2 - 1 for _ in range(2))
     return obs, chosen, rejected, torch.ones(shape[:2], dtype=torch.bool), policy.draws(b, 2, g, "stratified")
 
@@ -46,9 +74,14 @@ def batch(policy, b: int = 3):
 def test_what_pi05_keeps_in_float32_counted_by_the_spec():
     with torch.device("meta"):
         policy = Pi05(Pi05Config()).cast("bfloat16")
-    count = {dtype: sum(p.numel() for p in policy.parameters() if p.dtype == dtype) for dtype in (torch.float32, torch.bfloat16)}
+    count = {
+        dtype: sum(p.numel() for p in policy.parameters() if p.dtype == dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    }
     patches = 1152 * (3 * 14 * 14 + 1) + 256 * 1152
-    norms = (2 * 18 + 1) * (2048 + 3072 * (1024 + 1))  # plain ones of the language model, adaptive ones of the expert
+    norms = (2 * 18 + 1) * (
+        2048 + 3072 * (1024 + 1)
+    )  # plain ones of the language model, adaptive ones of the expert
     projections = (32 + 1) * 1024 + (1024 + 1) * 32 + 2 * 1024 * (1024 + 1)  # in, out, time
     assert count[torch.float32] == patches + norms + projections
     assert sum(count.values()) == sum(p.numel() for p in policy.parameters())
@@ -110,10 +143,10 @@ def test_a_policy_elsewhere_takes_arguments_from_the_cpu(name):
 
 def test_refusals():
     if not torch.cuda.is_available():
-        with pytest.raises(common.UserError, match="device=cpu"):
-            common.load_config(dpo.Config, "dpo", ["configs/micro.yaml", "device=cuda"])
+        with pytest.raises(UserError, match="device=cpu"):
+            load_config(dpo.Config, ["configs/micro.yaml", "device=cuda"])
     for bad in ("device=gpu", "dtype=bf16"):
-        with pytest.raises(common.UserError, match=r"did you mean|known"):
-            common.load_config(dpo.Config, "dpo", ["configs/micro.yaml", bad])
-    with pytest.raises(common.UserError, match="train=full"):
-        common.load_config(sft.Config, "sft", ["configs/micro.yaml", "dtype=bfloat16"])
+        with pytest.raises(UserError, match=r"did you mean|known"):
+            load_config(dpo.Config, ["configs/micro.yaml", bad])
+    with pytest.raises(UserError, match="train=full"):
+        load_config(sft.Config, ["configs/micro.yaml", "dtype=bfloat16"])

@@ -11,11 +11,16 @@ from safetensors.torch import load_file, save_file
 
 import backbones
 import common
-import runs
 from backbones.published import openvla_key, pi05_key
+from runtime.config import HERE, load_config
+from runtime.errors import UserError
 
 WRITERS = {kind: getattr(published_files, f"write_{kind}") for kind in ("openvla", "lerobot", "openpi")}
-MODEL = {"openvla": {"bos": 2, "eos": 1, "space": 4}, "lerobot": {}, "openpi": {}}  # ids of the small tokenizer
+MODEL = {
+    "openvla": {"bos": 2, "eos": 1, "space": 4},
+    "lerobot": {},
+    "openpi": {},
+}  # ids of the small tokenizer
 dpo = importlib.import_module("03_dpo")
 
 
@@ -37,7 +42,12 @@ def observations(n: int = 2) -> dict:
     g = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (2, n, 64, 64, 3), dtype=torch.uint8, generator=g)
     instructions = published_files.INSTRUCTIONS[:n]
-    return {"agentview": images[0], "wrist": images[1], "state": torch.randn(n, 8, generator=g), "instruction": instructions}
+    return {
+        "agentview": images[0],
+        "wrist": images[1],
+        "state": torch.randn(n, 8, generator=g),
+        "instruction": instructions,
+    }
 
 
 def sample(policy) -> torch.Tensor:
@@ -59,7 +69,9 @@ def test_every_tensor_arrives(kind, folders):
         assert got.dtype == torch.bfloat16 and torch.equal(got, tensor.reshape(got.shape)), key
         used += len(parts)
     assert used == len(own) and not any(t.is_meta for t in [*policy.parameters(), *policy.buffers()])
-    assert not policy.training and policy.norm_stats["action"]["mean"] == pytest.approx(published_files.statistics(7)["mean"])
+    assert not policy.training and policy.norm_stats["action"]["mean"] == pytest.approx(
+        published_files.statistics(7)["mean"]
+    )
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -119,36 +131,52 @@ def test_switches_are_read_and_overridden(folders, tmp_path):
     )
     assert load(folders["lerobot"][0], "lerobot", prompt_state_dims=8).cfg.prompt_state_dims == 8
     cfg = load(folders["openpi"][0], "openpi").cfg
-    assert (cfg.prompt, cfg.normalisation, cfg.horizon, cfg.flow_dim, cfg.vision.image_size) == ("openpi", "quantile", 10, 32, 16)
+    assert (cfg.prompt, cfg.normalisation, cfg.horizon, cfg.flow_dim, cfg.vision.image_size) == (
+        "openpi",
+        "quantile",
+        10,
+        32,
+        16,
+    )
     cfg = load(folders["openvla"][0], "openvla").cfg
     assert (cfg.vocab_size, cfg.llm.num_heads, cfg.dino.num_hidden_layers, cfg.image_size) == (832, 4, 2, 16)
-    with pytest.raises(common.UserError, match="libero_object_no_noops"):
+    with pytest.raises(UserError, match="libero_object_no_noops"):
         backbones.load_policy(folders["openvla"][0], model=MODEL["openvla"])
-    with pytest.raises(common.UserError, match="no q01"):
+    with pytest.raises(UserError, match="no q01"):
         policy = load(folders["lerobot"][0], "lerobot", normalisation="quantile")
         policy.normalise(np.zeros(7, np.float32))
-    published_files.write_lerobot(tmp_path, normalization_mapping={"STATE": "MEAN_STD", "ACTION": "QUANTILES"})
-    with pytest.raises(common.UserError, match="normalises by"):
+    published_files.write_lerobot(
+        tmp_path, normalization_mapping={"STATE": "MEAN_STD", "ACTION": "QUANTILES"}
+    )
+    with pytest.raises(UserError, match="normalises by"):
         load(tmp_path, "lerobot")
 
 
 def test_a_stage_starts_from_it(folders):
-    cfg = common.RunConfig(checkpoint=str(folders["openvla"][0]), model=MODEL["openvla"], backbone="openvla", dtype="bfloat16")
-    policy = common.load_sft(cfg)
+    cfg = common.StartConfig(
+        checkpoint=str(folders["openvla"][0]), model=MODEL["openvla"], backbone="openvla", dtype="bfloat16"
+    )
+    policy = backbones.load_sft(cfg)
     assert policy.projector["fc1"].weight.dtype == torch.bfloat16 and not policy.training
-    assert {p.name for p in common.sft_inputs(cfg)} >= {"config.json", "model-00001-of-00002.safetensors", "tokenizer.json"}
+    assert {p.name for p in cfg.sft_inputs()} >= {
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "tokenizer.json",
+    }
     for changes, words in (
         ({"start": "750"}, "snapshot"),
         ({"backbone": "pi05"}, "backbone=openvla"),
         ({"checkpoint": "x"}, "no checkpoint"),
     ):
-        changed = common.RunConfig(**{"checkpoint": cfg.checkpoint, "model": cfg.model, "backbone": "openvla"} | changes)
-        with pytest.raises(common.UserError, match=words):
-            common.sft_inputs(changed)
-            common.load_sft(changed)
+        changed = common.StartConfig(
+            **{"checkpoint": cfg.checkpoint, "model": cfg.model, "backbone": "openvla"} | changes
+        )
+        with pytest.raises(UserError, match=words):
+            changed.sft_inputs()
+            backbones.load_sft(changed)
 
 
-# ------------------------------------------------------------------------------------------------------------- wrong files
+# ------------------------------------------------------------------------------------------------ wrong files
 def without(folder, key: str) -> None:
     tensors = load_file(folder / "model.safetensors")
     del tensors[key]
@@ -178,13 +206,29 @@ def cut(folder) -> None:
 
 
 FAULTS = {
-    "a shard is missing": ("openvla", lambda f: (f / "model-00002-of-00002.safetensors").unlink(), "00002-of-00002"),
+    "a shard is missing": (
+        "openvla",
+        lambda f: (f / "model-00002-of-00002.safetensors").unlink(),
+        "00002-of-00002",
+    ),
     "the index leads outside": ("openvla", index_outside, "elsewhere"),
-    "statistics of another suite": ("openvla", lambda f: (f / "dataset_statistics.json").write_text('{"bridge": {}}'), "bridge"),
+    "statistics of another suite": (
+        "openvla",
+        lambda f: (f / "dataset_statistics.json").write_text('{"bridge": {}}'),
+        "bridge",
+    ),
     "no tokenizer": ("openvla", lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json"),
-    "no tokenizer but a page": ("openvla", lambda f: (f / "tokenizer.json").write_text("<html>"), "no tokenizer"),
+    "no tokenizer but a page": (
+        "openvla",
+        lambda f: (f / "tokenizer.json").write_text("<html>"),
+        "no tokenizer",
+    ),
     "a tensor is missing": ("lerobot", lambda f: without(f, "model.time_mlp_out.bias"), "time_mlp_out.bias"),
-    "a size is missing": ("lerobot", lambda f: without(f, "model.action_in_proj.weight"), "action_in_proj.weight"),
+    "a size is missing": (
+        "lerobot",
+        lambda f: without(f, "model.action_in_proj.weight"),
+        "action_in_proj.weight",
+    ),
     "pi-0": ("lerobot", rename_to_pi0, "pi-0 checkpoint"),
     "no statistics": ("lerobot", lambda f: next(f.glob("policy_pre*")).unlink(), "policy_preprocessor"),
     "a pickle": ("openpi", lambda f: only(f, "pytorch_model.bin"), "pickle"),
@@ -192,11 +236,17 @@ FAULTS = {
     "cut short": ("openpi", cut, "truncated"),
     "a git-LFS pointer": (
         "openpi",
-        lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+        lambda f: (f / "model.safetensors").write_text(
+            "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
+        ),
         "git-LFS",
     ),
     "no assets": ("openpi", lambda f: next(f.rglob("norm_stats.json")).unlink(), "norm_stats.json"),
-    "another model": ("openpi", lambda f: save_file({"bert.weight": torch.zeros(2)}, f / "model.safetensors"), "bert"),
+    "another model": (
+        "openpi",
+        lambda f: save_file({"bert.weight": torch.zeros(2)}, f / "model.safetensors"),
+        "bert",
+    ),
 }
 
 
@@ -205,7 +255,7 @@ def test_wrong_checkpoints_are_refused_in_one_line(fault, tmp_path):
     kind, damage, words = FAULTS[fault]
     WRITERS[kind](tmp_path)
     damage(tmp_path)
-    with pytest.raises(common.UserError, match=words) as error:
+    with pytest.raises(UserError, match=words) as error:
         load(tmp_path, kind)
     assert "\n" not in str(error.value)
 
@@ -213,9 +263,10 @@ def test_wrong_checkpoints_are_refused_in_one_line(fault, tmp_path):
 @pytest.mark.parametrize("name", ["openvla_7b", "openvla_7b_corrected"])
 def test_openvla_is_greedy_in_play_outs_and_evaluations(name):
     """Only the chunks that are tried at a decision point are sampled."""
-    arguments = [str(runs.HERE / "configs" / f"{name}.yaml"), "device=cpu", "dtype=float32"]
+    arguments = [str(HERE / "configs" / f"{name}.yaml"), "device=cpu", "dtype=float32"]
     stages = {
-        section: importlib.import_module(script) for section, script in (("prefs", "02_collect_prefs"), ("eval", "04_eval"))
+        section: importlib.import_module(script)
+        for section, script in (("prefs", "02_collect_prefs"), ("eval", "04_eval"))
     }
-    cfgs = {section: common.load_config(module.Config, section, arguments) for section, module in stages.items()}
+    cfgs = {section: load_config(module.Config, arguments) for section, module in stages.items()}
     assert [cfg.noise_scale for cfg in cfgs.values()] == [0, 0] and cfgs["prefs"].branch_scale > 0

@@ -1,4 +1,7 @@
-"""What tests/bench/scale.py computes, re-derived; a rank of a training killed. pytest tests/test_scale.py"""
+"""What tests/bench/scale.py computes, derived again; and several processes for one stage.
+
+pytest tests/test_scale.py
+"""
 
 import os
 import signal
@@ -11,12 +14,14 @@ import psutil
 import pytest
 import torch
 
-import disk
-import memory
-import ranks
+from backbones import memory
+from runtime import disk, ranks
+from runtime.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).parent / "bench"))
 import scale
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
 def points(costs: dict[int, float], mb: dict[int, float]) -> list[dict]:
@@ -25,7 +30,8 @@ def points(costs: dict[int, float], mb: dict[int, float]) -> list[dict]:
 
 def test_a_planted_line_is_found_and_the_largest_size_is_not_looked_at():
     sizes = (10, 20, 40, 80)
-    found = scale.fitted(points({n: 7 + 0.25 * n for n in sizes} | {80: 99.0}, {n: 500 + 2 * n for n in sizes}))
+    costs, mb = {n: 7 + 0.25 * n for n in sizes} | {80: 99.0}, {n: 500 + 2 * n for n in sizes}
+    found = scale.fitted(points(costs, mb))
     assert (found["a"], found["b"]) == pytest.approx((7, 0.25)) and found["predicted"] == pytest.approx(27)
     assert found["measured"] == 99.0 and found["peak_mb"] == [520, 660]
     assert (found["memory_a"], found["memory_b"]) == pytest.approx((500, 2)) and found["grows"]
@@ -44,8 +50,10 @@ def test_many_pairs_by_hand():
     rows = {what: value for what, value, *_ in scale.many_pairs(fits, 5.0, 26_000, 21.0, 10**5)}
     assert rows["pairs.safetensors"] == pytest.approx(2.6)  # 10^5 x 26 kB
     assert rows["02: playing"] == pytest.approx(5.0)  # 5 x 10^5 play-outs x 0.036 s
-    assert rows["02: assembling"] == pytest.approx(3610 / 3600) and rows["02: assembling, memory"] == pytest.approx(6.0)
-    assert rows["03: an epoch, batches of 8, most that 21 GB hold"] == pytest.approx(400_000)  # (21000 - 1000) / 0.05
+    assert rows["02: assembling"] == pytest.approx(3610 / 3600)
+    assert rows["02: assembling, memory"] == pytest.approx(6.0)
+    most = rows["03: an epoch, batches of 8, most that 21 GB hold"]
+    assert most == pytest.approx((21_000 - 1_000) / 0.05)
     flat = {"03 pairs, one epoch": line | {"grows": False}}  # nothing to extrapolate
     assert not any("memory" in what for what, *_ in scale.many_pairs(flat, 5.0, 26_000, 21.0))
 
@@ -68,18 +76,25 @@ def test_the_report_has_every_series_and_says_how_each_number_is_known(monkeypat
     monkeypatch.setattr(scale, "counted", lambda name: ({"lora": 1e15, "dora": 1e15}, 0.03, 1))
     measured = {"wall_s": 1, "said": '{"step_s": 0.01, "look_s": 0.1, "reset_s": 1}'}
     asked = [(name, n) for name, (_, sizes, _) in scale.SERIES.items() for n in sizes]
-    found = [measured | {"series": s, "asked": n, "size": n, "cpu_s": 5 + 2 * n, "peak_mb": 500 + n} for s, n in asked]
-    found.append(found[0] | {"asked": 3, "size": 3, "cpu_s": 1e9})  # kept of a time when another size was asked for
+    found = []
+    for name, n in asked:
+        found.append(
+            measured | {"series": name, "asked": n, "size": n, "cpu_s": 5 + 2 * n, "peak_mb": 500 + n}
+        )
+    found.append(found[0] | {"asked": 3, "size": 3, "cpu_s": 1e9})  # measured when another size was asked for
     data, said = scale.report(found)
     assert list(data["fits"]) == [name for name, (_, sizes, _) in scale.SERIES.items() if len(sizes) == 4]
-    assert all(f["b"] == pytest.approx(2) and f["predicted"] == pytest.approx(f["measured"]) for f in data["fits"].values())
+    for line in data["fits"].values():
+        assert line["b"] == pytest.approx(2) and line["predicted"] == pytest.approx(line["measured"])
     assert all(known.startswith(("measured", "counted", "fitted")) for *_, known in data["million_pairs"])
     assert data["paper_grid"].keys() == {"openvla_7b", "pi05"} and "| openvla_7b | DPO, GPU |" in said
 
 
 def test_a_measurement_counts_children_and_passes_on_their_failure():
-    child = "import time; x = bytearray(b'x') * 300_000_000; t = time.process_time()\nwhile time.process_time() < t + 1: pass"
-    found = scale.run([sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"])
+    work = "import time; x = bytearray(b'x') * 300_000_000; t = time.process_time()\n"
+    work += "while time.process_time() < t + 1: pass"
+    start = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {work!r}])"
+    found = scale.run([sys.executable, "-c", start])
     assert 1 <= found["cpu_s"] < 10 and found["peak_mb"] > 280
     with pytest.raises(SystemExit, match="exit code 3"):
         scale.run([sys.executable, "-c", "raise SystemExit(3)"])
@@ -91,7 +106,7 @@ def test_a_lost_rank_is_one_line(monkeypatch):
 
     monkeypatch.setattr(ranks, "size", lambda: 2)
     monkeypatch.setattr(ranks.dist, "barrier", barrier)
-    with pytest.raises(disk.UserError, match="run the same command again") as caught:
+    with pytest.raises(UserError, match="run the same command again") as caught:
         ranks.wait()
     assert "closed by peer" in str(caught.value) and "\n" not in str(caught.value)
 
@@ -101,16 +116,17 @@ def test_a_rank_that_gives_up_ends_the_one_that_waits_for_it(tmp_path):
     script.write_text("""
 import sys
 sys.path.insert(0, "")
-import common, ranks
+from runtime import ranks, stage
+from runtime.errors import UserError
 def main():
     ranks.join("cpu")
     ranks.wait()
     if ranks.rank() == 1:
-        raise common.UserError("no more of this")
+        raise UserError("no more of this")
     ranks.mean({"loss": 1.0})
-common.run(main)
+stage.command_line(main)
 """)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
+    torchrun = [*TORCHRUN, script]
     result = subprocess.run(torchrun, cwd=scale.KIT, capture_output=True, text=True, timeout=120)
     said = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert result.returncode == 1 and "error: no more of this" in said and len(said) <= 2, result.stderr
@@ -131,10 +147,11 @@ finally:
     os.write(2, ("threads: " + " ".join(names) + "\\n").encode())
 """)
     pairs = scale.repeated_pairs(tmp_path / "pairs", 2)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
+    torchrun = [*TORCHRUN, script]
     stage = ["03_dpo.py", "configs/micro.yaml", scale.GIVEN, pairs, "dpo.steps=1", f"root={tmp_path}"]
-    for more, code in ([], 0), (["dpo.steps=2"], 1):  # refused: made with other settings; torchrun says 1 where a rank says 2
-        result = subprocess.run([*torchrun, *stage, *more], cwd=scale.KIT, capture_output=True, text=True)
+    other = [*stage, "dpo.steps=2"]  # refused: exit code 2, of which torchrun makes 1
+    for arguments, code in ((stage, 0), (other, 1)):
+        result = subprocess.run([*torchrun, *arguments], cwd=scale.KIT, capture_output=True, text=True)
         assert result.returncode == code, result.stderr
         threads = [line for line in result.stderr.splitlines() if line.startswith("threads: ")]
         assert len(threads) == 2 and "gloo" not in "".join(threads), result.stderr
@@ -142,17 +159,17 @@ finally:
 
 def test_a_killed_rank_ends_a_training_and_a_rerun_gives_what_one_process_gives(tmp_path):
     pairs, weights = scale.repeated_pairs(tmp_path / "pairs", 20), []
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     stage = ["03_dpo.py", "configs/micro.yaml", scale.GIVEN, pairs, "dpo.steps=30"]
 
-    def command(root: str, *before: str) -> list[str]:
-        return [sys.executable, *before, *stage, f"root={tmp_path / root}"]
+    def command(root: str) -> list[str]:
+        run = TORCHRUN if root == "two" else [sys.executable]
+        return [*run, *stage, f"root={tmp_path / root}"]
 
     def folder(root: str) -> Path:
         return tmp_path / root / "micro/pi05/seed42/dpo-lora-episode"
 
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": scale.KIT}
-    job = subprocess.Popen(command("two", *torchrun), **pipes)
+    job = subprocess.Popen(command("two"), **pipes)
     while not (folder("two") / "checkpoint.pt").is_file():
         assert job.poll() is None, job.communicate()
         time.sleep(0.01)
@@ -162,7 +179,7 @@ def test_a_killed_rank_ends_a_training_and_a_rerun_gives_what_one_process_gives(
     _, stderr = job.communicate(timeout=600)
     assert job.returncode != 0 and "SIGKILL" in stderr and not (folder("two") / "done.json").exists()
     assert sum(line.startswith("error: ") for line in stderr.splitlines()) <= 1, stderr
-    for arguments in (command("two", *torchrun), command("one")):
+    for arguments in (command("two"), command("one")):
         result = subprocess.run(arguments, **pipes)
         assert result.returncode == 0 and "done in" in result.stdout, result.stderr
         assert ("goes on" in result.stdout) == (not weights)

@@ -1,4 +1,7 @@
-"""The exact likelihood where the truth is known, the estimators against it, stage 07 end to end. pytest tests/test_validate.py"""
+"""The exact likelihood where the truth is known, the estimators against it, stage 07 from end to end.
+
+pytest tests/test_validate.py
+"""
 
 import copy
 import dataclasses
@@ -14,12 +17,14 @@ from samples import FLOW_MODEL, INSTRUCTIONS
 from scipy import stats
 from torch.distributions import MultivariateNormal
 
-import agreement
 import backbones
 import common
-import disk
-import likelihood
-from report import plots
+from backbones import likelihood
+from report import agreement, plots
+from runtime import disk
+from runtime.config import load_config
+from runtime.errors import UserError
+from runtime.stage import execute
 
 dpo, validate = importlib.import_module("03_dpo"), importlib.import_module("07_validate")
 
@@ -29,7 +34,9 @@ def policy():
     torch.manual_seed(0)
     made = backbones.build("pi05", FLOW_MODEL, INSTRUCTIONS)
     unit = {"mean": 0.0, "std": 1.0, "q01": -1.0, "q99": 1.0}
-    made.norm_stats = {kind: {k: [v] * n for k, v in unit.items()} for kind, n in (("action", 7), ("state", 8))}
+    made.norm_stats = {
+        kind: {k: [v] * n for k, v in unit.items()} for kind, n in (("action", 7), ("state", 8))
+    }
     with torch.no_grad():  # a field that bends: at its initialisation it is almost linear
         for name, p in made.expert.named_parameters():
             if "dense.weight" in name:
@@ -39,19 +46,33 @@ def policy():
 
 def some_pairs(n: int) -> dict:
     g = common.stream(0, "pairs")
-    pairs = {c: torch.randint(0, 256, (n, 32, 32, 3), generator=g, dtype=torch.uint8) for c in ("agentview", "wrist")}
-    pairs |= {c: torch.randn(n, 4, 7, generator=g) for c in ("chosen", "rejected")} | {"state": torch.randn(n, 8, generator=g)}
-    return pairs | {"mask": torch.arange(4).expand(n, 4) < 3, "instruction": [INSTRUCTIONS[i % 3] for i in range(n)]}
+    pairs = {
+        c: torch.randint(0, 256, (n, 32, 32, 3), generator=g, dtype=torch.uint8)
+        for c in ("agentview", "wrist")
+    }
+    pairs |= {c: torch.randn(n, 4, 7, generator=g) for c in ("chosen", "rejected")}
+    pairs |= {"state": torch.randn(n, 8, generator=g), "mask": torch.arange(4).expand(n, 4) < 3}
+    return pairs | {"instruction": [INSTRUCTIONS[i % 3] for i in range(n)]}
+
+
+def observations(pairs: dict) -> dict:
+    return {key: pairs[key] for key in ("agentview", "wrist", "state", "instruction")}
+
+
+def batch(n: int) -> tuple:
+    """03's batch of n pairs: observations, chosen and rejected chunks, mask."""
+    pairs = some_pairs(n)
+    return dpo.batch_of(pairs | {"obs": observations(pairs)}, torch.arange(n))
 
 
 def prefix_of(policy, n: int):
     with torch.no_grad():
-        return policy.encode(dpo.batch_of(some_pairs(n), torch.arange(n))[0])
+        return policy.encode(observations(some_pairs(n)))
 
 
-# ------------------------------------------------------------------------------------------------------- known densities
+# -------------------------------------------------------------------------------------------- known densities
 def gaussian_flow(mean: torch.Tensor, covariance: torch.Tensor) -> likelihood.Velocity:
-    """E[eps - a | x_t] for a ~ N(mean, covariance), a closed form: what a flow policy trained without error would be."""
+    """E[eps - a | x_t] for a ~ N(mean, covariance) in closed form: a flow policy trained without error."""
 
     def velocity(x, t):
         at_t = (1 - t) ** 2 * covariance + t**2 * torch.eye(len(mean), dtype=mean.dtype)
@@ -75,14 +96,22 @@ def test_linear_gaussian_field_against_the_closed_form(solver):
     torch.manual_seed(0)
     chunks = truth.sample((3,)).view(3, 10, 7)
     chunks = torch.cat([chunks, chunks + 0.2])  # some far from the data
-    velocity, options = gaussian_flow(mean, covariance), {} if solver == "midpoint" else {"rtol": 1e-7, "atol": 1e-7}
-    times = likelihood.time_grid(80) if solver == "midpoint" else torch.tensor([0.0, 1.0], dtype=torch.float64)
+    velocity, options = (
+        gaussian_flow(mean, covariance),
+        {} if solver == "midpoint" else {"rtol": 1e-7, "atol": 1e-7},
+    )
+    times = (
+        likelihood.time_grid(80) if solver == "midpoint" else torch.tensor([0.0, 1.0], dtype=torch.float64)
+    )
     found = likelihood.ode_log_prob(velocity, chunks, likelihood.exact_trace, times, solver, **options)
     assert (found - truth.log_prob(chunks.flatten(1))).abs().max() / 70 < 1e-4  # nats per dimension
 
 
 def test_density_of_a_two_dimensional_mixture_integrates_to_one():
-    means, sd = torch.tensor([[-1.0, 0.3], [0.8, -0.6], [0.5, 1.0]]).double(), torch.tensor([0.3, 0.2, 0.45]).double()
+    means, sd = (
+        torch.tensor([[-1.0, 0.3], [0.8, -0.6], [0.5, 1.0]]).double(),
+        torch.tensor([0.3, 0.2, 0.45]).double(),
+    )
 
     def velocity(x, t):  # (N, 1, 2): the components' fields, weighted by how likely each is at x
         var = (1 - t) ** 2 * sd**2 + t**2  # (3,)
@@ -96,17 +125,21 @@ def test_density_of_a_two_dimensional_mixture_integrates_to_one():
     found = likelihood.ode_log_prob(velocity, grid, likelihood.exact_trace, likelihood.time_grid(30)).exp()
     assert found.sum() * (axis[1] - axis[0]) ** 2 == pytest.approx(1, abs=0.01)
     parts = [
-        MultivariateNormal(m, s**2 * torch.eye(2).double()).log_prob(grid[:, 0]).exp() for m, s in zip(means, sd, strict=True)
+        MultivariateNormal(m, s**2 * torch.eye(2).double()).log_prob(grid[:, 0]).exp()
+        for m, s in zip(means, sd, strict=True)
     ]
     assert (found - sum(parts) / 3).abs().max() < 0.01
 
 
 def test_the_elbo_surrogate_is_the_log_likelihood_in_nats_for_a_perfect_field():
-    """With the true field the bound is tight for every chunk, so differences between chunks are those of log p."""
+    """With the true field the bound is tight, so differences between chunks are those of log p."""
     mean, covariance = a_gaussian(7, narrow=0.4)
     field = gaussian_flow(mean, covariance)
     torch.manual_seed(1)
-    chunks = MultivariateNormal(mean, covariance).sample((2,)).view(2, 1, 7) * torch.tensor([1.0, 1.6])[:, None, None]
+    chunks = (
+        MultivariateNormal(mean, covariance).sample((2,)).view(2, 1, 7)
+        * torch.tensor([1.0, 1.6])[:, None, None]
+    )
     truth = MultivariateNormal(mean, covariance).log_prob(chunks.flatten(1))
     draws = common.make_draws(4000, 1, 7, 64, common.stream(0, "elbo"), "logsnr")
     times = draws.t[:, 0].double()
@@ -121,16 +154,22 @@ def test_the_elbo_surrogate_is_the_log_likelihood_in_nats_for_a_perfect_field():
     assert (scores[0] - scores[1]).item() == pytest.approx((truth[0] - truth[1]).item(), rel=0.03)
 
 
-# ----------------------------------------------------------------------------------------------------- traces and the map
+# ----------------------------------------------------------------------------------------- traces and the map
 def test_hutchinson_with_a_full_basis_is_the_exact_trace_and_with_signs_is_unbiased(policy):
-    velocity, x, t = likelihood.velocity_of(policy, prefix_of(policy, 3)), torch.randn(3, 4, 7), torch.tensor(0.3)
+    velocity, x, t = (
+        likelihood.velocity_of(policy, prefix_of(policy, 3)),
+        torch.randn(3, 4, 7),
+        torch.tensor(0.3),
+    )
     v, exact = likelihood.exact_trace(velocity, x, t)
     basis = (torch.eye(28) * math.sqrt(28)).view(1, 28, 4, 7).expand(3, -1, -1, -1)
     torch.testing.assert_close(likelihood.hutchinson(basis)(velocity, x, t)[1], exact, atol=1e-4, rtol=1e-5)
     with torch.no_grad():
         same_v, signs = zip(
             *(
-                likelihood.hutchinson(likelihood.make_probes(3, 1, (4, 7), common.stream(0, "probe", i)))(velocity, x, t)
+                likelihood.hutchinson(likelihood.make_probes(3, 1, (4, 7), common.stream(0, "probe", i)))(
+                    velocity, x, t
+                )
                 for i in range(200)
             ),
             strict=True,
@@ -139,13 +178,16 @@ def test_hutchinson_with_a_full_basis_is_the_exact_trace_and_with_signs_is_unbia
     signs = torch.stack(signs)
     assert ((signs.mean(0) - exact).abs() < 4 * signs.std(0) / math.sqrt(200)).all() and signs.std() > 0
     numeric = [
-        (velocity(x + 1e-2 * e, t) - velocity(x - 1e-2 * e, t)).mul(e).sum((1, 2)) / 2e-2 for e in torch.eye(28).view(28, 4, 7)
+        (velocity(x + 1e-2 * e, t) - velocity(x - 1e-2 * e, t)).mul(e).sum((1, 2)) / 2e-2
+        for e in torch.eye(28).view(28, 4, 7)
     ]
     torch.testing.assert_close(torch.stack(numeric).sum(0), exact, atol=5e-3, rtol=1e-2)
 
 
 def test_euler_density_against_the_determinant_of_the_whole_map(policy):
-    _, prefix, noise = likelihood.in_float64(policy, prefix_of(policy, 2), policy.noise(2, common.stream(0, "noise")))
+    _, prefix, noise = likelihood.in_float64(
+        policy, prefix_of(policy, 2), policy.noise(2, common.stream(0, "noise"))
+    )
     double = copy.deepcopy(policy).double()
     chunk, log_p = likelihood.euler_sample(likelihood.velocity_of(double, prefix), noise, steps=5)
     torch.testing.assert_close(
@@ -160,41 +202,55 @@ def test_euler_density_against_the_determinant_of_the_whole_map(policy):
             return z
 
         j = torch.autograd.functional.jacobian(whole_map, noise[row : row + 1]).view(28, 28)
-        brute = -0.5 * (noise[row].square().sum() + 28 * math.log(2 * math.pi)) - torch.linalg.slogdet(j).logabsdet
+        brute = (
+            -0.5 * (noise[row].square().sum() + 28 * math.log(2 * math.pi))
+            - torch.linalg.slogdet(j).logabsdet
+        )
         assert log_p[row].item() == pytest.approx(brute.item(), abs=1e-8)
-    inverse = likelihood.euler_log_prob(likelihood.velocity_of(double, prefix), chunk, steps=5, tolerance=1e-10)
+    inverse = likelihood.euler_log_prob(
+        likelihood.velocity_of(double, prefix), chunk, steps=5, tolerance=1e-10
+    )
     torch.testing.assert_close(inverse, log_p)
 
 
 def test_a_chunk_out_of_the_maps_reach_has_no_euler_density():
-    reach = likelihood.euler_log_prob(lambda x, t: x - torch.tanh(x), torch.tensor([[[0.5]], [[1.5]]]).double(), steps=1)
+    reach = likelihood.euler_log_prob(
+        lambda x, t: x - torch.tanh(x), torch.tensor([[[0.5]], [[1.5]]]).double(), steps=1
+    )
     assert reach[1].isnan()  # the map is tanh
-    assert reach[0].item() == pytest.approx(-0.5 * (math.atanh(0.5) ** 2 + math.log(2 * math.pi)) - math.log(1 - 0.25), abs=1e-3)
+    assert reach[0].item() == pytest.approx(
+        -0.5 * (math.atanh(0.5) ** 2 + math.log(2 * math.pi)) - math.log(1 - 0.25), abs=1e-3
+    )
 
 
 def test_float64_and_float32_agree(policy):
     prefix, chunk = prefix_of(policy, 2), torch.randn(2, 4, 7)
     double, prefix64, chunk64 = likelihood.in_float64(policy, prefix, chunk)
     grid = likelihood.time_grid(4)
-    single = likelihood.ode_log_prob(likelihood.velocity_of(policy, prefix), chunk, likelihood.exact_trace, grid)
-    precise = likelihood.ode_log_prob(likelihood.velocity_of(double, prefix64), chunk64, likelihood.exact_trace, grid)
+    single = likelihood.ode_log_prob(
+        likelihood.velocity_of(policy, prefix), chunk, likelihood.exact_trace, grid
+    )
+    precise = likelihood.ode_log_prob(
+        likelihood.velocity_of(double, prefix64), chunk64, likelihood.exact_trace, grid
+    )
     assert precise.dtype == torch.float64 and (single - precise).abs().max() < 1e-3
 
 
-# -------------------------------------------------------------------------------------------------------- DPO's log p
+# ------------------------------------------------------------------------------------------------ DPO's log p
 WITH_DORA = ("paper", "antithetic", "elbo", "independent")  # the exact likelihood is refused (tested below)
 
 
-@pytest.mark.parametrize(("kind", "surrogate"), [("lora", s) for s in common.SURROGATES] + [("dora", s) for s in WITH_DORA])
+@pytest.mark.parametrize(
+    ("kind", "surrogate"), [("lora", s) for s in common.SURROGATES] + [("dora", s) for s in WITH_DORA]
+)
 def test_margin_is_exactly_zero_at_the_reference_for_all_that_share_their_noise(policy, kind, surrogate):
-    policy, pairs = copy.deepcopy(policy), some_pairs(3)
-    cfg = dpo.Config(surrogate=surrogate, ode_steps=2)
+    policy = copy.deepcopy(policy)
     common.attach_adapter(policy, kind, 4, 8, policy.adapter_targets, seed=1)
-    noise = dpo.shared_noise(policy, 3, cfg, common.stream(0, "noise"))
-    batch = dpo.batch_of(pairs, torch.arange(3))
+    draw, score = dpo.scorer(policy, dpo.Config(surrogate=surrogate, ode_steps=2))
+    draws = draw(3, common.stream(0, "noise"))
     with policy.reference():
-        ref_w, ref_l = dpo.score(policy, *batch, noise, cfg, 0, "reference")
-    pi_w, pi_l = dpo.score(policy, *batch, noise, cfg, 0, "policy")
+        ref_w, ref_l = score(*batch(3), draws, (0, "reference"))
+    pi_w, pi_l = score(*batch(3), draws, (0, "policy"))
     _, rewards = dpo.dpo_loss(pi_w, pi_l, ref_w, ref_l, beta=100.0)
     assert pi_w.requires_grad and not ref_w.requires_grad
     assert torch.equal(rewards["rewards/margins"], torch.zeros(3)) != (surrogate == "independent")
@@ -206,7 +262,9 @@ def test_gradient_of_the_exact_log_prob_against_finite_differences(policy):
 
     def log_p() -> torch.Tensor:
         trace = likelihood.hutchinson(probes)
-        return likelihood.ode_log_prob(likelihood.velocity_of(double, prefix), chunk, trace, likelihood.time_grid(3)).sum()
+        return likelihood.ode_log_prob(
+            likelihood.velocity_of(double, prefix), chunk, trace, likelihood.time_grid(3)
+        ).sum()
 
     names = (
         "expert.layers.0.self_attn.q_proj.weight",
@@ -224,22 +282,26 @@ def test_gradient_of_the_exact_log_prob_against_finite_differences(policy):
                 p.copy_(original + sign * 1e-5 * direction)
                 ends.append(log_p())
             p.copy_(original)
-        assert (grad * direction).sum().item() == pytest.approx(((ends[0] - ends[1]) / 2e-5).item(), rel=1e-5), name
+        assert (grad * direction).sum().item() == pytest.approx(
+            ((ends[0] - ends[1]) / 2e-5).item(), rel=1e-5
+        ), name
 
 
 def test_independent_draws_move_with_every_term_and_shared_ones_do_not(policy):
-    cfg, batch = dpo.Config(surrogate="independent"), dpo.batch_of(some_pairs(2), torch.arange(2))
-    one, other = (dpo.score(policy, *batch, None, cfg, 0, term) for term in ("policy", "reference"))
+    _, score = dpo.scorer(policy, dpo.Config(surrogate="independent"))
+    one, other, again = (score(*batch(2), None, (0, term)) for term in ("policy", "reference", "policy"))
     assert not torch.equal(one[0], other[0])
-    assert torch.equal(one[0], dpo.score(policy, *batch, None, cfg, 0, "policy")[0])  # killed and resumed equals undisturbed
+    assert torch.equal(one[0], again[0])  # killed and resumed equals undisturbed
 
 
 def test_folders_of_variants_do_not_collide():
     variants = itertools.product(("lora", "dora"), ("branch", "episode"), common.SURROGATES, ("final", "750"))
-    names = [common.RunConfig(adapter=a, pairs=p, surrogate=s, start=t).variant("dpo").name for a, p, s, t in variants]
-    assert len(set(names)) == 2 * 2 * 5 * 2 and "dpo-lora-branch-exact-at750" in names and "dpo-lora-branch" in names
-    cfg = common.RunConfig(seed=43, start_seed=42)
-    assert cfg.variant("prefs").parent.name == "seed42" and cfg.variant("dpo").parent.name == "seed43"
+    cfgs = [common.AdapterConfig(adapter=a, pairs=p, surrogate=s, start=t) for a, p, s, t in variants]
+    names = {cfg.made_adapter.name for cfg in cfgs}
+    assert len(names) == 2 * 2 * 5 * 2 and {"dpo-lora-branch-exact-at750", "dpo-lora-branch"} <= names
+    assert len({validate.Config(pairs=cfg.pairs, start=cfg.start).folder for cfg in cfgs}) == 4
+    cfg = dpo.Config(seed=43, start_seed=42)
+    assert cfg.made_pairs.parent.name == "seed42" and cfg.folder.parent.name == "seed43"
 
 
 def test_refusals():
@@ -249,36 +311,38 @@ def test_refusals():
         "backbone=openvla surrogate=exact",
         "surrogate=antithetic dpo.draws=3",
     ):
-        with pytest.raises(common.UserError, match=r"surrogate"):
-            common.load_config(dpo.Config, "dpo", ["configs/micro.yaml", *bad.split()])
-    with pytest.raises(common.UserError, match="own_chunks"):  # of one chunk there is no spread
-        validate.Config(own_chunks=1)
+        with pytest.raises(UserError, match=r"surrogate"):
+            load_config(dpo.Config, ["configs/micro.yaml", *bad.split()])
+    with pytest.raises(UserError, match="own_chunks"):  # of one chunk there is no spread
+        load_config(validate.Config, ["configs/micro.yaml", "validate.own_chunks=1"])
 
 
-# ------------------------------------------------------------------------------------------------------------- stage 07
+# --------------------------------------------------------------------------------------------------- stage 07
 def test_common_random_numbers_lessen_the_noise_of_a_margin(policy):
-    """The same pairs, the same estimator, under a policy and a slightly different one: only the sharing differs."""
-    other, cfg = copy.deepcopy(policy), validate.Config(repeats=16)
+    """The same pairs and estimator, under a policy and a slightly different one: only the sharing differs."""
+    other, obs = copy.deepcopy(policy), observations(some_pairs(6))
+    chunks = torch.stack([some_pairs(6)[key] for key in ("chosen", "rejected")], 1)
     with torch.no_grad():
         for name, p in other.expert.named_parameters():
             p += 0.02 * torch.randn(p.shape, generator=common.stream(0, name)) * p.std(correction=0)
-        pairs = some_pairs(6)
-        pairs["chunks"] = torch.stack([pairs.pop("chosen"), pairs.pop("rejected")], 1)
-        obs, chunks = validate.rows_of(pairs, list(range(6)))
 
         def scores(which):
-            each = [validate.estimate(which, obs, chunks, "paper", 4, common.stream(0, "r", r), cfg)[0] for r in range(16)]
-            return torch.stack(each)
+            streams = [common.stream(0, "r", r) for r in range(16)]
+            return torch.stack([validate.estimate(which, obs, chunks, "paper", 4, g)[0] for g in streams])
 
         new, ref = scores(other), scores(policy)
     shared, own = (agreement.quantity(new, ref, shared).var(0).mean() for shared in (True, False))
     assert shared < own / 10
-    assert (agreement.quantity(ref, ref, True) == 0).all() and (agreement.quantity(ref, ref, False) != 0).all()
+    assert (agreement.quantity(ref, ref, True) == 0).all() and (
+        agreement.quantity(ref, ref, False) != 0
+    ).all()
 
 
 def test_terms_that_do_not_share_come_from_four_different_repeats():
     powers = (10.0 ** torch.arange(4))[:, None, None].expand(4, 1, 2)  # repeat r is worth 10^r
-    assert agreement.quantity(powers, powers, False)[0].item() == 1 - 1000 - (100 - 10)  # rolled by 0, 1, 2, 3
+    assert agreement.quantity(powers, powers, False)[0].item() == 1 - 1000 - (
+        100 - 10
+    )  # rolled by 0, 1, 2, 3
 
 
 def test_metrics_of_an_estimator_that_is_right_but_for_scale_and_noise():
@@ -292,68 +356,78 @@ def test_metrics_of_an_estimator_that_is_right_but_for_scale_and_noise():
     assert low < expected < high and value == pytest.approx(expected, rel=0.1)
     x, y = estimates[0].double().numpy(), truth.double().numpy()
     for name, (value, low, high) in agreement.correlations(x, y, np.arange(400)).items():
-        theirs = {"pearson": stats.pearsonr, "spearman": stats.spearmanr, "kendall": stats.kendalltau}[name](x, y).statistic
+        theirs = {"pearson": stats.pearsonr, "spearman": stats.spearmanr, "kendall": stats.kendalltau}[name](
+            x, y
+        ).statistic
         assert low < value < high and value == pytest.approx(theirs, abs=1e-9)
     value, low, high = found["sign agreement"]
-    assert low < value < high and value == pytest.approx(1 - math.atan(0.5 / 2) / math.pi, abs=0.03)  # of two correlated normals
+    assert low < value < high and value == pytest.approx(
+        1 - math.atan(0.5 / 2) / math.pi, abs=0.03
+    )  # of two correlated normals
 
 
 def test_the_estimators_of_the_stage_are_those_of_training(policy):
-    pairs, cfg = some_pairs(2), validate.Config()
-    obs, chosen, rejected, _ = dpo.batch_of(pairs, torch.arange(2))
-    whole = torch.ones(2, 4, dtype=torch.bool)
-    cfg_of_training = dpo.Config(surrogate="independent")
+    obs, chosen, rejected, _ = batch(2)
+    both, whole = torch.stack([chosen, rejected], 1), torch.ones(2, 4, dtype=torch.bool)
     with torch.no_grad():
-        g = common.stream(0, "d")
-        want = [dpo.independent_log_prob(policy, obs, chunk, whole, g, cfg_of_training) for chunk in (chosen, rejected)]
-        g = common.stream(0, "d")
-        got = [validate.estimate(policy, obs, chunk[:, None], "independent", 4, g, cfg)[0][:, 0] for chunk in (chosen, rejected)]
-        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-5)
-    for name, (scheme, weight) in validate.ESTIMATORS.items():
-        if name == "independent":  # 07 scores both chunks at once, and takes the terms of a margin from different repeats
-            continue
-        with torch.no_grad():
-            mine, _ = validate.estimate(policy, obs, torch.stack([chosen, rejected], 1), name, 4, common.stream(0, "d"), cfg)
+        g = common.stream(dpo.Config().seed, "dpo independent", "term", 0)
+        got = [
+            validate.estimate(policy, obs, c[:, None], "independent", 4, g)[0][:, 0]
+            for c in (chosen, rejected)
+        ]
+        cfg = dpo.Config(surrogate="independent")
+        want = dpo.independent_log_probs(policy, cfg, obs, chosen, rejected, whole, None, ("term",))
+        torch.testing.assert_close(tuple(got), want, atol=1e-4, rtol=1e-5)
+        for name, (scheme, weight) in validate.ESTIMATORS.items():
+            if name == "independent":  # 07 scores both chunks at once; a margin's terms are different repeats
+                continue
+            got, _ = validate.estimate(policy, obs, both, name, 4, common.stream(0, "d"))
             draws = policy.draws(2, 4, common.stream(0, "d"), scheme)
-            w, rej = dpo.log_probs(policy, obs, chosen, rejected, whole, draws, weight)
-        torch.testing.assert_close(mine, torch.stack([w, rej], 1), atol=1e-4, rtol=1e-5)
+            want = dpo.log_probs(policy, obs, chosen, rejected, whole, draws, weight)
+            torch.testing.assert_close(got, torch.stack(want, 1), atol=1e-4, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
 def run(policy, tmp_path_factory):
-    """A run folder with an SFT policy and pairs that nobody had to train or collect, and DPO policies on them."""
-    root = tmp_path_factory.mktemp("runs")
-    cfg = dpo.Config(
-        name="x", root=str(root), pairs="episode", steps=2, batch_size=2, rank=2, alpha=4, warmup=0, checkpoint_every=1
-    )
-    cfg = dataclasses.replace(cfg, lr=1e-2, ode_steps=2)
-    sft, prefs, pairs = cfg.seed_dir / "sft", cfg.variant("prefs"), some_pairs(5)
+    """A run folder: an SFT policy and pairs that nobody had to train or collect, and DPO policies on them."""
+    keys = {
+        "pairs": "episode",
+        "steps": 2,
+        "batch_size": 2,
+        "rank": 2,
+        "alpha": 4,
+        "warmup": 0,
+        "ode_steps": 2,
+    }
+    root = str(tmp_path_factory.mktemp("runs"))
+    cfg = dpo.Config(name="x", root=root, checkpoint_every=1, lr=1e-2, **keys)
+    sft, prefs, pairs = cfg.seed_dir / "sft", cfg.made_pairs, some_pairs(5)
     policy.save(sft)
     prefs.mkdir()
     disk.write_rows(prefs / "pairs.jsonl", [{"instruction": i} for i in pairs.pop("instruction")])
     disk.save_tensors(prefs / "pairs.safetensors", pairs)
     for folder, inputs in ((sft, {}), (prefs, {"pi05/seed42/sft": "sft"})):
-        disk.write_json(folder / "done.json", {"stage": folder.name, "inputs": inputs, "fingerprint": folder.name})
+        done = {"stage": folder.name, "inputs": inputs, "fingerprint": folder.name}
+        disk.write_json(folder / "done.json", done)
     for surrogate in ("paper", "independent", "exact"):
-        dpo.main(dataclasses.replace(cfg, surrogate=surrogate))
+        execute(dpo.main, dataclasses.replace(cfg, surrogate=surrogate))
     return cfg
 
 
 def test_the_first_step_of_dpo_is_at_the_reference(run):
-    """Policy and reference are one policy there, so with shared noise the margin is exactly 0, and the loss log 2."""
+    """Policy and reference are one policy there: with shared noise the margin is 0 and the loss log 2."""
     for surrogate in ("paper", "exact", "independent"):
-        first = disk.read_jsonl(dataclasses.replace(run, surrogate=surrogate).variant("dpo") / "metrics.jsonl")[0]
-        assert first["step"] == 1 and (first["rewards/margins"] == first["rewards/margin_std"] == 0) == (
-            surrogate != "independent"
-        )
+        first = disk.read_jsonl(dataclasses.replace(run, surrogate=surrogate).folder / "metrics.jsonl")[0]
+        at_reference = first["rewards/margins"] == first["rewards/margin_std"] == 0
+        assert first["step"] == 1 and at_reference == (surrogate != "independent")
         assert surrogate == "independent" or first["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_dpo_on_the_exact_likelihood_resumes_where_it_was(run, tmp_path, monkeypatch):
     for surrogate in ("exact", "independent"):
         cfg = dataclasses.replace(run, surrogate=surrogate)
-        whole = disk.load_tensors(cfg.variant("dpo") / "adapter_model.safetensors")
-        cfg.variant("dpo").rename(tmp_path / surrogate)
+        whole = disk.load_tensors(cfg.folder / "adapter_model.safetensors")
+        cfg.folder.rename(tmp_path / surrogate)
         steps = iter(range(3))
 
         def stop_after_one(*arguments, steps=steps, dpo_loss=dpo.dpo_loss):
@@ -363,18 +437,17 @@ def test_dpo_on_the_exact_likelihood_resumes_where_it_was(run, tmp_path, monkeyp
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(dpo, "dpo_loss", stop_after_one)
-            dpo.main(cfg)
+            execute(dpo.main, cfg)
         gc.collect()  # the folder's lock
-        dpo.main(cfg)
-        again = disk.load_tensors(cfg.variant("dpo") / "adapter_model.safetensors")
+        execute(dpo.main, cfg)
+        again = disk.load_tensors(cfg.folder / "adapter_model.safetensors")
         assert again.keys() == whole.keys() and all(torch.equal(again[k], whole[k]) for k in whole)
 
 
 def test_stage_07_from_end_to_end_killed_and_resumed(run, monkeypatch, capsys):
-    own = {f.name: getattr(run, f.name) for f in dataclasses.fields(common.RunConfig)}
-    sizes = {"max_draws": 4, "ode_steps": 2, "own_chunks": 2, "gradient_batches": 1, "gradient_probes": 2, "n_pairs": 4}
-    cfg = validate.Config(**own | {"workers": 1}, **sizes)
-    folder, save, saved = cfg.variant("validate"), disk.save_tensors, []
+    sizes = {"max_draws": 4, "ode_steps": 2, "own_chunks": 2, "gradient_batches": 1, "gradient_probes": 2}
+    cfg = validate.Config(name=run.name, root=run.root, pairs=run.pairs, workers=1, n_pairs=4, **sizes)
+    folder, save, saved = cfg.folder, disk.save_tensors, []
 
     def killed(path, tensors):
         if len(saved) == 1:
@@ -384,86 +457,106 @@ def test_stage_07_from_end_to_end_killed_and_resumed(run, monkeypatch, capsys):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(disk, "save_tensors", killed)
-        validate.main(cfg)
+        validate.validate(cfg)
     gc.collect()
-    validate.main(cfg)
+    validate.validate(cfg)
+    assert len(saved) == 1 and not (folder / "parts").exists()
     first = disk.read_json(folder / "done.json")["outputs"]
     assert set(first) == {"measures.safetensors", "own.safetensors", "gradients.jsonl"}
-    validate.main(dataclasses.replace(cfg, overwrite=True))
+    validate.validate(dataclasses.replace(cfg, overwrite=True))
     assert "already done" in capsys.readouterr().out
     (folder / "done.json").unlink()
-    validate.main(dataclasses.replace(cfg, overwrite=True))
+    validate.validate(dataclasses.replace(cfg, overwrite=True, workers=2))
     assert disk.read_json(folder / "done.json")["outputs"] == first
 
     measures = disk.load_tensors(folder / "measures.safetensors")
     exact = measures["dpo-lora-episode|exact"]
     assert exact.shape == (4, 2) and measures["sft|antithetic/4"].shape == (4, 4, 2)
     rows = disk.read_json(folder.with_suffix(".json"))
-    margin = [r for r in rows if r.get("quantity") == "margin" and r["metric"] == "pearson" and r["surrogate"] == "paper"]
+    margin = [
+        r
+        for r in rows
+        if r.get("quantity") == "margin" and r["metric"] == "pearson" and r["surrogate"] == "paper"
+    ]
     row = next(r for r in margin if r["policy"] == "dpo-lora-episode" and r["draws"] == 4 and r["shared"])
     theirs = [measures[f"{policy}|paper/4"][0] for policy in ("dpo-lora-episode", "sft")]
     surrogate = (theirs[0] - theirs[1])[:, 0] - (theirs[0] - theirs[1])[:, 1]
     truth = (exact - measures["sft|exact"])[:, 0] - (exact - measures["sft|exact"])[:, 1]
     assert row["value"] == pytest.approx(np.corrcoef(surrogate, truth)[0, 1], abs=1e-5)
-    (positive,) = [
-        r for r in rows if (r["metric"], r.get("quantity"), r.get("policy")) == ("positive", "margin", "dpo-lora-episode")
-    ]
+    (positive,) = (
+        r
+        for r in rows
+        if (r["metric"], r.get("quantity"), r.get("policy")) == ("positive", "margin", "dpo-lora-episode")
+    )
     assert positive["value"] == (truth > 0).float().mean() and positive["n"] == 4
     cosine = [r for r in rows if r["metric"] == "gradient cosine"]
-    assert {r["state"] for r in cosine} == {"start", "end"} and all(-1.001 <= r["value"] <= 1.001 for r in cosine)
+    assert {r["state"] for r in cosine} == {"start", "end"} and all(
+        -1.001 <= r["value"] <= 1.001 for r in cosine
+    )
     own = disk.load_tensors(folder / "own.safetensors")
     probes = np.stack([(own[f"pair/10/{i}"][:, 0] - own[f"pair/10/{i}"][:, 1]).numpy() for i in range(8)])
     spread = (measures["sft|exact"][:, 0] - measures["sft|exact"][:, 1]).numpy().var(ddof=1)
     (shared,) = [r["value"] for r in rows if "one shared probe over" in r.get("metric", "")]
     assert shared == pytest.approx(probes.var(0, ddof=1).mean() / spread, rel=1e-4)
-    assert folder.with_suffix(".png").stat().st_size > 50_000 and "| paper | 4 | yes |" in folder.with_suffix(".md").read_text()
+    assert folder.with_suffix(".png").stat().st_size > 20_000
+    assert "| paper | 4 | yes |" in folder.with_suffix(".md").read_text()
 
 
-def test_torchrun_is_refused(monkeypatch):
+def test_torchrun_and_a_gpu_are_refused(run, monkeypatch):
+    with pytest.raises(UserError, match="set device=cpu"):
+        validate.Config(device="cuda", dry_run=True).inputs()
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(common.UserError, match="not with torchrun"):
-        validate.main(validate.Config())
+    with pytest.raises(UserError, match="not with torchrun"):
+        validate.validate(validate.Config())
 
 
-def test_an_autoregressive_policy_is_exact_already(capsys):
-    validate.main(validate.Config(backbone="openvla"))
-    assert "closed form" in capsys.readouterr().out
+def test_an_autoregressive_policy_is_exact_already(tmp_path, capsys):
+    validate.validate(validate.Config(backbone="openvla", root=str(tmp_path)))
+    assert "closed form" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
 def test_success_of_weights_that_were_made_anew_is_not_counted(tmp_path):
     """The settling table pools the seeds' evaluations, but those whose adapter is another one by now."""
     cfg = validate.Config(root=str(tmp_path), seed=1, start="750")
-    for seed in (1, 2):
-        for surrogate in ("paper", "exact"):
-            one = dataclasses.replace(cfg, seed=seed, surrogate=surrogate)
-            folder = one.seed_dir / f"eval-{one.variant('dpo').name}"
-            folder.mkdir(parents=True)
-            one.variant("dpo").mkdir()
-            disk.write_json(one.variant("dpo") / "done.json", {"fingerprint": "then"})
-            made_from = {str(one.variant("dpo").relative_to(tmp_path / one.name)): "then"}
-            disk.write_json(folder / "done.json", {"config": {"group": "test"}, "inputs": made_from})
-            disk.write_json(folder / "timing.json", {})
-            rows = [{"suite": "s", "task": 0, "init_state": 40 + i, "success": i < 4, "crash": ""} for i in range(5)]
-            disk.write_rows(folder / "episodes.jsonl", rows)
-    counted = {row["surrogate"]: (row["successes"], row["n"], row["train_seeds"]) for row in agreement.settling(cfg)}
-    assert counted == {"paper": (8, 10, [1, 2]), "exact": (8, 10, [1, 2])}
+
+    def counted() -> dict:
+        return {r["surrogate"]: (r["successes"], r["n"], r["train_seeds"]) for r in agreement.settling(cfg)}
+
+    for seed, surrogate in itertools.product((1, 2), ("paper", "exact")):
+        made = dataclasses.replace(cfg, seed=seed, surrogate=surrogate).made_adapter
+        folder = made.with_name(f"eval-{made.name}")
+        for each in (made, folder):
+            each.mkdir(parents=True)
+        disk.write_json(made / "done.json", {"fingerprint": "then"})
+        inputs = {str(made.relative_to(cfg.run_dir)): "then"}
+        disk.write_json(folder / "done.json", {"config": {"group": "test"}, "inputs": inputs})
+        disk.write_json(folder / "timing.json", {})
+        row = {"suite": "s", "task": 0, "seed": seed, "steps": 9, "crash": ""}
+        rows = [row | {"init_state": 40 + i, "success": i < 4} for i in range(5)]
+        disk.write_rows(folder / "episodes.jsonl", rows)
+    assert counted() == {"paper": (8, 10, [1, 2]), "exact": (8, 10, [1, 2])}
     rows = [row | {"suite": "s", "start": "750"} for row in agreement.settling(cfg)]
-    plots.success(plots.COLOURS["light"] | {"ink": "black"}, rows)  # 08_report.py draws them as it does any policy's
-    disk.write_json(dataclasses.replace(cfg, seed=2).variant("dpo") / "done.json", {"fingerprint": "now"})
-    counted = {row["surrogate"]: (row["successes"], row["n"], row["train_seeds"]) for row in agreement.settling(cfg)}
-    assert counted == {"paper": (4, 5, [1]), "exact": (8, 10, [1, 2])}
+    plots.success(rows)  # 08_report.py draws them as it does any policy's
+    made = dataclasses.replace(cfg, seed=2).made_adapter
+    disk.write_json(made / "done.json", {"fingerprint": "now"})
+    assert counted() == {"paper": (4, 5, [1]), "exact": (8, 10, [1, 2])}
 
 
 def test_noise_of_draws_that_are_not_shared_is_that_of_independent_ones():
     g, n, repeats = common.stream(0, "unshared"), 2000, 4
-    truth, both = torch.randn(n, 2, generator=g), 3 * torch.randn(repeats, n, 1, generator=g)  # a draw's error, of both chunks
+    truth, both = (
+        torch.randn(n, 2, generator=g),
+        3 * torch.randn(repeats, n, 1, generator=g),
+    )  # a draw's error, of both chunks
     scores = truth + both + 0.3 * torch.randn(repeats, n, 2, generator=g)
     exactly = truth[:, 0] - truth[:, 1]
     own, shared = (agreement.quantity(scores, None, each) for each in (False, True))
     value, low, high = agreement.compare(own, exactly, shared)["noise"]
     expected = 2 * (9 + 0.09) / exactly.var().item()
     assert low < expected < high and value == pytest.approx(expected, rel=0.1)
-    assert agreement.compare(shared, exactly)["noise"][0] == pytest.approx(0.01 * expected * 9 / 9.09, rel=0.1)
+    assert agreement.compare(shared, exactly)["noise"][0] == pytest.approx(
+        0.01 * expected * 9 / 9.09, rel=0.1
+    )
     bias = agreement.compare(own, exactly, shared)["bias"][0]
     assert bias < 0.01, "the estimator is right but for its noise"
 
@@ -475,4 +568,6 @@ def test_noise_without_signal_is_100_and_with_signal_its_ratio():
     pure = pure - pure.mean(0)  # the repeats' mean says nothing at all
     assert agreement.compare(pure, truth)["noise"] == (pytest.approx(100), None, None)
     seen = 2 * truth + 0.5 * torch.randn(4, 400, generator=g)
-    assert agreement.compare(seen, truth)["noise"][0] == pytest.approx(0.25 / (4 * float(truth.var())), rel=0.1)
+    assert agreement.compare(seen, truth)["noise"][0] == pytest.approx(
+        0.25 / (4 * float(truth.var())), rel=0.1
+    )

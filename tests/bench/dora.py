@@ -1,11 +1,12 @@
-"""A training step with LoRA, with DoRA as the kit computes it (dora.py) and with peft's own DoRA: time and peak memory.
+"""A training step with LoRA, with the kit's DoRA (dora.py) and with peft's own: time and peak memory.
 
     python tests/bench/dora.py [repeats]
 
-Four linear layers of 1024 x 1024, one after the other, rank 32; forward, backward and AdamW on one thread. The three take turns,
-so that what else the machine does falls on all. Times are CPU times of this process; ratios are medians over the rounds of
-DoRA / LoRA in the same round. Memory is the peak of all live tensors during forward and backward, weights included; for pi-0.5 at
-its published size what a DPO step takes (memory.py, on the meta device).
+Four linear layers of 1024 x 1024, one after the other, rank 32; forward, backward and AdamW on one thread.
+The three take turns, so that other work of the machine disturbs all of them. Times are CPU times of this
+process; ratios are medians over the rounds of DoRA / LoRA in the same round. Memory is the peak of all live
+tensors during forward and backward, weights included; for pi-0.5 at its published size it is what a DPO step
+takes (backbones/memory.py, on the meta device).
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import common
-import memory
+from backbones import memory
 
 KINDS = ("lora", "dora", "peft's dora")
 WIDTH, LAYERS, RANK, ALPHA = 1024, 4, 32, 64
 
 
 def make_stack(kind: str, width: int = WIDTH, layers: int = LAYERS) -> nn.Module:
-    """Linear layers with an adapter, its B away from zero as after some training; equal values for every kind."""
+    """Linear layers with an adapter, B away from zero as after some training; equal values for all kinds."""
     torch.manual_seed(0)
     stack = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
     if kind == "peft's dora":
@@ -51,9 +52,11 @@ def step(stack: nn.Module, x: torch.Tensor, optimizer: torch.optim.Optimizer | N
 
 
 def peak(stack: nn.Module, x: torch.Tensor) -> int:
-    """Bytes held at the worst moment of a step: weights, input, and what the allocator gave out less what it got back."""
+    """Bytes held at the worst moment of a step: weights, input, and the balance of the allocator."""
     stack.zero_grad()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         step(stack, x)
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
@@ -62,7 +65,9 @@ def peak(stack: nn.Module, x: torch.Tensor) -> int:
 
 def bench(tokens: int, repeats: int) -> dict[str, dict]:
     stacks = {kind: make_stack(kind) for kind in KINDS}
-    x = torch.randn(tokens, WIDTH, generator=common.stream(0, "bench")).requires_grad_()  # some layer's output
+    x = torch.randn(
+        tokens, WIDTH, generator=common.stream(0, "bench")
+    ).requires_grad_()  # some layer's output
     trained = {kind: [p for p in stack.parameters() if p.requires_grad] for kind, stack in stacks.items()}
     optimizers = {kind: torch.optim.AdamW(parameters, 1e-4) for kind, parameters in trained.items()}
     seconds = {kind: [] for kind in KINDS}
@@ -77,7 +82,9 @@ def bench(tokens: int, repeats: int) -> dict[str, dict]:
     return {
         kind: {
             "ms": 1e3 * statistics.median(seconds[kind]),
-            "time_ratio": statistics.median(a / b for a, b in zip(seconds[kind], seconds["lora"], strict=True)),
+            "time_ratio": statistics.median(
+                a / b for a, b in zip(seconds[kind], seconds["lora"], strict=True)
+            ),
             "peak_mb": peaks[kind] / 1e6,
             "memory_ratio": peaks[kind] / peaks["lora"],
         }
@@ -92,7 +99,7 @@ def kept_at_3b(recompute: bool) -> dict[str, float]:
     config = importlib.import_module("03_dpo").Config
     totals = {}
     for adapter in ("lora", "dora"):
-        cfg = config(adapter=adapter, dtype="bfloat16", image_size=224, recompute=recompute, dry_run=True)
+        cfg = config(adapter=adapter, dtype="bfloat16", recompute=recompute, dry_run=True)
         totals[adapter] = sum(memory.estimate(cfg, "dpo")["parts"].values()) / 2**30
     return totals
 
@@ -100,14 +107,20 @@ def kept_at_3b(recompute: bool) -> dict[str, float]:
 def main(repeats: int) -> None:
     torch.set_num_threads(1)
     rows = {tokens: bench(tokens, repeats) for tokens in (128, 512)}
-    print(f"| tokens | adapter | ms a step, median of {repeats} | time / LoRA | peak MB | memory / LoRA |\n" + 6 * "|---" + "|")
+    print(
+        f"| tokens | adapter | ms a step, median of {repeats} | time / LoRA | peak MB | memory / LoRA |\n"
+        + 6 * "|---"
+        + "|"
+    )
     for tokens, row in rows.items():
         for kind, r in row.items():
-            print(f"| {tokens} | {kind} | {r['ms']:.1f} | {r['time_ratio']:.2f} | {r['peak_mb']:.1f} | {r['memory_ratio']:.3f} |")
+            cells = f"{r['ms']:.1f} | {r['time_ratio']:.2f} | {r['peak_mb']:.1f} | {r['memory_ratio']:.3f}"
+            print(f"| {tokens} | {kind} | {cells} |")
     whole = {recompute: kept_at_3b(recompute) for recompute in (True, False)}
     print("\n| pi-0.5, DPO step, 8 pairs, bfloat16 | LoRA GiB | DoRA GiB | ratio |\n|---|---|---|---|")
     for recompute, total in whole.items():
-        print(f"| recompute {recompute} | {total['lora']:.2f} | {total['dora']:.2f} | {total['dora'] / total['lora']:.3f} |")
+        cells = f"{total['lora']:.2f} | {total['dora']:.2f} | {total['dora'] / total['lora']:.3f}"
+        print(f"| recompute {recompute} | {cells} |")
     print(json.dumps({"repeats": repeats, "stack": rows, "pi05_gib": whole}))
 
 

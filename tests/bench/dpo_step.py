@@ -2,12 +2,13 @@
 
     python tests/bench/dpo_step.py [repeats]
 
-Published order: a full forward pass, image towers and prefix included, for each of 4 draws x (chosen, rejected) x (policy,
-reference), 16 in all, each over the batch of 8 pairs. Here: what no adapter touches is computed once for all epochs, the rest of
-the prefix once for policy and reference each, and both chunks under all draws are one batch of the expert. Draws are shared in
-both orders, so that the values must agree. Times are CPU times of this process on one thread, medians over rounds in which both
-take turns; at last with the expert's layers compiled, which needs a C++ compiler and a minute. At pi-0.5's published size
-operations are counted on the meta device, forward (policy, reference) and backward apart.
+Published order: a full forward pass, image towers and prefix included, for each of 4 draws x (chosen,
+rejected) x (policy, reference), 16 in all, each over the batch of 8 pairs. Here: what no adapter touches is
+computed once for all epochs, the rest of the prefix once each for policy and reference, and both chunks under
+all draws are one batch of the expert. Both orders share the draws, so their values must agree. Times are CPU
+times of this process on one thread, medians over rounds in which both take turns. The last row has the
+expert's layers compiled, which needs a C++ compiler and a minute. At pi-0.5's published size operations are
+counted on the meta device, forward (policy, reference) and backward apart.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import backbones.pi05
+import backbones
 import common
-import memory
-import runs
+from backbones import memory, pi05
+from runtime.config import HERE
 
 dpo = importlib.import_module("03_dpo")
 PAIRS, DRAWS, BETA = 8, 4, 1.0
@@ -39,13 +40,11 @@ EXPERT = r"expert\.layers\.\d+\.self_attn\.[qkvo]_proj"
 def make_pairs(policy, image_size: int, device: str = "cpu") -> dict:
     """A batch of random pairs whose prompts are as long as LIBERO's."""
     g, shape = common.stream(0, "pairs"), (PAIRS, policy.horizon, 7)
-    pairs = {
-        c: torch.randint(0, 256, (PAIRS, image_size, image_size, 3), generator=g, dtype=torch.uint8)
-        for c in ("agentview", "wrist")
-    }
-    pairs |= {"state": torch.rand(PAIRS, 8, generator=g) * 2 - 1, "instruction": [memory.INSTRUCTION] * PAIRS}
-    pairs |= {c: torch.randn(shape, generator=g).to(device) for c in ("chosen", "rejected")}
-    return pairs | {"mask": torch.ones(shape[:2], dtype=torch.bool, device=device)}
+    images = (PAIRS, image_size, image_size, 3)
+    obs = {c: torch.randint(0, 256, images, generator=g, dtype=torch.uint8) for c in common.CAMERAS}
+    obs |= {"state": torch.rand(PAIRS, 8, generator=g) * 2 - 1, "instruction": [memory.INSTRUCTION] * PAIRS}
+    chunks = {c: torch.randn(shape, generator=g).to(device) for c in ("chosen", "rejected")}
+    return chunks | {"obs": obs, "mask": torch.ones(shape[:2], dtype=torch.bool, device=device)}
 
 
 def published(policy, obs: dict, chunk, mask, draws: common.Draws) -> torch.Tensor:
@@ -78,8 +77,8 @@ def adapted(policy, targets: str):
 
 def bench(targets: str, layer: Callable, repeats: int) -> dict:
     """Median milliseconds of forward and backward in both orders, and that loss and gradients agree."""
-    backbones.pi05.expert_layer = layer
-    policy = backbones.load_policy(runs.HERE / "checkpoints" / "tiny_libero_object").requires_grad_(False)
+    pi05.expert_layer = layer
+    policy = backbones.load_policy(HERE / "checkpoints" / "tiny_libero_object").requires_grad_(False)
     adapted(policy, targets or policy.adapter_targets)
     obs, *batch = dpo.batch_of(make_pairs(policy, 64), torch.arange(PAIRS))
     batch.append(policy.draws(PAIRS, DRAWS, common.stream(0, "draws"), "stratified"))
@@ -94,21 +93,28 @@ def bench(targets: str, layer: Callable, repeats: int) -> dict:
             loss.backward()
             if i:  # warmed up
                 rows[name].append((between - began, time.process_time() - between))
-            results[name] = [loss.detach(), *(p.grad.clone() for p in policy.parameters() if p.grad is not None)]
+            results[name] = [
+                loss.detach(),
+                *(p.grad.clone() for p in policy.parameters() if p.grad is not None),
+            ]
     for a, b in zip(results["published"], results["kit"], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * max(1.0, a.abs().max().item()))
     both = zip(rows["published"], rows["kit"], strict=True)
-    found = {f"{name}_{part}": 1e3 * statistics.median(r[i] for r in rows[name]) for name in rows for i, part in enumerate(PARTS)}
+    found = {
+        f"{name}_{part}": 1e3 * statistics.median(r[i] for r in rows[name])
+        for name in rows
+        for i, part in enumerate(PARTS)
+    }
     return found | {"ratio": statistics.median(sum(a) / sum(b) for a, b in both)}
 
 
 def count(targets: str) -> dict:
     """Floating-point operations of a step of pi-0.5 at its published size, in both orders."""
-    cfg = dpo.Config(adapter="lora", dtype="bfloat16", image_size=224, dry_run=True)
+    cfg = dpo.Config(adapter="lora", dtype="bfloat16", dry_run=True)
     policy = memory.make_policy(cfg, "")
     with torch.device("meta"):
         common.attach_adapter(policy, "lora", 32, 64, targets or policy.adapter_targets, 0)
-    obs, *batch = dpo.batch_of(make_pairs(policy, cfg.image_size, "meta"), torch.arange(PAIRS))
+    obs, *batch = dpo.batch_of(make_pairs(policy, 224, "meta"), torch.arange(PAIRS))
     batch.append(policy.draws(PAIRS, DRAWS, common.stream(0, "draws"), "stratified").to("meta"))
     found = {}
     for name, loss_of, seen in (("published", published_loss, obs), ("kit", kit_loss, policy.begin(obs))):
@@ -117,21 +123,27 @@ def count(targets: str) -> dict:
             loss = loss_of(policy, seen, *batch)
         with counters[1]:
             loss.backward()
-        found |= {f"{name}_{part}": counter.get_total_flops() for part, counter in zip(PARTS, counters, strict=True)}
+        found |= {
+            f"{name}_{part}": counter.get_total_flops() for part, counter in zip(PARTS, counters, strict=True)
+        }
     kit, theirs = (sum(found[f"{name}_{part}"] for part in PARTS) for name in ("kit", "published"))
     return found | {"ratio": theirs / kit}
 
 
 def main(repeats: int) -> None:
     torch.set_num_threads(1)
-    layer, said = backbones.pi05.expert_layer, {}
+    layer, said = pi05.expert_layer, {}
     compiled = torch.compile(layer, dynamic=False)
-    head = "published: forward | backward | here: forward | backward | ratio of the sums |\n" + 6 * "|---" + "|"
+    head = (
+        "published: forward | backward | here: forward | backward | ratio of the sums |\n" + 6 * "|---" + "|"
+    )
     tiny, counted = f"tiny policy, CPU ms a step, median of {repeats}", "pi-0.5, 10^12 operations a step"
     rows = {
         (tiny, "language model and expert"): lambda: bench("", layer, repeats),
         (tiny, "expert alone"): lambda: bench(EXPERT, layer, repeats),
-        (tiny, "expert alone, its layers compiled by Torch in both orders"): lambda: bench(EXPERT, compiled, repeats),
+        (tiny, "expert alone, its layers compiled by Torch in both orders"): lambda: bench(
+            EXPERT, compiled, repeats
+        ),
         (counted, "language model and expert"): lambda: count(""),
         (counted, "expert alone"): lambda: count(EXPERT),
     }

@@ -1,10 +1,10 @@
-"""03_dpo.py as run with a published checkpoint, at full size on a GPU: random weights in files of the published formats.
+"""03_dpo.py from a published checkpoint, at full size on a GPU: random weights in the published formats.
 
     python tests/bench/full_size.py FOLDER [lerobot openvla]
 
-FOLDER takes 8 GB for lerobot's pi-0.5 and 15 for OpenVLA-7B. Each is written there with the original's full key list, then 03
-runs 20 steps of DPO with LoRA on 16 random pairs of 256-pixel images, from its own command line. Said of each: seconds, peak of
-main memory, the losses; and that the first margin is exactly 0.
+FOLDER takes 8 GB for lerobot's pi-0.5 and 15 for OpenVLA-7B. Each is written there with the original's full
+key list. Then 03 runs 20 steps of DPO with LoRA on 16 random pairs of 256-pixel images, from its own command
+line. Prints for each: seconds, peak of main memory, the losses; the first margin must be exactly 0.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import published_files
 
 import common
-import disk
+from runtime import disk, stage
+from runtime.config import HERE
+from runtime.errors import UserError, one_of
 
-ROOT = Path(common.HERE)
 KINDS = {"lerobot": ("pi05", "configs/pi05.yaml", 10), "openvla": ("openvla", "configs/openvla_7b.yaml", 1)}
 PAIRS, STEPS = 16, 20
 
@@ -53,12 +54,12 @@ def write_pairs(folder: Path, horizon: int) -> None:
 
 def main(arguments: list[str]) -> None:
     if not arguments:
-        raise common.UserError("usage: python tests/bench/full_size.py FOLDER [lerobot openvla]")
+        raise UserError("usage: python tests/bench/full_size.py FOLDER [lerobot openvla]")
     root = Path(arguments[0])
     for kind in arguments[1:] or KINDS:
-        common.one_of("kind of checkpoint", kind, KINDS)
+        one_of("kind of checkpoint", kind, KINDS)
         if (root / kind).exists():
-            raise common.UserError(f"{root / kind} is there already; remove it, or name another folder")
+            raise UserError(f"{root / kind} is there already; remove it, or name another folder")
         backbone, config, horizon = KINDS[kind]
         checkpoint, pairs = root / kind, root / f"{kind}-pairs"
         write_checkpoint(kind, checkpoint)
@@ -67,7 +68,7 @@ def main(arguments: list[str]) -> None:
         began = time.perf_counter()
         command = [sys.executable, "03_dpo.py", config, f"checkpoint={checkpoint}", f"pairs_from={pairs}"]
         command += [f"root={root / 'runs'}", f"dpo.steps={STEPS}", "dpo.log_every=1", "dpo.warmup=1"]
-        _, status, used = os.wait4(subprocess.Popen(command, cwd=ROOT).pid, 0)
+        _, status, used = os.wait4(subprocess.Popen(command, cwd=HERE).pid, 0)
         took = time.perf_counter() - began
         assert status == 0, status
         (metrics,) = (root / "runs").rglob(f"{backbone}/*/dpo-*/metrics.jsonl")
@@ -79,4 +80,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    common.run(lambda: main(sys.argv[1:]))
+    stage.command_line(lambda: main(sys.argv[1:]))

@@ -1,9 +1,11 @@
-"""What a control step and an observation cost: LIBERO's own environment against `sim.TaskEnv`, the same actions, the same states.
+"""What a control step and an observation cost, in LIBERO's own environment and in `TaskEnv`.
 
-Run: python tests/bench/simulator.py [suite=libero_object] [task=0] [pixels=64] [rounds=8]      about 1 minute
-Prints CPU milliseconds (all threads; renderer threads LP_NUM_THREADS) of a control step with two images, as LIBERO gives them at
-every step, and where they go. Both environments take turns, a round is STEPS steps of each; n rounds, medians, ratios per round.
-The states of the two are compared bit by bit after each round, the images of the `default` mode byte by byte.
+    python tests/bench/simulator.py [suite=libero_object] [task=0] [pixels=64] [rounds=8]      about 1 minute
+
+Prints the CPU milliseconds (all threads; LP_NUM_THREADS renderer threads) of a control step with two images,
+which LIBERO renders at every step, and what they were spent on. Both environments execute the same actions in
+turns of STEPS steps. The table gives medians over the rounds, and ratios round by round. After each round the
+states are compared bit by bit, and the images of the `default` mode byte by byte.
 """
 
 import os
@@ -15,17 +17,19 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import common
-import sim
+from sim.env import TaskEnv, init_state_array, libraries, suite_of
 
+MODES = ("fast", "default")
 STEPS = 10  # per round
 PHYSICS = ("mj_forward", "mj_forwardSkip", "mj_fwdConstraint", "mj_step", "mj_step2")
 
 
 class Clock:
-    """CPU seconds by label, each without what is labelled inside of it."""
+    """CPU seconds by label. A call's time does not include the labelled calls inside it."""
 
     def __init__(self):
-        self.spent, self.open = {}, []
+        self.spent = {}
+        self.open = []
 
     def attach(self, owner, name: str, label: str) -> None:
         function = getattr(owner, name)
@@ -49,27 +53,28 @@ class Clock:
 
 
 def unmodified(suite: str, task: int, init: int, pixels: int):
-    """LIBERO's environment by the standard protocol."""
+    """LIBERO's environment, started by the standard protocol."""
     from libero.libero.envs import OffScreenRenderEnv
 
-    bddl = sim.suite_of(suite).get_task_bddl_file_path(task)
+    bddl = suite_of(suite).get_task_bddl_file_path(task)
     env = OffScreenRenderEnv(bddl_file_name=bddl, camera_heights=pixels, camera_widths=pixels)
     env.seed(common.ENV_SEED)
     env.reset()
-    env.set_init_state(sim.init_state_array(suite, task)[init])
+    env.set_init_state(init_state_array(suite, task)[init])
     for _ in range(common.SETTLE_STEPS):
         env.step(np.array(common.SETTLE_ACTION))
     return env
 
 
 def measure(suite: str, task: int, pixels: int, rounds: int, init: int = 41) -> dict[str, list[dict]]:
-    """Milliseconds by label of each round: of the unmodified environment, of this one by render mode."""
-    sim.libraries()
+    """Milliseconds by label in each round, for the unmodified environment and for each render mode."""
+    mujoco = libraries().mujoco
     theirs = unmodified(suite, task, init, pixels)
-    ours = {mode: sim.TaskEnv(suite, task, pixels, mode) for mode in sim.RENDER_MODES}
-    clock, problem = Clock(), theirs.env
+    ours = {mode: TaskEnv(suite, task, pixels, mode) for mode in MODES}
+    problem = theirs.env
+    clock = Clock()
     for name in PHYSICS:
-        clock.attach(sim.libraries().mujoco, name, "physics")
+        clock.attach(mujoco, name, "physics")
     clock.attach(problem.robots[0], "control", "controller")
     clock.attach(problem, "_update_observables", "observables")
     clock.attach(problem, "_get_observations", "observables")
@@ -84,7 +89,9 @@ def measure(suite: str, task: int, pixels: int, rounds: int, init: int = 41) -> 
         clock.attach(env, "observe", "rendering")
         clock.attach(env, "step", "rest")
     clock.read()
-    rng, push, times = np.random.default_rng(0), np.zeros(7), {"unmodified": [], **{mode: [] for mode in ours}}
+    times = {"unmodified": [], **{mode: [] for mode in ours}}
+    rng = np.random.default_rng(0)
+    push = np.zeros(7)
     for _ in range(rounds):
         actions = []
         for _ in range(STEPS):
@@ -110,15 +117,19 @@ def measure(suite: str, task: int, pixels: int, rounds: int, init: int = 41) -> 
 def main(suite: str = "libero_object", task: int = 0, pixels: int = 64, rounds: int = 8) -> None:
     times = measure(suite, int(task), int(pixels), int(rounds))
     threads = os.environ["LP_NUM_THREADS"]
-    print(f"{suite} task {task}, {pixels} px, LP_NUM_THREADS {threads}, {rounds} rounds of {STEPS} steps; CPU ms per step")
-    print(
-        f"{'':24}" + "".join(f"{name:>14}" for name in times) + "   unmodified / default, fast: median (lowest to highest round)"
-    )
+    print(f"{suite} task {task}, {pixels} px, LP_NUM_THREADS {threads}, {rounds} rounds of {STEPS} steps")
+    head = "".join(f"{name:>14}" for name in times)
+    print(f"{'CPU ms per step':24}{head}   unmodified / default, fast: median (lowest to highest round)")
     parts = ("physics", "controller", "observables", "rest", "rendering")
-    rows = {part: (part,) for part in parts} | {"step without images": parts[:4], "step and observation": parts}
+    rows = {part: (part,) for part in parts} | {
+        "step without images": parts[:4],
+        "step and observation": parts,
+    }
     for row, labels in rows.items():
-        ms = {name: np.array([sum(r.get(label, 0.0) for label in labels) for r in each]) for name, each in times.items()}
-        ratios = [ms["unmodified"] / np.maximum(ms[mode], 1e-9) for mode in sim.RENDER_MODES[::-1]]
+        ms = {}
+        for name, each in times.items():
+            ms[name] = np.array([sum(parts_ms.get(label, 0.0) for label in labels) for parts_ms in each])
+        ratios = [ms["unmodified"] / np.maximum(ms[mode], 1e-9) for mode in MODES[::-1]]
         text = ", ".join(f"{np.median(r):.1f} ({r.min():.1f} to {r.max():.1f})" for r in ratios)
         cells = "".join(f"{np.median(values):14.2f}" for values in ms.values())
         print(f"{row:24}{cells}   {text if np.median(ms['fast']) > 0.005 else '-'}")
