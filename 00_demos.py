@@ -129,8 +129,9 @@ def attempt(
         return "missed grasp", {}
     except CRASHES:
         return "crash", {}
-    arrays = {key: np.stack(value) for key, value in rows.items()} | {"success_step": first_success}
-    return ("success", arrays) if first_success is not None else ("no success", {})
+    if first_success is None:
+        return "no success", {}
+    return "success", {key: np.stack(value) for key, value in rows.items()} | {"success_step": first_success}
 
 
 def try_until_success(
@@ -170,8 +171,7 @@ def record_demo(env: TaskEnv, init_state: int, repeat: int, cfg: Config, path: P
             demo.attrs.update({"init_state_id": init_state, "success_step": success_step})  # not in LIBERO's
             last = (np.arange(steps) == steps - 1).astype(np.uint8)
             for key, value in (rows | {"rewards": last, "dones": last}).items():
-                compression = "gzip" if value.dtype == np.uint8 else None
-                demo.create_dataset(key, data=value, compression=compression)
+                demo.create_dataset(key, data=value, compression="gzip" if value.dtype == np.uint8 else None)
 
 
 def file_attributes(env: TaskEnv) -> dict[str, str]:
@@ -179,8 +179,12 @@ def file_attributes(env: TaskEnv) -> dict[str, str]:
     names = {"env_name": type(env.env).__name__, "problem_name": env.env.parsed_problem["problem_name"]}
     bddl = "/".join(["libero/libero/bddl_files", *Path(env.env.bddl_file_name).parts[-2:]])
     info = {"domain_name": "robosuite", "language_instruction": env.instruction} | names
-    size = {"camera_heights": env.image_size, "camera_widths": env.image_size}
-    kwargs = {"robots": ["Panda"], "controller": "OSC_POSE"} | size
+    kwargs = {
+        "robots": ["Panda"],
+        "controller": "OSC_POSE",
+        "camera_heights": env.image_size,
+        "camera_widths": env.image_size,
+    }
     return {
         "tag": "libero-v1",
         "macros_image_convention": "opengl",
@@ -238,27 +242,27 @@ def record(cfg: Config) -> list[dict]:
     workers.run(
         record_task, jobs, cfg.workers, "demos", lambda: sum(path.is_file() for path in every), len(every)
     )
-    rows = []
-    for (suite, task), paths in parts.items():
+    for suite in cfg.suites:
         (cfg.data_dir / suite).mkdir(exist_ok=True)
-        demos = merge(paths, cfg.data_dir / suite / f"task_{task:02d}.hdf5")
-        rows.append({"suite": suite, "task": task} | statistics(demos))
-    return rows
+    return [
+        {"suite": suite, "task": task}
+        | statistics(merge(paths, cfg.data_dir / suite / f"task_{task:02d}.hdf5"))
+        for (suite, task), paths in parts.items()
+    ]
 
 
 def statistics(demos: list[dict]) -> dict:
     """What became of the demonstrations of one task."""
     kept, tries = [d for d in demos if d["steps"]], [outcome for d in demos for outcome in d["outcomes"]]
-    counts = {
+    return {
         "demos": len(demos),
         "kept": len(kept),
         "first_try": sum(d["outcomes"] == ["success"] for d in demos),
-    }
-    counts |= {
-        outcome.replace(" ", "_"): tries.count(outcome) for outcome in ("missed grasp", "no success", "crash")
-    }
-    return counts | {
-        key: round(sum(d[key] for d in kept) / max(len(kept), 1), 1) for key in ("steps", "success_step")
+        "missed_grasp": tries.count("missed grasp"),
+        "no_success": tries.count("no success"),
+        "crash": tries.count("crash"),
+        "steps": round(sum(d["steps"] for d in kept) / max(len(kept), 1), 1),
+        "success_step": round(sum(d["success_step"] for d in kept) / max(len(kept), 1), 1),
     }
 
 

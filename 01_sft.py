@@ -66,8 +66,8 @@ class Config(common.PolicyConfig):
     def inputs(self) -> list[Path]:
         if not self.init_from:
             backbones.horizon(self.backbone, self.model)  # fails for a model that can't be
-        demos = stage.require(self.data_dir, "demos")
-        return [demos, *(stage.checkpoint_files(self.init_from) if self.init_from else [])]
+        given = stage.checkpoint_files(self.init_from) if self.init_from else []
+        return [stage.require(self.data_dir, "demos"), *given]
 
 
 # ------------------------------------------------------------------------------------------------------- data
@@ -75,8 +75,7 @@ def future_chunks(actions: np.ndarray, steps: np.ndarray, horizon: int) -> np.nd
     """The `horizon` actions from each of `steps` on, (N, H, 7). Past the end: stand still, keep the grip."""
     still = np.zeros((horizon, 7), actions.dtype)
     still[:, 6] = actions[-1, 6]
-    padded = np.concatenate([actions, still])  # (T + H, 7)
-    return padded[steps[:, None] + np.arange(horizon)]
+    return np.concatenate([actions, still])[steps[:, None] + np.arange(horizon)]  # of (T + H, 7)
 
 
 def load_data(cfg: Config, horizon: int) -> tuple[dict, dict | None, list[str]]:
@@ -85,8 +84,9 @@ def load_data(cfg: Config, horizon: int) -> tuple[dict, dict | None, list[str]]:
     """
     rows = {"train": [], "val": []}
     for _, held, demo in common.demonstrations(cfg, cfg.holdout):
-        chunks = future_chunks(demo.actions, demo.image_steps, horizon)
-        rows["val" if held else "train"].append((demo, chunks))
+        rows["val" if held else "train"].append(
+            (demo, future_chunks(demo.actions, demo.image_steps, horizon))
+        )
     instructions = sorted({demo.instruction for part in rows.values() for demo, _ in part})
 
     def tensors(part: list) -> dict:

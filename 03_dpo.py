@@ -224,12 +224,12 @@ def main(cfg: Config, run: stage.Run) -> dict:
         policy, cfg.adapter, cfg.rank, cfg.alpha, cfg.targets or policy.adapter_targets, cfg.seed
     )
     policy.recompute = cfg.recompute
-    trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    trained = torch.nn.ParameterList(p for p in policy.parameters() if p.requires_grad)
+    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
     draw, score = scorer(policy, cfg)
     beta = auto_beta(policy, pairs, draw, score, cfg) if cfg.beta == "auto" else float(cfg.beta)
     beta = run.agree(beta)
-    n, k = len(pairs["mask"]), sum(p.numel() for p in trained.values())
+    n, k = len(pairs["mask"]), sum(p.numel() for p in trained)
     print(f"[03_dpo] {n} pairs, {cfg.adapter} with {k:,} parameters, beta {beta:.4g}", flush=True)
     pairs["obs"] = begin(policy, pairs, cfg)
 
@@ -253,8 +253,8 @@ def main(cfg: Config, run: stage.Run) -> dict:
 
         # 4. one step of the optimiser, and the log
         total.backward()
-        run.average_gradients(trained.values())
-        grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), cfg.grad_clip)
+        run.average_gradients(trained)
+        grad_norm = torch.nn.utils.clip_grad_norm_(trained, cfg.grad_clip)
         lr = run.set_learning_rate(optimizer, step)
         optimizer.step()
         optimizer.zero_grad()

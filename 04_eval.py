@@ -26,6 +26,7 @@ import numpy as np
 import backbones
 import common
 from report import episodes
+from report.tables import listing
 from runtime import disk, ranks, stage, workers
 from runtime.config import Count
 from sim.env import CRASHES, TaskEnv, carry_out, tasks
@@ -171,26 +172,17 @@ def results_table(cfg: Config) -> list[dict]:
     return rows
 
 
-def results_markdown(rows: list[dict]) -> str:
-    """`over tasks`: the interval of a bootstrap of whole tasks. p: exact McNemar on the same episodes."""
-    columns = ("policy", "suite", "success", "95 % interval", "over tasks", "crashes")
-    head = " | ".join([*columns, "against its SFT start", "gained / lost", "p"])
-    lines = [f"| {head} |", "|---" * 9 + "|"]
-    for r in rows:
-        compared = ["", "", ""]
-        if "diff_vs_sft" in r:
-            difference, lost = f"{100 * r['diff_vs_sft']:+.1f} points", f"{r['gained']} / {r['lost']}"
-            compared = [difference, lost, f"{r['p_vs_sft']:.2g}"]
-        cells = [
-            r["name"],
-            r["suite"].replace(" ", ", "),
-            f"{r['successes']} / {r['n']}",
-            "{:.1%} to {:.1%}".format(*r["ci95"]),
-            "{:.0%} to {:.0%}".format(*r["ci95_tasks"]),
-            r["crashes"],
-        ]
-        lines.append("| " + " | ".join(map(str, cells + compared)) + " |")
-    return "\n".join(lines)
+RESULTS = {  # heading -> cell. over tasks: a bootstrap of whole tasks. p: exact McNemar on the same episodes
+    "policy": "{name}",
+    "suite": lambda row: row["suite"].replace(" ", ", "),
+    "success": "{successes} / {n}",
+    "95 % interval": "{ci95[0]:.1%} to {ci95[1]:.1%}",
+    "over tasks": "{ci95_tasks[0]:.0%} to {ci95_tasks[1]:.0%}",
+    "crashes": "{crashes}",
+    "against its SFT start": lambda row: f"{100 * row['diff_vs_sft']:+.1f} points" if "gained" in row else "",
+    "gained / lost": lambda row: f"{row['gained']} / {row['lost']}" if "gained" in row else "",
+    "p": lambda row: f"{row['p_vs_sft']:.2g}" if "gained" in row else "",
+}
 
 
 def main(cfg: Config, run: stage.Run) -> dict:
@@ -205,8 +197,8 @@ def show_table(cfg: Config) -> None:
     rows = results_table(cfg)
     stem = "results" if cfg.group == "test" else f"results-{cfg.group}"
     disk.write_json(cfg.seed_dir / f"{stem}.json", rows)
-    disk.write_atomic(cfg.seed_dir / f"{stem}.md", results_markdown(rows) + "\n")
-    print(results_markdown(rows), flush=True)
+    disk.write_atomic(cfg.seed_dir / f"{stem}.md", listing(rows, RESULTS) + "\n")
+    print(listing(rows, RESULTS), flush=True)
 
 
 if __name__ == "__main__":

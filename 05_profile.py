@@ -43,8 +43,12 @@ from runtime import disk, stage, workers
 from runtime.config import Count
 
 # Dense bfloat16 operations and bytes per second, from the makers' data sheets
-GPUS = {"H20": (148e12, 4.0e12), "H100": (989e12, 3.35e12), "A100": (312e12, 2.04e12)}
-GPUS["RTX 4090"] = (165e12, 1.01e12)
+GPUS = {
+    "H20": (148e12, 4.0e12),
+    "H100": (989e12, 3.35e12),
+    "A100": (312e12, 2.04e12),
+    "RTX 4090": (165e12, 1.01e12),
+}
 
 
 @dataclass
@@ -103,17 +107,16 @@ class Clock:
             moment.record()
         self.marks.append((moment, self.open[-1]))
 
-    def wrap(self, function: Callable, part: str) -> Callable:
-        def timed(*arguments, **keywords):
-            self.open.append(part)
+    @contextlib.contextmanager
+    def during(self, part: str) -> Iterator[None]:
+        """Gives the time of a block to `part`; as a decorator, that of a function."""
+        self.open.append(part)
+        self.mark()
+        try:
+            yield
+        finally:
+            self.open.pop()
             self.mark()
-            try:
-                return function(*arguments, **keywords)
-            finally:
-                self.open.pop()
-                self.mark()
-
-        return timed
 
     def read(self) -> dict[str, float]:
         """Milliseconds by part since the first mark. Forgets the marks."""
@@ -134,16 +137,13 @@ def timers(policy, clock: Clock, compiled: bool = False) -> Iterator[None]:
         for path, part in PARTS[policy.backbone].items():
             owner, name = (policy.get_submodule(path), "forward") if "." in path else (policy, path)
             if owner is policy or not compiled:
-                timed = clock.wrap(getattr(owner, name), part)
-                stack.enter_context(mock.patch.object(owner, name, timed))
+                stack.enter_context(mock.patch.object(owner, name, clock.during(part)(getattr(owner, name))))
         yield
 
 
 # ---------------------------------------------------------------------------------------------------- anatomy
 @dataclass
 class Point:
-    """The circumstances of an inference."""
-
     steps: int = 10
     views: int = 2
     batch: int = 1
@@ -155,10 +155,14 @@ class Point:
 def points(cfg: Config, policy) -> Iterator[tuple[str, Point]]:
     """(label, point): the config's own, and with `sweeps` those that differ from it in one thing."""
     base = Point(cfg.denoise_steps, len(policy.cfg.cameras), 1, policy.cfg.horizon, cfg.dtype)
-    values = {"steps": (), "views": (1, 2, 3), "batch": (1, 4, 16), "chunk": (1, 2, 4, 8)}
-    if policy.backbone == "pi05":
-        values |= {"steps": (1, 2, 4, 10, 20), "chunk": (5, 10, 20, 50)}
-    values["dtype"] = ("bfloat16",)
+    is_flow = policy.backbone == "pi05"
+    values = {
+        "steps": (1, 2, 4, 10, 20) if is_flow else (),
+        "views": (1, 2, 3),
+        "batch": (1, 4, 16),
+        "chunk": (5, 10, 20, 50) if is_flow else (1, 2, 4, 8),
+        "dtype": ("bfloat16",),
+    }
     yield "as it is", base
     for key, value in [(key, value) for key, many in values.items() for value in many if cfg.sweeps]:
         if value != getattr(base, key):
@@ -173,20 +177,22 @@ def prepare(policy, point: Point):
     policy.cfg.horizon = point.chunk
     if point.dtype != "float32" and next(policy.language_model.layers.parameters()).dtype == torch.float32:
         policy = copy.deepcopy(policy).cast(point.dtype)
-    mode = "reduce-overhead" if next(policy.parameters()).is_cuda else "default"  # the former: CUDA graphs
     compiled = {"pi05": ("image_features", "prefill", "flow"), "openvla": ("patch_features", "prefill")}
     for name in compiled[policy.backbone]:
         vars(policy).pop(name, None)
-        if point.backend == "compile":
+        if point.backend == "compile":  # on a GPU with CUDA graphs
+            mode = "reduce-overhead" if next(policy.parameters()).is_cuda else "default"
             setattr(policy, name, torch.compile(getattr(policy, name), mode=mode))
     return policy
 
 
 def observations(n: int, image_size: int) -> dict:
-    """A batch of n random observations."""
     g, shape = common.stream(0, "observations"), (n, image_size, image_size, 3)
-    obs = {c: torch.randint(0, 256, shape, generator=g, dtype=torch.uint8) for c in common.CAMERAS}
-    return obs | {"state": torch.rand(n, 8, generator=g) * 2 - 1, "instruction": [memory.INSTRUCTION] * n}
+    return {
+        **{c: torch.randint(0, 256, shape, generator=g, dtype=torch.uint8) for c in common.CAMERAS},
+        "state": torch.rand(n, 8, generator=g) * 2 - 1,
+        "instruction": [memory.INSTRUCTION] * n,
+    }
 
 
 @torch.no_grad()
@@ -237,8 +243,9 @@ def roofline(cfg: Config) -> dict:
     layers, and for the actions also the prefix's keys and values, in every pass. Kernel launches, norms and
     rotations come on top.
     """
-    published = {"model": {}, "checkpoint": "", "init_from": "", "dtype": "bfloat16"}
-    policy = memory.make_policy(replace(cfg, **published, device="cpu"), "")
+    policy = memory.make_policy(
+        replace(cfg, model={}, checkpoint="", init_from="", dtype="bfloat16", device="cpu"), ""
+    )
     obs, _, _ = memory.make_batch(policy, 1)
     noise = policy.noise(1, torch.Generator()).to("meta")
     passes = cfg.denoise_steps if policy.backbone == "pi05" else policy.horizon * policy.action_dim
@@ -254,8 +261,7 @@ def roofline(cfg: Config) -> dict:
     for gpu, (flops, bandwidth) in GPUS.items():
         ms = {part: 1e3 * max(w.flops / flops, w.bytes / bandwidth) for part, w in work.items()}
         gpus[gpu] = {"ms": ms, "prefix_share": (ms["images"] + ms["prefix"]) / sum(ms.values())}
-    counts = {part: {"flops": w.flops, "bytes": w.bytes} for part, w in work.items()}
-    return {"work": counts, "gpus": gpus}
+    return {"work": {part: {"flops": w.flops, "bytes": w.bytes} for part, w in work.items()}, "gpus": gpus}
 
 
 # ------------------------------------------------------------------------------------------------------- main
@@ -275,8 +281,8 @@ def main(cfg: Config, run: stage.Run) -> None:
     for label, point in workers.progress(list(points(cfg, policy)), desc="profile", unit="point"):
         rows.append({"label": label} | vars(point) | measure(policy, cfg, point))
         if abs(rows[-1]["parts_over_whole"] - 1) > 0.05:
-            sums = f"the parts sum to {rows[-1]['parts_over_whole']:.0%} of the whole"
-            print(f"[05_profile] warning: {label}: {sums}", flush=True)
+            text = "[05_profile] warning: {label}: the parts sum to {parts_over_whole:.0%} of the whole"
+            print(text.format_map(rows[-1]), flush=True)
     bounds = roofline(cfg)
     facts = {
         "device": cfg.device,
@@ -291,19 +297,18 @@ def main(cfg: Config, run: stage.Run) -> None:
         run.dir / "latency.json", facts | {"points": rows, "roofline": bounds, "paper": latency.PAPER}
     )
     disk.write_atomic(run.dir / "table.md", table)
-    title = f"{cfg.backbone}, {facts['parameters']:,} parameters, {cfg.device}"
-    latency.plot(rows, title, run.dir / "anatomy.png")
-    short = [
-        {key: row[key] for key in ("label", "p50_ms", "p95_ms", "prefix_share", "ceiling")} for row in rows
-    ]
-    print(f"{table}{json.dumps(facts | {'points': short})}", flush=True)
+    latency.plot(
+        rows, f"{cfg.backbone}, {facts['parameters']:,} parameters, {cfg.device}", run.dir / "anatomy.png"
+    )
+    keys = ("label", "p50_ms", "p95_ms", "prefix_share", "ceiling")
+    short = [{key: row[key] for key in keys} for row in rows]
+    print(table + json.dumps(facts | {"points": short}), flush=True)
 
 
 def write_table(cfg: Config) -> None:
     """table.json, which 08_report.py reads."""
-    own = disk.read_json(cfg.folder / "latency.json")["points"][0]
-    timing = disk.read_json(cfg.folder / "timing.json")
-    disk.write_json(cfg.folder / "table.json", latency.metric_rows(cfg.backbone, own, timing))
+    own, timing = (disk.read_json(cfg.folder / name) for name in ("latency.json", "timing.json"))
+    disk.write_json(cfg.folder / "table.json", latency.metric_rows(cfg.backbone, own["points"][0], timing))
 
 
 if __name__ == "__main__":

@@ -50,13 +50,9 @@ from runtime.config import Count
 from runtime.errors import UserError
 
 ANCHORS = 30  # of an episode, evenly spaced
-HIDDEN = 512  # units of the head
-DIM = 128  # of the embedding
 TEMPERATURE = 0.07
 TEMPORAL = 0.5  # weight of the temporal term; the views' term has the rest
 MASK = 10  # masked and corrected: frames of one episode at most so many steps apart are no negatives
-LR = 3e-4  # cosine to 0
-WEIGHT_DECAY = 0.01
 FOLDS = 10  # groups of tasks; each is held out once
 AT = (1, 5, 10)  # the k of recall@k
 # variant of the head -> (near frames are no negatives, the input is standardised)
@@ -97,7 +93,7 @@ class Head(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, HIDDEN), nn.Linear(HIDDEN, DIM)
+        self.fc1, self.fc2 = nn.Linear(width, 512), nn.Linear(512, 128)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.normalize(self.fc2(F.gelu(self.fc1(x.float()))), dim=-1)
@@ -182,20 +178,17 @@ class Frames:
     partners: np.ndarray  # (A,) the temporal positives
 
 
-def choose(steps: np.ndarray, gap: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions (A,) of the anchors among an episode's images, and of their partners.
+def choose(steps: np.ndarray, gap: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The images of an episode, taken at `steps`, that become frames; its anchors (A,) and their partners.
 
-    steps: of the images. A partner is as many images ahead as come nearest to `gap` steps, at least one.
+    A partner is as many images ahead as come nearest to `gap` steps, at least one. The last image, which
+    shows the goal, is a frame too. Anchors and partners are numbers among the frames.
     """
     ahead = max(1, round(gap / float(np.median(np.diff(steps))))) if len(steps) > 1 else 1
     n = max(0, len(steps) - ahead)  # images that have a partner
-    chosen = np.unique(np.linspace(0, n - 1, min(ANCHORS, n)).round().astype(int))
-    return chosen, chosen + ahead
-
-
-def used(demo: common.Demo, gap: int) -> np.ndarray:
-    """Positions of the images that become frames: anchors, partners, and the last, which shows the goal."""
-    return np.unique(np.concatenate([*choose(demo.image_steps, gap), [len(demo.image_steps) - 1]]))
+    anchors = np.unique(np.linspace(0, n - 1, min(ANCHORS, n)).round().astype(int))
+    kept = np.unique([*anchors, *anchors + ahead, len(steps) - 1])
+    return kept, np.searchsorted(kept, anchors), np.searchsorted(kept, anchors + ahead)
 
 
 def shrink(images: np.ndarray, size: int = 8) -> np.ndarray:
@@ -214,8 +207,7 @@ def load_frames(cfg: Config) -> Frames:
     episodes, tasks, n = [], {}, 0
     bar = workers.progress(common.demonstrations(cfg, cfg.holdout), desc="encode", unit="episode")
     for episode, (suite, held, demo) in enumerate(bar):
-        kept = used(demo, cfg.gap)
-        anchors, partners = choose(demo.image_steps, cfg.gap)
+        kept, anchors, partners = choose(demo.image_steps, cfg.gap)
         images = {camera: torch.from_numpy(getattr(demo, camera)[kept]) for camera in common.CAMERAS}
         part = {
             "suite": np.full(len(kept), suite),
@@ -225,8 +217,8 @@ def load_frames(cfg: Config) -> Frames:
             "held": np.full(len(kept), held),
             "state": demo.state[demo.image_steps[kept]],
             "pixels": shrink(demo.agentview[kept]),
-            "anchors": n + np.searchsorted(kept, anchors),
-            "partners": n + np.searchsorted(kept, partners),
+            "anchors": n + anchors,
+            "partners": n + partners,
         }
         episodes.append(part | {camera: pooled(policy, x).cpu().numpy() for camera, x in images.items()})
         n += len(kept)
@@ -292,10 +284,10 @@ def train(frames: Frames, on: np.ndarray, split: str, variant: str, cfg: Config)
         x = np.concatenate([frames.agentview[frames.anchors[on]], frames.wrist[frames.anchors[on]]])
         mean, spread = torch.from_numpy(x).mean(0), torch.from_numpy(x).std(0) + 1e-6
     device = ranks.place(cfg.device)
-    views = {"agentview": frames.agentview, "wrist": frames.wrist}
-    views = {key: ((torch.from_numpy(x) - mean) / spread).to(device) for key, x in views.items()}
+    views = {camera: torch.from_numpy(getattr(frames, camera)) for camera in common.CAMERAS}
+    views = {camera: ((x - mean) / spread).to(device) for camera, x in views.items()}
     head = fresh_head(frames, cfg).to(device)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=3e-4, weight_decay=0.01)
     steps = max(1, cfg.epochs * len(on) // cfg.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     held = np.flatnonzero(frames.held[frames.anchors] & (split == "episodes"))
@@ -497,7 +489,8 @@ def neighbours(vectors: dict, frames: Frames, part: tuple, names: tuple[str, str
     images = {}
     for episode, (*_, demo) in enumerate(common.demonstrations(cfg, cfg.holdout)):
         own = np.intersect1d(shown, np.flatnonzero(frames.episode == episode))
-        at = used(demo, cfg.gap)[own - np.searchsorted(frames.episode, episode)]
+        kept, _, _ = choose(demo.image_steps, cfg.gap)
+        at = kept[own - np.searchsorted(frames.episode, episode)]
         images |= dict(zip(own.tolist(), demo.agentview[at], strict=True))
     return shown, right, images
 

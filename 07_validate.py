@@ -5,7 +5,8 @@ reads   <run>/<backbone>/seed<k>/sft/ (01), prefs-<pairs>/ (02), every finished 
 writes  <run>/<backbone>/seed<k>/validate-<pairs>[-at<start>]/: measures.safetensors (exact values and
         estimates of every chunk under every policy), own.safetensors, gradients.jsonl, done.json;
         beside the folder its tables and plots, validate-<pairs>[-at<start>].{json,md,png}
-cost    each run measures it (CPU seconds per chunk, in the .md); --dry-run counts passes of the action expert
+cost    each run measures it (CPU seconds per chunk, in the .md); an estimate takes a pass of the action
+        expert per draw, the exact value 2 x ode_steps x (1 + dimensions of a chunk)
 try     python 07_validate.py configs/tiny.yaml validate.n_pairs=8
 
 Three quantities are compared. `log p` is that of a chunk. `difference` is log p of the chosen chunk minus
@@ -40,7 +41,7 @@ from torch import Tensor
 
 import backbones
 import common
-from backbones import likelihood, memory
+from backbones import likelihood
 from report import agreement
 from runtime import disk, stage, workers
 from runtime.config import Count, load_config
@@ -72,6 +73,7 @@ class Config(common.ActingConfig, common.AdapterConfig):
     gradient_probes: Annotated[int, 2] = 8  # of the exact gradient; half of them are compared with the rest
 
     folder = property(lambda self: self.seed_dir / self.variant("validate", self.pairs))
+    draw_counts = property(lambda self: [2**i for i in range(self.max_draws.bit_length())])
 
     def dpo_folders(self) -> dict[str, Path]:
         """Name -> folder of every finished DPO on these pairs and this start, or of the one that is given."""
@@ -87,10 +89,6 @@ class Config(common.ActingConfig, common.AdapterConfig):
             raise UserError("07_validate.py measures on the CPU; set device=cpu")
         adapters = self.adapter_inputs() if self.adapters_from else list(self.dpo_folders().values())
         return [*self.sft_inputs(), *self.pairs_inputs(), *adapters]
-
-
-def draw_counts(cfg: Config) -> list[int]:
-    return [2**i for i in range(cfg.max_draws.bit_length())]
 
 
 # ------------------------------------------------------------------------------------------------------- data
@@ -132,11 +130,12 @@ def velocity_errors(policy, prefix, chunks: Tensor, draws: common.Draws) -> Tens
     n, c, h, _ = chunks.shape
     flat = policy.pad(chunks.transpose(0, 1).flatten(0, 1))  # (c n, H, D)
     prefix = prefix.select(torch.arange(n).repeat(c))
-
-    def velocity(index: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        return policy.velocity(prefix.select(index), x_t, t)
-
-    errors = common.flow_matching_error(velocity, flat, draws.repeat(c), torch.ones(c * n, h))
+    errors = common.flow_matching_error(
+        lambda index, x_t, t: policy.velocity(prefix.select(index), x_t, t),
+        flat,
+        draws.repeat(c),
+        torch.ones(c * n, h),
+    )
     return errors.unflatten(1, (c, n)).transpose(1, 2)
 
 
@@ -174,7 +173,7 @@ def measure(job: Job) -> None:
         if scheme == "stratified" and weight != "velocity":
             continue  # other weights of the paper's errors, below
         seen = obs if name == "independent" else prefix
-        for k in draw_counts(cfg)[name == "antithetic" :]:  # mirror images come in pairs
+        for k in cfg.draw_counts[name == "antithetic" :]:  # mirror images come in pairs
             streams = [
                 common.stream(cfg.seed, "validate", scheme, k, r, job.pairs[0]) for r in range(REPEATS)
             ]
@@ -293,10 +292,10 @@ def costs(cfg: Config) -> dict[str, float]:
 
     with torch.no_grad():
         prefix, g = policy.encode(obs), common.stream(cfg.seed, "costs")
-        spent = {"exact": seconds(lambda: exact(policy, prefix, chunks, cfg.ode_steps))}
-        for k in draw_counts(cfg):
-            spent[f"surrogate, {k} draws"] = seconds(partial(estimate, policy, prefix, chunks, "paper", k, g))
-    return spent
+        calls = {"exact": partial(exact, policy, prefix, chunks, cfg.ode_steps)}
+        for k in cfg.draw_counts:
+            calls[f"surrogate, {k} draws"] = partial(estimate, policy, prefix, chunks, "paper", k, g)
+        return {name: seconds(call) for name, call in calls.items()}
 
 
 def do_missing(function: Callable[[Job], None], jobs: list[Job], cfg: Config, title: str) -> None:
@@ -354,20 +353,11 @@ def main(cfg: Config, run: stage.Run) -> dict:
     return {"policies": list(policies)}
 
 
-def print_passes(cfg: Config, section: str) -> None:
-    """What --dry-run adds."""
-    dims = memory.make_policy(cfg, "").noise(1, torch.Generator()).numel()  # as flowed, padding included
-    counts = (
-        f"{agreement.passes('exact', 0, cfg, dims)} exact, {REPEATS * 4 * 2 * cfg.max_draws} for estimates"
-    )
-    print(f"{section}: passes of the action expert per chunk and policy: {counts}")
-
-
 def validate(cfg: Config) -> None:
     if cfg.backbone == "openvla":
         print("[07_validate] openvla's log p is exact, in closed form: there is nothing to validate")
     else:
-        stage.execute(main, cfg, print_passes, lambda cfg: agreement.report(cfg, cfg.folder))
+        stage.execute(main, cfg, backbones.dry_run, lambda cfg: agreement.report(cfg, cfg.folder))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ counts (report/claims.py).
 
 import re
 import sys
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ import common
 from report import audit, episodes
 from report.chapters import Experiment, write_audit, write_report
 from report.page import fill_in
-from report.tables import script
+from report.tables import grouped, script
 from runtime import disk, stage
 from runtime.config import BACKBONES, load_config
 from runtime.errors import UserError
@@ -46,15 +45,7 @@ class Config(common.PolicyConfig):
     readme: str = ""  # Markdown file, or folder of them, whose marked tables are renewed
 
 
-PAIRED = (
-    "paired_with",
-    "diff_vs_sft",
-    "gained",
-    "lost",
-    "p_vs_sft",
-    "paired_n",
-    "deff",
-)  # a row's comparison
+PAIRED = ["paired_with", "diff_vs_sft", "gained", "lost", "p_vs_sft", "paired_n", "deff"]  # of a comparison
 NO_SETTING = {"seed", "videos", "threads", "log_every", "checkpoint_every"}  # keys in which seeds may differ
 
 
@@ -70,12 +61,13 @@ def of_run(cfg: Config, backbone: str) -> Experiment:
                 played[seed, group, facts["policy"]] = facts, rows
         for path in [*sorted(seed_dir.glob("*.json")), *sorted(seed_dir.glob("*/table.json"))]:
             table = disk.read_json(path)
-            rows = [completed(row) for row in table] if isinstance(table, list) else []
-            for row in rows:  # not of an evaluation that is being redone
-                if script(row) != "04_eval.py" or (seed, row["group"], row["name"]) in played:
-                    experiment.rows.append(row)
+            experiment.rows += [  # not those of an evaluation that is being redone
+                row
+                for row in map(completed, table if isinstance(table, list) else [])
+                if script(row) != "04_eval.py" or (seed, row["group"], row["name"]) in played
+            ]
         for path in sorted(seed_dir.glob("*/metrics.jsonl")):
-            name = path.parent.name + (f", {seed_dir.name}" if len(seeds) > 1 else "")
+            name = f"{path.parent.name}-{seed_dir.name}" if len(seeds) > 1 else path.parent.name
             experiment.training[name] = audit.read_lines(path)[0]
         experiment.drawn += [*sorted(seed_dir.glob("*.png")), *sorted(seed_dir.glob("*/*.png"))]
         experiment.videos += sorted(seed_dir.glob("eval-*/videos/*.gif"))
@@ -98,31 +90,33 @@ def over_seeds(rows: list[dict], played: dict, run_dir: Path) -> list[dict]:
     Only where the settings differ in nothing but the seed. One policy under several noise seeds is not
     several trainings.
     """
-    groups, pooled = defaultdict(list), []
-    for row in [row for row in rows if script(row) == "04_eval.py"]:
-        seed = row["noise_seed"]
-        if row["train_seeds"] == [seed] and (seed, row["group"], row["name"]) in played:
-            groups[row["name"], row["group"]].append(row)
-    for (name, group), evaluations in groups.items():
+    pooled = []
+    alone = [
+        row
+        for row in rows
+        if script(row) == "04_eval.py"
+        and row["train_seeds"] == [row["noise_seed"]]
+        and (row["noise_seed"], row["group"], row["name"]) in played
+    ]
+    for (name, group), evaluations in grouped(alone, "name", "group").items():
         seeds = sorted({row["noise_seed"] for row in evaluations})
         facts = [played[seed, group, name][0] for seed in seeds]
         if len({str(each["inputs"]) for each in facts}) < 2:
             continue
         if any(list(settings(each, run_dir)) != list(settings(facts[0], run_dir)) for each in facts):
-            why = f"seeds {seeds} were made with different settings, so they have no row together"
-            print(f"[08_report] {name}: {why}")
+            print(f"[08_report] {name}: no row of seeds {seeds} together: their settings differ")
             continue
-        for suite in dict.fromkeys(row["suite"] for row in evaluations):
-            alike = [row for row in evaluations if row["suite"] == suite]
-            row = {key: value for key, value in alike[0].items() if key not in ("noise_seed", *PAIRED)}
-            own = [episode for seed in seeds for episode in played[seed, group, name][1]]
-            own = [episode for episode in own if episode["suite"] in suite.split()]
-            row |= {"train_seeds": seeds} | episodes.summarise(own)
+        for (suite,), alike in grouped(evaluations, "suite").items():
             start = alike[0].get("paired_with")
+            own, base = (
+                [e for seed in seeds for e in played.get((seed, group, each), (None, []))[1]]
+                for each in (name, start)
+            )
+            own = [episode for episode in own if episode["suite"] in suite.split()]
+            row = {key: value for key, value in alike[0].items() if key not in ("noise_seed", *PAIRED)}
+            pooled.append(row | {"train_seeds": seeds} | episodes.summarise(own))
             if all((r["noise_seed"], group, r.get("paired_with")) in played for r in alike):
-                base = [episode for seed in seeds for episode in played[seed, group, start][1]]
-                row |= {"paired_with": start} | episodes.paired(own, base)
-            pooled.append(row)
+                pooled[-1] |= {"paired_with": start} | episodes.paired(own, base)
     return pooled
 
 
@@ -142,9 +136,21 @@ def of_results(table: Path, top: Path) -> Experiment:
 
 def completed(row: dict) -> dict:
     """A row of a table.json with the keys that not every stage writes."""
-    usual = {"suite": "", "name": row.get("policy", ""), "policy": "", "adapter": "none", "start": "final"}
-    usual |= {"group": "test", "train_seeds": [], "blank_images": False, "crashes": 0, "ci95_tasks": None}
-    return usual | {"command": "", "commit": ""} | row
+    return {
+        "suite": "",
+        "name": row.get("policy", ""),
+        "policy": "",
+        "adapter": "none",
+        "start": "final",
+        "group": "test",
+        "train_seeds": [],
+        "blank_images": False,
+        "crashes": 0,
+        "ci95_tasks": None,
+        "command": "",
+        "commit": "",
+        **row,
+    }
 
 
 def main(cfg: Config) -> None:
@@ -165,11 +171,10 @@ def main(cfg: Config) -> None:
     else:
         experiments = [of_run(cfg, name) for name in BACKBONES if (cfg.run_dir / name).is_dir()]
         disk.write_json(folder / "table.json", [row for each in experiments for row in each.rows])
-    name = Path(cfg.results).name or cfg.name
-    tables = write_report(name, experiments, folder, alone=not cfg.results)
+    tables = write_report(Path(cfg.results).name or cfg.name, experiments, folder, alone=not cfg.results)
+    readme = Path(cfg.readme)
     if cfg.readme:
-        readme = Path(cfg.readme)
-        for path in sorted(readme.rglob("*.md")) if readme.is_dir() else [readme]:
+        for path in [readme] if readme.is_file() else sorted(readme.rglob("*.md")):
             disk.write_atomic(path, fill_in(path.read_text(), tables))
 
 

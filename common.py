@@ -15,11 +15,12 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from runtime import disk, stage
 from runtime.config import Count, PlaceConfig
 from runtime.errors import UserError, one_line, one_of, regex
-from runtime.seeds import entropy, np_stream, own_rows, select, shuffled, stream  # noqa: F401 (stages take them from here)
+from runtime.seeds import entropy, np_stream, own_rows, select, shuffled, stream  # noqa: F401 (for stages)
 
 # ----------------------------------------------------------------------------------------------------- LIBERO
 # As OpenVLA evaluates (experiments/robot/libero/run_libero_eval.py), and openpi (examples/libero/main.py)
@@ -46,7 +47,7 @@ def init_states(group: str, n: int | None = None) -> list[int]:
     states = list(INIT_GROUPS[group])
     if n is not None and not 0 < n <= len(states):
         raise UserError(
-            f"group {group!r} has init states {states[0]}-{states[-1]}: choose 1 to {len(states)}, not {n}"
+            f"{group!r} has init states {states[0]}-{states[-1]}: choose 1 to {len(states)}, not {n}"
         )
     return states[:n]
 
@@ -56,7 +57,7 @@ def blank_images(obs: dict) -> dict:
     return obs | {camera: obs[camera] * 0 for camera in CAMERAS}
 
 
-def random_shift(images: torch.Tensor, pixels: int, generator: torch.Generator) -> torch.Tensor:
+def random_shift(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
     """Augmentation: move each image (B, S, S, 3) by up to `pixels` in both directions; the border repeats."""
     if pixels == 0:
         return images
@@ -102,17 +103,19 @@ def read_demos(path: Path, task: int) -> Iterator[Demo]:
                 number, group = int(name.rpartition("_")[2]), file["data"][name]
                 init_state = int(group.attrs.get("init_state_id", -1))
                 obs, actions = group["obs"], group["actions"][()].astype(np.float32)
-                parts = [obs[key][()] for key in ("ee_pos", "ee_ori", "gripper_states")]
-                state = np.concatenate(parts, axis=1)
+                state = np.concatenate([obs[k][()] for k in ("ee_pos", "ee_ori", "gripper_states")], axis=1)
                 steps = obs["image_steps"][()] if "image_steps" in obs else np.arange(len(actions))
                 images = [obs[key][()][:, ::-1, ::-1] for key in ("agentview_rgb", "eye_in_hand_rgb")]
                 size, bad = images[0].shape[1], f"{path}: {name} has"
                 if not (np.isfinite(actions).all() and np.isfinite(state).all()):
                     raise UserError(f"{bad} values that are not finite; record it again with 00_demos.py")
-                right = actions.shape[1:] == (7,) and state.shape == (len(actions), 8) and len(steps) > 0
-                right &= all(i.shape == (len(steps), size, size, 3) and i.dtype == np.uint8 for i in images)
-                right &= steps.dtype.kind in "iu" and steps.min() >= 0 and steps.max() < len(actions)
-                if not right:
+                if not (
+                    actions.shape[1:] == (7,)
+                    and state.shape == (len(actions), 8)
+                    and len(steps) > 0
+                    and all(i.shape == (len(steps), size, size, 3) and i.dtype == np.uint8 for i in images)
+                    and (steps.dtype.kind in "iu" and steps.min() >= 0 and steps.max() < len(actions))
+                ):
                     raise UserError(f"{bad} unexpected shapes; is this a LIBERO demonstration file?")
                 state = state.astype(np.float32)
                 yield Demo(task, number, init_state, instruction, actions, state, steps, *images)
@@ -211,13 +214,13 @@ TIME_WEIGHTS = {  # w(t) on the squared *velocity* error
 class Draws:
     """The randomness of a flow-matching error, as an argument: whoever shares draws, shares noise."""
 
-    t: torch.Tensor  # (K, B) times
-    eps: torch.Tensor  # (K, B, H, D) noise
+    t: Tensor  # (K, B) times
+    eps: Tensor  # (K, B, H, D) noise
 
     def to(self, device: torch.device) -> "Draws":
         return Draws(self.t.to(device), self.eps.to(device))
 
-    def select(self, index: torch.Tensor) -> "Draws":
+    def select(self, index: Tensor) -> "Draws":
         """The draws of some of the chunks."""
         return Draws(self.t[:, index], self.eps[:, index])
 
@@ -226,9 +229,7 @@ class Draws:
         return Draws(self.t.repeat(1, n), self.eps.repeat(1, n, 1, 1))
 
 
-def make_draws(
-    batch: int, horizon: int, dim: int, k: int, generator: torch.Generator, scheme: str
-) -> "Draws":
+def make_draws(batch: int, horizon: int, dim: int, k: int, generator: torch.Generator, scheme: str) -> Draws:
     """K draws (t, eps) for each of `batch` chunks. scheme:
 
     "stratified": t at the midpoints of k equal strata, the paper's {0.125, 0.375, 0.625, 0.875} for k = 4.
@@ -252,13 +253,13 @@ def make_draws(
     return Draws(t, torch.randn(k, batch, horizon, dim, generator=generator))
 
 
-def time_weight(t: torch.Tensor, weight: str) -> torch.Tensor:
+def time_weight(t: Tensor, weight: str) -> Tensor:
     """w(t), one of TIME_WEIGHTS, of times of any shape."""
     one_of("weight", weight, TIME_WEIGHTS)
     return TIME_WEIGHTS[weight](t)
 
 
-def flow_matching_error(velocity: Callable, chunk: torch.Tensor, draws: Draws, mask: torch.Tensor):
+def flow_matching_error(velocity: Callable, chunk: Tensor, draws: Draws, mask: Tensor):
     """Squared velocity error per draw and chunk, summed over executed actions and real dimensions: (K, B).
 
     velocity: function of (index (K*B,) into the B observations, x_t (K*B, H, D), t (K*B,)) -> (K*B, H, D).
@@ -275,14 +276,11 @@ def flow_matching_error(velocity: Callable, chunk: torch.Tensor, draws: Draws, m
     return (error * mask).sum(-1)
 
 
-def surrogate_log_prob(
-    velocity: Callable, chunk: torch.Tensor, draws: Draws, mask: torch.Tensor, weight: str = "velocity"
-) -> torch.Tensor:
+def surrogate_log_prob(velocity: Callable, chunk: Tensor, draws: Draws, mask: Tensor, weight="velocity"):
     """log p~(a | o) = - mean over draws of w(t) || v(x_t, t, o) - u_t ||^2, float32 (B,); paper, section 3.2.
 
-    Differs from the paper's code: the draws are an argument (theirs are fresh in each forward), and the error
-    is a sum over the H x 7 dimensions (theirs is a mean, which makes DPO's logit about 70 times smaller at
-    the same beta).
+    Differs from the paper's code: draws are an argument (theirs are fresh in each forward); errors are summed
+    over H x 7 dimensions (theirs is a mean, which makes DPO's logit some 70 times smaller at the same beta).
     """
     error = flow_matching_error(velocity, chunk, draws, mask)  # (K, B)
     return -(time_weight(draws.t, weight) * error).mean(0)
@@ -301,9 +299,8 @@ def attach_adapter(policy, kind: str, rank: int, alpha: int, targets: str, seed:
 
     if not any(regex("targets", targets).fullmatch(layer) for layer, _ in policy.named_modules()):
         raise UserError(f"the regex {targets!r} matches no layer of the policy")
-    is_dora = kind == "dora"
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets, use_dora=is_dora)
-    if is_dora:
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, use_dora=kind == "dora")
+    if kind == "dora":
         config._register_custom_module({torch.nn.Linear: dora.DoraLinear})
     with torch.random.fork_rng():  # peft draws A from the global generator
         torch.manual_seed(entropy(seed, ("adapter", kind)) >> 1)
@@ -321,9 +318,7 @@ def load_adapter(policy, folder: Path):
         with warnings.catch_warnings(action="ignore"):  # of missing keys, which are an error below
             adapted = PeftModel.from_pretrained(policy, str(folder))
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{folder} holds no adapter of this policy ({one_line(error)}); run 03_dpo.py again"
-        ) from error
+        raise UserError(f"{folder} holds no adapter of this policy: {one_line(error)}; rerun 03") from error
     with safe_open(path, "pt") as file:
         other = set(file.keys()) ^ set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     if other:

@@ -9,14 +9,23 @@ from pathlib import Path
 import torch
 
 from backbones.memory import report as dry_run
-from backbones.models import build, horizon, load_policy
 from backbones.policy import Policy, build_tokenizer, collate
+from backbones.published import build, horizon, load_policy
 from common import blank_images
 from runtime import ranks
 from runtime.errors import UserError
 
-__all__ = ["Policy", "build", "build_tokenizer", "collate", "dry_run", "horizon", "load_policy"]
-__all__ += ["load_sft", "propose"]
+__all__ = [
+    "Policy",
+    "build",
+    "build_tokenizer",
+    "collate",
+    "dry_run",
+    "horizon",
+    "load_policy",
+    "load_sft",
+    "propose",
+]
 
 
 def load_sft(cfg) -> Policy:

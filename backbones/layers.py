@@ -1,10 +1,10 @@
-"""What both backbones use beside transformers' modules: rotary tables, a convolutional stem, the prefix.
+"""What both backbones use beside transformers' modules: attention, a convolutional stem, the prefix.
 
 Shapes: B observations, S tokens, L layers.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -31,13 +31,22 @@ def conv_stem(width: int, patch_size: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def full(x: Tensor) -> Tensor:
-    """x in float32, or as it is where its precision is higher."""
+@torch.no_grad()
+def init_matrices(named: Iterable[tuple[str, Tensor]], depth: int) -> None:
+    """For training from scratch: matrices of variance 1 / fan-in, those that end a branch scaled by depth."""
+    for name, p in named:
+        if p.ndim == 2:
+            p.normal_(
+                std=(p.shape[1] * (2 * depth if "o_proj" in name or "down_proj" in name else 1)) ** -0.5
+            )
+
+
+def full(x: Tensor) -> Tensor:  # in float32, or as it is where its precision is higher
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def each_image(images: Tensor, change: Callable[[np.ndarray], np.ndarray]) -> Tensor:
-    """`change` on each uint8 image of (B, h, w, 3), on the CPU."""
+    # `change` of each uint8 image of (B, h, w, 3), on the CPU
     return torch.from_numpy(np.stack([change(image) for image in images.cpu().numpy()])).to(images.device)
 
 
@@ -65,6 +74,38 @@ def project_kv(attn: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple
     return rotate(k, *rope).transpose(1, 2), v.transpose(1, 2)
 
 
+def attend(attn: nn.Module, x: Tensor, rope: tuple, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of the tokens x (B, S, width) to keys and values (B, kv heads, keys, head_dim), output
+    projection included.
+
+    mask (B, 1, S or 1, keys) is True where a token may look, or 0 there and -inf elsewhere. None: each looks
+    at itself and those before it. Heads that share a key become further queries of it, so no key is copied
+    for them. A mask must then be the same for all queries.
+    """
+    q = rotate(attn.q_proj(x).unflatten(-1, (-1, attn.head_dim)), *rope)  # (B, S, heads, head_dim)
+    b, s, heads, dim = q.shape
+    kv = k.shape[1]
+    q = q.view(b, s, kv, heads // kv, dim).transpose(1, 2).reshape(b, kv, -1, dim)  # queries: S * heads / kv
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+    return attn.o_proj(out.view(b, kv, s, -1, dim).transpose(1, 2).reshape(b, s, -1))
+
+
+def decoder_layer(
+    layer: nn.Module, x: Tensor, rope: tuple, past: Sequence | None, mask: Tensor | None, kv_only: bool
+):
+    """A language model's layer on tokens x (B, S, width) behind the keys and values `past`: its output (None
+    with kv_only), and the keys and values of all tokens.
+    """
+    h = layer.input_layernorm(x)
+    k, v = project_kv(layer.self_attn, h, rope)
+    if past is not None:
+        k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+    if kv_only:
+        return None, k, v
+    x = x + attend(layer.self_attn, h, rope, k, v, mask)
+    return x + layer.mlp(layer.post_attention_layernorm(x)), k, v
+
+
 class Rows:
     """Tensors of a batch, observations first, tokens last but one; the last of them is `valid` (B, S)."""
 
@@ -74,16 +115,13 @@ class Rows:
     def __len__(self) -> int:
         return len(self.valid)
 
-    def select(self, index: Tensor) -> Self:
-        """The observations index (N,), which may be on another device."""
-        index = index.to(self.valid.device)
-        return type(self)(*(x[index] for x in self.tensors()))
+    def select(self, index: Tensor) -> Self:  # (N,) observations; may be on another device
+        return type(self)(*(x[index.to(x.device)] for x in self.tensors()))
 
     def detach(self) -> Self:
         return type(self)(*(x.detach() for x in self.tensors()))
 
-    def widen(self, length: int) -> Self:
-        """Padded with invalid tokens to `length`, which changes no result."""
+    def widen(self, length: int) -> Self:  # by invalid tokens, which change no result
         n = length - self.valid.shape[1]
         *tokens, valid = self.tensors()
         return type(self)(*(F.pad(x, (0, 0, 0, n)) for x in tokens), F.pad(valid, (0, n)))
@@ -92,8 +130,8 @@ class Rows:
     def cat(cls, parts: Sequence[Self]) -> Self:
         """Several batches end to end, padded to the longest."""
         length = max(part.valid.shape[1] for part in parts)
-        columns = zip(*(part.widen(length).tensors() for part in parts), strict=True)
-        return cls(*(torch.cat(column) for column in columns))
+        rows = [part.widen(length).tensors() for part in parts]
+        return cls(*map(torch.cat, zip(*rows, strict=True)))
 
 
 @dataclass

@@ -28,9 +28,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 import common
-from backbones.models import build
 from backbones.policy import DIMS, build_tokenizer
-from backbones.published import sizes
+from backbones.published import build, sizes
 from runtime.config import laid_over
 
 SIMULATOR_GB = 2.4  # of one LIBERO process, measured
@@ -41,8 +40,7 @@ INSTRUCTION = "put both the alphabet soup and the tomato sauce in the basket"  #
 SIMULATING = ("demos", "prefs", "eval", "cells")  # sections of stages whose workers each have a simulator
 
 
-def size(tensors) -> int:
-    """Bytes of tensors."""
+def size(tensors) -> int:  # bytes
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -61,21 +59,19 @@ def make_policy(cfg, trained: str) -> nn.Module:
             common.attach_adapter(policy, trained, cfg.rank, cfg.alpha, targets, cfg.seed)
     policy.recompute = getattr(cfg, "recompute", False)
     policy.tokenizer = build_tokenizer([INSTRUCTION])
-    for kind, n in DIMS.items():
-        unit = {"q01": -1.0, "q99": 1.0, "mean": 0.0, "std": 1.0}
-        policy.norm_stats[kind] = {name: [value] * n for name, value in unit.items()}
+    unit = {"q01": -1.0, "q99": 1.0, "mean": 0.0, "std": 1.0}
+    policy.norm_stats = {kind: {name: [x] * n for name, x in unit.items()} for kind, n in DIMS.items()}
     return policy
 
 
 def make_batch(policy, n: int) -> tuple[dict, Tensor, Tensor]:
     """n observations, chunks (n, H, 7) and mask (n, H). The policy resizes the images."""
-    obs = dict.fromkeys(common.CAMERAS, torch.zeros(n, 64, 64, 3, dtype=torch.uint8))
-    obs |= {"state": torch.zeros(n, DIMS["state"]), "instruction": [INSTRUCTION] * n}
+    images = dict.fromkeys(common.CAMERAS, torch.zeros(n, 64, 64, 3, dtype=torch.uint8))
+    obs = images | {"state": torch.zeros(n, DIMS["state"]), "instruction": [INSTRUCTION] * n}
     return obs, torch.zeros(n, policy.horizon, policy.action_dim), torch.ones(n, policy.horizon) > 0
 
 
-def sft_forward(policy, cfg) -> Tensor:
-    """What 01_sft.py differentiates."""
+def sft_forward(policy, cfg) -> Tensor:  # what 01_sft.py differentiates
     obs, chunk, mask = make_batch(policy, cfg.batch_size)
     draws = policy.draws(len(chunk), cfg.draws, torch.Generator(), "beta")
     return policy.sft_loss(policy.encode(obs), chunk, draws, mask)
@@ -149,23 +145,23 @@ def estimate(cfg, stage: str) -> dict:
     what_trains = {"sft": "train", "dpo": "adapter"}.get(stage)  # the key that says so
     policy = make_policy(cfg, getattr(cfg, what_trains) if what_trains else "")
     trainable = {name: p for name, p in policy.named_parameters() if p.requires_grad}
-    parts = {"weights": size(policy.parameters())}
     with torch.no_grad():
         prefix = policy.encode(make_batch(policy, 1)[0])
-    of_one = size([prefix.keys, prefix.values])
-    if what_trains:
-        gradients = size(trainable.values())
-        parts |= {"gradients": gradients, "AdamW's moments": 2 * gradients}
-        parts |= {"averaged copy": parts["weights"]} if stage == "sft" else {}
-        parts["activations"] = kept_for_backward(policy, lambda: FORWARD[stage](policy, cfg))
-        if not all(name.startswith("expert.") for name in trainable):
-            chunks = cfg.batch_size * (2 if stage == "dpo" else 1)
-            parts["gradients of keys and values"] = chunks * of_one
-    else:
-        parts["keys and values"] = of_one
-    parts |= {"the student's weights": parts["weights"]} if stage == "distill" else {}
+    weights, gradients = size(policy.parameters()), size(trainable.values())
+    of_one, chunks = size([prefix.keys, prefix.values]), 2 if stage == "dpo" else 1
+    through_prefix = any(not name.startswith("expert.") for name in trainable)
+    parts = {
+        "weights": weights,
+        "gradients": gradients,
+        "AdamW's moments": 2 * gradients,
+        "averaged copy": weights if stage == "sft" else 0,
+        "activations": kept_for_backward(policy, lambda: FORWARD[stage](policy, cfg)) if what_trains else 0,
+        "gradients of keys and values": chunks * cfg.batch_size * of_one if through_prefix else 0,
+        "keys and values": 0 if what_trains else of_one,
+        "the student's weights": weights if stage == "distill" else 0,
+    }
     return {
-        "parts": parts,
+        "parts": {part: n for part, n in parts.items() if n},
         "parameters": sum(p.numel() for p in policy.parameters()),
         "trainable": sum(p.numel() for p in trainable.values()),
         "adapted_layers": sum("lora_A" in name for name in trainable),
@@ -196,16 +192,15 @@ def work_of_training(cfg, stage: str) -> tuple[float, str]:
     policy = make_policy(cfg, cfg.train if stage == "sft" else cfg.adapter)
     with torch.no_grad(), Work() as work:
         FORWARD[stage](policy, cfg)
-    full = stage == "sft" and cfg.train == "full"  # otherwise the backward pass gives no gradients of weights
     passes = {
         "forward": 1,
-        "backward": 1 + full,
+        "backward": 2 if stage == "sft" and cfg.train == "full" else 1,  # otherwise no gradients of weights
         "again": int(cfg.recompute),
         "reference": int(stage == "dpo"),
     }
     terms = " + ".join(f"{n} {name}" for name, n in passes.items() if n)
-    total = cfg.steps * sum(passes.values()) * work.flops
-    return total, f"{cfg.steps} steps x ({terms}) x {work.flops / 1e12:.3g} TFLOP"
+    said = f"{cfg.steps} steps x ({terms}) x {work.flops / 1e12:.3g} TFLOP"
+    return cfg.steps * sum(passes.values()) * work.flops, said
 
 
 def work_of_a_look(cfg) -> tuple[float, float]:
@@ -225,11 +220,10 @@ def time_needed(cfg, stage: str) -> str:
         return f"{terms}: {hours:.2g} hours on an {GPU} at {UTILISATION:.0%} of its peak"
     flops, read = work_of_a_look(cfg)
     seconds = max(flops / FLOPS / UTILISATION, read / BANDWIDTH)
-    steps = sum(common.MAX_STEPS[suite] for suite in cfg.suites)  # of an episode of each suite
-    episodes = (
+    of_each_suite = (
         len(cfg.tasks or range(10)) * cfg.n_init if stage != "prefs" else cfg.max_playouts / len(cfg.suites)
     )
-    looks = episodes * steps / cfg.execute
+    looks = of_each_suite * sum(common.MAX_STEPS[suite] for suite in cfg.suites) / cfg.execute
     return (
         f"{looks:.0f} looks at most x {1000 * seconds:.2g} ms ({flops / 1e12:.2g} TFLOP, {read / 1e9:.2g} GB"
         f" of weights): {looks * seconds / 3600:.2g} hours on an {GPU} at best, the simulator apart"
@@ -255,8 +249,10 @@ def report(cfg, stage: str) -> None:
     if stage in (*FORWARD, *SIMULATING):
         print(time_needed(cfg, stage))
     if not (getattr(cfg, "checkpoint", "") or cfg.init_from or cfg.model):  # the published shapes
-        gigabytes = counts["parameters"] * 2 / 1e9
-        print(f"to download: {gigabytes:.0f} GB in bfloat16; a checkpoint in float32 has twice that")
+        print(
+            f"to download: {counts['parameters'] * 2 / 1e9:.0f} GB in bfloat16;"
+            " a checkpoint in float32 has twice that"
+        )
 
 
 # ----------------------------------------------------------------- for extras/preflight.py: is there enough?
@@ -271,9 +267,10 @@ def free_memory(device: str) -> int:
     for limit, used in (("memory.max", "memory.current"), old):
         if (groups / limit).is_file() and (most := (groups / limit).read_text().strip()).isdigit():
             stat = (groups / limit).with_name("memory.stat").read_text()
-            counts = dict(line.split() for line in stat.splitlines())
-            cache = int(counts.get("inactive_file", 0))  # of files; the system frees it when it is needed
-            free = min(free, int(most) - int((groups / used).read_text()) + cache)
+            cache = dict(line.split() for line in stat.splitlines()).get(
+                "inactive_file", 0
+            )  # freed when needed
+            free = min(free, int(most) - int((groups / used).read_text()) + int(cache))
     return free
 
 
@@ -281,12 +278,11 @@ def memory_needed(cfgs: dict) -> dict[str, dict[str, int]]:
     """Stage -> bytes of main memory ("cpu"), and of the GPU ("cuda") where its config uses one."""
     needs = {}
     for stage, cfg in cfgs.items():
-        none = stage == "demos" or (stage == "sft" and cfgs["dpo"].checkpoint)  # then there is no SFT
-        model = 0 if none else sum(estimate(cfg, stage)["parts"].values())
-        processes = cfg.workers if stage in SIMULATING else 1
-        program = 1e9 * (SIMULATOR_GB if stage in SIMULATING else PYTORCH_GB)
+        no_policy = stage == "demos" or (stage == "sft" and cfgs["dpo"].checkpoint)  # then there is no SFT
+        model = 0 if no_policy else sum(estimate(cfg, stage)["parts"].values())
+        processes, program_gb = (cfg.workers, SIMULATOR_GB) if stage in SIMULATING else (1, PYTORCH_GB)
         on_gpu = processes * model if getattr(cfg, "device", "cpu") == "cuda" else 0
-        needs[stage] = {"cpu": int(processes * (program + model) - on_gpu), "cuda": on_gpu}
+        needs[stage] = {"cpu": int(processes * (1e9 * program_gb + model) - on_gpu), "cuda": on_gpu}
     return needs
 
 
@@ -295,13 +291,11 @@ def check_memory(cfgs: dict) -> tuple[bool, str]:
     needs, words, fits = memory_needed(cfgs), [], True
     for device in dict.fromkeys(["cpu", cfgs["eval"].device]):
         need, stage = max((need[device], stage) for stage, need in needs.items())
-        free = free_memory(device)
+        free, what = free_memory(device), "main memory" if device == "cpu" else "GPU memory"
         fits &= need <= free
-        what = "main memory" if device == "cpu" else "GPU memory"
         words.append(f"{stage} takes {need / 2**30:.1f} GiB of {what}, {free / 2**30:.1f} are free")
-    if not fits:
-        words.append("lower workers or the stage's batch_size, or set its recompute (see --dry-run)")
-    return fits, "; ".join(words)
+    remedy = "" if fits else "; lower workers or the stage's batch_size, or set its recompute (see --dry-run)"
+    return fits, "; ".join(words) + remedy
 
 
 def disk_needed(cfgs: dict) -> int:
@@ -311,12 +305,13 @@ def disk_needed(cfgs: dict) -> int:
     demos, sft = cfgs["demos"], cfgs["sft"]
     frame = 2 * 3 * demos.image_size**2
     episodes = len(demos.suites) * len(demos.tasks or range(10)) * demos.n_init * demos.demos_per_init
-    total = 2 * cfgs["prefs"].n_pairs * frame + 50 * 10**6  # pairs; videos, logs, the report
-    if not demos.source:
-        total += 2 * frame * episodes * 120 / demos.frame_every  # 120 steps: about the mean
-    if not cfgs["dpo"].checkpoint:  # snapshots; and twice: the policy, its average and two moments
-        total += (1 + len(sft.snapshots) + 2 * 4) * estimate(sft, "sft")["parts"]["weights"]
-    return int(total)
+    weights = 0 if cfgs["dpo"].checkpoint else estimate(sft, "sft")["parts"]["weights"]
+    return int(
+        2 * cfgs["prefs"].n_pairs * frame
+        + 50 * 10**6  # videos, logs, the report
+        + (0 if demos.source else 2 * frame * episodes * 120 / demos.frame_every)  # 120 steps: about the mean
+        + (1 + len(sft.snapshots) + 2 * 4) * weights  # twice: the policy, its average and two moments
+    )
 
 
 def check_disk(cfgs: dict) -> tuple[bool, str]:

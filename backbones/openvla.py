@@ -32,9 +32,9 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
-from backbones.layers import KeyValues, Prefix, conv_stem, each_image, padded, project_kv, rotary, rotate
+from backbones.layers import KeyValues, Prefix, conv_stem, each_image, init_matrices, padded, rotary
 from backbones.openvla_images import center_crop, jpeg, resize_bicubic, resize_lanczos3
-from backbones.policy import STATE_DIM, Id, Policy, Size, refuse
+from backbones.policy import STATE_DIM, DecoderSize, Id, Policy, Size, TowerSize, refuse
 from common import ACTION_DIM, CAMERAS
 from runtime.errors import UserError
 
@@ -47,22 +47,6 @@ TOWERS = {  # channel means and standard deviations of the images, in the order 
 
 # ----------------------------------------------------------------------------------------------------- config
 @dataclass
-class LlamaSize:
-    width: Size
-    depth: Size
-    mlp_dim: Size
-    num_heads: Size
-
-
-@dataclass
-class TowerSize:
-    hidden_size: Size
-    num_hidden_layers: Size  # all but the checkpoint's last block, whose output nothing reads
-    num_attention_heads: Size
-    intermediate_size: Size
-
-
-@dataclass
 class OpenVLAConfig:
     """Defaults: OpenVLA-7B as published for LIBERO (openvla-7b-finetuned-libero-*)."""
 
@@ -71,7 +55,8 @@ class OpenVLAConfig:
     bos: Id = 1
     eos: Id = 2  # ends the actions. A tokenizer made for training from scratch has eos=1, bos=2, space=4
     space: Id = 29871  # "▁", the token between the prompt and the actions
-    llm: LlamaSize = field(default_factory=lambda: LlamaSize(4096, 32, 11008, 32))
+    llm: DecoderSize = field(default_factory=lambda: DecoderSize(4096, 32, 11008, 32))
+    # of the towers all blocks but the checkpoint's last, whose output nothing reads
     dino: TowerSize = field(default_factory=lambda: TowerSize(1024, 23, 16, 4096))
     siglip: TowerSize = field(default_factory=lambda: TowerSize(1152, 26, 16, 4304))
     image_size: Size = 224
@@ -141,8 +126,12 @@ class OpenVLAConfig:
 def make_tower(name: str, cfg: OpenVLAConfig) -> nn.Module:
     """A vision tower without the parts that nothing reads: the last norm, the head, the mask token."""
     size = asdict(getattr(cfg, name))
-    shared = {"hidden_act": GELU, "layer_norm_eps": EPS}
-    shared |= {"image_size": cfg.image_size, "patch_size": cfg.patch_size}
+    shared = {
+        "hidden_act": GELU,
+        "layer_norm_eps": EPS,
+        "image_size": cfg.image_size,
+        "patch_size": cfg.patch_size,
+    }
     if name == "siglip":
         tower = SiglipVisionModel(SiglipVisionConfig(**size, **shared, vision_use_head=False))
         tower.post_layernorm = None
@@ -160,8 +149,8 @@ def make_tower(name: str, cfg: OpenVLAConfig) -> nn.Module:
     return tower
 
 
+# Features of a tower: (B, 3, s, s) -> (B, patches, hidden), without a final norm, cls and register tokens.
 def dino_features(tower: nn.Module, pixels: Tensor) -> Tensor:
-    """(B, 3, s, s) -> (B, patches, hidden): no final norm, without cls and register tokens."""
     emb = tower.embeddings
     x = emb.patch_embeddings.projection(pixels).flatten(2).transpose(1, 2) + emb.position_embeddings
     first = torch.cat([emb.cls_token, emb.register_tokens], dim=1).expand(len(x), -1, -1)  # (B, 5, hidden)
@@ -172,7 +161,6 @@ def dino_features(tower: nn.Module, pixels: Tensor) -> Tensor:
 
 
 def siglip_features(tower: nn.Module, pixels: Tensor) -> Tensor:
-    """(B, 3, s, s) -> (B, patches, hidden): no final norm."""
     emb = tower.embeddings
     x = emb.patch_embedding(pixels).flatten(2).transpose(1, 2) + emb.position_embedding.weight
     for layer in tower.encoder.layers:
@@ -186,40 +174,19 @@ FEATURES = {"dino": dino_features, "siglip": siglip_features}
 class Llama(nn.Module):
     """The weights of a Llama decoder under (almost) the published names."""
 
-    def __init__(self, size: LlamaSize, vocab: int):
+    def __init__(self, size: DecoderSize, vocab: int):
         super().__init__()
-        heads = {"num_attention_heads": size.num_heads, "num_key_value_heads": size.num_heads}
-        cfg = LlamaConfig(hidden_size=size.width, intermediate_size=size.mlp_dim, rms_norm_eps=EPS, **heads)
+        cfg = LlamaConfig(
+            hidden_size=size.width,
+            intermediate_size=size.mlp_dim,
+            num_attention_heads=size.num_heads,
+            num_key_value_heads=size.num_heads,
+            rms_norm_eps=EPS,
+        )
         self.embed_tokens = nn.Embedding(vocab, size.width)
         self.layers = nn.ModuleList(LlamaDecoderLayer(cfg, i) for i in range(size.depth))
         self.norm = LlamaRMSNorm(size.width, EPS)
         self.lm_head = nn.Linear(size.width, vocab, bias=False)
-
-
-def attend(attn: nn.Module, x: Tensor, rope: tuple, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of x (N, n, W) to keys and values (N, heads, keys, head_dim), output projection included.
-
-    mask (N, 1, n, keys) is True where a token may look; None: each looks at itself and those before it.
-    """
-    q = rotate(attn.q_proj(x).unflatten(-1, (-1, attn.head_dim)), *rope).transpose(1, 2)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-    return attn.o_proj(out.transpose(1, 2).flatten(2))
-
-
-def decoder_layer(
-    layer: nn.Module, x: Tensor, rope: tuple, past: tuple | None, mask: Tensor | None, kv_only: bool
-):
-    """A layer on tokens x (N, n, W) behind `past` -> output (None with kv_only), keys and values of all
-    tokens.
-    """
-    h = layer.input_layernorm(x)
-    k, v = project_kv(layer.self_attn, h, rope)
-    if past is not None:
-        k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-    if kv_only:
-        return None, k, v
-    x = x + attend(layer.self_attn, h, rope, k, v, mask)
-    return x + layer.mlp(layer.post_attention_layernorm(x)), k, v
 
 
 # ----------------------------------------------------------------------------------------------------- policy
@@ -236,28 +203,16 @@ class OpenVLA(Policy):
         self.language_model = Llama(cfg.llm, cfg.action_end + cfg.vocab_padding)
         if cfg.state_token:
             self.state_proj = nn.Linear(STATE_DIM, width)
-        self._init_weights()
-
-    @torch.no_grad()
-    def _init_weights(self) -> None:
-        """For training from scratch: variance 1 / fan-in, branches scaled down by depth, word embeddings of
-        variance 1.
-
-        The towers keep transformers' initialisation, DINO's layer scale 1 included.
-        """
-        for name, p in [*self.language_model.named_parameters(), *self.projector.named_parameters()]:
-            if p.ndim == 2:
-                ends_branch = "o_proj" in name or "down_proj" in name
-                fan_in = 1 if "embed_tokens" in name else p.shape[1]
-                p.normal_(std=(fan_in * (2 * self.cfg.llm.depth if ends_branch else 1)) ** -0.5)
+        # For training from scratch. The towers keep transformers' initialisation, DINO's layer scale 1 included
+        nn.init.normal_(self.language_model.embed_tokens.weight)
+        rest = [item for item in self.language_model.named_parameters() if "embed_tokens" not in item[0]]
+        init_matrices([*rest, *self.projector.named_parameters()], cfg.llm.depth)
 
     # -------------------------------------------------------------------------------------- text and images
     def tokenize(self, instructions: list[str]) -> tuple[Tensor, Tensor]:
         """Token ids of the prompts and their validity, both (B, longest prompt), without the final "▁"."""
-        prompts = [self.cfg.prompt.format(task=i.lower()) for i in instructions]
-        rows = self.ids(prompts, self.cfg.bos)
-        rows = [row[:-1] if row[-1] == self.cfg.space else row for row in rows]
-        return padded(rows, self.cfg.eos)
+        rows = self.ids([self.cfg.prompt.format(task=i.lower()) for i in instructions], self.cfg.bos)
+        return padded([row[:-1] if row[-1] == self.cfg.space else row for row in rows], self.cfg.eos)
 
     def pixels(self, images: Tensor) -> Tensor:
         """uint8 (B, h, w, 3) -> float (B, 3 per tower, size, size), normalised for each tower."""
@@ -273,9 +228,8 @@ class OpenVLA(Policy):
     # ---------------------------------------------------------------------------------------------- prefix
     def inputs(self, obs: dict) -> tuple[Tensor | None, ...]:
         """A batch of observations -> the arguments of embed_prefix, on the batch's device."""
-        images = torch.stack(
-            [self.pixels(obs[c]) for c in self.cfg.cameras], dim=1
-        )  # (B, cameras, 3 T, s, s)
+        # (B, cameras, 3 T, s, s)
+        images = torch.stack([self.pixels(obs[c]) for c in self.cfg.cameras], dim=1)
         state = self.normalise(obs["state"], "state") if self.cfg.state_token else None  # (B, 8)
         return images, *self.tokenize(obs["instruction"]), state
 
@@ -285,8 +239,7 @@ class OpenVLA(Policy):
         pairs = zip(self.cfg.towers, parts, strict=True)
         return torch.cat([FEATURES[name](self.vision[name], part) for name, part in pairs], dim=-1)
 
-    def project(self, features: Tensor) -> Tensor:
-        """Patch features -> tokens of the language model's width."""
+    def project(self, features: Tensor) -> Tensor:  # patch features -> tokens of the language model's width
         x = F.gelu(self.projector["fc1"](features))
         return self.projector["fc3"](F.gelu(self.projector["fc2"](x)))
 
@@ -303,34 +256,14 @@ class OpenVLA(Policy):
         x = torch.cat([text[:, :1], patches, text[:, 1:]], dim=1)
         return x, F.pad(token_valid[:, 1:], (1 + patches.shape[1], 0), value=True)
 
-    def prefill(self, x: Tensor, valid: Tensor, to_end: bool = False) -> tuple[Prefix, Tensor | None]:
-        """Prefix tokens -> keys and values of every layer, and with to_end the final hidden states (B, S, W).
-
-        Attention is causal, also among patches, so no valid token sees the padding on the right. Nothing
-        reads the last layer's output, only its keys and values: it is computed only with to_end.
+    def prefix_surroundings(self, x: Tensor, valid: Tensor) -> tuple:
+        """Rotary tables of the prefix's tokens, and no mask: attention is causal, also among patches, so no
+        valid token sees the padding on the right.
         """
-        rope = self._rotary(torch.arange(x.shape[1], device=x.device)[None])
-        hidden, past = self._layers(x, rope, None, None, to_end)
-        keys, values = (
-            torch.stack(part, dim=1) for part in zip(*past, strict=True)
-        )  # (B, L, heads, S, head_dim)
-        return Prefix(keys, values, valid), hidden
+        return self._rotary(torch.arange(x.shape[1], device=x.device)[None]), None
 
     def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         return rotary(positions, self.cfg.llm.width // self.cfg.llm.num_heads)
-
-    def _layers(
-        self, x: Tensor, rope: tuple, mask: Tensor | None, past: KeyValues | None, to_end: bool = True
-    ):
-        """The decoder on tokens x (N, n, W) behind `past` -> hidden states (N, n, W), keys and values of all
-        tokens.
-        """
-        layers, cache = self.language_model.layers, []
-        for i, layer in enumerate(layers):
-            kv_only = i == len(layers) - 1 and not to_end
-            x, *kv = self.run(decoder_layer, layer, x, rope, past and past[i], mask, kv_only)
-            cache.append(kv)
-        return self.language_model.norm(x) if to_end else None, cache
 
     # --------------------------------------------------------------------------------------- action tokens
     def surroundings(self, valid: Tensor, n: int) -> tuple[tuple, Tensor]:
@@ -346,7 +279,7 @@ class OpenVLA(Policy):
 
         Also returns `past` with these tokens included.
         """
-        hidden, past = self._layers(self.language_model.embed_tokens(ids), *surroundings, past)
+        hidden, past = self.decode(self.language_model.embed_tokens(ids), *surroundings, past)
         return self.language_model.lm_head(hidden).float(), past
 
     def token_log_probs(self, prefix: Prefix, ids: Tensor, count: int) -> Tensor:
@@ -366,18 +299,16 @@ class OpenVLA(Policy):
         """
         start, end = self.cfg.action_end - self.cfg.n_bins, self.cfg.action_end
         noise, past = noise.to(prefix.valid.device).flatten(1, 2), prefix.layers()
-        known = prefix.valid.shape[1]
         (cos, sin), mask = self.surroundings(prefix.valid, noise.shape[1])
         ids = [torch.full((len(prefix), 1), self.cfg.space, device=noise.device)]
         for i, gumbel in enumerate(noise.unbind(1)):
-            here = slice(i, i + 1)
-            its = (cos[:, here], sin[:, here]), mask[:, :, here, : known + i + 1]
+            here, known = slice(i, i + 1), prefix.valid.shape[1] + i + 1
+            its = (cos[:, here], sin[:, here]), mask[:, :, here, :known]
             logits, past = self.follow(past, its, ids[-1])
             ids.append(start + (logits[:, -1, start:end] + gumbel).argmax(-1, keepdim=True))
         return torch.cat(ids[1:], dim=1)
 
-    def _edges(self, device: torch.device) -> Tensor:
-        """Edges of the bins (n_bins,), float64. numpy's: torch's differ in the last bit."""
+    def _edges(self, device: torch.device) -> Tensor:  # (n_bins,) float64; torch's differ in the last bit
         return torch.from_numpy(np.linspace(-1, 1, self.cfg.n_bins)).to(device)
 
     def encode_actions(self, x: Tensor) -> Tensor:
@@ -403,8 +334,8 @@ class OpenVLA(Policy):
 
         T is the config key `noise_scale`; T = 0 is greedy, as published.
         """
-        shape = batch, self.cfg.horizon, ACTION_DIM, self.cfg.n_bins
-        return -torch.empty(shape).exponential_(generator=generator).log()
+        gumbel = torch.empty(batch, self.cfg.horizon, ACTION_DIM, self.cfg.n_bins)
+        return -gumbel.exponential_(generator=generator).log()
 
     def sample_actions(self, prefix: Prefix, noise: Tensor, steps: int = 0) -> Tensor:
         """A normalised chunk (N, H, 7), on the device of the noise (N, H, 7, bins). steps: not used."""

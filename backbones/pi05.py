@@ -13,9 +13,8 @@ chunk, D action dimensions as flowed (32 published, of which 7 are real), W widt
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import Annotated, Literal
 
 import numpy as np
@@ -27,8 +26,18 @@ from transformers import GemmaConfig, SiglipVisionConfig, SiglipVisionModel
 from transformers.models.gemma.modeling_gemma import GemmaDecoderLayer, GemmaRMSNorm
 
 import common
-from backbones.layers import Prefix, conv_stem, each_image, full, padded, project_kv, rotary, rotate
-from backbones.policy import LARGEST, STATE_DIM, Policy, Size, refuse
+from backbones.layers import (
+    Prefix,
+    attend,
+    conv_stem,
+    each_image,
+    full,
+    init_matrices,
+    padded,
+    project_kv,
+    rotary,
+)
+from backbones.policy import LARGEST, STATE_DIM, DecoderSize, Policy, Size, TowerSize, refuse
 from common import ACTION_DIM, CAMERAS, Draws
 
 PAD, BOS = 0, 2  # PaliGemma's token ids
@@ -39,21 +48,13 @@ STATISTICS = {"mean_std": ("mean", "std"), "quantile": ("q01", "q99")}  # that a
 
 # ----------------------------------------------------------------------------------------------------- config
 @dataclass
-class GemmaSize:
-    width: Size
-    depth: Size
-    mlp_dim: Size
-    num_heads: Size
+class GemmaSize(DecoderSize):
     num_kv_heads: Size
     head_dim: Size
 
 
 @dataclass
-class VisionSize:
-    hidden_size: Size
-    num_hidden_layers: Size
-    num_attention_heads: Size
-    intermediate_size: Size
+class VisionSize(TowerSize):
     image_size: Size  # pixels; images of another size are resized with padding
     patch_size: Size
 
@@ -67,9 +68,7 @@ class Pi05Config:
     expert: GemmaSize = field(default_factory=lambda: GemmaSize(1024, 18, 4096, 8, 1, 256))
     vision: VisionSize = field(default_factory=lambda: VisionSize(1152, 27, 16, 4304, 224, 14))
     horizon: Size = 10  # actions of a chunk
-    flow_dim: Annotated[int, ACTION_DIM, LARGEST] = (
-        32  # action dimensions as flowed: the 7 real ones and zero padding
-    )
+    flow_dim: Annotated[int, ACTION_DIM, LARGEST] = 32  # dimensions as flowed: the 7 real ones and zeros
     max_tokens: Size = 200  # of the prompt; longer ones are cut on the right
     cameras: list[Literal[CAMERAS]] = field(default_factory=lambda: list(CAMERAS))  # openpi masks a third one
     prompt: Literal["openpi", "lerobot"] = "openpi"  # text alone; or "Task: ..., State: ...;\nAction: "
@@ -110,11 +109,16 @@ class Pi05Config:
 
 # ---------------------------------------------------------------------------------------------------- modules
 class AdaRMSNorm(nn.Module):
-    """RMSNorm whose scale, shift and gate come from the time conditioning, once per row and not per token."""
+    """RMSNorm whose scale, shift and gate come from the time conditioning, once per row and not per token.
 
-    def __init__(self, width: int):
+    They start at zero, as in openpi, except for the gate of a layer's norm.
+    """
+
+    def __init__(self, width: int, gate_bias: float = 0.0):
         super().__init__()
         self.dense = nn.Linear(width, 3 * width)
+        nn.init.zeros_(self.dense.weight)
+        self.dense.bias.data = torch.tensor([0.0, 0.0, gate_bias]).repeat_interleave(width)
 
     def modulation(self, cond: Tensor) -> Tensor:  # (N or 1, W) -> (N or 1, 1, 3 W)
         return self.dense(cond.to(self.dense.weight.dtype))[:, None]
@@ -128,7 +132,7 @@ class AdaRMSNorm(nn.Module):
 class Gemma(nn.Module):
     """The weights of a Gemma decoder under the published names. Without a vocabulary: the action expert."""
 
-    def __init__(self, size: GemmaSize, vocab_size: int | None = None):
+    def __init__(self, size: GemmaSize, vocab_size: int | None = None, gate_bias: float = 0.0):
         super().__init__()
         cfg = GemmaConfig(
             hidden_size=size.width,
@@ -144,33 +148,8 @@ class Gemma(nn.Module):
         self.layers = nn.ModuleList(GemmaDecoderLayer(cfg, i) for i in range(size.depth))
         self.norm = AdaRMSNorm(size.width) if vocab_size is None else GemmaRMSNorm(size.width, EPS)
         for layer in self.layers if vocab_size is None else ():
-            layer.input_layernorm = AdaRMSNorm(size.width)
-            layer.post_attention_layernorm = AdaRMSNorm(size.width)
-
-
-def attend(attn: nn.Module, x: Tensor, rope: tuple, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """Attention of the tokens x (B, S, width) to keys and values (B, kv heads, keys, head_dim), output
-    projection included.
-
-    bias (B, 1, 1, keys) is 0 or -inf. It does not depend on the query. So the heads that share a key become
-    further queries of it, and no key is copied for them.
-    """
-    q = rotate(attn.q_proj(x).unflatten(-1, (-1, attn.head_dim)), *rope)  # (B, S, heads, head_dim)
-    b, s, heads, dim = q.shape
-    kv = k.shape[1]
-    q = q.view(b, s, kv, heads // kv, dim).transpose(1, 2).reshape(b, kv, -1, dim)  # queries: S * heads / kv
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # scale head_dim^-0.5
-    return attn.o_proj(out.view(b, kv, s, -1, dim).transpose(1, 2).reshape(b, s, -1))
-
-
-def prefix_layer(layer: nn.Module, x: Tensor, rope: tuple, bias: Tensor, kv_only: bool):
-    """A VLM layer on tokens x (B, S, width): its output (None with kv_only), and its keys and values."""
-    h = layer.input_layernorm(x)
-    k, v = project_kv(layer.self_attn, h, rope)
-    if kv_only:
-        return None, k, v
-    x = x + attend(layer.self_attn, h, rope, k, v, bias)
-    return x + layer.mlp(layer.post_attention_layernorm(x)), k, v
+            layer.input_layernorm = AdaRMSNorm(size.width, gate_bias)
+            layer.post_attention_layernorm = AdaRMSNorm(size.width, gate_bias)
 
 
 def expert_layer(
@@ -195,8 +174,7 @@ def expert_layer(
     return torch.addcmul(x, gate, layer.mlp(normed))
 
 
-def key_bias(valid: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, keys) bool -> additive attention bias (B, 1, 1, keys)."""
+def key_bias(valid: Tensor, dtype: torch.dtype) -> Tensor:  # of attention: (B, keys) -> (B, 1, 1, keys)
     return torch.zeros_like(valid, dtype=dtype).masked_fill(~valid, -math.inf)[:, None, None]
 
 
@@ -213,39 +191,23 @@ class Pi05(Policy):
         kind = {"hidden_act": GELU, "layer_norm_eps": EPS, "vision_use_head": False}
         self.vision_tower = SiglipVisionModel(SiglipVisionConfig(**asdict(vision), **kind))
         if cfg.conv_stem:
-            stem = conv_stem(vision.hidden_size, vision.patch_size)
-            self.vision_tower.embeddings.patch_embedding = stem
+            self.vision_tower.embeddings.patch_embedding = conv_stem(vision.hidden_size, vision.patch_size)
         self.multi_modal_projector = nn.ModuleDict({"linear": nn.Linear(vision.hidden_size, cfg.vlm.width)})
         self.language_model = Gemma(cfg.vlm, cfg.vocab_size)
-        self.expert = Gemma(cfg.expert)
+        self.expert = Gemma(cfg.expert, gate_bias=cfg.gate_bias)
         self.action_in_proj = nn.Linear(cfg.flow_dim, width)
         self.action_out_proj = nn.Linear(width, cfg.flow_dim)
         self.time_mlp_in = nn.Linear(width, width)
         self.time_mlp_out = nn.Linear(width, width)
         if cfg.state_token:
             self.state_proj = nn.Linear(STATE_DIM, cfg.vlm.width)
-        self._init_weights()
-
-    @torch.no_grad()
-    def _init_weights(self) -> None:
-        """For training from scratch: variance 1 / fan-in, branches scaled down by depth, adaRMS zero as in
-        openpi.
-
-        The vision tower keeps transformers' SigLIP initialisation.
-        """
-        for name, p in [*self.language_model.named_parameters(), *self.expert.named_parameters()]:
-            if "dense" in name:
-                p.zero_()
-            elif p.ndim == 2:
-                ends_branch = "o_proj" in name or "down_proj" in name
-                p.normal_(std=(p.shape[1] * (2 * self.cfg.vlm.depth if ends_branch else 1)) ** -0.5)
-        for layer in self.expert.layers:
-            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-                norm.dense.bias[2 * self.cfg.expert.width :] = self.cfg.gate_bias
+        for stack in (self.language_model, self.expert):  # the tower keeps transformers' initialisation
+            init_matrices(
+                [item for item in stack.named_parameters() if "dense" not in item[0]], cfg.vlm.depth
+            )
 
     # -------------------------------------------------------------------------------------- text and images
-    def prompt(self, instruction: str, state: np.ndarray) -> str:
-        """The prompt's text; state (8,) normalised."""
+    def prompt(self, instruction: str, state: np.ndarray) -> str:  # state (8,) normalised
         text = instruction.strip().replace("_", " ").replace("\n", " ")
         if self.cfg.prompt == "openpi":
             return text + "\n"
@@ -253,8 +215,7 @@ class Pi05(Policy):
         bins = np.digitize(state, np.linspace(-1, 1, 257)[:-1]) - 1  # -1..255: below -1 nothing is clipped
         return f"Task: {text}, State: {' '.join(map(str, bins))};\nAction: "
 
-    def tokenize(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Token ids and their validity, both (B, longest prompt)."""
+    def tokenize(self, prompts: list[str]) -> tuple[Tensor, Tensor]:  # ids, validity: (B, longest prompt)
         return padded([row[: self.cfg.max_tokens] for row in self.ids(prompts, BOS)], PAD)
 
     def pixels(self, images: Tensor) -> Tensor:
@@ -270,10 +231,9 @@ class Pi05(Policy):
     def inputs(self, obs: dict) -> tuple[Tensor, ...]:
         """A batch of observations -> the arguments of embed_prefix, on the batch's device."""
         state = self.normalise(obs["state"], "state")  # (B, 8)
-        pairs = zip(obs["instruction"], state.cpu().numpy(), strict=True)
-        tokens, valid = self.tokenize([self.prompt(*pair) for pair in pairs])
+        prompts = map(self.prompt, obs["instruction"], state.cpu().numpy())
         images = torch.stack([self.pixels(obs[c]) for c in self.cfg.cameras], dim=1)  # (B, cameras, 3, s, s)
-        return images, torch.ones(images.shape[:2], dtype=torch.bool), tokens, valid, state
+        return images, torch.ones(images.shape[:2], dtype=torch.bool), *self.tokenize([*prompts]), state
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """(B, 3, size, size) -> (B, tokens, VLM width). Not scaled, unlike the text."""
@@ -296,8 +256,8 @@ class Pi05(Policy):
 
         present (B, cameras): False for a camera to leave out.
         """
-        features = self.image_features(images.flatten(0, 1))
-        features = features.unflatten(0, images.shape[:2])  # (B, cameras, tokens, width)
+        # (B, cameras, tokens, width)
+        features = self.image_features(images.flatten(0, 1)).unflatten(0, images.shape[:2])
         text = self.language_model.embed_tokens(tokens) * math.sqrt(self.cfg.vlm.width)
         if self.cfg.state_token:
             text = torch.cat([self.state_proj(state)[:, None].to(text.dtype), text], dim=1)
@@ -305,21 +265,12 @@ class Pi05(Policy):
         valid = torch.cat([present.repeat_interleave(features.shape[2], dim=1), token_valid], dim=1)
         return torch.cat([features.flatten(1, 2), text], dim=1), valid
 
-    def prefill(self, x: Tensor, valid: Tensor, to_end: bool = False) -> tuple[Prefix, Tensor | None]:
-        """Prefix tokens -> keys and values of every layer, and with to_end the final hidden states
-        (B, S, width).
+    def prefix_surroundings(self, x: Tensor, valid: Tensor) -> tuple:
+        """Rotary tables and attention bias of the prefix's tokens: all valid ones see one another.
 
-        All valid tokens see one another. Masked ones take no position, so leaving them out gives the same
-        result. Nothing reads the last layer's output, only its keys and values: it is computed only with
-        to_end.
+        Masked ones take no position, so leaving them out gives the same result.
         """
-        rope, bias = rotary(valid.cumsum(1) - 1, self.cfg.vlm.head_dim), key_bias(valid, x.dtype)
-        layers, cache = self.language_model.layers, []
-        for i, layer in enumerate(layers):
-            x, *kv = self.run(prefix_layer, layer, x, rope, bias, i == len(layers) - 1 and not to_end)
-            cache.append(kv)
-        keys, values = (torch.stack(part, 1) for part in zip(*cache, strict=True))
-        return Prefix(keys, values, valid), self.language_model.norm(x) if to_end else None
+        return rotary(valid.cumsum(1) - 1, self.cfg.vlm.head_dim), key_bias(valid, x.dtype)
 
     # ---------------------------------------------------------------------------------------------- expert
     def time_condition(self, t: Tensor) -> Tensor:
@@ -341,8 +292,8 @@ class Pi05(Policy):
         """
         valid = torch.cat([prefix.valid, prefix.valid.new_ones(len(prefix), h)], dim=1)
         positions = prefix.valid.sum(1, keepdim=True) + torch.arange(h, device=valid.device)
-        rope, bias = rotary(positions, self.cfg.expert.head_dim), key_bias(valid, prefix.keys.dtype)
-        return rope, bias, prefix.layers()
+        rope = rotary(positions, self.cfg.expert.head_dim)
+        return rope, key_bias(valid, prefix.keys.dtype), prefix.layers()
 
     def flow(self, surroundings: tuple, x_t: Tensor, modulations: Sequence[Tensor]) -> Tensor:
         """The expert on x_t (N, H, D): the velocity, float32 (N, H, D).
@@ -383,11 +334,10 @@ class Pi05(Policy):
             x = x - self.flow(surroundings, x, modulations) / len(times)
         return x
 
-    def _velocity_at(self, prefix: Prefix, index: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        return self.velocity(prefix.select(index), x_t, t)
+    def velocity_of_rows(self, prefix: Prefix) -> Callable:  # (index, x_t, t) -> v, as common needs it
+        return lambda index, x_t, t: self.velocity(prefix.select(index), x_t, t)
 
-    def pad(self, chunk: Tensor) -> Tensor:
-        """(..., 7) -> (..., D): the published checkpoints flow zeros behind the real dimensions."""
+    def pad(self, chunk: Tensor) -> Tensor:  # (..., 7) -> (..., D): published ones flow zeros behind the rest
         return F.pad(chunk, (0, self.cfg.flow_dim - chunk.shape[-1]))
 
     def log_prob(
@@ -397,14 +347,13 @@ class Pi05(Policy):
         is True.
         """
         chunk, draws, mask = (x.to(prefix.valid.device) for x in (self.pad(chunk), draws, mask))
-        return common.surrogate_log_prob(partial(self._velocity_at, prefix), chunk, draws, mask, weight)
+        return common.surrogate_log_prob(self.velocity_of_rows(prefix), chunk, draws, mask, weight)
 
     def sft_loss(self, prefix: Prefix, chunk: Tensor, draws: Draws, mask: Tensor | None = None) -> Tensor:
         """Flow matching: mean squared velocity error over draws, unmasked actions and real dimensions."""
         mask = chunk.new_ones(chunk.shape[:2], dtype=torch.bool) if mask is None else mask
         chunk, draws, mask = (x.to(prefix.valid.device) for x in (self.pad(chunk), draws, mask))
-        velocity = partial(self._velocity_at, prefix)
-        error = common.flow_matching_error(velocity, chunk, draws, mask)  # (K, B)
+        error = common.flow_matching_error(self.velocity_of_rows(prefix), chunk, draws, mask)  # (K, B)
         return error.sum() / (len(error) * mask.sum() * ACTION_DIM)
 
     # --------------------------------------------------------------------------------------- normalisation
@@ -430,7 +379,7 @@ class Pi05(Policy):
             span, offset = width / 2, -1.0
         low, span = low.astype(np.float32), span.astype(np.float32)
         if isinstance(like, Tensor):
-            low, span = torch.from_numpy(low).to(like.device), torch.from_numpy(span).to(like.device)
+            low, span = (torch.from_numpy(x).to(like.device) for x in (low, span))
         return low, span, offset
 
 

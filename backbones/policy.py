@@ -19,7 +19,7 @@ import math
 import re
 import typing
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -28,7 +28,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from backbones.layers import Embedded, Prefix
+from backbones.layers import Embedded, KeyValues, Prefix, decoder_layer
 from common import ACTION_DIM, CAMERAS
 from runtime import disk
 from runtime.config import typed
@@ -41,9 +41,35 @@ Size = Annotated[int, 1, LARGEST]  # of a layer, an image, a vocabulary
 Id = Annotated[int, 0, LARGEST]  # of a token, and sizes that may be 0
 
 
+@dataclass
+class DecoderSize:
+    """Sizes of a language model."""
+
+    width: Size
+    depth: Size
+    mlp_dim: Size
+    num_heads: Size
+
+
+@dataclass
+class TowerSize:
+    """Sizes of a vision tower, by transformers' names."""
+
+    hidden_size: Size
+    num_hidden_layers: Size
+    num_attention_heads: Size
+    intermediate_size: Size
+
+
 # ------------------------------------------------------------------------------------------------------ files
-def read_object(path: Path) -> dict:
-    """A JSON file that holds an object."""
+def refuse(*cases: tuple[object, str]) -> None:
+    """UserError with the text of the first case that applies."""
+    for applies, text in cases:
+        if applies:
+            raise UserError(text)
+
+
+def read_object(path: Path) -> dict:  # a JSON file that holds an object
     content = disk.read_json(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a JSON object, not {type(content).__name__}; get its folder again")
@@ -104,13 +130,6 @@ def config_from(value, kind: type, where: str):
         raise UserError(f"{where} is not complete; give all of {', '.join(types)}") from error
 
 
-def refuse(*cases: tuple[object, str]) -> None:
-    """UserError with the text of the first case that applies."""
-    for applies, text in cases:
-        if applies:
-            raise UserError(text)
-
-
 # ------------------------------------------------------------------------------------------------------- text
 def build_tokenizer(instructions: Sequence[str]):
     """A word-level tokenizer for training from scratch: PaliGemma's special ids, single digits, and the
@@ -163,8 +182,29 @@ class Policy(nn.Module):
     def embed(self, obs: dict) -> Embedded:
         """A batch -> the tokens that the language model's layers take."""
         device = next(self.parameters()).device
-        inputs = [None if x is None else x.to(device) for x in self.inputs(obs)]
-        return Embedded(*self.embed_prefix(*inputs))
+        return Embedded(*self.embed_prefix(*(x if x is None else x.to(device) for x in self.inputs(obs))))
+
+    def prefill(self, x: Tensor, valid: Tensor, to_end: bool = False) -> tuple[Prefix, Tensor | None]:
+        """Prefix tokens -> keys and values of every layer, and with to_end the final hidden states (B, S, W).
+
+        Nothing reads the last layer's output, only its keys and values: it is computed only with to_end.
+        """
+        hidden, past = self.decode(x, *self.prefix_surroundings(x, valid), None, to_end)
+        keys, values = (torch.stack(part, dim=1) for part in zip(*past, strict=True))
+        return Prefix(keys, values, valid), hidden
+
+    def decode(
+        self, x: Tensor, rope: tuple, mask: Tensor | None, past: KeyValues | None, to_end: bool = True
+    ):
+        """The language model on tokens x (B, S, W) behind `past` -> hidden states (B, S, W), or None without
+        to_end, and each layer's keys and values of all tokens.
+        """
+        layers, cache = self.language_model.layers, []
+        for i, layer in enumerate(layers):
+            kv_only = i == len(layers) - 1 and not to_end
+            x, *kv = self.run(decoder_layer, layer, x, rope, past and past[i], mask, kv_only)
+            cache.append(kv)
+        return self.language_model.norm(x) if to_end else None, cache
 
     @torch.no_grad()
     def begin(self, obs: dict) -> dict | Embedded | Prefix:
@@ -219,14 +259,12 @@ class Policy(nn.Module):
 
     def stats(self, kind: str, names: Sequence[str], remedy: str = "get the checkpoint again") -> dict:
         """norm_stats of the "action" or the "state"; UserError unless all `names` are among them."""
-        if kind not in self.norm_stats:
-            raise UserError(
-                "the policy has no normalisation statistics (norm_stats); train it with 01_sft.py"
-            )
-        absent = [name for name in names if name not in self.norm_stats[kind]]
-        if absent:
-            raise UserError(f"norm_stats has no {absent[0]} of the {kind}; {remedy}")
-        return self.norm_stats[kind]
+        stats = self.norm_stats.get(kind, {})
+        refuse(
+            (not stats, "the policy has no normalisation statistics (norm_stats); train it with 01_sft.py"),
+            *((name not in stats, f"norm_stats has no {name} of the {kind}; {remedy}") for name in names),
+        )
+        return stats
 
     def save(self, folder: Path) -> None:
         """Write model.safetensors, config.json, norm_stats.json, tokenizer.json; each whole or not at all."""

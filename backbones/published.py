@@ -1,4 +1,5 @@
-"""Checkpoints as others publish them, read without their code: format, sizes, statistics, tensors, tokenizer.
+"""From a name or a folder to a policy. Other people's checkpoints are read without their code: format, sizes,
+statistics, tensors, tokenizer.
 
 openvla   openvla/openvla-7b[-finetuned-libero-*], the Hugging Face folder: bf16 shards, statistics in
           config.json
@@ -15,7 +16,7 @@ Not tried on a real published file. The key lists and formats are those of the o
 import contextlib
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,28 +24,82 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from backbones.policy import DIMS, checked_stats, is_own, read_object, read_tokenizer, saved_config
+from backbones.policy import (
+    DIMS,
+    Policy,
+    build_tokenizer,
+    checked_stats,
+    config_from,
+    is_own,
+    read_object,
+    read_tokenizer,
+    refuse,
+    saved_config,
+)
 from common import ACTION_DIM
 from runtime import disk
-from runtime.config import laid_over
-from runtime.errors import UserError, did_you_mean, one_line
+from runtime.config import BACKBONES, laid_over
+from runtime.errors import UserError, did_you_mean, one_line, one_of
 
 
-# ------------------------------------------------------------------------------------------------------ files
+# ------------------------------------------------------------------------------------------------ from a name
+def policy_class(name: str) -> type[Policy]:
+    """The class of a backbone; its module, and transformers with it, is imported now."""
+    one_of("backbone", name, list(BACKBONES))
+    if name == "pi05":
+        from backbones.pi05 import Pi05 as Backbone
+    else:
+        from backbones.openvla import OpenVLA as Backbone
+    return Backbone
+
+
+def build(name: str, model: dict, instructions: Sequence[str] | None = None) -> Policy:
+    """A policy with fresh weights. Sizes that `model` leaves out are the published checkpoint's.
+
+    instructions: for training from scratch. The tokenizer knows their words, and so does vocab_size unless it
+    is given.
+    """
+    cls, tokenizer = policy_class(name), None
+    if instructions is not None:
+        tokenizer = build_tokenizer(instructions)
+        model = {"vocab_size": tokenizer.get_vocab_size()} | model
+    policy = cls(config_from(model, cls.config_class, "model"))
+    policy.tokenizer = tokenizer
+    return policy
+
+
+def horizon(name: str, model: dict) -> int:
+    """Actions of a chunk, known before a policy is built."""
+    return config_from(model, policy_class(name).config_class, "model").horizon
+
+
+# ---------------------------------------------------------------------------------- other people's files
 @dataclass
 class Checkpoint:
     """A folder's tensors, none of them loaded."""
 
     folder: Path
-    files: dict[str, Path]  # key -> its file
-    shapes: dict[str, list[int]]
+    files: list[Path]
+    shapes: dict[str, list[int]]  # of each key
     config: dict
+    format: dict  # one of FORMATS
 
-    def layers(self, prefix: str) -> int:
-        """How many layers `prefix`0, 1, 2, ... there are."""
-        return len(
-            {key.removeprefix(prefix).partition(".")[0] for key in self.shapes if key.startswith(prefix)}
-        )
+    def layers(self, prefix: str) -> int:  # how many of them, `prefix`0, 1, 2, ..., there are
+        layers = {key.removeprefix(prefix).partition(".")[0] for key in self.shapes if key.startswith(prefix)}
+        return len(layers)
+
+
+@contextlib.contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """One line for whatever goes wrong with files that are not as their format demands."""
+    damage = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+    try:
+        yield
+    except (*damage, SafetensorError) as error:
+        raise UserError(
+            f"{path} is no checkpoint of OpenVLA or pi-0.5, or truncated or damaged ({one_line(error)});"
+            " get it again"
+        ) from error
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -53,131 +108,134 @@ def weight_files(path: Path) -> list[Path]:
     Raises:
         UserError: there is none, a shard is missing, or the index names a file outside the folder.
     """
-    index = path / "model.safetensors.index.json"
     if path.is_file():
         return [path]
+    index = path / "model.safetensors.index.json"
     if index.is_file():
-        return shards(index)
-    if (path / "model.safetensors").is_file():
-        return [path / "model.safetensors"]
-    if (path / "adapter_model.safetensors").is_file():
-        raise UserError(f"{path} holds an adapter alone; merge it into its base model first")
-    pickles = sorted(p.name for p in path.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-    if pickles:
-        raise UserError(
-            f"{path} holds {pickles[0]}, a pickle, which nothing here opens; convert it to safetensors first"
+        names = sorted(set(read_object(index)["weight_map"].values()))
+        for name in names:
+            refuse(
+                (
+                    Path(name).name != name,
+                    f"{index} names {name!r}, which is not in its folder; get the checkpoint again",
+                ),
+                (
+                    not (path / name).is_file(),
+                    f"{path} lacks the shard {name!r} of its index; get the checkpoint again",
+                ),
+            )
+        return [path / name for name in names]
+    there = sorted(file.name for file in path.glob("*"))
+    if "model.safetensors" not in there:
+        pickles = [name for name in there if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+        refuse(
+            (
+                "adapter_model.safetensors" in there,
+                f"{path} holds an adapter alone; merge it into its base model first",
+            ),
+            (
+                pickles,
+                f"{path} holds {', '.join(pickles)}, a pickle, which nothing here opens;"
+                " convert it to safetensors first",
+            ),
+            (True, f"{path} holds no model.safetensors and no {index.name}; is it a checkpoint's folder?"),
         )
-    raise UserError(f"{path} holds no model.safetensors and no {index.name}; is it a checkpoint's folder?")
-
-
-def shards(index: Path) -> list[Path]:
-    names = sorted(set(read_object(index)["weight_map"].values()))
-    for name in names:
-        if Path(name).name != name:
-            raise UserError(f"{index} names {name!r}, which is not in its folder; get the checkpoint again")
-        if not (index.parent / name).is_file():
-            raise UserError(f"{index.parent} lacks the shard {name!r} of its index; get the checkpoint again")
-    return [index.parent / name for name in names]
+    return [path / "model.safetensors"]
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Keys and shapes of all files, from their headers.
+    """Keys and shapes of all files, from their headers; the keys tell the format.
 
     Raises:
-        UserError: a file is a git-LFS pointer, truncated or no safetensors file.
+        UserError: a file is a git-LFS pointer, damaged or another model's.
     """
-    folder, files, shapes = path if path.is_dir() else path.parent, {}, {}
-    for file in weight_files(path):
+    folder, files, shapes = path if path.is_dir() else path.parent, weight_files(path), {}
+    for file in files:
         with open(file, "rb") as f:
             if f.read(7) == b"version":
                 raise UserError(
                     f"{file} is a git-LFS pointer, not the weights; run `git lfs pull` in its folder"
                 )
-        try:
-            with safe_open(file, "pt") as f:
-                for key in f.keys():  # noqa: SIM118 (not a dict)
-                    files[key], shapes[key] = file, f.get_slice(key).get_shape()
-        except SafetensorError as error:
-            raise UserError(f"{file} is truncated or no safetensors file ({error}); get it again") from error
+        with reading(file), safe_open(file, "pt") as f:
+            shapes |= {key: f.get_slice(key).get_shape() for key in f.keys()}  # noqa: SIM118 (not a dict)
     config = folder / "config.json"
-    return Checkpoint(folder, files, shapes, read_object(config) if config.is_file() else {})
+    for its in FORMATS.values():
+        if any(key.startswith(its["begins"]) for key in shapes):
+            return Checkpoint(folder, files, shapes, read_object(config) if config.is_file() else {}, its)
+    raise UserError(
+        f"{folder} is no checkpoint of OpenVLA or pi-0.5 (it begins with {next(iter(shapes), 'nothing')});"
+        " no other can be read"
+    )
 
 
-# --------------------------------------------------------------------------------------------- OpenVLA's keys
-OPENVLA_NAMES = {  # beginning of a published key -> what to replace in it, one after the other
-    "language_model.": (("language_model.model.", "language_model."),),
-    "vision_backbone.featurizer.": (
-        ("vision_backbone.featurizer.", "vision.dino."),
-        ("dino.blocks.", "dino.encoder.layer."),
-        ("patch_embed.proj.", "embeddings.patch_embeddings.projection."),
-        ("pos_embed", "embeddings.position_embeddings"),
-        ("cls_token", "embeddings.cls_token"),
-        ("reg_token", "embeddings.register_tokens"),
-        ("attn.qkv", "attention.{}_proj"),  # {}: q, k or v, which timm keeps in one matrix
-        ("attn.proj", "attention.o_proj"),
-        ("ls1.scale_factor", "layer_scale1.lambda1"),
-        ("ls2.scale_factor", "layer_scale2.lambda1"),
+# ------------------------------------------------------------------------------------------------------ names
+NAMES = {  # backbone -> beginnings of published keys, what stands for them here, what else is replaced
+    "openvla": (
+        ("language_model.model.", "language_model.", {}),
+        (
+            "vision_backbone.featurizer.",
+            "vision.dino.",
+            {
+                "dino.blocks.": "dino.encoder.layer.",
+                "patch_embed.proj.": "embeddings.patch_embeddings.projection.",
+                "pos_embed": "embeddings.position_embeddings",
+                "cls_token": "embeddings.cls_token",
+                "reg_token": "embeddings.register_tokens",
+                "attn.qkv": "attention.{}_proj",  # {}: q, k or v, which timm keeps in one matrix
+                "attn.proj": "attention.o_proj",
+                "ls1.scale_factor": "layer_scale1.lambda1",
+                "ls2.scale_factor": "layer_scale2.lambda1",
+            },
+        ),
+        (
+            "vision_backbone.fused_featurizer.",
+            "vision.siglip.",
+            {
+                "siglip.blocks.": "siglip.encoder.layers.",
+                "patch_embed.proj.": "embeddings.patch_embedding.",
+                "pos_embed": "embeddings.position_embedding.weight",
+                "attn.qkv": "self_attn.{}_proj",
+                "attn.proj": "self_attn.out_proj",
+                ".norm": ".layer_norm",
+            },
+        ),
     ),
-    "vision_backbone.fused_featurizer.": (
-        ("vision_backbone.fused_featurizer.", "vision.siglip."),
-        ("siglip.blocks.", "siglip.encoder.layers."),
-        ("patch_embed.proj.", "embeddings.patch_embedding."),
-        ("pos_embed", "embeddings.position_embedding.weight"),
-        ("attn.qkv", "self_attn.{}_proj"),
-        ("attn.proj", "self_attn.out_proj"),
-        (".norm", ".layer_norm"),
+    "pi05": (
+        ("model.", "", {}),  # lerobot's
+        ("paligemma_with_expert.paligemma.model.vision_tower.vision_model.", "vision_tower.", {}),
+        ("paligemma_with_expert.paligemma.lm_head.", "language_model.embed_tokens.", {}),  # tied: one copy
+        ("paligemma_with_expert.paligemma.model.", "", {}),
+        ("paligemma_with_expert.gemma_expert.model.", "expert.", {}),
     ),
 }
-OPENVLA_UNREAD = r".*featurizer\.(norm|attn_pool)\..*"  # of the towers; and so is their last block
+# Nothing reads these, nor the last block of OpenVLA's towers; the expert's head is 263 million parameters
+UNREAD = r".*featurizer\.(norm|attn_pool)\..*|.*gemma_expert\.lm_head\..*"
 
 
-def openvla_key(key: str, cfg) -> str | None:
-    """The name here of a tensor of OpenVLA's files; None where nothing reads it."""
-    if re.fullmatch(OPENVLA_UNREAD, key):
+def key_here(key: str, backbone: str, cfg) -> str | None:
+    """The name here of a tensor of published files; None where nothing reads it. cfg: the model's config."""
+    if re.fullmatch(UNREAD, key):
         return None
-    for beginning, names in OPENVLA_NAMES.items():
-        for theirs, ours in names if key.startswith(beginning) else ():
-            key = key.replace(theirs, ours)
+    for beginning, here, others in NAMES[backbone]:
+        if key.startswith(beginning):
+            key = here + key.removeprefix(beginning)
+            for theirs, ours in others.items():
+                key = key.replace(theirs, ours)
     block = re.match(r"vision\.(dino|siglip)\.encoder\.layers?\.(\d+)", key)
     return None if block and int(block[2]) >= getattr(cfg, block[1]).num_hidden_layers else key
 
 
-def openvla_tensors(tensors: dict[str, Tensor], cfg) -> dict[str, Tensor]:
-    """OpenVLA's published tensors under the names here: q, k, v apart, without those that nothing reads."""
+def renamed(tensors: dict[str, Tensor], backbone: str, cfg) -> dict[str, Tensor]:
+    """Published tensors under the names here: q, k, v apart, without those that nothing reads."""
     named = {}
     for key, tensor in tensors.items():
-        name = openvla_key(key, cfg)
+        name = key_here(key, backbone, cfg)
         if name == "vision.siglip.embeddings.position_embedding.weight":
             tensor = tensor[0]
-        if name is not None and "{}" in name:
-            named |= {name.format(part): t for part, t in zip("qkv", tensor.chunk(3), strict=True)}
-        elif name is not None:
-            named[name] = tensor
+        if name is not None:
+            parts = tensor.chunk(3) if "{}" in name else [tensor]
+            named |= {name.format(part): t for part, t in zip("qkv", parts, strict=False)}
     return named
-
-
-# ---------------------------------------------------------------------------------------------- pi-0.5's keys
-PI05_PREFIXES = (  # beginning of a published key -> beginning of the key here; the first match counts
-    ("paligemma_with_expert.paligemma.model.vision_tower.vision_model.", "vision_tower."),
-    ("paligemma_with_expert.paligemma.lm_head.", "language_model.embed_tokens."),  # tied: the only copy
-    ("paligemma_with_expert.paligemma.model.", ""),
-    ("paligemma_with_expert.gemma_expert.lm_head.", None),  # 263 million parameters that nothing uses
-    ("paligemma_with_expert.gemma_expert.model.", "expert."),
-)
-
-
-def pi05_key(key: str) -> str | None:
-    """The name here of a tensor of openpi's or lerobot's pi-0.5 files; None where nothing uses it."""
-    key = key.removeprefix("model.")  # lerobot's
-    for theirs, ours in PI05_PREFIXES:
-        if key.startswith(theirs):
-            return None if ours is None else ours + key.removeprefix(theirs)
-    return key
-
-
-def pi05_tensors(tensors: dict[str, Tensor], cfg) -> dict[str, Tensor]:
-    named = {pi05_key(key): tensor for key, tensor in tensors.items()}
-    return {key: tensor for key, tensor in named.items() if key is not None}
 
 
 # ----------------------------------------------------------------------------------------- sizes and switches
@@ -280,13 +338,19 @@ def openpi_model(c: Checkpoint) -> dict:
 def openvla_stats(c: Checkpoint, suites: list[str]) -> dict:
     own = c.folder / "dataset_statistics.json"  # a fine-tuning run writes it; it overrides config.json
     published = disk.read_json(own) if own.is_file() else c.config.get("norm_stats", {})
-    if not suites:
-        there = ", ".join(published) or "no suite"
-        raise UserError(f"{c.folder} has statistics of {there}; say whose are wanted (suites)")
-    first, *others = [suite_stats(published, suite) for suite in suites]
-    if any(other != first for other in others):
-        raise UserError(f"{c.folder} normalises {', '.join(suites)} differently; run one suite at a time")
-    return first
+    stats = [suite_stats(published, suite) for suite in suites]
+    refuse(
+        (
+            not suites,
+            f"{c.folder} has statistics of {', '.join(published) or 'no suite'};"
+            " say whose are wanted (suites)",
+        ),
+        (
+            any(other != stats[0] for other in stats),
+            f"{c.folder} normalises {', '.join(suites)} differently; run one suite at a time",
+        ),
+    )
+    return stats[0]
 
 
 def suite_stats(published: dict, suite: str) -> dict:
@@ -304,12 +368,15 @@ def lerobot_stats(c: Checkpoint, suites: list[str]) -> dict:
             f"{c.folder} holds no policy_preprocessor*normalizer*.safetensors, the statistics;"
             " get the whole folder"
         )
-    stats = {"action": {}, "state": {}}
-    for key, tensor in disk.load_tensors(files[0]).items():
-        feature, _, name = key.removeprefix("observation.").partition(".")
-        if feature in stats:
-            stats[feature][name] = tensor.flatten().tolist()[: DIMS[feature]]
-    return stats
+    tensors = disk.load_tensors(files[0])
+    return {
+        kind: {
+            key.removeprefix(theirs): tensor.flatten().tolist()[: DIMS[kind]]
+            for key, tensor in tensors.items()
+            if key.startswith(theirs)
+        }
+        for kind, theirs in (("action", "action."), ("state", "observation.state."))
+    }
 
 
 def openpi_stats(c: Checkpoint, suites: list[str]) -> dict:
@@ -327,14 +394,13 @@ def openpi_stats(c: Checkpoint, suites: list[str]) -> dict:
     }
 
 
-# ---------------------------------------------------------------------------------------------------- loading
+# ---------------------------------------------------------------------------------------------- loading
 FORMATS = {
     "openvla": {
         "backbone": "openvla",
         "begins": "vision_backbone.",  # some key begins with this
         "model": openvla_model,  # Checkpoint -> the `model` section that it amounts to
         "stats": openvla_stats,  # Checkpoint, suites -> norm_stats
-        "tensors": openvla_tensors,  # tensors of a file, model config -> tensors under the names here
         "tokenizer": "openvla/openvla-7b",  # the repository that publishes it
     },
     "lerobot": {
@@ -342,7 +408,6 @@ FORMATS = {
         "begins": "model.paligemma_with_expert.",
         "model": lerobot_model,
         "stats": lerobot_stats,
-        "tensors": pi05_tensors,
         "tokenizer": "google/paligemma-3b-pt-224",
     },
     "openpi": {
@@ -350,33 +415,9 @@ FORMATS = {
         "begins": "paligemma_with_expert.",
         "model": openpi_model,
         "stats": openpi_stats,
-        "tensors": pi05_tensors,
         "tokenizer": "google/paligemma-3b-pt-224",
     },
 }
-
-
-def format_of(c: Checkpoint) -> dict:
-    """Whose checkpoint it is, by its keys."""
-    for its in FORMATS.values():
-        if any(key.startswith(its["begins"]) for key in c.shapes):
-            return its
-    first = next(iter(c.shapes), "nothing")
-    raise UserError(
-        f"{c.folder} is no checkpoint of OpenVLA or pi-0.5 (it begins with {first}); no other can be read"
-    )
-
-
-@contextlib.contextmanager
-def reading(path: str | Path) -> Iterator[None]:
-    """One line for whatever goes wrong with files that are not as their format demands."""
-    damage = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-    try:
-        yield
-    except (*damage, SafetensorError) as error:
-        raise UserError(
-            f"{path} is no checkpoint of OpenVLA or pi-0.5, or damaged ({one_line(error)}); get it again"
-        ) from error
 
 
 def sizes(path: Path) -> dict:
@@ -385,35 +426,56 @@ def sizes(path: Path) -> dict:
         return saved_config(path)[1]
     with reading(path):
         c = open_checkpoint(path)
-        return format_of(c)["model"](c)
+        return c.format["model"](c)
 
 
-def load(path: Path, model: dict, suites: list[str], build: Callable):
-    """The policy of a published checkpoint, in evaluation mode.
-
-    model: overrides what its files say.  suites: whose statistics.  build: models.build.
+def load_published(path: Path, model: dict, suites: list[str]) -> Policy:
+    """The policy of a published checkpoint; `load_policy` says what the arguments are.
 
     Raises:
         UserError: names the first key or file that is missing, damaged or another model's.
     """
-
-    def renamed(file: Path) -> dict[str, Tensor]:
-        with safe_open(file, "pt") as f:
-            tensors = {key: f.get_tensor(key) for key, its_file in c.files.items() if its_file == file}
-        return its["tensors"](tensors, policy.cfg)
-
     with reading(path):
         c = open_checkpoint(path)
-        its = format_of(c)
+        name = c.format["backbone"]
         with torch.device("meta"):
-            policy = build(its["backbone"], laid_over(its["model"](c), model))
-        policy.load_weights(((file, renamed(file)) for file in dict.fromkeys(c.files.values())), assign=True)
+            policy = build(name, laid_over(c.format["model"](c), model))
+        tensors = ((file, renamed(disk.load_tensors(file), name, policy.cfg)) for file in c.files)
+        policy.load_weights(tensors, assign=True)
         for module in policy.modules():  # SigLIP's; no file has them, and nothing here reads them
             if getattr(module, "position_ids", None) is not None:
                 module.position_ids = torch.arange(module.position_ids.shape[-1])[None]
-        policy.norm_stats = checked_stats(its["stats"](c, suites), str(path))
+        policy.norm_stats = checked_stats(c.format["stats"](c, suites), str(path))
     tokenizer = c.folder / "tokenizer.json"
     if not tokenizer.is_file():
-        raise UserError(f"{c.folder} holds no tokenizer.json; put that of {its['tokenizer']} there")
+        raise UserError(f"{c.folder} holds no tokenizer.json; put that of {c.format['tokenizer']} there")
     policy.tokenizer = read_tokenizer(tokenizer)
+    return policy
+
+
+def load_policy(
+    folder: str | Path,
+    weights: str = "model.safetensors",
+    model: dict | None = None,
+    suites: Sequence[str] = (),
+) -> Policy:
+    """The policy that `policy.save(folder)` wrote, or a published one, in evaluation mode.
+
+    weights: another file of the folder, e.g. a snapshot of the training.
+    model: keys that override the checkpoint's own.
+    suites: whose statistics to take where a published checkpoint has several.
+    """
+    folder = Path(folder)
+    if not is_own(folder) and weights == "model.safetensors":
+        return load_published(folder, model or {}, list(suites)).eval()
+    for file in ("config.json", "norm_stats.json", weights):
+        if not (folder / file).is_file():
+            there = sorted(path.name for path in folder.glob("*.safetensors"))
+            raise UserError(f"{folder} holds no {file}, only {there}; run 01_sft.py, see sft.snapshots")
+    name, config = saved_config(folder)
+    policy = build(name, config | (model or {}))
+    policy.load_weights([(folder / weights, disk.load_tensors(folder / weights))])
+    policy.norm_stats = checked_stats(read_object(folder / "norm_stats.json"), f"{folder}/norm_stats.json")
+    if (folder / "tokenizer.json").is_file():
+        policy.tokenizer = read_tokenizer(folder / "tokenizer.json")
     return policy.eval()

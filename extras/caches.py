@@ -150,14 +150,14 @@ class Actor:
 
     @torch.no_grad()
     def __call__(self, obs: dict) -> np.ndarray:
-        rule, hit = self.rule, False
+        rule = self.rule
         with timed(self.seconds, "check", self.device):
             images = torch.from_numpy(np.stack([obs[camera] for camera in common.CAMERAS]))
             obs = collate([obs])
-            if rule.reuse in ("chunk", "prefix"):
-                hit = self.may_reuse(images)
-                self.hits += hit
-                self.streak = self.streak + 1 if hit else 0
+            hit = rule.reuse in ("chunk", "prefix") and self.may_reuse(images)
+            self.hits += hit
+            self.streak = self.streak + 1 if hit else 0
+            if rule.reuse != "patches":
                 self.seen = self.seen if hit else images
         if hit and rule.reuse == "chunk":
             self.index += rule.execute
@@ -178,9 +178,8 @@ class Actor:
         rule = self.rule
         if self.seen is None or self.streak >= rule.cap:
             return False
-        if rule.reuse == "chunk" and self.index + 2 * rule.execute > len(self.chunk):
-            return False
-        return similarity(images, self.seen) >= rule.threshold
+        has_actions = rule.reuse == "prefix" or self.index + 2 * rule.execute <= len(self.chunk)
+        return has_actions and similarity(images, self.seen) >= rule.threshold
 
     def infer(self) -> np.ndarray:
         rule, policy = self.rule, self.policy

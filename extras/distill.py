@@ -90,14 +90,13 @@ def distance(student, teacher, prefix, noise: torch.Tensor, steps: int) -> torch
 def main(cfg: Config, run: stage.Run) -> dict:
     teacher, student = backbones.load_sft(cfg), backbones.load_sft(cfg)
     student.requires_grad_(False).expert.requires_grad_(True)
-    trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=cfg.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(student.expert.parameters(), lr=cfg.lr, weight_decay=0.0)
     train, val = (encode_all(teacher, obs, cfg.batch_size) for obs in load_observations(cfg))
     val = val.select(torch.arange(0, len(val), max(1, len(val) // 256)))
     device = val.valid.device
     val_noise = teacher.noise(len(val), common.stream(0, "distill validation")).to(device)
 
-    first = run.resume(trained=trained, optimizer=optimizer)
+    first = run.resume(expert=student.expert, optimizer=optimizer)
     for step in run.steps(first, cfg.steps):
         # 1. a batch of observations, and a noise for each
         prefix = train.select(common.shuffled(cfg.seed, "distill", step, cfg.batch_size, len(train)))
@@ -109,7 +108,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
 
         # 3. one step of the optimiser, and the log
         loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        grad_norm = torch.nn.utils.clip_grad_norm_(student.expert.parameters(), 1.0)
         run.set_learning_rate(optimizer, step)
         optimizer.step()
         optimizer.zero_grad()

@@ -87,11 +87,11 @@ def check_assets() -> tuple[bool, str]:
 
 
 def check_init_states() -> tuple[bool, str]:
-    wrong = []
-    for suite, expected in INIT_STATES_SHA256.items():
-        data = b"".join(init_state_array(suite, task).tobytes() for task in range(task_count(suite)))
-        if hashlib.sha256(data).hexdigest()[:16] != expected:
-            wrong.append(suite)
+    arrays = {
+        s: [init_state_array(s, task).tobytes() for task in range(task_count(s))] for s in INIT_STATES_SHA256
+    }
+    hashes = {s: hashlib.sha256(b"".join(data)).hexdigest()[:16] for s, data in arrays.items()}
+    wrong = [suite for suite in hashes if hashes[suite] != INIT_STATES_SHA256[suite]]
     return not wrong, f"other init states in {wrong}; {REINSTALL}" if wrong else "as in LIBERO"
 
 

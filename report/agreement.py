@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 import common
 from report import episodes, stats
 from report.plots import INK, canvas, draw_rows, percents, save
-from report.tables import grouped, joined, listing, percent, pivot, table
+from report.tables import grouped, joined, listing, percent, pivot
 from runtime import disk
 
 COLOURS = {
@@ -54,8 +55,7 @@ def correlations(x: np.ndarray, y: np.ndarray, pair: np.ndarray) -> dict:
 
     n = pair.max() + 1
     picks = common.np_stream(0, "correlations").integers(n, size=(500, n))
-    counts = [np.ones(n), *(np.bincount(pick, minlength=n) for pick in picks)]  # first: the sample
-    c = np.stack(counts)[:, pair]
+    c = np.stack([np.ones(n), *(np.bincount(pick, minlength=n) for pick in picks)])[:, pair]  # 1: the sample
 
     def pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         x, y = (v - (c @ v / c.sum(1))[:, None] for v in (x, y))
@@ -98,7 +98,6 @@ def compare(estimates: Tensor, truth: Tensor, shared: Tensor | None = None) -> d
     spread = mean.var(ddof=1)
     told = spread / max(signal[0], spread / 100 + 1e-12)  # what noise takes off r^2 and slope
     bias = max(0.0, 1 - np.corrcoef(mean, truth)[0, 1] ** 2 * told)
-    scale = np.cov(mean, truth)[0, 1] / spread * told  # nats per unit of the estimator
     return {
         "sign agreement": (float(right.mean()), *of_right),
         "noise": (
@@ -106,7 +105,8 @@ def compare(estimates: Tensor, truth: Tensor, shared: Tensor | None = None) -> d
             *((None, None) if noise[0] >= 99 else np.quantile(noise[1:], (0.025, 0.975))),
         ),
         "bias": (float(bias), None, None),
-        "scale": (float(scale), None, None),
+        # nats per unit of the estimator
+        "scale": (float(np.cov(mean, truth)[0, 1] / spread * told), None, None),
     }
 
 
@@ -167,9 +167,9 @@ def estimator_rows(cfg, measures: dict[str, dict], dims: int) -> Iterator[dict]:
                 "passes_exact": passes("exact", 0, cfg, dims),
             }
             for of, metrics in results:
-                for metric, (value, *bounds) in metrics.items():
-                    ci95 = None if bounds[0] is None else list(map(float, bounds))
-                    yield about | of | {"metric": metric, "value": value, "ci95": ci95}
+                for metric, (value, low, high) in metrics.items():
+                    bounds = None if low is None else [float(low), float(high)]
+                    yield about | of | {"metric": metric, "value": value, "ci95": bounds}
 
 
 def flow_facts(own: dict, pairs: Tensor) -> Iterator[dict]:
@@ -221,20 +221,23 @@ def flow_facts(own: dict, pairs: Tensor) -> Iterator[dict]:
 
 def settling(cfg) -> Iterator[dict]:
     """Success on held-out init states by surrogate, over all evaluated training seeds, against `paper`."""
-    arms: dict[str, list[dict]] = defaultdict(list)
-    for surrogate in ("none", *common.SURROGATES):
-        is_dpo = surrogate != "none"
-        name = (
-            dataclasses.replace(cfg, surrogate=surrogate).made_adapter.name if is_dpo else cfg.variant("sft")
-        )
-        for seed_dir in sorted(cfg.seed_dir.parent.glob("seed*")):
-            for _, played, _ in episodes.finished(seed_dir, f"eval-{name}", "test"):
-                arms[surrogate] += played
+    names = {
+        "none": cfg.variant("sft"),
+        **{s: dataclasses.replace(cfg, surrogate=s).made_adapter.name for s in common.SURROGATES},
+    }
+    seed_dirs = sorted(cfg.seed_dir.parent.glob("seed*"))
+    evaluated = {
+        surrogate: [
+            each for seed_dir in seed_dirs for each in episodes.finished(seed_dir, f"eval-{name}", "test")
+        ]
+        for surrogate, name in names.items()
+    }
+    arms = {
+        surrogate: [row for _, played, _ in each for row in played] for surrogate, each in evaluated.items()
+    }
     seeds = {row["seed"] for row in arms["exact"]}  # of the experiment with the exact likelihood
     for surrogate, every in arms.items():
         played = [row for row in every if not seeds or row["seed"] in seeds]
-        if not played:
-            continue
         is_dpo, summary = surrogate != "none", episodes.summarise(played)
         row = {
             "policy": "dpo" if is_dpo else "sft",
@@ -244,7 +247,7 @@ def settling(cfg) -> Iterator[dict]:
             "train_seeds": sorted({episode["seed"] for episode in played}),
             **{key: summary[key] for key in ("n", "successes", "ci95")},
         }
-        test = episodes.paired(played, arms.get("paper", []))
+        test = episodes.paired(played, arms["paper"])
         if surrogate != "paper" and test["paired_n"]:
             row |= {
                 "gained_vs_paper": test["gained"],
@@ -252,7 +255,8 @@ def settling(cfg) -> Iterator[dict]:
                 "p_vs_paper": test["p_vs_sft"],
                 "paired_n": test["paired_n"],
             }
-        yield row
+        if row["n"]:
+            yield row
 
 
 # ----------------------------------------------------------------------------------------------------- tables
@@ -263,24 +267,35 @@ def draws_needed(rows: list[dict]) -> str:
     return str(min(enough)) if enough else f"not reached by {max(signs)}"
 
 
+def with_interval(row: dict) -> str:
+    return f"{row['value']:.3g}" + (" ({:.2g} to {:.2g})".format(*row["ci95"]) if row["ci95"] else "")
+
+
 def estimator_tables(rows: list[dict], cfg) -> str:
     """Markdown: the estimators at cfg.draws and at cfg.max_draws, a table per policy and quantity."""
     parts = []
     for (policy, what), of_policy in grouped(rows, "policy", "quantity").items():
-        lines = []
-        for (name, k, shared), metrics in grouped(of_policy, "surrogate", "draws", "shared").items():
-            line = {"estimator": name, "draws": k, "noise shared": "yes" if shared else "no"}
-            for row in metrics:
-                interval = " ({:.2g} to {:.2g})".format(*row["ci95"]) if row["ci95"] else ""
-                line[row["metric"]] = f"{row['value']:.3g}{interval}"
-            if what != "log p":
-                same = [row for row in of_policy if (row["surrogate"], row["shared"]) == (name, shared)]
-                line["draws for 95 % sign"] = draws_needed(same)
-            line["passes / exact"] = f"1/{metrics[0]['passes_exact'] / k:.0f}"
-            if k in (cfg.draws, cfg.max_draws):
-                lines.append(line)
-        text = table(list(lines[0]), [list(line.values()) for line in lines])
-        parts.append(f"### {policy}: {what}, n = {of_policy[0]['n']}\n\n{text}\n")
+        needed = {
+            key: draws_needed(same)
+            for key, same in grouped(of_policy, "surrogate", "shared").items()
+            if what != "log p"
+        }
+        lines = [
+            {
+                "estimator": name,
+                "draws": k,
+                "noise shared": "yes" if shared else "no",
+                **{row["metric"]: with_interval(row) for row in metrics},
+                **({"draws for 95 % sign": needed[name, shared]} if needed else {}),
+                "passes / exact": f"1/{metrics[0]['passes_exact'] / k:.0f}",
+            }
+            for (name, k, shared), metrics in grouped(of_policy, "surrogate", "draws", "shared").items()
+            if k in (cfg.draws, cfg.max_draws)
+        ]
+        parts += [
+            f"### {policy}: {what}, n = {of_policy[0]['n']}\n",
+            listing(lines, {key: itemgetter(key) for key in lines[0]}) + "\n",
+        ]
     return "\n".join(parts)
 
 
@@ -290,42 +305,43 @@ def gradient_table(cosines: list[dict]) -> str:
             "not measured: no LoRA policy has been trained on these pairs (03_dpo.py), "
             "or validate.gradient_batches is 0\n"
         )
-    named = {"exact": "exact: this many probes against others"}
-    rows = [row | {"estimator": named.get(row["estimator"], row["estimator"])} for row in cosines]
 
     def cell(rows: list[dict]) -> str:
         values = [row["cosine"] for row in rows]
         return f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
-    states = {"start": "first step", "end": "last step"}
-    return pivot(rows, ["estimator", "draws"], "state", states, cell) + "\n"
-
-
-def cost_table(seconds: dict[str, float]) -> str:
-    rows = [{"name": name, "s": s, "ratio": seconds["exact"] / s} for name, s in seconds.items()]
-    return listing(rows, {"": "{name}", "CPU s": "{s:.4f}", "of exact": "1/{ratio:.0f}"}) + "\n"
+    exact = {"estimator": "exact: this many probes against others"}
+    rows = [row | exact if row["estimator"] == "exact" else row for row in cosines]
+    return (
+        pivot(rows, ["estimator", "draws"], "state", {"start": "first step", "end": "last step"}, cell) + "\n"
+    )
 
 
 def arms_table(arms: list[dict]) -> str:
     if not arms:
         return "not run (04_eval.py)\n"
-    counts = "{gained_vs_paper} / {lost_vs_paper}"
-    columns = {
-        "surrogate": lambda arm: "SFT start" if arm["surrogate"] == "none" else arm["surrogate"],
-        "success": "{successes} / {n}",
-        "95 % interval": lambda arm: percent(arm["ci95"]),
-        "seeds": lambda arm: joined(arm["train_seeds"]),
-        "gained / lost against paper": lambda arm: counts.format(**arm) if "p_vs_paper" in arm else "",
-        "p": lambda arm: f"{arm['p_vs_paper']:.2g}" if "p_vs_paper" in arm else "",
-    }
-    return listing(arms, columns) + "\n"
+    return (
+        listing(
+            arms,
+            {
+                "surrogate": lambda arm: "SFT start" if arm["surrogate"] == "none" else arm["surrogate"],
+                "success": "{successes} / {n}",
+                "95 % interval": lambda arm: percent(arm["ci95"]),
+                "seeds": lambda arm: joined(arm["train_seeds"]),
+                "gained / lost against paper": lambda arm: (
+                    f"{arm['gained_vs_paper']} / {arm['lost_vs_paper']}" if "p_vs_paper" in arm else ""
+                ),
+                "p": lambda arm: f"{arm['p_vs_paper']:.2g}" if "p_vs_paper" in arm else "",
+            },
+        )
+        + "\n"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ plots
 def draw_panels(
     cfg, measures: dict[str, dict], rows: list[dict], cosines: list[dict], arms: list[dict], path: Path
 ) -> None:
-    """Six panels in one PNG."""
     trained = [policy for policy in measures if policy != "sft"]
     shown, what = (trained[0], "margin") if trained else ("sft", "difference")
     title = f"Surrogate against exact likelihood: {cfg.name}, {cfg.pairs} pairs, start {cfg.start}"
@@ -373,12 +389,17 @@ def draw_panels(
         unexplained(by_time, f"{policy}: margin", quantity(own["by_time"], sft["by_time"], True), exact)
     margin.axhline(0, color=INK, linewidth=0.8)
     margin.axvline(0, color=INK, linewidth=0.8)
-    of_shown = [
-        row for row in rows if (row["policy"], row["quantity"], row["metric"]) == (shown, what, "noise")
-    ]
-    lines_by_draws(noise, [(r["surrogate"], r["shared"], r["draws"], r["value"]) for r in of_shown])
-    steps = [(r["estimator"], r["state"] == "start", r["draws"], r["cosine"]) for r in cosines]
-    lines_by_draws(gradient, steps)
+    lines_by_draws(
+        noise,
+        [
+            (row["surrogate"], row["shared"], row["draws"], row["value"])
+            for row in rows
+            if (row["policy"], row["quantity"], row["metric"]) == (shown, what, "noise")
+        ],
+    )
+    lines_by_draws(
+        gradient, [(r["estimator"], r["state"] == "start", r["draws"], r["cosine"]) for r in cosines]
+    )
     draw_rows(
         success,
         ["SFT" if arm["surrogate"] == "none" else arm["surrogate"] for arm in arms],
@@ -395,8 +416,8 @@ def draw_panels(
 def unexplained(ax, label: str, by_time: Tensor, exact: Tensor) -> None:
     """1 - r^2 between the velocity error at one time alone, its noise averaged out, and the exact values."""
     strata = by_time.unflatten(0, (-1, max(1, len(by_time) // 16))).mean(1)  # 16 times at most
-    t = (np.arange(len(strata)) + 0.5) / len(strata)
-    ax.plot(t, [1 - np.corrcoef(at, exact)[0, 1] ** 2 for at in strata], "o-", markersize=3, label=label)
+    values = [1 - np.corrcoef(at, exact)[0, 1] ** 2 for at in strata]
+    ax.plot((np.arange(len(strata)) + 0.5) / len(strata), values, "o-", markersize=3, label=label)
 
 
 def lines_by_draws(ax, points: list[tuple[str, bool, int, float]]) -> None:
@@ -440,17 +461,24 @@ def report(cfg, folder: Path) -> None:
         "command": timing["command"],
         "commit": timing["commit"],
     }
-    gradient = {"policy": "dpo", "metric": "gradient cosine"}
-    cost = {"metric": "cost per chunk", "unit": "CPU s"}
-    everything = [
-        *rows,
-        *positive,
-        *facts,
-        *(row | gradient | {"surrogate": row["estimator"], "value": row["cosine"]} for row in cosines),
-        *(cost | {"surrogate": name, "value": value} for name, value in seconds.items()),
-        *arms,
+    gradients = [
+        row
+        | {
+            "policy": "dpo",
+            "metric": "gradient cosine",
+            "surrogate": row["estimator"],
+            "value": row["cosine"],
+        }
+        for row in cosines
     ]
-    disk.write_json(folder.with_suffix(".json"), [about | row for row in everything])
+    costs = [
+        {"metric": "cost per chunk", "unit": "CPU s", "surrogate": name, "value": value}
+        for name, value in seconds.items()
+    ]
+    disk.write_json(
+        folder.with_suffix(".json"),
+        [about | row for row in (*rows, *positive, *facts, *gradients, *costs, *arms)],
+    )
     draw_panels(cfg, measures, rows, cosines, arms, folder.with_suffix(".png"))
     text = "\n".join(
         [
@@ -462,7 +490,11 @@ def report(cfg, folder: Path) -> None:
             "\n## Cosine between the DPO gradients of an estimator and of the exact likelihood\n",
             gradient_table(cosines),
             "## CPU seconds per chunk\n",
-            cost_table(seconds),
+            listing(
+                [{"name": name, "s": s, "ratio": seconds["exact"] / s} for name, s in seconds.items()],
+                {"": "{name}", "CPU s": "{s:.4f}", "of exact": "1/{ratio:.0f}"},
+            ),
+            "",
             "## Success after DPO\n",
             arms_table(arms),
             f"`{timing['command']}` at {timing['commit']}",

@@ -93,8 +93,9 @@ def read(folder: Path) -> tuple[dict[Key, dict[tuple, dict]], list[Finding]]:
             "duplicate": twice
             and f"{twice} of its episodes (task, init state, seed) are in an earlier line too",
         }
-        where = str(path.relative_to(folder))
-        findings += [Finding(kind, where, text) for kind, text in texts.items() if text]
+        findings += [
+            Finding(kind, str(path.relative_to(folder)), text) for kind, text in texts.items() if text
+        ]
     return dict(cells), findings
 
 
@@ -114,7 +115,7 @@ def duplicates(cells: dict) -> tuple[list[Finding], dict]:
         both = [(row, cells[y][place]) for place, row in cells[x].items() if place in cells[y]]
         alike = [a for a, b in both if (a["success"], a["steps"]) == (b["success"], b["steps"])]
         successes = sum(row["success"] for row in alike)  # failures all last to the limit: they prove nothing
-        whole, text = len(alike) == len(both) == len(cells[x]), ""
+        whole, where = len(alike) == len(both) == len(cells[x]), f"{policy}, {suite}"
         if one_policy and successes >= max(3, sum(a["success"] and b["success"] for a, b in both) / 2):
             text = (
                 f"{len(alike)} of {len(both)} episodes have the same success and number of steps "
@@ -123,10 +124,10 @@ def duplicates(cells: dict) -> tuple[list[Finding], dict]:
             if whole and len(both) == len(cells[y]):
                 distinct.pop(y, None)
                 text += "; they count once below"
+            findings.append(Finding("duplicate", where, text))
         elif successes >= 3 and whole:
             text = f"all {len(both)} episodes of seed {seed} have the success and number of steps of {y[0]}"
-        if text:
-            findings.append(Finding("duplicate", f"{policy}, {suite}", text))
+            findings.append(Finding("duplicate", where, text))
     return findings, distinct
 
 
@@ -137,9 +138,8 @@ def incomplete(cells: dict) -> Iterator[Finding]:
         grid = [place for key, other in cells.items() if key[:2] == (policy, suite) for place in other]
         every = set(itertools.product(*map(set, zip(*grid, strict=True))))
         if lacking := sorted(every - cell.keys()):
-            shown = ", ".join(f"task {task} init state {init}" for _, task, init in lacking[:3])
-            text = f"{len(lacking)} of {len(every)} episodes (tasks x init states) are not there: {shown}"
-            yield Finding("missing", where, text + (", ..." if len(lacking) > 3 else ""))
+            text = f"{len(lacking)} of {len(every)} episodes (tasks x init states) are not there; the first: "
+            yield Finding("missing", where, text + "task {1} init state {2}".format(*lacking[0]))
         failures = [row["steps"] for row in cell.values() if not row["success"] and not row["crash"]]
         if early := sum(steps < max(failures) for steps in failures):
             text = f"{early} of {len(failures)} failures ended before the others' {max(failures)} steps"
@@ -174,11 +174,9 @@ def unpaired(cells: dict) -> Iterator[Finding]:
         base = baseline_of(policy, {policy for policy, _, _ in cells})
         theirs = cells.get((base, suite, seed), {})
         if base and (n := len(cell.keys() ^ theirs.keys())):
-            text = f"{n} episodes are in one of it and {base} only"
-            if not theirs:
-                text = f"{base} has no episodes under seed {seed}"
-            where = f"{policy}, {suite}, seed {seed}"
-            yield Finding("missing", where, f"{text}: they have no partner in a paired test")
+            some = f"{n} episodes of seed {seed} are in one of it and {base} only"
+            text = some if theirs else f"{base} has no episodes under seed {seed}"
+            yield Finding("missing", f"{policy}, {suite}", f"{text}: they have no partner in a paired test")
 
 
 def summaries(folder: Path, cells: dict) -> Iterator[Finding]:
@@ -215,10 +213,10 @@ def summary_findings(where: str, path: Path, data: dict) -> Iterator[Finding]:
     for suite, facts in by_suite.items():
         won = [row["success"] for row in rows if row["suite"] == suite]
         counted = {"success": sum(won), "trials": len(won)}
-        yield from disagreement("summary", f"{where}, {suite}", ["success", "trials"], facts, counted, RATE)
+        yield from disagreement("summary", f"{where}, {suite}", list(counted), facts, counted, RATE)
     if is_kits:
-        keys, text = ["successes", "n", "crashes"], "{} of {} successes and {} crashes"
-        text = f"it says {text}, the episodes give {text}"
+        text = "it says {} of {} successes and {} crashes, the episodes give {} of {} and {}"
+        keys = ["successes", "n", "crashes"]
         yield from disagreement("summary", where, keys, data, summarise(rows), text)
 
 
@@ -226,12 +224,10 @@ def baseline_findings(where: str, data: dict, cells: dict) -> Iterator[Finding]:
     """The repository's merged seeds, which state a baseline in percent."""
     named = sorted({policy for policy, _, _ in cells if "sft" in policy and where.split("_")[0] in policy})
     if "sft_baseline" in data and named:
-        counted = together(cells, named[0], data["suite"])
-        rate = 100 * counted["successes"] / max(1, counted["n"])
-        if counted["n"] and abs(rate - data["sft_baseline"]) > 0.05:
-            counts = f"{rate:g} % ({counted['successes']} of {counted['n']})"
-            text = f"its SFT baseline is {data['sft_baseline']:g} %, the episodes of {named[0]} give {counts}"
-            yield Finding("baseline", where, text)
+        won, n = map(together(cells, named[0], data["suite"]).get, ("successes", "n"))
+        if n and abs(100 * won / n - data["sft_baseline"]) > 0.05:
+            counts = f"the episodes of {named[0]} give {100 * won / n:g} % ({won} of {n})"
+            yield Finding("baseline", where, f"its SFT baseline is {data['sft_baseline']:g} %, {counts}")
 
 
 def table_findings(where: str, path: Path, rows: list) -> Iterator[Finding]:
@@ -297,18 +293,15 @@ def pairs(cells: dict) -> list[dict]:
             about = {"policy": policy, "against": base, "suite": suite}
             rows.append(about | compared(own, episodes.get(base, [])))
     rows = [row for row in rows if row["paired_n"]]
-    corrected = stats.holm([row["p"] for row in rows])
-    return [row | {"p_holm": p} for row, p in zip(rows, corrected, strict=True)]
+    return [row | {"p_holm": p} for row, p in zip(rows, stats.holm([row["p"] for row in rows]), strict=True)]
 
 
 def audit(folder: Path) -> dict:
     """{"rates": rows, "pairs": rows, "findings": [Finding]} of a folder.
 
     Raises:
-        UserError: it is no folder, or holds no episodes.
+        UserError: it holds no episodes.
     """
-    if not folder.is_dir():
-        raise UserError(f"audit: {folder} is no folder")
     cells, findings = read(folder)
     if not cells:
         raise UserError(f"audit: no episodes (*.jsonl with a line per episode) below {folder}")

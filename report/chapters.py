@@ -1,9 +1,10 @@
 """The chapters of the report: blocks and tables of one experiment, and of all of them."""
 
+import itertools
+import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
@@ -11,7 +12,7 @@ from urllib.parse import quote
 
 from report import audit, claims, plots, tables
 from report.page import PILLS, as_html, slug
-from report.tables import script
+from report.tables import grouped, script
 from runtime import disk
 from runtime.config import HERE
 
@@ -26,7 +27,7 @@ STAGES = {  # what may have run, by the script in a row's command
 }
 TRAINING = {"01_sft.py": "sft", "03_dpo.py": "dpo-"}  # how the names of their logs begin
 CELLS = "Caches, fewer looks and fewer denoise steps"
-FEW = 24  # more metrics say nothing as bars; their stage draws them
+GROUPS = {"test": "held-out init states (40-49)", "val": "validation init states (35-39)"}
 CLIPS = 12
 
 
@@ -40,14 +41,6 @@ class Experiment:
     videos: list[Path] = field(default_factory=list)
 
 
-def by_stage(rows: list[dict], key: str = "") -> list[tuple[str, str, list[dict]]]:
-    """(stage, value of `key`, rows) of metrics, grouped and in order."""
-    groups = defaultdict(list)
-    for row in [row for row in rows if "metric" in row]:
-        groups[script(row), row.get(key, "")].append(row)
-    return [(*names, group) for names, group in sorted(groups.items())]
-
-
 # ------------------------------------------------------------------------------------------------------ plots
 def learning(experiment: Experiment, rows: list[dict]) -> list:
     """Evaluations on validation init states along the SFT training, and its log; or []."""
@@ -57,65 +50,52 @@ def learning(experiment: Experiment, rows: list[dict]) -> list:
     return [rows, logs[0]] if len(rows) > 1 and logs else []
 
 
-def dpo_curves(training: dict[str, list[dict]]) -> Iterator[tuple[str, str, dict]]:
-    """(name, caption, logs by adapter) of every set of pairs that DPO was trained on."""
+def dpo_curves(training: dict[str, list[dict]]) -> list[tuple[str, dict]]:
+    """(pairs, logs by adapter) of every set of pairs that DPO was trained on."""
     curves = defaultdict(dict)
     for name in [name for name, rows in training.items() if name.startswith("dpo-") and rows]:
-        _, adapter, variant = name.split("-", 2)
-        curves[variant][adapter] = training[name]
-    for variant, logs in sorted(curves.items()):
-        recipe = re.split(r"-at\d|[-,] ?seed\d", variant)[0]
-        start, seed = (re.search(key, variant) for key in (r"-at(\d+)", r"seed(\d+)"))
-        policy = f"SFT step {start[1]}" if start else "the final SFT policy"
-        caption = f"DPO's implicit rewards, {recipe} pairs, from {policy}"
-        yield slug(variant), caption + (f", seed {seed[1]}" if seed else ""), logs
+        _, adapter, pairs = name.split("-", 2)
+        curves[pairs][adapter] = training[name]
+    return sorted(curves.items())
 
 
-def figures(experiment: Experiment, groups: dict[str, list[dict]], folder: Path) -> list[str]:
+def figures(experiment: Experiment, groups: dict[str, list[dict]], folder: Path) -> str:
     """All plots that the rows allow, as PNGs in `folder`, and those that other stages drew, as Markdown."""
-    plain, cells = split(groups["test"])
-    _, cells_val = split(groups["val"])
-    paired, cells_paired = ([row for row in rows if "gained" in row] for rows in (plain, cells))
+    plain, cells = ([row for row in rows if "gained" in row] for rows in split(groups["test"]))
     against = "Difference to {}, on the same episodes"
     drawings = [  # name, caption, function, its arguments; nothing is drawn without arguments
-        ("success", "Success on held-out init states", plots.success, [plain]),
-        ("differences", against.format(tables.baseline(plain)), plots.forest, [paired]),
-        ("differences-cells", against.format(tables.baseline(cells)), plots.forest, [cells_paired]),
+        ("success", "Success on held-out init states", plots.success, [split(groups["test"])[0]]),
+        ("differences", against.format(tables.baseline(plain)), plots.forest, [plain]),
+        ("differences-cells", against.format(tables.baseline(cells)), plots.forest, [cells]),
         (
             "learning_curve",
             "What more training buys, on validation init states",
             plots.learning_curve,
             learning(experiment, groups["val"]),
         ),
-        ("cells-val", f"{CELLS} on validation init states", plots.cells, [cells_val]),
-        ("cells-test", f"{CELLS} on held-out init states", plots.cells, [cells]),
+        *(
+            (f"dpo-{slug(pairs)}", f"DPO's implicit rewards, pairs: {pairs}", plots.dpo, [logs])
+            for pairs, logs in dpo_curves(experiment.training)
+        ),
     ]
-    for name, caption, logs in dpo_curves(experiment.training):
-        drawings.append((f"dpo-{name}", caption, plots.dpo, [logs]))
-    for stage, unit, rows in by_stage(experiment.rows, "unit"):
-        if 1 < len(rows) <= FEW:
-            name = f"{slug(stage.removesuffix('.py'))}-{slug(unit)}"
-            drawings.append((name, f"{STAGES.get(stage, stage)}, {unit}", plots.metrics, [rows]))
     lines = []
     for name, caption, draw, arguments in drawings:
         if arguments and all(arguments):
             path = folder / f"{name}-{slug(experiment.title)}.png"
             plots.save(draw(*arguments), path)
             lines.append(f"![{caption}]({path.name})")
-    return lines + [link_to(path, f"{path.parent.name}: {path.stem}", folder) for path in experiment.drawn]
+    lines += [link_to(path, f"{path.parent.name}: {path.stem}", folder) for path in experiment.drawn]
+    return "\n".join(lines)
 
 
 def link_to(picture: Path, caption: str, folder: Path) -> str:
     return f"![{caption}]({quote(os.path.relpath(picture, folder))})"
 
 
-def clips(videos: list[Path], folder: Path) -> list[str]:
-    """Rollouts: of each suite a few successes and a few failures, in turn."""
-    groups = defaultdict(list)
-    for path in videos:
-        groups[path.name.split("-")[0], path.stem.rpartition("-")[2]].append(path)
-    in_turn = [path for i in range(CLIPS) for group in groups.values() for path in group[i : i + 1]]
-    return [link_to(path, f"{path.parent.parent.name}: {path.stem}", folder) for path in in_turn[:CLIPS]]
+def clips(videos: list[Path], folder: Path) -> str:
+    """Rollouts, spread over the suites and tasks."""
+    some = videos[:: math.ceil(len(videos) / CLIPS) or 1]
+    return "\n".join(link_to(path, f"{path.parent.parent.name}: {path.stem}", folder) for path in some)
 
 
 # --------------------------------------------------------------------------------------------------- chapters
@@ -126,41 +106,50 @@ def split(rows: list[dict]) -> tuple[list[dict], list[dict]]:
 
 def chapter(experiment: Experiment, folder: Path) -> tuple[list[str], dict[str, str]]:
     """The blocks of one experiment, and its tables by the name that a marker in a README calls them."""
-    rates = [row for row in experiment.rows if "successes" in row]
+    title, rates = experiment.title, [row for row in experiment.rows if "successes" in row]
     key = itemgetter("name", "suite", "group")
     pooled = {key(row) for row in rates if len(row["train_seeds"]) > 1}
     single = [row for row in rates if key(row) in pooled and len(row["train_seeds"]) == 1]
-    groups = {name: [r for r in rates if r["group"] == name and r not in single] for name in ("test", "val")}
-    blocks, named = [f"## {experiment.title}"], {}
-
-    def add(suffix: str, heading: str, table: Callable, rows: list[dict]) -> None:
-        if rows:
-            named[experiment.title + suffix] = table(rows)
-            blocks.extend([f"### {heading}", named[experiment.title + suffix]])
-
-    for group, words in (("test", "held-out init states (40-49)"), ("val", "validation init states (35-39)")):
-        suffix, (plain, cells) = "/val" if group == "val" else "", split(groups[group])
-        add(suffix, f"Success on {words}", tables.success_table, plain)
-        add(f"{suffix}/cells", f"{CELLS} on {words}", tables.success_table, cells)
-    add("/seeds", "Seed by seed", tables.success_table, [row for row in single if row["group"] == "test"])
-    blocks.append("\n".join(figures(experiment, groups, folder)))
-    for stage, _, rows in by_stage(experiment.rows):
-        add(f"/{stage.removesuffix('.py')}", STAGES.get(stage, stage), tables.metrics_table, rows)
+    groups = {name: [r for r in rates if r["group"] == name and r not in single] for name in GROUPS}
+    (plain, cells), (val, val_cells) = map(split, groups.values())
+    success = [  # suffix of the table's name, heading, rows
+        ("", f"Success on {GROUPS['test']}", plain),
+        ("/cells", f"{CELLS} on {GROUPS['test']}", cells),
+        ("/val", f"Success on {GROUPS['val']}", val),
+        ("/val/cells", f"{CELLS} on {GROUPS['val']}", val_cells),
+        ("/seeds", "Seed by seed", [row for row in single if row["group"] == "test"]),
+    ]
+    metrics = [row | {"script": script(row)} for row in experiment.rows if "metric" in row]
+    parts = [  # the same with texts
+        *((suffix, heading, tables.success_table(rows)) for suffix, heading, rows in success if rows),
+        ("", "", figures(experiment, groups, folder)),
+        *(
+            (f"/{stage.removesuffix('.py')}", STAGES.get(stage, stage), tables.metrics_table(rows))
+            for (stage,), rows in sorted(grouped(metrics, "script").items())
+        ),
+    ]
     if experiment.episodes and rates:
         audited = audit.audit(experiment.episodes)
-        add("/pairs", "From single episodes, all seeds together", tables.pairs_table, audited["pairs"])
-        blocks.append(findings_list(audited["findings"]) or "The audit of these episodes found nothing.")
-    if not experiment.rows:
-        blocks.append("Nothing has been evaluated yet.")
-    commands = sorted({f"- `{row['command']}` at {row['commit'] or 'no commit'}" for row in experiment.rows})
-    for heading, lines in (("Rollouts", clips(experiment.videos, folder)), ("Commands", commands)):
-        if lines:
-            blocks += [f"### {heading}", "\n".join(lines)]
-    return list(filter(None, blocks)), named
+        repeated = any("gained" in row for row in rates if len(row["train_seeds"]) > 1)
+        if audited["pairs"] and not repeated:
+            pairs = tables.pairs_table(audited["pairs"])
+            parts.append(("/pairs", "From single episodes, all seeds together", pairs))
+        parts.append(("", "", findings_list(audited["findings"])))
+    commands = {f"- `{row['command']}` at {row['commit'] or 'no commit'}" for row in experiment.rows}
+    parts += [
+        ("", "Rollouts", clips(experiment.videos, folder)),
+        ("", "Commands", "\n".join(sorted(commands)) or "Nothing has been evaluated yet."),
+    ]
+    headed = [([f"### {heading}"] if heading else []) + [text] for _, heading, text in parts if text]
+    named = {title + suffix: text for suffix, _, text in parts if text.startswith("| ")}
+    return [f"## {title}", *itertools.chain(*headed)], named
 
 
 def findings_list(findings: list[audit.Finding]) -> str:
-    return "\n".join(f"- {finding.kind}: {finding.where}: {finding.text}" for finding in findings)
+    return (
+        "\n".join(map("- {0.kind}: {0.where}: {0.text}".format, findings))
+        or "The audit of these episodes found nothing."
+    )
 
 
 def what_has_run(experiments: list[Experiment]) -> str:
@@ -168,9 +157,11 @@ def what_has_run(experiments: list[Experiment]) -> str:
     stages = [script(row) for experiment in experiments for row in experiment.rows]
     lines = []
     for stage, words in STAGES.items():
-        trained = sum(name.startswith(TRAINING.get(stage, "-")) for name in logs)
-        counts = {"training log": trained, "row": stages.count(stage)}
-        text = ", ".join(f"{n} {what}{'s' * (n > 1)}" for what, n in counts.items() if n)
+        counts = {
+            "training log": sum(name.startswith(TRAINING.get(stage, "-")) for name in logs),
+            "row": stages.count(stage),
+        }
+        text = ", ".join(f"{n} {what}{'s' if n > 1 else ''}" for what, n in counts.items() if n)
         lines.append([f"`{stage}`", words, text or "not run"])
     return tables.table(["stage", "what it does", "what of it is here"], lines)
 
@@ -188,11 +179,7 @@ def write_report(name: str, experiments: list[Experiment], folder: Path, alone: 
     logs, judged = paper["logs"], [claims.judged(claim, paper["logs"]) for claim in paper["claims"]]
     verdicts = [claim["verdict"] for claim in judged]
     counts = ", ".join(f"{verdict} {verdicts.count(verdict)}" for verdict in PILLS if verdict in verdicts)
-    named = {
-        "claims": claims.claims_table(judged),
-        "public-logs": claims.logs_table(logs),
-    }
-    source = f"[the paper's repository]({logs['repository']}) at commit `{logs['commit'][:7]}`"
+    named = {"claims": claims.claims_table(judged), "public-logs": claims.logs_table(logs)}
     blocks = [
         f"# CrossVLA kit: {name}",
         f"What this kit finds about [{paper['title']}](https://arxiv.org/abs/{paper['arxiv']}).",
@@ -203,7 +190,8 @@ def write_report(name: str, experiments: list[Experiment], folder: Path, alone: 
         "shown, which does not make them zero.",
         named["claims"],
         "## The paper's public logs",
-        f"Counted in {source}, folder `{logs['folder']}`. A seed is the evaluation's, not the training's. "
+        f"Counted in [the paper's repository]({logs['repository']}) at commit `{logs['commit'][:7]}`, folder "
+        f"`{logs['folder']}`. A seed is the evaluation's, not the training's. "
         "Intervals count episodes that repeat another seed's once. Counts cannot tell whether seeds agree on "
         "an init state.",
         named["public-logs"],
@@ -211,9 +199,9 @@ def write_report(name: str, experiments: list[Experiment], folder: Path, alone: 
         what_has_run(experiments),
     ]
     for experiment in experiments:
-        more, tables_of_it = chapter(experiment, folder)
+        more, its_tables = chapter(experiment, folder)
         blocks += more
-        named |= tables_of_it
+        named |= its_tables
     disk.write_atomic(folder / "index.html", as_html(blocks, folder, alone))
     disk.write_atomic(folder / "report.md", "\n\n".join(blocks) + "\n")
     disk.write_json(folder / "claims.json", judged)
@@ -224,12 +212,16 @@ def write_report(name: str, experiments: list[Experiment], folder: Path, alone: 
 def write_audit(episodes: Path, folder: Path) -> bool:
     """Print the audit of a folder of episodes and keep it in `folder`; True if it found nothing."""
     audited = audit.audit(episodes)
-    text = f"# Audit of {episodes}\n\n## Success rates\n\n{tables.rates_table(audited['rates'])}\n"
-    if audited["pairs"]:
-        text += f"\n## Paired with the SFT policy\n\n{tables.pairs_table(audited['pairs'])}\n"
-    if audited["findings"]:
-        text += f"\n## Findings\n\n{findings_list(audited['findings'])}\n"
-        text += "\nFacts about files; this does not establish what caused them.\n"
+    parts = {
+        "Success rates": tables.rates_table(audited["rates"]),
+        "Paired with the SFT policy": audited["pairs"] and tables.pairs_table(audited["pairs"]),
+        "Findings": audited["findings"]
+        and findings_list(audited["findings"])
+        + "\n\nFacts about files; this does not establish what caused them.",
+    }
+    text = "\n".join(
+        [f"# Audit of {episodes}\n", *(f"## {name}\n\n{part}\n" for name, part in parts.items() if part)]
+    )
     disk.write_atomic(folder / "audit.md", text)
     print(text, end="")
     return not audited["findings"]

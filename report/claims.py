@@ -34,7 +34,7 @@ def log_text(entry: dict, logs: dict) -> str:
         if "base" in entry:
             base_won, base_n = logged(logs, entry["base"], entry["suites"])
             counts = (
-                f"{100 * (won / n - base_won / base_n):+.1f} points ({won}/{n} against {base_won}/{base_n})"
+                f"{100 * (won / n - base_won / base_n):+.1f} points ({counts} against {base_won}/{base_n})"
             )
         parts.insert(0, counts)
     return "; ".join(parts)
@@ -54,8 +54,9 @@ def look_up(ours: dict) -> dict | None:
     rows = disk.read_json(paths[0]) if paths[0].suffix == ".json" else audit.read_lines(paths[0])[0]
     fits = [row for row in rows if all(row.get(key) == value for key, value in ours["where"].items())]
     if len(fits) != 1:
-        which = f"{len(fits)} rows of {paths[0]} have {ours['where']}"
-        raise UserError(f"configs/paper.yaml: {which}; a claim needs one")
+        raise UserError(
+            f"configs/paper.yaml: {len(fits)} rows of {paths[0]} have {ours['where']}; a claim needs one"
+        )
     return fits[0]
 
 
@@ -69,8 +70,8 @@ def row_text(row: dict, key: str = "") -> str:
     if "diff_vs_sft" in row:
         return f"{difference(row)}, {row['successes']}/{row['n']}, p = {p_value(row['p_vs_sft'])}"
     if "metric" in row:
-        interval = " ({:.4g} to {:.4g})".format(*row["ci95"]) if row.get("ci95") else ""
-        return f"{number(row['value'])}{interval} {row.get('unit', '')}".strip()
+        interval = "({:.4g} to {:.4g})".format(*row["ci95"]) if row.get("ci95") else ""
+        return " ".join(filter(None, (number(row["value"]), interval, row.get("unit"))))
     return f"{row['successes']}/{row['n']} ({percent(row['ci95'])})"
 
 
@@ -85,34 +86,39 @@ def judged(claim: dict, logs: dict) -> dict:
         parts.append(row_text(row, claim["ours"].get("key", "")))
     if "why" in claim and verdict != "not run here":
         parts.append(claim["why"])
-    same = {key: claim[key] for key in ("id", "section", "claim", "paper", "command")}
-    return same | {"logs": log_text(claim["logs"], logs), "ours": "; ".join(parts), "verdict": verdict}
+    return {
+        **{key: claim[key] for key in ("id", "section", "claim", "paper", "command")},
+        "logs": log_text(claim["logs"], logs),
+        "ours": "; ".join(parts),
+        "verdict": verdict,
+    }
 
 
 def claims_table(claims: list[dict]) -> str:
-    columns = {
-        "section": "{section}",
-        "claim": "{claim}",
-        "paper": "{paper}",
-        "its public logs": "{logs}",
-        "here (95 % interval)": "{ours}",
-        "verdict": "{verdict}",
-        "command": "`{command}`",
-    }
-    return listing(claims, columns)
+    return listing(
+        claims,
+        {
+            "section": "{section}",
+            "claim": "{claim}",
+            "paper": "{paper}",
+            "its public logs": "{logs}",
+            "here (95 % interval)": "{ours}",
+            "verdict": "{verdict}",
+            "command": "`{command}`",
+        },
+    )
 
 
 def logs_table(logs: dict) -> str:
     """The public logs beside the paper's tables. Intervals count episodes that repeat another seed's once."""
     rows = []
-    for policy, suites in logs["counts"].items():
-        for suite, cells in suites.items():
-            won, n = logged(logs, policy, [suite])
-            repeated = logs["same"].get(policy, {}).get(suite, [])
-            once = [cell for seed, cell in cells.items() if seed not in repeated]
-            distinct = sum(k for _, k in once)
-            paper = logs["paper"].get(policy, {}).get(suite)
-            row = {
+    for policy, suite in [(p, suite) for p, suites in logs["counts"].items() for suite in suites]:
+        cells, (won, n) = logs["counts"][policy][suite], logged(logs, policy, [suite])
+        repeated, paper = (logs[key].get(policy, {}).get(suite) for key in ("same", "paper"))
+        once = [cell for seed, cell in cells.items() if seed not in (repeated or [])]
+        distinct = sum(k for _, k in once)
+        rows.append(
+            {
                 "policy": policy,
                 "suite": suite,
                 "successes by seed": ", ".join(f"{seed}: {w}/{k}" for seed, (w, k) in cells.items()),
@@ -122,5 +128,5 @@ def logs_table(logs: dict) -> str:
                 "distinct": distinct,
                 "95 % interval": percent(stats.wilson(sum(w for w, _ in once), distinct)),
             }
-            rows.append(row)
-    return table(list(row), [list(row.values()) for row in rows])
+        )
+    return table(list(rows[0]), [list(row.values()) for row in rows])

@@ -5,6 +5,7 @@ A row: suite, task, init_state, seed, success, steps, crash (the simulator's err
 
 import functools
 import re
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,7 @@ def place_of(row: dict) -> Place:
 
 def played(run_dir: Path) -> set[Place]:
     """The episodes that a run has played so far."""
-    return {
-        place_of(row) for row in disk.read_jsonl(run_dir / "played.jsonl", "suite task init_state success")
-    }
+    return set(map(place_of, disk.read_jsonl(run_dir / "played.jsonl", "suite task init_state success")))
 
 
 def finish(run, **facts) -> dict:
@@ -37,8 +36,9 @@ def finish(run, **facts) -> dict:
     rows = sorted(disk.read_jsonl(run.dir / "played.jsonl"), key=place_of)
     run.times["episodes_s"] = {"{}-{}-{}".format(*place_of(row)): row.pop("wall_s", None) for row in rows}
     disk.write_rows(run.dir / "episodes.jsonl", rows)
-    summary = {"seed": run.identity["config"]["seed"]} | facts | summarise(rows)
-    disk.write_json(run.dir / "summary.json", summary)
+    disk.write_json(
+        run.dir / "summary.json", {"seed": run.identity["config"]["seed"]} | facts | summarise(rows)
+    )
     return facts
 
 
@@ -54,14 +54,13 @@ def finished(seed_dir: Path, pattern: str, group: str) -> list[tuple[dict, list[
         path = run_dir / name / "done.json"
         if path.is_file():
             return disk.read_json(path)["fingerprint"] == made_from
-        files = [path for path in (Path(name), run_dir / name) if path.is_file()]  # of a given checkpoint
-        return any(hash_of(path) == made_from for path in files)
+        return made_from in map(hash_of, filter(Path.is_file, (Path(name), run_dir / name)))  # a checkpoint
 
     for done in sorted(seed_dir.glob(f"{pattern}/done.json"), key=lambda p: p.parent.name):
         facts = disk.read_json(done)
         if facts["config"]["group"] == group and all(unchanged(*item) for item in facts["inputs"].items()):
-            timing = disk.read_json(done.with_name("timing.json"))
-            evaluations.append((facts, disk.read_jsonl(done.with_name("episodes.jsonl")), timing))
+            rows = disk.read_jsonl(done.with_name("episodes.jsonl"))
+            evaluations.append((facts, rows, disk.read_json(done.with_name("timing.json"))))
     return evaluations
 
 
@@ -79,16 +78,14 @@ def summarise(rows: list[dict]) -> dict:
     """Successes with intervals over all episodes that did not crash, and per task."""
     valid = [row for row in rows if not row["crash"]]
     wins = sum(row["success"] for row in valid)
-    of_task: dict[str, list[bool]] = {}
+    of_task = defaultdict(list)
     for row in sorted(valid, key=place_of):
-        of_task.setdefault(f"{row['suite']}/{row['task']}", []).append(row["success"])
-    clusters = np.repeat(np.arange(len(of_task)), [len(successes) for successes in of_task.values()])
+        of_task[f"{row['suite']}/{row['task']}"].append(row["success"])
     places = [place_of(row) for row in valid]
-    deff = stats.design_effect(
-        [row["success"] for row in valid], places, [str(place[:2]) for place in places]
-    )
+    deff = stats.design_effect([row["success"] for row in valid], places, [str(p[:2]) for p in places])
     ci95_tasks = (0.0, 1.0)
     if len(of_task) > 1:
+        clusters = np.repeat(np.arange(len(of_task)), list(map(len, of_task.values())))
         ci95_tasks = stats.cluster_bootstrap(np.concatenate(list(of_task.values())).astype(float), clusters)
     return {
         "n": len(valid),

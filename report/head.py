@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from report.plots import INK, canvas, save
-from report.tables import pivot
+from report.tables import grouped, pivot
 
 VARIANTS = {"paper": "#8c8c8c", "masked": "#1f77b4", "corrected": "#d9822b"}  # of the head -> their colours
 INTRODUCTION = """Tower: {backbone}, {encoder}.
@@ -24,8 +24,7 @@ PROGRESS = {
 def retrieval_report(rows: list[dict], cfg) -> str:
     """Markdown: a table for every protocol and suite, the last one for progress towards the goal."""
     parts = [INTRODUCTION.format(**vars(cfg))]
-    for protocol, suite, n in dict.fromkeys((row["protocol"], row["suite"], row["n"]) for row in rows):
-        part = [row for row in rows if (row["protocol"], row["suite"], row["n"]) == (protocol, suite, n)]
+    for (protocol, suite, n), part in grouped(rows, "protocol", "suite", "n").items():
         if protocol == "progress":
             title = f"**progress**: similarity to the goal frame along {n} held-out episodes"
             table = pivot(part, ["features"], "metric", PROGRESS, progress_cell)
@@ -53,21 +52,16 @@ def progress_cell(rows: list[dict]) -> str:
 def plot_losses(logged: list[dict], cfg, path: Path) -> None:
     """Both terms of the loss against steps. Takes the heads trained without the held-out episodes, if any."""
     split = "episodes" if any(row["trained_on"] == "episodes" for row in logged) else "all"
-    title = "InfoNCE: training (solid) and held-out episodes (dashed)"
-    figure, axes = canvas(9, 3.8, columns=2, title=title)
+    figure, axes = canvas(9, 3.8, columns=2, title="InfoNCE: training (solid) and held-out episodes (dashed)")
     terms = {"views": "agent view and wrist view", "temporal": f"agent view, {cfg.gap} steps on"}
     for ax, (term, words) in zip(axes, terms.items(), strict=True):
         for variant, colour in VARIANTS.items():
             rows = [row for row in logged if (row["trained_on"], row["variant"]) == (split, variant)]
-            steps, held_out = (
-                [row["step"] for row in rows],
-                [row.get(f"held_out_{term}", np.nan) for row in rows],
-            )
+            steps = [row["step"] for row in rows]
             ax.plot(steps, [row[term] for row in rows], color=colour, label=variant)
-            ax.plot(steps, held_out, "--", color=colour)
+            ax.plot(steps, [row.get(f"held_out_{term}", np.nan) for row in rows], "--", color=colour)
         ax.axhline(np.log(cfg.batch_size), color=INK, linewidth=0.8, label=f"chance, log {cfg.batch_size}")
-        ax.set(title=words, xlabel="step")
-        ax.set_ylim(bottom=0)
+        ax.set(title=words, xlabel="step", ylim=(0, None))
     axes[0].legend()
     save(figure, path)
 
@@ -84,10 +78,14 @@ def plot_map(vectors: dict[str, torch.Tensor], frames, path: Path) -> None:
         variances, directions = torch.linalg.eigh(x.T @ x)  # ascending
         directions = directions[:, [-1, -2]]
         plane = x @ (directions * directions.sum(0).sign())  # a component's sign is arbitrary: fix it
-        palette = "tab10" if task.max() < 10 else "tab20"
-        ax.scatter(*plane.T.numpy(), c=task % 20, cmap=palette, s=2, linewidths=0)
-        ax.set_title(f"{name}: {variances[-2:].sum() / variances.sum():.0%} of the variance")
-        ax.set(xticks=[], yticks=[])
+        ax.scatter(
+            *plane.T.numpy(), c=task % 20, cmap="tab10" if task.max() < 10 else "tab20", s=2, linewidths=0
+        )
+        ax.set(
+            title=f"{name}: {variances[-2:].sum() / variances.sum():.0%} of the variance",
+            xticks=[],
+            yticks=[],
+        )
     save(figure, path)
 
 
@@ -99,7 +97,7 @@ def plot_neighbours(
     shown: frame numbers (n, 7), the query first.  right: (n, 7), whether a frame is of the query's moment; it
     gets a tick, the others a cross.
     """
-    title = f"Query | three nearest by {names[0]} | three nearest by {names[1]}"
+    title = "Query | three nearest by {} | three nearest by {}".format(*names)
     figure, axes = canvas(9, 9, *shown.shape, title=title, squeeze=False)
     for i, j in np.ndindex(*shown.shape):
         frame = shown[i, j]
@@ -107,7 +105,11 @@ def plot_neighbours(
         if j == 0:
             mark, colour = "", INK
         axes[i, j].imshow(images[int(frame)])
-        words = f"{mark}task {frames.task[frame]}, step {frames.step[frame]}"
-        axes[i, j].set_title(words, fontsize=7, color=colour, loc="center")
+        axes[i, j].set_title(
+            f"{mark}task {frames.task[frame]}, step {frames.step[frame]}",
+            fontsize=7,
+            color=colour,
+            loc="center",
+        )
         axes[i, j].axis("off")
     figure.savefig(path)  # with all colours

@@ -51,25 +51,37 @@ def latency_report(rows: list[dict], roofline: dict, gpu: str) -> str:
     bounds = [{"gpu": name, "ceiling": amdahl(b["prefix_share"])} | b for name, b in roofline["gpus"].items()]
     bounds.sort(key=lambda row: row["gpu"] != gpu)
     paper = (
-        "Paper: prefix {prefix_share:.1%}, denoising {denoise_share:.1%}, eager code on one GPU: a ceiling "
+        f"Paper: prefix {PAPER['prefix_share']:.1%}, denoising {PAPER['denoise_share']:.1%}, eager code on "
+        f"one GPU: a ceiling of {amdahl(PAPER['prefix_share']):.2f}x."
     )
-    paper = paper.format(**PAPER) + f"of {amdahl(PAPER['prefix_share']):.2f}x."
     return "\n\n".join([listing(rows, measured), paper, listing(bounds, least)]) + "\n"
 
 
 def metric_rows(backbone: str, point: dict, timing: dict) -> list[dict]:
     """Rows of table.json: p50, p95 and shares at the config's own point."""
     parts = point["parts_ms"]
-    values = {"p50": (point["p50_ms"], "ms"), "p95": (point["p95_ms"], "ms")}
-    values["prefix_share"] = point["prefix_share"], "share"
+    values = {
+        "p50": (point["p50_ms"], "ms"),
+        "p95": (point["p95_ms"], "ms"),
+        "prefix_share": (point["prefix_share"], "share"),
+    }
     if "denoising" in parts:
         values["denoise_share"] = parts["denoising"] / sum(parts.values()), "share"
-    about = {"backbone": backbone, "n": point["n"], "command": timing["command"], "commit": timing["commit"]}
-    return [about | {"metric": name, "value": value, "unit": unit} for name, (value, unit) in values.items()]
+    return [
+        {
+            "backbone": backbone,
+            "n": point["n"],
+            "command": timing["command"],
+            "commit": timing["commit"],
+            "metric": name,
+            "value": value,
+            "unit": unit,
+        }
+        for name, (value, unit) in values.items()
+    ]
 
 
 def plot(rows: list[dict], title: str, path: Path) -> None:
-    """A stacked bar for each point."""
     figure, ax = canvas(7.2, 1.2 + 0.28 * len(rows))
     left, place = np.zeros(len(rows)), np.arange(len(rows))[::-1]
     for part in parts_of([row["parts_ms"] for row in rows]):
@@ -79,7 +91,10 @@ def plot(rows: list[dict], title: str, path: Path) -> None:
     for y, x, row in zip(place, left, rows, strict=True):
         ax.text(x, y, f" prefix {row['prefix_share']:.0%}", va="center", fontsize=7)
     ax.set_yticks(place, [row["label"] for row in rows], fontsize=8)
-    ax.set(xlim=(0, 1.12 * left.max()), title=title)
-    ax.set_xlabel("ms per inference, median (blue: what a prefix cache could save)")
+    ax.set(
+        xlim=(0, 1.12 * left.max()),
+        title=title,
+        xlabel="ms per inference, median (blue: what a prefix cache could save)",
+    )
     figure.legend(fontsize=7, ncols=4, loc="outside lower center")
     save(figure, path)

@@ -36,13 +36,14 @@ def table_html(block: str) -> str:
     """A table with verdicts holds long texts: on a phone each of its lines becomes a card."""
     lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in block.splitlines()]
     head, _, *body = [[inline(cell.strip().replace("\\|", "|")) for cell in line] for line in lines]
-    is_cards = "verdict" in head
-    labels = [f' data-label="{name}"' if is_cards else "" for name in head]
-    rows = [[f"<td{label}>{cell}</td>" for label, cell in zip(labels, line, strict=True)] for line in body]
+    kind, label = (' class="cards"', ' data-label="{}"') if "verdict" in head else ("", "")
     names = "".join(f'<th scope="col">{name}</th>' for name in head)
-    table = '<table class="cards">' if is_cards else "<table>"
-    body = "\n".join(f"<tr>{''.join(row)}</tr>" for row in rows)
-    return f'<div class="scroll">{table}<thead><tr>{names}</tr></thead>\n<tbody>{body}</tbody></table></div>'
+    cells = [
+        [f"<td{label.format(*pair)}>{pair[1]}</td>" for pair in zip(head, line, strict=True)] for line in body
+    ]
+    rows = "\n".join(f"<tr>{''.join(line)}</tr>" for line in cells)
+    table = f"<thead><tr>{names}</tr></thead>\n<tbody>{rows}</tbody>"
+    return f'<div class="scroll"><table{kind}>{table}</table></div>'
 
 
 def figure_html(line: str, folder: Path, alone: bool) -> str:
@@ -51,9 +52,10 @@ def figure_html(line: str, folder: Path, alone: bool) -> str:
     path, own = folder / unquote(source), "/" not in source
     if own or (alone and path.stat().st_size <= LARGEST):
         source = f"data:image/{path.suffix[1:]};base64,{base64.b64encode(path.read_bytes()).decode()}"
-    picture = f'<img src="{source}" alt="{html.escape(words)}">'
-    caption = f"<figcaption>{html.escape(words)}</figcaption>"
-    return f'<figure class="{"drawn" if own else path.suffix[1:]}">{picture}{caption}</figure>'
+    words, kind = html.escape(words), "drawn" if own else path.suffix[1:]
+    return (
+        f'<figure class="{kind}"><img src="{source}" alt="{words}"><figcaption>{words}</figcaption></figure>'
+    )
 
 
 def as_html(blocks: list[str], folder: Path, alone: bool) -> str:
@@ -81,8 +83,10 @@ def as_html(blocks: list[str], folder: Path, alone: bool) -> str:
         else:
             parts.append(f"<p>{inline(block)}</p>")
     parts.insert(1, f"<nav>{links}</nav>")
-    template = string.Template(Path(__file__).with_name("template.html").read_text())
-    return template.substitute(title=html.escape(blocks[0].lstrip("# ")), body="\n".join(parts))
+    template = Path(__file__).with_name("template.html").read_text()
+    return string.Template(template).substitute(
+        title=html.escape(blocks[0].lstrip("# ")), body="\n".join(parts)
+    )
 
 
 def fill_in(text: str, tables: dict[str, str]) -> str:

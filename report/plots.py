@@ -4,13 +4,12 @@ matplotlib is imported when something is drawn, so that importing this module is
 """
 
 import io
-import re
 from pathlib import Path
 
 import numpy as np
 
 from report import stats
-from report.tables import baseline, by_suite, joined, metric_names, number, short
+from report.tables import baseline, by_suite, joined, short
 
 INK = "#1c2128"
 COLOURS = {"sft": "#8a929c", "lora": "#2f74b5", "dora": "#d9822b", "other": "#4f9a6b"}
@@ -36,53 +35,45 @@ STYLE = {
 
 def canvas(width: float, height: float, rows: int = 1, columns: int = 1, title: str = "", **keywords):
     """A figure and its axes, in the report's style."""
-    import matplotlib
+    from matplotlib import figure, rcParams
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update(STYLE)
-    figure, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", **keywords)
+    rcParams.update(STYLE)
+    drawn = figure.Figure(figsize=(width, height), layout="constrained")
     if title:
-        figure.suptitle(title, x=0.01, ha="left")
-    return figure, axes
+        drawn.suptitle(title, x=0.01, ha="left")
+    return drawn, drawn.subplots(rows, columns, **keywords)
 
 
 def save(figure, path: Path) -> None:
     """Write a PNG with a palette of 64 colours: a third of the size, and text stays sharp."""
-    import matplotlib.pyplot as plt
     from PIL import Image
 
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png")
-    plt.close(figure)
-    Image.open(drawn).convert("RGB").quantize(64).save(path, optimize=True)
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    Image.open(png).convert("RGB").quantize(64).save(path, optimize=True)
 
 
 def draw_rows(
     ax,
     names: list[str],
-    values: list,
-    intervals: list,
-    colours: list,
-    notes: list[str] = (),
+    values: list[float],
+    intervals: list[list[float]],
+    colours: list[str],
+    notes: list[str],
     bars: bool = True,
 ) -> None:
     """One horizontal line per row, from the top: name, bar or mark, interval, and a note beside it."""
     places = range(len(names))[::-1]
-    if bars:
-        ax.barh(places, values, 0.66, color=colours)
-    for y, value, interval, colour in zip(places, values, intervals, colours, strict=True):
-        if not bars:
+    for y, value, interval, colour, note in zip(places, values, intervals, colours, notes, strict=True):
+        if bars:
+            ax.barh(y, value, 0.66, color=colour)
+        else:
             ax.plot(value, y, "s", color=colour)
-        if interval:
-            ax.plot(interval, [y, y], color=INK if bars else colour, linewidth=1.2 if bars else 2)
-    for y, note in zip(places, notes, strict=False):
+        ax.plot(interval, [y, y], color=INK if bars else colour, linewidth=1.2 if bars else 2)
         ax.text(1.02, y, note, transform=ax.get_yaxis_transform(), va="center", fontsize=9)
     ax.set_yticks(places, names)
     ax.set_ylim(-0.6, len(names) - 0.4)
     ax.grid(axis="x")
-    ax.tick_params(axis="y", length=0)
 
 
 def percents(rows: list[dict]) -> tuple[list[float], list[list[float]]]:
@@ -91,9 +82,9 @@ def percents(rows: list[dict]) -> tuple[list[float], list[list[float]]]:
     return rates, [[100 * bound for bound in row["ci95"]] for row in rows]
 
 
-def colour(row: dict) -> str:
-    kind = row["adapter"] if row["policy"] == "dpo" else row["policy"]
-    return COLOURS.get(kind, COLOURS["other"])
+def colours(rows: list[dict]) -> list[str]:
+    kinds = [row["adapter"] if row["policy"] == "dpo" else row["policy"] for row in rows]
+    return [COLOURS.get(kind, COLOURS["other"]) for kind in kinds]
 
 
 def labels(rows: list[dict]) -> list[str]:
@@ -111,8 +102,9 @@ def success(rows: list[dict]):
     """Success rates as horizontal bars, with their Wilson intervals."""
     rows = sorted(rows, key=by_suite)
     figure, ax = canvas(5.4, 0.8 + 0.34 * len(rows))
-    notes = [f"{row['successes']}/{row['n']}" for row in rows]
-    draw_rows(ax, labels(rows), *percents(rows), [colour(row) for row in rows], notes)
+    draw_rows(
+        ax, labels(rows), *percents(rows), colours(rows), [f"{row['successes']}/{row['n']}" for row in rows]
+    )
     ax.set(xlim=(0, 100), xlabel="success, % (lines: Wilson 95 %)")
     return figure
 
@@ -124,7 +116,7 @@ def forest(rows: list[dict]):
     values = [100 * row["diff_vs_sft"] for row in rows]
     intervals = [[100 * bound for bound in stats.difference_interval(row)] for row in rows]
     notes = [f"p = {row['p_vs_sft']:.2g}" for row in rows]
-    draw_rows(ax, labels(rows), values, intervals, [colour(row) for row in rows], notes, bars=False)
+    draw_rows(ax, labels(rows), values, intervals, colours(rows), notes, bars=False)
     ax.axvline(0, color=INK, linewidth=0.9)
     ax.set_xlabel(f"points against {baseline(rows)}, same episodes (95 %)", loc="right")
     return figure
@@ -138,7 +130,7 @@ def learning_curve(rows: list[dict], losses: list[dict]):
 
     rows = sorted(rows, key=step)
     figure, ax = canvas(5.4, 3.3)
-    (rates, intervals), steps = percents(rows), [step(row) for row in rows]
+    (rates, intervals), steps = percents(rows), list(map(step, rows))
     ax.plot(steps, rates, "o-", color=COLOURS["lora"], label="success (left), Wilson 95 %")
     ax.vlines(steps, *zip(*intervals, strict=True), color=COLOURS["lora"])
     ax.set(ylim=(0, 100), xlabel="SFT step", ylabel="success on validation states, %")
@@ -154,70 +146,17 @@ def dpo(curves: dict[str, list[dict]]):
     """Implicit rewards of chosen (solid) and rejected (dashed) chunks during DPO, by adapter."""
     figure, ax = canvas(5.2, 3.3)
     for i, (name, rows) in enumerate(curves.items()):
-        look = {"color": COLOURS["dora" if "dora" in name else "lora"]}
-        look["linewidth"] = 2.8 if i % 2 == 0 else 1.3  # both stay visible where one covers the other
         for side, line in (("chosen", "-"), ("rejected", "--")):
-            rewards = [row[f"rewards/{side}"] for row in rows]
-            ax.plot([row["step"] for row in rows], rewards, line, label=f"{name}, {side}", **look)
+            ax.plot(
+                [row["step"] for row in rows],
+                [row[f"rewards/{side}"] for row in rows],
+                line,
+                color=COLOURS["dora" if "dora" in name else "lora"],
+                linewidth=2.8 if i % 2 == 0 else 1.3,  # both stay visible where one covers the other
+                label=f"{name}, {side}",
+            )
     ax.axhline(0, color=INK, linewidth=0.8)
     ax.set(xlabel="DPO step", ylabel="beta x log-ratio to reference")
     ax.grid()
     ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(curves), borderaxespad=0.2)
-    return figure
-
-
-# --------------------------------------------------------------------------------------------- cells, metrics
-CELL = re.compile(r"(.+-)?(none|[a-z]+(?=\d))([\d.]*)x?(\d*)-k(\d+)-([a-z]+)(\d+)(-at\d+)?")
-
-
-def describe_cell(name: str) -> tuple[tuple, str]:
-    """The sort key of a cell of extras/cells.py, and the cell in words, from its name."""
-    given, reuse, threshold, cap, k, solver, steps, start = CELL.fullmatch(name).groups()
-    words = "" if reuse == "none" else f"{reuse} at {threshold}, {cap} in a row; "
-    words += f"look every {k}, {solver} {steps}"
-    words += ", student" if given == "student-" else ""
-    words += f", from step {start[3:]}" if start else ""
-    return (
-        reuse != "none",
-        reuse,
-        int(k),
-        given == "student-",
-        solver,
-        int(steps),
-        float(threshold or 0),
-    ), words
-
-
-def cells(rows: list[dict]):
-    """Success with Wilson intervals (left), and CPU ms of the policy per step of the environment (right)."""
-    rows = sorted(rows, key=lambda row: describe_cell(row["name"]))
-    figure, (ax, right) = canvas(7.6, 0.8 + 0.27 * len(rows), columns=2, sharey=True)
-    names, milliseconds = (
-        [describe_cell(row["name"])[1] for row in rows],
-        [row["ms_per_step"] for row in rows],
-    )
-    colours = [COLOURS["dora" if describe_cell(row["name"])[0][0] else "sft"] for row in rows]
-    draw_rows(ax, names, *percents(rows), colours, bars=False)
-    draw_rows(right, names, milliseconds, [None] * len(rows), colours)
-    for y, row in enumerate(rows[::-1]):
-        hits = f"   {row['hit_rate']:.0%} hits" if describe_cell(row["name"])[0][0] else ""
-        right.text(row["ms_per_step"], y, f" {row['ms_per_step']:.2f}{hits}", va="center", fontsize=8)
-    ax.tick_params(axis="y", labelsize=8)
-    ax.set(xlim=(0, 101), xlabel="success, % (95 %)")
-    right.set(xlim=(0, 2 * max(milliseconds)), xlabel="CPU ms per step")
-    return figure
-
-
-def metrics(rows: list[dict]):
-    """Values of one unit as bars, with their intervals if they have any."""
-    from matplotlib.ticker import EngFormatter
-
-    figure, ax = canvas(5.4, 0.8 + 0.32 * len(rows))
-    values, intervals = [row["value"] for row in rows], [row.get("ci95") for row in rows]
-    draw_rows(
-        ax, metric_names(rows), values, intervals, [COLOURS["lora"]] * len(rows), list(map(number, values))
-    )
-    ax.set_xlabel(rows[0].get("unit", ""))
-    if max(map(abs, values)) >= 1e5:
-        ax.xaxis.set_major_formatter(EngFormatter())
     return figure

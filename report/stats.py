@@ -22,10 +22,7 @@ def wilson(wins: int, n: int, deff: float = 1.0) -> tuple[float, float]:
     p, each = wins / n, Z**2 * deff / n
     middle, half = p + each / 2, np.sqrt(each * p * (1 - p) + each**2 / 4)
     low, high = float((middle - half) / (1 + each)), float((middle + half) / (1 + each))
-    return (
-        low if wins > 0 else 0.0,
-        high if wins < n else 1.0,
-    )  # exact at both ends, without rounding errors
+    return low if wins > 0 else 0.0, high if wins < n else 1.0  # exact at both ends, without rounding errors
 
 
 def design_effect(values: Sequence[float], places: Sequence, tasks: Sequence | None = None) -> float:

@@ -8,6 +8,7 @@ from pathlib import Path
 from report import stats
 
 SUITES = ["libero_spatial", "libero_object", "libero_goal", "libero_10"]  # in the paper's order
+NO_NAMES = {"metric", "value", "unit", "n", "ci95", "command", "commit"}  # keys that tell no metrics apart
 RENAMED = {
     "05_cells.py": "extras.cells",
     "05_distill.py": "extras.distill",
@@ -15,17 +16,22 @@ RENAMED = {
 
 
 def table(head: list[str], lines: list[list]) -> str:
-    """A Markdown table."""
     text = [[str(cell).replace("|", "\\|") for cell in line] for line in (head, ["---"] * len(head), *lines)]
     return "\n".join("| " + " | ".join(line) + " |" for line in text)
 
 
 def listing(rows: list[dict], columns: dict[str, str | Callable]) -> str:
     """A line for each row. columns: heading -> its cell, as a format string or a function of the row."""
-    lines = []
+    cells = [c.format_map if isinstance(c, str) else c for c in columns.values()]
+    return table(list(columns), [[cell(row) for cell in cells] for row in rows])
+
+
+def grouped(rows: list[dict], *keys: str) -> dict[tuple, list[dict]]:
+    """The rows that have the same values of `keys`, by these values, in the order of the rows."""
+    groups = defaultdict(list)
     for row in rows:
-        lines.append([c.format_map(row) if isinstance(c, str) else c(row) for c in columns.values()])
-    return table(list(columns), lines)
+        groups[tuple(row[key] for key in keys)].append(row)
+    return groups
 
 
 def pivot(rows: list[dict], keys: Sequence[str], column: str, headings: dict, cell: Callable) -> str:
@@ -33,13 +39,12 @@ def pivot(rows: list[dict], keys: Sequence[str], column: str, headings: dict, ce
 
     headings: value of `column` -> heading.  cell: makes a cell from its rows; without rows it stays empty.
     """
-    groups = defaultdict(list)
-    for row in rows:
-        groups[tuple(row[key] for key in keys), row[column]].append(row)
-    lines = []
-    for line in dict.fromkeys(line for line, _ in groups):
-        lines.append([*line, *(cell(groups[line, v]) if (line, v) in groups else "" for v in headings)])
-    return table([*keys, *headings.values()], lines)
+    groups = grouped(rows, *keys, column)
+    lines = dict.fromkeys(key[:-1] for key in groups)
+    body = [
+        [*line, *(cell(groups[*line, v]) if (*line, v) in groups else "" for v in headings)] for line in lines
+    ]
+    return table([*keys, *headings.values()], body)
 
 
 # -------------------------------------------------------------------------------------------- numbers as text
@@ -62,9 +67,9 @@ def number(value: float) -> str:
 
 def difference(row: dict) -> str:
     """A row's difference to its baseline; with an interval if the row counts gained and lost episodes."""
-    if "gained" not in row:
-        return f"{100 * row['diff_vs_sft']:+.1f} points"
-    return points(row["diff_vs_sft"], stats.difference_interval(row))
+    if "gained" in row:
+        return points(row["diff_vs_sft"], stats.difference_interval(row))
+    return f"{100 * row['diff_vs_sft']:+.1f} points"
 
 
 def joined(values: Sequence) -> str:
@@ -81,9 +86,8 @@ def script(row: dict) -> str:
 
 def short(suite: str) -> str:
     """libero_object -> Object; several suites -> 4 suites."""
-    first, *others = suite.split()
-    name = first.removeprefix("libero_").capitalize().replace("10", "Long")
-    return f"{1 + len(others)} suites" if others else name
+    n = len(suite.split())
+    return f"{n} suites" if n > 1 else suite.removeprefix("libero_").capitalize().replace("10", "Long")
 
 
 def baseline(rows: list[dict]) -> str:
@@ -105,20 +109,10 @@ def by_suite(row: dict) -> tuple:
 
 def metric_names(rows: list[dict]) -> list[str]:
     """A name for each row of metrics: the metric, and every key in which the rows differ."""
-    keys = {key for row in rows for key in row} - {
-        "metric",
-        "value",
-        "unit",
-        "n",
-        "ci95",
-        "command",
-        "commit",
-    }
-    varied = [key for key in ["metric", *sorted(keys)] if len({str(row.get(key)) for row in rows}) > 1]
-    named = [[row.get(key) for key in varied or ["metric"]] for row in rows]
-    return [
-        " ".join(str(v) for v in values if v not in (None, "", "none")).replace("_", " ") for values in named
-    ]
+    keys = sorted({key for row in rows for key in row} - NO_NAMES)
+    varied = [key for key in ["metric", *keys] if len({str(row.get(key)) for row in rows}) > 1] or ["metric"]
+    named = [[str(row.get(key)) for key in varied if row.get(key) not in (None, "", "none")] for row in rows]
+    return [" ".join(values).replace("_", " ") for values in named]
 
 
 # ----------------------------------------------------------------------------------------------------- tables
@@ -141,12 +135,12 @@ def success_table(rows: list[dict]) -> str:
         "over tasks": lambda row: percent(row["ci95_tasks"]),
         "crashes": "{crashes}",
         f"against {baseline(rows)} (95 %)": lambda row: difference(row) if "p_vs_sft" in row else "",
-        "gained / lost": lambda row: (
-            f"{row.get('gained', '')} / {row.get('lost', '')}" if "p_vs_sft" in row else ""
-        ),
+        "gained / lost": lambda row: "{gained} / {lost}".format_map(row) if "gained" in row else "",
         "p": lambda row: p_value(row["p_vs_sft"]) if "p_vs_sft" in row else "",
         "p (Holm)": lambda row: p_value(row["p_holm"]) if "p_vs_sft" in row else "",
     }
+    if any("hit_rate" in row for row in rows):
+        columns |= {"hits": "{hit_rate:.0%}", "CPU ms per step": "{ms_per_step:.2f}"}
     if len({row["suite"] for row in rows}) == 1:
         del columns["suite"], columns["p (Holm)"]
     if len({str(row["train_seeds"]) for row in rows}) == 1:
@@ -155,15 +149,17 @@ def success_table(rows: list[dict]) -> str:
 
 
 def metrics_table(rows: list[dict]) -> str:
-    columns = {
-        "metric": "{title}",
-        "value": lambda row: number(row["value"]),
-        "95 % interval": lambda row: " to ".join(map(number, row.get("ci95") or ())),
-        "unit": lambda row: row.get("unit", ""),
-        "n": lambda row: row.get("n", ""),
-    }
-    titled = zip(metric_names(rows), rows, strict=True)
-    return listing([row | {"title": title} for title, row in titled], columns)
+    titled = [row | {"title": title} for title, row in zip(metric_names(rows), rows, strict=True)]
+    return listing(
+        titled,
+        {
+            "metric": "{title}",
+            "value": lambda row: number(row["value"]),
+            "95 % interval": lambda row: " to ".join(map(number, row.get("ci95") or ())),
+            "unit": lambda row: row.get("unit", ""),
+            "n": lambda row: row.get("n", ""),
+        },
+    )
 
 
 rates_table = partial(  # the audit's success rates: all seeds of a policy and suite together

@@ -38,10 +38,7 @@ STAGES = {  # section of the YAML -> what to run, behind `python`
     "cells": "-m extras.cells",
     "distill": "-m extras.distill",
 }
-BACKBONES = {
-    "openvla": "OpenVLA",
-    "pi05": "Pi05",
-}  # section of the YAML and module of backbones/ -> its policy class
+BACKBONES = ("openvla", "pi05")  # each a section of the YAML and a module of backbones/
 LARGEST = 2**62  # what a seed can hold
 Count = Annotated[int, 1]
 Positive = Annotated[float, 1e-9]

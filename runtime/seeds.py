@@ -30,10 +30,10 @@ def shuffled(seed: int, name: str, step: int, batch_size: int, n: int) -> torch.
     alone.
     """
     places = torch.arange(step * batch_size, (step + 1) * batch_size)
-    permutations = {}
-    for epoch in (places // n).unique().tolist():
-        permutations[epoch] = torch.randperm(n, generator=stream(seed, f"{name} epoch", epoch))
-    return torch.stack([permutations[p // n][p % n] for p in places.tolist()])
+    order = {
+        e: torch.randperm(n, generator=stream(seed, f"{name} epoch", e)) for e in set((places // n).tolist())
+    }
+    return torch.stack([order[p // n][p % n] for p in places.tolist()])
 
 
 def select(x, index: torch.Tensor):

@@ -40,6 +40,9 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)  # a
 FULL += (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
 
+PROCESSES = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+
+
 # ------------------------------------------------------------------------------------- from the command line
 def start(main: Callable, cls: type, dry_run: Callable | None = None, after: Callable | None = None) -> None:
     """Run a stage from the command line.
@@ -97,8 +100,8 @@ def print_plan(script: Path, cfg, dry_run: Callable | None) -> None:
         print(f"[{script.stem}] reads {', '.join(map(str, cfg.inputs())) or 'nothing'}")
     except UserError as error:
         print(f"[{script.stem}] could not begin yet: {error}")
-    finished = " (finished; skipped, unless its identity has changed)" * (cfg.folder / "done.json").is_file()
-    print(f"[{script.stem}] writes {cfg.folder}{finished}")
+    finished = "finished already" if (cfg.folder / "done.json").is_file() else "not finished"
+    print(f"[{script.stem}] writes {cfg.folder}, which is {finished}")
     if dry_run:
         dry_run(cfg, cfg.section)
 
@@ -120,15 +123,11 @@ class Run:
     average_gradients = staticmethod(ranks.average_gradients)  # means over the processes
 
     def resume(self, **parts) -> int:
-        """Fill `parts` (modules, optimizers, dicts of parameters) from the last checkpoint -> its step, or 0"""
+        """Fill `parts` (modules and optimizers) from the last checkpoint; returns its step, or 0."""
         self.parts = parts
         state = disk.load_checkpoint(self.dir / "checkpoint.pt") or {"step": 0}
-        for name, part in parts.items() if state["step"] else ():
-            if isinstance(part, dict):
-                with torch.no_grad():
-                    [parameter.copy_(state[name][key]) for key, parameter in part.items()]
-            else:
-                part.load_state_dict(state[name])
+        for name in parts.keys() & state.keys():
+            parts[name].load_state_dict(state[name])
         if self.first:  # forget what was logged behind the checkpoint
             rows = disk.read_jsonl(self.dir / "metrics.jsonl", "step")
             disk.write_rows(self.dir / "metrics.jsonl", [row for row in rows if row["step"] <= state["step"]])
@@ -141,8 +140,7 @@ class Run:
             yield step
             self.bar.update()
             if (step + 1) % self.cfg.checkpoint_every == 0 and self.first:
-                parts = self.parts.items()
-                state = {name: part if isinstance(part, dict) else part.state_dict() for name, part in parts}
+                state = {name: part.state_dict() for name, part in self.parts.items()}
                 disk.save_checkpoint(self.dir / "checkpoint.pt", state | {"step": step + 1})
 
     def set_learning_rate(self, optimizer: torch.optim.Optimizer, step: int) -> float:
@@ -169,8 +167,9 @@ class Run:
         values = ranks.mean(values)
         if self.first:
             disk.append_jsonl(self.dir / "metrics.jsonl", {"step": step + 1} | values)
-        shown = values.keys() & {"loss", "val_loss", "val_rmse", "rewards/margins"}
-        self.bar.set_postfix({key: f"{values[key]:.3f}" for key in sorted(shown)})
+        self.bar.set_postfix(
+            {key: f"{values[key]:.3f}" for key in values if "loss" in key or "margins" in key}
+        )
 
     def save(self, name: str, tensors: dict) -> None:
         """A file of tensors, written by the first process."""
@@ -193,12 +192,9 @@ class Run:
         for name in [name for name in files if Path(name).name.startswith(".")]:
             files.pop(name).unlink()  # a kill in the middle of a write left it
         outputs = {name: disk.sha256(path) for name, path in files.items() if name not in UNSIGNED}
-        usage = [
-            resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-        ]
         timing = {
             "last_process_s": round(time.time() - self.began, 1),
-            "peak_rss_mb": sum(usage) // 1024,
+            "peak_rss_mb": sum(resource.getrusage(who).ru_maxrss for who in PROCESSES) // 1024,
             "host": platform.platform(),
             "command": command(),
             "commit": git_commit(),
@@ -288,7 +284,7 @@ def fingerprint(identity: dict) -> str:
 
 
 def code_of(script: Path, cfg) -> list[Path]:
-    """The kit's files that a script imports, itself included, but for runtime/, report/ and other backbones."""
+    """The kit's files that a script imports, and itself; not runtime/, report/ and other backbones."""
     others = [f"backbones/{name}" for name in BACKBONES if name != getattr(cfg, "backbone", name)]
     files, todo = set(), [script.resolve()]
     while todo:

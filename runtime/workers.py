@@ -1,6 +1,5 @@
 """Jobs in parallel processes: nothing left running, errors with their cause."""
 
-import contextlib
 import multiprocessing
 import os
 import signal
@@ -38,19 +37,15 @@ def run(
         Exception: a job's own, with the worker's traceback as its cause.
     """
     bar = progress(total=total, initial=count(), desc=title)
+    torch.set_num_threads(1)
     if workers == 1 or len(jobs) < 2:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            for job in jobs:
-                function(job)
-                bar.update(count() - bar.n)
-        finally:
-            torch.set_num_threads(threads)
+        for job in jobs:
+            function(job)
+            bar.update(count() - bar.n)
         return
     os.environ["OMP_NUM_THREADS"] = "1"  # the workers read it when they import numpy and torch
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), spawn, _begin_worker)
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _begin_worker)
     try:
         waiting = {pool.submit(function, job) for job in jobs}
         while waiting:
@@ -60,21 +55,18 @@ def run(
             bar.update(count() - bar.n)
     except BrokenProcessPool:
         raise UserError(
-            "a worker process died (the system kills one where memory runs out)"
-            "; run the same command again, it goes on, with workers=1 if it dies again"
+            "a worker process died (the system kills one where memory runs out); "
+            "run the same command again, it goes on, with workers=1 if it dies again"
         ) from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
-            with contextlib.suppress(ValueError):  # it has ended and been closed
-                process.kill()
-                process.join()
+            process.kill()
+            process.join()
 
 
 def _begin_worker() -> None:
-    """In each worker: one torch thread, deaf to Ctrl-C, which the parent handles, and an end when the parent
-    ends.
-    """
+    """A worker has one torch thread, leaves Ctrl-C to its parent, and ends when its parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()

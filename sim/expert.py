@@ -162,8 +162,8 @@ def descend(e: Expert, position, rotation, tolerance=0.007, speed=0.8, patience=
         if aside < tolerance and turn < 0.08 and abs(e.position[2] - position[2]) < tolerance:
             return
         lowest = position[2] + 8 * max(0, aside - 0.006) + 0.15 * max(0, turn - 0.1)
-        height = min(lowest, max(e.position[2], position[2]))
-        yield e.towards(np.append(position[:2], height), rotation, GRIPPER_OPEN, speed)
+        below = np.append(position[:2], min(lowest, max(e.position[2], position[2])))
+        yield e.towards(below, rotation, GRIPPER_OPEN, speed)
 
 
 def grip(e: Expert, position, rotation, patience=12) -> Actions:
@@ -196,8 +196,7 @@ def pick_rim(
     pitch: degrees by which the hand leans towards the robot; drag: metres (3,) by which the hand moves the
     object before lifting it; above: height over the grasp at which the hand arrives, already turned.
     """
-    points, obstacles = e.points(target), e.obstacles(target)
-    middle = e.spot(target)
+    points, obstacles, middle = e.points(target), e.obstacles(target), e.spot(target)
     if goal:  # the goal's neighbours too, moved to where they would be around the object
         way = e.spot(goal) - np.append(middle[:2], points[:, 2].min())
         obstacles = np.concatenate([obstacles, obstacles - way])
@@ -262,8 +261,8 @@ def place(e: Expert, target: str, on: str, shift=(0, 0), up=0.10, down=None, ope
     above = goal + up * UP
     rise = e.position + max(0, goal[2] + up - 0.02 - origin[2]) * UP
     yield from move_to(e, rise + e.jitter(), e.rotation, GRIPPER_CLOSE, tolerance=0.04)
-    over = carried(e, target, above, rotation)
-    yield from move_to(e, over + e.jitter(), rotation, GRIPPER_CLOSE, turn_tolerance=0.3)
+    over = carried(e, target, above, rotation) + e.jitter()
+    yield from move_to(e, over, rotation, GRIPPER_CLOSE, turn_tolerance=0.3)
     over = carried(e, target, above, rotation)  # once more: the object may have slipped
     yield from move_to(e, over, rotation, GRIPPER_CLOSE, tolerance=0.012, patience=20)
     for _ in range(60):
@@ -303,8 +302,7 @@ def release(e: Expert, rotation, away=UP) -> Actions:
 
 def slide(e: Expert, target: str, to: str, radius=0.064, height=0.009) -> Actions:
     """Pinch the rim of a plate on the side of its goal, and slide the plate there over the table."""
-    middle, goal = e.spot(target), e.spot(to)
-    obstacles = e.obstacles(target)
+    middle, goal, obstacles = e.spot(target), e.spot(to), e.obstacles(target)
     ahead = np.arctan2(*(goal - middle)[1::-1])
 
     def pinch(turn):
@@ -321,8 +319,7 @@ def slide(e: Expert, target: str, to: str, radius=0.064, height=0.009) -> Action
         way = (goal - e.spot(target))[:2]
         if np.linalg.norm(way) < 0.012:
             break
-        ahead_of_it = np.append(e.position[:2] + way, position[2] + 0.004)
-        yield e.towards(ahead_of_it, rotation, GRIPPER_CLOSE, speed=0.5)
+        yield e.towards(np.append(e.position[:2] + way, position[2] + 0.004), rotation, GRIPPER_CLOSE, 0.5)
     yield from release(e, rotation)
 
 

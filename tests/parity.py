@@ -27,7 +27,7 @@ Row = tuple[str, Tensor, Tensor, float]  # name, ours, theirs, tolerance
 def pi05_policy(tensors: dict[str, Tensor], sizes: dict):
     """The fixture's weights in our model, through the key map that serves published checkpoints."""
     from backbones.pi05 import GemmaSize, Pi05, Pi05Config, VisionSize
-    from backbones.published import pi05_tensors
+    from backbones.published import renamed
 
     cfg = Pi05Config(
         vocab_size=sizes["vocab"],
@@ -38,9 +38,9 @@ def pi05_policy(tensors: dict[str, Tensor], sizes: dict):
         expert=GemmaSize(**sizes["expert"]),
         vision=VisionSize(**sizes["vision"]),
     )
-    named = pi05_tensors({key[3:]: value for key, value in tensors.items() if key.startswith("sd.")}, cfg)
+    theirs = {key[3:]: value for key, value in tensors.items() if key.startswith("sd.")}
     policy = Pi05(cfg)
-    policy.load_weights([("fixture", named)])
+    policy.load_weights([("fixture", renamed(theirs, "pi05", cfg))])
     return policy.eval()
 
 
@@ -99,10 +99,11 @@ def pi05_image(x: dict[str, Tensor], sizes: dict) -> Iterator[Row]:
     from backbones.pi05 import resize_lerobot, resize_openpi
 
     for key in (k for k in x if k.startswith("in.raw_")):
+        # LIBERO frames are shown turned by 180 degrees
         name, turned = (
             key.removeprefix("in.raw_"),
             x[key].flip(0, 1),
-        )  # LIBERO frames are shown turned by 180 degrees
+        )
         want = x[f"out.openpi_uint8_{name}"]
         yield (
             f"openpi_uint8_{name}",
@@ -120,8 +121,9 @@ def pi05_image(x: dict[str, Tensor], sizes: dict) -> Iterator[Row]:
 # ---------------------------------------------------------------------------------------------------- OpenVLA
 def openvla_policy(tensors: dict[str, Tensor], sizes: dict):
     """The fixture's weights in our model, through the key map that serves published checkpoints."""
-    from backbones.openvla import LlamaSize, OpenVLA, OpenVLAConfig, TowerSize
-    from backbones.published import openvla_tensors, suite_stats
+    from backbones.openvla import OpenVLA, OpenVLAConfig
+    from backbones.policy import DecoderSize, TowerSize
+    from backbones.published import renamed, suite_stats
 
     def tower(size: dict) -> TowerSize:
         width = size["embed_dim"]
@@ -131,7 +133,7 @@ def openvla_policy(tensors: dict[str, Tensor], sizes: dict):
     cfg = OpenVLAConfig(
         vocab_size=sizes["action_vocab_size"],
         vocab_padding=sizes["pad_to_multiple_of"],
-        llm=LlamaSize(
+        llm=DecoderSize(
             *(
                 text[k]
                 for k in ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
@@ -146,7 +148,7 @@ def openvla_policy(tensors: dict[str, Tensor], sizes: dict):
     )
     policy = OpenVLA(cfg)
     published = {key[3:]: value.float() for key, value in tensors.items() if key.startswith("sd.")}
-    policy.load_weights([("fixture", openvla_tensors(published, cfg))])
+    policy.load_weights([("fixture", renamed(published, "openvla", cfg))])
     policy.norm_stats = suite_stats(sizes["norm_stats"], sizes["unnorm_key"])
     return policy.eval()
 

@@ -1,6 +1,6 @@
 """A GPU computes what a CPU does, and 03 and 05 run on one. pytest tests/test_gpu.py
 
-Skipped where PyTorch sees no GPU. The policies and pairs are those of checkpoints/try; no simulator is needed.
+Skipped where PyTorch sees no GPU. Policies and pairs are those of checkpoints/try; no simulator is needed.
 """
 
 import importlib
@@ -14,8 +14,9 @@ import torch
 
 import backbones
 import common
-import disk
-import likelihood
+from backbones import likelihood
+from runtime import disk, stage
+from runtime.config import load_config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no GPU")
 
@@ -29,8 +30,9 @@ def make_policy(backbone: str, device: str, dtype: str = "float32"):
 
 
 def batch(policy, n: int = 8):
-    pairs = common.read_pairs(ROOT / "checkpoints/try" / policy.backbone / "prefs")
-    return dpo.batch_of(pairs, torch.arange(n)), policy.draws(n, 4, common.stream(0, "draws"), "stratified")
+    cfg = dpo.Config(pairs_from=str(ROOT / "checkpoints/try" / policy.backbone / "prefs"))
+    draws = policy.draws(n, 4, common.stream(0, "draws"), "stratified")
+    return dpo.batch_of(dpo.load_pairs(cfg, policy), torch.arange(n)), draws
 
 
 def compute(policy) -> dict[str, torch.Tensor]:
@@ -38,7 +40,8 @@ def compute(policy) -> dict[str, torch.Tensor]:
     (obs, chosen, rejected, mask), draws = batch(policy)
     noise = (policy.backbone == "pi05") * policy.noise(len(mask), common.stream(0, "noise"))
     with torch.no_grad():
-        found = {"chunk": policy.sample_actions(policy.encode(obs), noise), "prefix": policy.encode(obs).values}
+        prefix = policy.encode(obs)
+        found = {"chunk": policy.sample_actions(prefix, noise), "prefix": prefix.values}
     log_p = torch.cat(dpo.log_probs(policy, obs, chosen, rejected, mask, draws, "velocity"))
     loss = policy.sft_loss(policy.encode(obs), chosen, draws)
     (loss + log_p.mean()).backward()
@@ -53,7 +56,9 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_a_gpu_computes_what_a_cpu_does(backbone, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # on by default, for convolutions alone: three digits
+    monkeypatch.setattr(
+        torch.backends.cudnn, "allow_tf32", False
+    )  # by default convolutions have three digits
     cpu, gpu = (compute(make_policy(backbone, device)) for device in ("cpu", "cuda"))
     off = {key: relative(gpu[key], cpu[key]) for key in cpu}
     assert max(off.values()) < 2e-4, off
@@ -81,15 +86,21 @@ def test_the_exact_likelihood_is_that_of_a_cpu(monkeypatch):
     for device in ("cpu", "cuda"):
         policy = make_policy("pi05", device)
         (obs, chosen, rejected, _), _ = batch(policy, 2)
-        probes = likelihood.make_probes(2, 1, (policy.horizon, policy.cfg.flow_dim), common.stream(0, "probes"))
+        probes = likelihood.make_probes(
+            2, 1, (policy.horizon, policy.cfg.flow_dim), common.stream(0, "probes")
+        )
         both = likelihood.pair_log_probs(policy, policy.encode(obs), chosen, rejected, probes, 4)
         found.append(torch.cat(both).detach().cpu())
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-2)
 
 
 def run(script: str, root: Path, backbone: str, *more: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, script, "configs/try.yaml", f"backbone={backbone}", "device=cuda", f"root={root}", *more]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    arguments = ["configs/try.yaml", f"backbone={backbone}", "device=cuda", f"root={root}", *more]
+    return subprocess.run([sys.executable, script, *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def logged(root: Path) -> list[dict]:
+    return disk.read_jsonl(next(root.rglob("metrics.jsonl")))
 
 
 @pytest.mark.parametrize("adapter", ["lora", "dora"])
@@ -97,15 +108,16 @@ def run(script: str, root: Path, backbone: str, *more: str) -> subprocess.Comple
 def test_dpo_on_a_gpu_trains_as_on_a_cpu_and_goes_on_after_a_kill(backbone, adapter, tmp_path, monkeypatch):
     rows = {}
     for device in ("cuda", "cpu"):
-        assert run("03_dpo.py", tmp_path / device, backbone, f"adapter={adapter}", f"device={device}").returncode == 0
-        rows[device] = [json.loads(line) for line in next((tmp_path / device).rglob("metrics.jsonl")).read_text().splitlines()]
+        arguments = f"adapter={adapter}", f"device={device}"
+        assert run("03_dpo.py", tmp_path / device, backbone, *arguments).returncode == 0
+        rows[device] = logged(tmp_path / device)
     assert rows["cuda"][0]["rewards/margins"] == rows["cpu"][0]["rewards/margins"] == 0
     for key in ("loss", "rewards/margins", "logps/chosen"):
         found, expected = (torch.tensor([row[key] for row in rows[device]]) for device in ("cuda", "cpu"))
         torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
 
-    argv = ["configs/try.yaml", f"backbone={backbone}", "device=cuda", f"root={tmp_path / 'killed'}", f"adapter={adapter}"]
-    cfg = common.load_config(dpo.Config, "dpo", [*argv, "dpo.checkpoint_every=4"])
+    argv = ["configs/try.yaml", f"backbone={backbone}", "device=cuda", f"adapter={adapter}"]
+    cfg = load_config(dpo.Config, [*argv, f"root={tmp_path / 'killed'}", "dpo.checkpoint_every=4"])
     saved = disk.save_checkpoint
 
     def killed(path, state):
@@ -114,9 +126,9 @@ def test_dpo_on_a_gpu_trains_as_on_a_cpu_and_goes_on_after_a_kill(backbone, adap
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(disk, "save_checkpoint", killed)
-        dpo.main(cfg)
-    dpo.main(cfg)
-    again = [json.loads(line) for line in next((tmp_path / "killed").rglob("metrics.jsonl")).read_text().splitlines()]
+        stage.execute(dpo.main, cfg)
+    stage.execute(dpo.main, cfg)
+    again = logged(tmp_path / "killed")
     assert [row["step"] for row in again] == [row["step"] for row in rows["cuda"]]
     for key in ("loss", "rewards/margins"):  # backward passes on a GPU add up in no fixed order
         found, expected = (torch.tensor([row[key] for row in part]) for part in (again, rows["cuda"]))

@@ -255,14 +255,17 @@ def test_progress_of_an_embedding_that_walks_to_the_goal(monkeypatch):
 @pytest.mark.parametrize("every, partner", [(1, 5), (4, 4), (10, 10), (2, 4)])
 def test_the_partner_is_the_image_nearest_to_five_steps_on(every, partner):
     steps = np.arange(0, 101, every)
-    a, b = head.choose(steps, 5)
-    assert (steps[b] - steps[a] == partner).all() and len(a) == min(30, len(steps) - partner // every)
+    kept, a, b = head.choose(steps, 5)
+    assert (steps[kept][b] - steps[kept][a] == partner).all()
+    assert len(a) == min(30, len(steps) - partner // every) and sorted({*a, *b}) == list(range(len(kept)))
+    a, b = kept[a], kept[b]
     assert a[0] == 0 and b[-1] == len(steps) - 1 and np.ptp(np.diff(a)) <= 1  # from end to end, evenly
 
 
-def test_an_episode_too_short_for_a_partner_gives_no_anchor():
-    assert [len(x) for x in head.choose(np.array([0]), 5)] == [0, 0]
-    assert [len(x) for x in head.choose(np.arange(4), 5)] == [0, 0]
+@pytest.mark.parametrize("n", [1, 4])
+def test_an_episode_too_short_for_a_partner_gives_no_anchor_but_its_last_image(n):
+    kept, a, b = head.choose(np.arange(n), 5)
+    assert kept.tolist() == [n - 1] and len(a) == len(b) == 0
 
 
 def several_tasks() -> "head.Frames":

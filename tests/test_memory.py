@@ -178,9 +178,8 @@ def test_too_little_memory_or_disk_is_noticed_before_anything_starts(monkeypatch
     cfgs = stages(f"root={tmp_path / 'not' / 'there'}")
     need, disk = memory.memory_needed(cfgs), memory.disk_needed(cfgs)
     largest = max(bytes_["cpu"] for bytes_ in need.values())
-    assert (
-        largest == need["eval"]["cpu"] and 4.8e9 < largest < 5.5e9
-    )  # two simulators, and a small policy in each
+    # two simulators, and a small policy in each
+    assert largest == need["eval"]["cpu"] and 4.8e9 < largest < 5.5e9
     assert 1e8 < disk < 1e9  # 200 demonstrations of 64 pixels, eight snapshots of 7 MB
     for check, room, named in ((memory.check_memory, largest, "workers"), (memory.check_disk, disk, "root=")):
         for free, ok in ((room, True), (room - 1, False)):

@@ -15,10 +15,10 @@ from samples import INSTRUCTIONS, close, observations, part, stats
 
 import backbones
 import common
-from backbones import openvla, openvla_images
+from backbones import layers, openvla, openvla_images
 from backbones.layers import Prefix
 from backbones.openvla import OpenVLA, OpenVLAConfig
-from backbones.published import openvla_key, openvla_tensors, suite_stats
+from backbones.published import key_here, renamed, suite_stats
 from runtime.errors import UserError
 
 merged_copy = importlib.import_module("01_sft").merged
@@ -99,7 +99,7 @@ def swap(module, name: str, new):
     return lambda m: m.setattr(module, name, new)
 
 
-rotary, attend, features = openvla.rotary, openvla.attend, OpenVLA.patch_features
+rotary, attend, features = openvla.rotary, layers.attend, OpenVLA.patch_features
 MISTAKES = {
     "tanh GELU in the towers": swap(openvla, "GELU", "gelu_pytorch_tanh"),
     "another token in place of 29871": another_token_before_the_actions,
@@ -110,7 +110,7 @@ MISTAKES = {
         openvla, "rotary", lambda positions, dim: rotary(positions + (positions.shape[0] > 1), dim)
     ),
     "patches see one another": swap(
-        openvla,
+        layers,
         "attend",
         lambda attn, x, rope, k, v, mask: attend(
             attn,
@@ -154,9 +154,9 @@ def test_published_shapes_and_keys(published):
     lines = [line.split("\t") for line in (FIXTURES / "keys-openvla-7b.txt").read_text().splitlines()]
     tensors = {key: torch.empty(json.loads(shape), device="meta") for key, shape in lines}
     assert len(tensors) == 982 and ours == {
-        k: list(t.shape) for k, t in openvla_tensors(tensors, published.cfg).items()
+        k: list(t.shape) for k, t in renamed(tensors, "openvla", published.cfg).items()
     }
-    unused = {key for key in tensors if openvla_key(key, published.cfg) is None}
+    unused = {key for key in tensors if key_here(key, "openvla", published.cfg) is None}
     last = ("vision_backbone.featurizer.blocks.23.", "vision_backbone.fused_featurizer.blocks.26.")
     rest = (*last, "vision_backbone.featurizer.norm.", "vision_backbone.fused_featurizer.norm.")
     assert unused == {
@@ -218,9 +218,8 @@ def test_images(shared_policy):
     grey = torch.full((1, 96, 96, 3), 128, dtype=torch.uint8)
     close(policy.pixels(grey), torch.full((1, 3, 64, 64), 128 / 255 * 2 - 1))
     scene = observations(size=96)["agentview"][:1]
-    seen = openvla_images.resize_lanczos3(
-        openvla_images.jpeg(scene[0].numpy()), 64
-    )  # the frame as it was stored, then resized
+    # the frame as it was stored, then resized
+    seen = openvla_images.resize_lanczos3(openvla_images.jpeg(scene[0].numpy()), 64)
     seen = torch.from_numpy(openvla_images.center_crop(seen)).permute(2, 0, 1)[None] / 255 * 2 - 1
     close(policy.pixels(scene), seen)
 
@@ -348,9 +347,8 @@ def test_sft_loss_is_the_cross_entropy_written_out(shared_policy):
     (chunk, _), obs, policy = chunks(), observations(), shared_policy
     ids = policy.encode_actions(chunk).flatten(1)
     with torch.no_grad():
-        logits = torch.stack(
-            [full_logits(policy, part(obs, [i]), ids[i : i + 1]) for i in range(3)]
-        )  # (3, 22, rows)
+        # (3, 22, rows)
+        logits = torch.stack([full_logits(policy, part(obs, [i]), ids[i : i + 1]) for i in range(3)])
         targets = torch.nn.functional.pad(ids, (0, 1), value=policy.cfg.eos)
         want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
         close(policy.sft_loss(policy.encode(obs), chunk, None), want, 1e-5)

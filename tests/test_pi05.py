@@ -20,7 +20,7 @@ import common
 from backbones import pi05
 from backbones.layers import Prefix
 from backbones.pi05 import Pi05, Pi05Config
-from backbones.published import pi05_key
+from backbones.published import key_here
 from runtime import disk
 from runtime.errors import UserError
 
@@ -158,10 +158,10 @@ def test_published_shapes_and_keys():
         policy = Pi05(Pi05Config())
     ours = {key: list(tensor.shape) for key, tensor in policy.state_dict().items()}
     lines = [line.split("\t") for line in (FIXTURES / "keys-pi05.txt").read_text().splitlines()]
-    theirs = {pi05_key(key): json.loads(shape) for key, shape in lines}
+    theirs = {key_here(key, "pi05", None): json.loads(shape) for key, shape in lines}
     assert theirs.pop(None) == [257152, 1024]  # the expert's unused head
     assert ours == theirs
-    assert {pi05_key("model." + key) for key, _ in lines} == {*ours, None}  # lerobot's files
+    assert {key_here("model." + key, "pi05", None) for key, _ in lines} == {*ours, None}  # lerobot's files
     adapted = [
         n
         for n, m in policy.named_modules()
@@ -338,9 +338,8 @@ def test_normalisation_formulas():
         "std": [0.5] * 7,
     }
     x = np.array([-1, 3, 1, 5, 0, 0, 2], np.float32)
-    np.testing.assert_allclose(
-        policy.normalise(x), [-1, 1, 0, 2, -0.5, -0.5, -1], atol=1e-6
-    )  # beyond the quantiles: no clipping
+    # beyond the quantiles: no clipping
+    np.testing.assert_allclose(policy.normalise(x), [-1, 1, 0, 2, -0.5, -0.5, -1], atol=1e-6)
     policy.cfg.normalisation = "mean_std"
     np.testing.assert_allclose(policy.normalise(x), (x - 1) / 0.5, atol=2e-5)
     policy.norm_stats = {}

@@ -79,9 +79,8 @@ def test_what_pi05_keeps_in_float32_counted_by_the_spec():
         for dtype in (torch.float32, torch.bfloat16)
     }
     patches = 1152 * (3 * 14 * 14 + 1) + 256 * 1152
-    norms = (2 * 18 + 1) * (
-        2048 + 3072 * (1024 + 1)
-    )  # plain ones of the language model, adaptive ones of the expert
+    # plain ones of the language model, adaptive ones of the expert
+    norms = (2 * 18 + 1) * (2048 + 3072 * (1024 + 1))
     projections = (32 + 1) * 1024 + (1024 + 1) * 32 + 2 * 1024 * (1024 + 1)  # in, out, time
     assert count[torch.float32] == patches + norms + projections
     assert sum(count.values()) == sum(p.numel() for p in policy.parameters())

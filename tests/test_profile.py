@@ -79,14 +79,14 @@ def test_time_belongs_to_the_innermost_call():
         then()
         ticks.time += seconds
 
-    inner = clock.wrap(lambda: spend(5), "inner")
-    outer = clock.wrap(lambda: spend(1, inner), "outer")
+    inner = clock.during("inner")(lambda: spend(5))
+    outer = clock.during("outer")(lambda: spend(1, inner))
     clock.mark()
     spend(0.25, outer)
     outer()
     assert clock.read() == {"rest": 500, "outer": 4000, "inner": 20000}
     with pytest.raises(ZeroDivisionError):
-        clock.wrap(lambda: 1 / 0, "broken")()
+        clock.during("broken")(lambda: 1 / 0)()
     assert clock.open == ["rest"]
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import backbones
 import common
-from backbones.published import openvla_key, pi05_key
+from backbones.published import key_here
 from runtime.config import HERE, load_config
 from runtime.errors import UserError
 
@@ -61,7 +61,7 @@ def test_every_tensor_arrives(kind, folders):
     policy = load(folder, kind)
     own, used = policy.state_dict(), 0
     for key, tensor in made.items():
-        name = openvla_key(key, policy.cfg) if kind == "openvla" else pi05_key(key)
+        name = key_here(key, policy.backbone, policy.cfg)
         if name is None:
             continue
         parts = [own[name.format(part)] for part in "qkv"] if "{}" in name else [own[name]]

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from report import audit, claims, episodes, page, plots, stats, tables
+from report import audit, claims, episodes, page, stats, tables
 from report.chapters import STAGES
 from runtime import disk, stage
 from runtime.config import HERE, load_config
@@ -77,7 +77,8 @@ def public_folder(folder: Path) -> Path:
     for seed in (42, 1337, 2026):
         write_public(folder, "openvla_sft_libero_goal_5x10", seed, outcomes(0.6, seed))
         write_public(folder, "openvla_dpo_libero_goal_dora", seed, outcomes(0.7, seed + 1))
-    won, n, _ = audit.count(audit.read(folder)[0], "openvla_sft", "libero_goal")
+    counted = audit.together(audit.read(folder)[0], "openvla_sft", "libero_goal")
+    won, n = counted["successes"], counted["n"]
     merged = {"suite": "libero_goal", "sft_baseline": 100 * won / n, "merged_3seed": {}}
     disk.write_json(folder / "openvla_dpo_libero_goal_3seed_merged.json", merged)
     return folder
@@ -165,7 +166,8 @@ def crash_as_failure(f):
 def baseline_without_a_seed(f):
     for kind in ("json", "jsonl"):
         (f / f"{SFT.format(2026)}.{kind}").unlink()
-    won, n, _ = audit.count(audit.read(f)[0], "openvla_sft", "libero_goal")
+    counted = audit.together(audit.read(f)[0], "openvla_sft", "libero_goal")
+    won, n = counted["successes"], counted["n"]
     edit_json(f / "openvla_dpo_libero_goal_3seed_merged.json", lambda d: d.update(sft_baseline=100 * won / n))
 
 
@@ -722,26 +724,6 @@ def finished(folder: Path):
     for seed_dir in sorted(folder.glob("seed*")):
         for facts, rows, _ in episodes.finished(seed_dir, "eval-*", "test"):
             yield int(seed_dir.name.removeprefix("seed")), facts, rows
-
-
-def test_cells_are_said_in_words_and_stand_in_order():
-    names = [
-        "none-k2-euler10",
-        "none-k8-euler1",
-        "student-none-k8-euler1",
-        "none-k8-euler10",
-        "none-k10-euler10",
-    ]
-    names += ["given-chunk0.92x4-k2-euler10", "given-chunk0.999x4-k2-euler10", "prefix0x1000-k2-heun2-at750"]
-    rows = [{"name": name} for name in names]
-    assert sorted(rows, key=lambda row: plots.describe_cell(row["name"])) == [
-        rows[i] for i in (0, 1, 3, 2, 4, 5, 6, 7)
-    ]
-    assert plots.describe_cell(rows[2]["name"])[1] == "look every 8, euler 1, student"
-    assert (
-        plots.describe_cell(rows[7]["name"])[1]
-        == "prefix at 0, 1000 in a row; look every 2, heun 2, from step 750"
-    )
 
 
 def test_an_evaluation_that_is_still_at_work_is_named(tmp_path):

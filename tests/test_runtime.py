@@ -5,6 +5,7 @@ pytest tests/test_runtime.py
 
 import contextlib
 import copy
+import fcntl
 import importlib
 import inspect
 import json
@@ -177,12 +178,19 @@ def test_a_damaged_line_that_is_not_the_last_is_one_error_line(tmp_path, text):
     assert "\n" not in str(error.value) and path.read_text() == text
 
 
-def test_lines_of_several_writers_are_whole(tmp_path):
-    rows = [{"writer": i % 8, "text": "x" * (i % 97)} for i in range(200)]
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda row: disk.append_jsonl(tmp_path / "rows.jsonl", row), rows))
-    found = disk.read_jsonl(tmp_path / "rows.jsonl")
-    assert sorted(map(disk.json_line, found)) == sorted(map(disk.json_line, rows))
+def test_a_writer_waits_for_another_one(tmp_path):
+    """So that none of them takes the other's line for one that a kill has cut."""
+    path = tmp_path / "rows.jsonl"
+    with ThreadPoolExecutor(1) as pool, open(path, "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        other.write('{"a": ')
+        other.flush()
+        writing = pool.submit(disk.append_jsonl, path, {"a": 2})
+        time.sleep(0.3)
+        assert not writing.done()
+        other.write("1}\n")
+        other.close()
+    assert path.read_text() == '{"a": 1}\n{"a": 2}\n'
 
 
 @contextlib.contextmanager
