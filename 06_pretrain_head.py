@@ -25,6 +25,7 @@ They are compared with the head before training, the tower's features, 8 x 8 pix
 chance. In "held-out tasks" only the head is new to the task: 01 trained the tower on it, unless
 encoder=random.
 
+With torchrun every process encodes all images, and takes its rows of every batch.
 Differs from the paper: the pooling; the tower is the SFT policy's; the anchors come from the demonstrations.
 The paper's frames are LIBERO's, one per step. Here the partner is the recorded image nearest to t + 5: that
 of t + 4 where every 4th step has one. Left out: augmentation, queues of negatives, approximate search.
@@ -34,6 +35,7 @@ import itertools
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace as Frames  # arrays; load_frames lists them
 from typing import Annotated, ClassVar, Literal, Self
 
 import numpy as np
@@ -79,8 +81,9 @@ class Config(common.SceneConfig, common.StartConfig):
 
     def inputs(self) -> list[Path]:
         if self.blank_images:
-            remedy = "set blank_images=false"
-            raise UserError(f"black images are all alike, so there is nothing to retrieve; {remedy}")
+            raise UserError(
+                "black images are all alike, so there is nothing to retrieve; set blank_images=false"
+            )
         return [stage.require(self.data_dir, "demos"), *self.sft_inputs()]
 
 
@@ -101,8 +104,9 @@ class Head(nn.Module):
     def fold_in(self, mean: Tensor, spread: Tensor) -> Self:
         """Become the head that does to x what this one does to (x - mean) / spread."""
         weight = self.fc1.weight.data.double() / spread.double()
-        shift = weight @ mean.double().expand(weight.shape[1])
-        self.fc1.bias.data = (self.fc1.bias.data.double() - shift).float()
+        self.fc1.bias.data = (
+            self.fc1.bias.data.double() - weight @ mean.double().expand(weight.shape[1])
+        ).float()
         self.fc1.weight.data = weight.float()
         return self
 
@@ -119,8 +123,9 @@ def info_nce(
     assert a.shape == b.shape and a.ndim == 2, (a.shape, b.shape)
     logits = a @ b.T / temperature  # (B, B), the positives on the diagonal
     if negatives is not None:
-        positives = torch.eye(len(a), dtype=torch.bool, device=a.device)
-        logits = logits.masked_fill(~(negatives | positives), -torch.inf)
+        logits = logits.masked_fill(
+            ~(negatives | torch.eye(len(a), dtype=torch.bool, device=a.device)), -torch.inf
+        )
     log_p = logits.log_softmax(1).diagonal() + logits.log_softmax(0).diagonal()  # (B,)
     return -(log_p if rows is None else log_p[rows]).mean() / 2
 
@@ -156,28 +161,11 @@ def pooled(policy, images: Tensor) -> Tensor:
 def shuffle_weights(module: nn.Module, seed: int) -> None:
     """Every tensor keeps its numbers, and so its scale, in random places."""
     for name, p in module.named_parameters():
-        order = torch.randperm(p.numel(), generator=common.stream(seed, name)).to(p.device)
-        p.data = p.data.flatten()[order].view_as(p)
+        order = torch.randperm(p.numel(), generator=common.stream(seed, name))
+        p.data = p.data.flatten()[order.to(p.device)].view_as(p)
 
 
 # ----------------------------------------------------------------------------------------------------- frames
-@dataclass
-class Frames:
-    """The frames (N,) that are used of all demonstrations, and which of them are anchors (A,), by number."""
-
-    suite: np.ndarray
-    task: np.ndarray  # counts over all suites
-    episode: np.ndarray
-    step: np.ndarray
-    held: np.ndarray  # bool: of a held-out episode
-    state: np.ndarray  # (N, 8)
-    pixels: np.ndarray  # (N, 192), the agent view at 8 x 8
-    agentview: np.ndarray  # (N, W), pooled features
-    wrist: np.ndarray  # (N, W)
-    anchors: np.ndarray
-    partners: np.ndarray  # (A,) the temporal positives
-
-
 def choose(steps: np.ndarray, gap: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The images of an episode, taken at `steps`, that become frames; its anchors (A,) and their partners.
 
@@ -200,27 +188,36 @@ def shrink(images: np.ndarray, size: int = 8) -> np.ndarray:
 
 @torch.no_grad()
 def load_frames(cfg: Config) -> Frames:
-    """The frames of all demonstrations, with their features by the policy's tower."""
+    """The frames (N,) that are used of all demonstrations, and the anchors (A,) among them. Arrays:
+
+    suite, task, episode, step: (N,); task and episode count over all suites
+    held: (N,) bool, of a held-out episode
+    state: (N, 8).  pixels: (N, 192), the agent view at 8 x 8
+    agentview, wrist: (N, W), features by the policy's tower
+    anchors, partners: (A,), numbers of frames; a partner is its anchor's temporal positive
+    """
     policy = backbones.load_sft(cfg)
     if cfg.encoder == "random":
         shuffle_weights(tower_of(policy), cfg.seed)
     episodes, tasks, n = [], {}, 0
-    bar = workers.progress(common.demonstrations(cfg, cfg.holdout), desc="encode", unit="episode")
-    for episode, (suite, held, demo) in enumerate(bar):
+    demos = workers.progress(common.demonstrations(cfg, cfg.holdout), desc="encode", unit="episode")
+    for episode, (suite, held, demo) in enumerate(demos):
         kept, anchors, partners = choose(demo.image_steps, cfg.gap)
-        images = {camera: torch.from_numpy(getattr(demo, camera)[kept]) for camera in common.CAMERAS}
-        part = {
-            "suite": np.full(len(kept), suite),
-            "task": np.full(len(kept), tasks.setdefault((suite, demo.task), len(tasks))),
-            "episode": np.full(len(kept), episode),
-            "step": demo.image_steps[kept],
-            "held": np.full(len(kept), held),
-            "state": demo.state[demo.image_steps[kept]],
-            "pixels": shrink(demo.agentview[kept]),
-            "anchors": n + anchors,
-            "partners": n + partners,
-        }
-        episodes.append(part | {camera: pooled(policy, x).cpu().numpy() for camera, x in images.items()})
+        episodes.append(
+            {
+                "suite": np.full(len(kept), suite),
+                "task": np.full(len(kept), tasks.setdefault((suite, demo.task), len(tasks))),
+                "episode": np.full(len(kept), episode),
+                "step": demo.image_steps[kept],
+                "held": np.full(len(kept), held),
+                "state": demo.state[demo.image_steps[kept]],
+                "pixels": shrink(demo.agentview[kept]),
+                "agentview": pooled(policy, torch.from_numpy(demo.agentview[kept])).cpu().numpy(),
+                "wrist": pooled(policy, torch.from_numpy(demo.wrist[kept])).cpu().numpy(),
+                "anchors": n + anchors,
+                "partners": n + partners,
+            }
+        )
         n += len(kept)
     return Frames(**{key: np.concatenate([part[key] for part in episodes]) for key in episodes[0]})
 
@@ -229,22 +226,25 @@ def load_frames(cfg: Config) -> Frames:
 def protocols(frames: Frames) -> dict[str, list[tuple[str, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]]:
     """Name -> parts: (split, training set, queries, gallery, ids). Each part has heads of its own.
 
-    Training set, queries and gallery number the anchors. A query gets no neighbour of its own id.
+    Training set, queries and gallery number the anchors. A query gets no neighbour of its own id. A protocol
+    that lacks a training set or queries is left out: nothing is held out, or there is only one task.
     """
     episode, held = frames.episode[frames.anchors], frames.held[frames.anchors]
     fold = frames.task[frames.anchors] % FOLDS
     every = np.arange(len(fold))
-    parts = {"all frames": [("all", every, every, every, every)]}
-    parts["other episodes"] = [("all", every, every, every, episode)]
-    if held.any():
-        kept = np.flatnonzero(~held)
-        parts["held-out episodes"] = [("episodes", kept, np.flatnonzero(held), kept, episode)]
-    if len(np.unique(fold)) > 1:
-        parts["held-out tasks"] = [
+    kept = np.flatnonzero(~held)
+    parts = {
+        "all frames": [("all", every, every, every, every)],
+        "other episodes": [("all", every, every, every, episode)],
+        "held-out episodes": [("episodes", kept, np.flatnonzero(held), kept, episode)],
+        "held-out tasks": [
             (f"tasks-{part}", np.flatnonzero(fold != part), np.flatnonzero(fold == part), every, episode)
             for part in np.unique(fold)
-        ]
-    return parts
+        ],
+    }
+    return {
+        name: own for name, own in parts.items() if all(len(on) and len(asked) for _, on, asked, *_ in own)
+    }
 
 
 def splits(frames: Frames) -> dict[str, np.ndarray]:
@@ -263,17 +263,19 @@ def loss_terms(head: Head, views: dict, frames: Frames, index: np.ndarray, maske
 
     views: camera -> what the head is shown of each frame (N, W).
     """
-    at, later = frames.anchors[index], frames.partners[index]
-    shown = torch.cat([views["agentview"][at], views["wrist"][at], views["agentview"][later]])
+    at = frames.anchors[index]
+    shown = torch.cat(
+        [views["agentview"][at], views["wrist"][at], views["agentview"][frames.partners[index]]]
+    )
     now, wrist, then = head(shown).chunk(3)  # (B, D) each
-    negatives = None
-    if masked:
-        step, episode = frames.step[at], frames.episode[at]
-        near = (abs(step[:, None] - step) <= MASK) & (episode[:, None] == episode)
-        negatives = torch.from_numpy(~near).to(now.device)
+    step, episode = frames.step[at], frames.episode[at]
+    near = (abs(step[:, None] - step) <= MASK) & (episode[:, None] == episode)
+    negatives = torch.from_numpy(~near).to(now.device) if masked else None
     rows = ranks.share(torch.arange(len(index)))
-    partners = {"views": wrist, "temporal": then}
-    return {key: info_nce(now, x, TEMPERATURE, negatives, rows) for key, x in partners.items()}
+    return {
+        "views": info_nce(now, wrist, TEMPERATURE, negatives, rows),
+        "temporal": info_nce(now, then, TEMPERATURE, negatives, rows),
+    }
 
 
 def train(frames: Frames, on: np.ndarray, split: str, variant: str, cfg: Config) -> tuple[Head, list[dict]]:
@@ -284,25 +286,26 @@ def train(frames: Frames, on: np.ndarray, split: str, variant: str, cfg: Config)
         x = np.concatenate([frames.agentview[frames.anchors[on]], frames.wrist[frames.anchors[on]]])
         mean, spread = torch.from_numpy(x).mean(0), torch.from_numpy(x).std(0) + 1e-6
     device = ranks.place(cfg.device)
-    views = {camera: torch.from_numpy(getattr(frames, camera)) for camera in common.CAMERAS}
-    views = {camera: ((x - mean) / spread).to(device) for camera, x in views.items()}
+    views = {
+        "agentview": ((torch.from_numpy(frames.agentview) - mean) / spread).to(device),
+        "wrist": ((torch.from_numpy(frames.wrist) - mean) / spread).to(device),
+    }
     head = fresh_head(frames, cfg).to(device)
     optimizer = torch.optim.AdamW(head.parameters(), lr=3e-4, weight_decay=0.01)
     steps = max(1, cfg.epochs * len(on) // cfg.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     held = np.flatnonzero(frames.held[frames.anchors] & (split == "episodes"))
-    held = common.np_stream(cfg.seed, "held").permutation(held)
-    held = held[: len(held) // cfg.batch_size * cfg.batch_size].reshape(-1, cfg.batch_size)
+    whole = len(held) // cfg.batch_size * cfg.batch_size
+    held = common.np_stream(cfg.seed, "held").permutation(held)[:whole].reshape(-1, cfg.batch_size)
 
     logged = []
     for step in workers.progress(range(steps), desc=f"head {split} {variant}", unit="step", leave=False):
         # 1. a batch of anchors, and both terms of the loss
         index = on[common.shuffled(cfg.seed, f"head {split}", step, cfg.batch_size, len(on)).numpy()]
         terms = loss_terms(head, views, frames, index, masked)
-        loss = (1 - TEMPORAL) * terms["views"] + TEMPORAL * terms["temporal"]
 
         # 2. one step of the optimiser
-        loss.backward()
+        ((1 - TEMPORAL) * terms["views"] + TEMPORAL * terms["temporal"]).backward()
         ranks.average_gradients(head.parameters())
         optimizer.step()
         optimizer.zero_grad()
@@ -313,8 +316,8 @@ def train(frames: Frames, on: np.ndarray, split: str, variant: str, cfg: Config)
             row = {key: term.item() for key, term in terms.items()}
             with torch.no_grad():
                 batches = [loss_terms(head, views, frames, index, masked) for index in held]
-            for key in terms if batches else ():
-                row[f"held_out_{key}"] = float(np.mean([batch[key].item() for batch in batches]))
+            if batches:
+                row |= {f"held_out_{k}": float(np.mean([each[k].item() for each in batches])) for k in terms}
             logged.append(ranks.mean(row) | {"trained_on": split, "variant": variant, "step": step + 1})
     return head.cpu().fold_in(mean, spread), logged
 
@@ -322,10 +325,12 @@ def train(frames: Frames, on: np.ndarray, split: str, variant: str, cfg: Config)
 def train_all(frames: Frames, cfg: Config, run: stage.Run) -> dict[tuple[str, str], Head]:
     """A head for every split and variant. Those that an earlier run has trained are read."""
     heads, metrics = {}, run.dir / "metrics.jsonl"
-    smallest = min(len(on) for on in splits(frames).values())
+    smallest = min((len(on) for on in splits(frames).values()), default=0)
     if cfg.batch_size > smallest:
-        anchors = f"the {smallest} anchors of the smallest training set"
-        raise UserError(f"head.batch_size={cfg.batch_size} is more than {anchors}; lower it")
+        raise UserError(
+            f"head.batch_size={cfg.batch_size} is more than "
+            f"the {smallest} anchors of the smallest training set; lower it"
+        )
     (run.dir / "heads").mkdir(exist_ok=True)
     for split, variant in itertools.product(splits(frames), VARIANTS):
         file = run.dir / "heads" / f"{split}-{variant}.safetensors"
@@ -338,8 +343,8 @@ def train_all(frames: Frames, cfg: Config, run: stage.Run) -> dict[tuple[str, st
             head, log = train(frames, splits(frames)[split], split, variant, cfg)
             if run.first:  # a kill may have left a log without its head
                 rows = disk.read_jsonl(metrics, "trained_on variant")
-                rows = [row for row in rows if (row["trained_on"], row["variant"]) != (split, variant)]
-                disk.write_rows(metrics, rows + log)
+                others = [row for row in rows if (row["trained_on"], row["variant"]) != (split, variant)]
+                disk.write_rows(metrics, others + log)
                 disk.save_tensors(file, head.state_dict())
         heads[split, variant] = head.to(ranks.place(cfg.device))
     return heads
@@ -352,15 +357,19 @@ def representations(frames: Frames, heads: dict, split: str, cfg: Config) -> dic
     device = ranks.place(cfg.device)
     on = frames.anchors[splits(frames)[split]]
     raw = torch.from_numpy(frames.agentview).to(device)  # (N, W)
-    vectors = {f"head, {variant}": heads[split, variant](raw) for variant in VARIANTS}
-    vectors["head before training"] = fresh_head(frames, cfg).to(device)(raw)
-    vectors["encoder"] = F.normalize(raw, dim=1)
-    others = {"encoder, standardised": frames.agentview}
-    others |= {"pixels 8 x 8": frames.pixels, "proprioception": frames.state}
-    for name, x in others.items():
-        standardised = (x - x[on].mean(0)) / (x[on].std(0) + 1e-6)
-        vectors[name] = F.normalize(torch.from_numpy(standardised).float().to(device), dim=1)
-    return vectors
+
+    def standardised(x: np.ndarray) -> Tensor:
+        x = (x - x[on].mean(0)) / (x[on].std(0) + 1e-6)
+        return F.normalize(torch.from_numpy(x).float().to(device), dim=1)
+
+    return {
+        **{f"head, {variant}": heads[split, variant](raw) for variant in VARIANTS},
+        "head before training": fresh_head(frames, cfg).to(device)(raw),
+        "encoder": F.normalize(raw, dim=1),
+        "encoder, standardised": standardised(frames.agentview),
+        "pixels 8 x 8": standardised(frames.pixels),
+        "proprioception": standardised(frames.state),
+    }
 
 
 def nearest(queries: Tensor, gallery: Tensor, allowed: np.ndarray, k: int) -> np.ndarray:
@@ -395,16 +404,20 @@ def score(
         q = frames.anchors[some]
         allowed = ids[some][:, None] != ids[gallery]  # (512, G)
         of_task = allowed & (frames.task[q][:, None] == frames.task[g])
-        kinds = {"task": of_task, "episode": allowed & (frames.episode[q][:, None] == frames.episode[g])}
-        kinds["moment"] = of_task & (abs(frames.step[q][:, None] - frames.step[g]) <= near)
+        kinds = {
+            "task": of_task,
+            "episode": allowed & (frames.episode[q][:, None] == frames.episode[g]),
+            "moment": of_task & (abs(frames.step[q][:, None] - frames.step[g]) <= near),
+        }
         for name, x in vectors.items():
             rows = nearest(x[q], x[g], allowed, max(AT))
             for kind, right in kinds.items():
                 hits = np.take_along_axis(right, rows, axis=1)  # (512, 10)
                 recalls[name, kind].append(np.stack([hits[:, :k].any(1) for k in AT], axis=1))
         for kind, right in kinds.items():
-            of_k = [chance(right.sum(1), allowed.sum(1), k) for k in AT]
-            recalls["chance", kind].append(np.stack(of_k, axis=1))
+            recalls["chance", kind].append(
+                np.stack([chance(right.sum(1), allowed.sum(1), k) for k in AT], axis=1)
+            )
     return {key: np.concatenate(blocks).astype(float) for key, blocks in recalls.items()}
 
 
@@ -412,27 +425,34 @@ def recall_rows(frames: Frames, heads: dict, cfg: Config) -> list[dict]:
     """A row for every protocol, representation, kind of right, suite and k."""
     rows = []
     for protocol, parts in protocols(frames).items():
-        scores = []
-        for split, _, queries, gallery, ids in parts:
-            vectors = representations(frames, heads, split, cfg)
-            scores.append(score(frames, vectors, queries, gallery, ids, cfg.near))
+        scores = [
+            score(frames, representations(frames, heads, split, cfg), queries, gallery, ids, cfg.near)
+            for split, _, queries, gallery, ids in parts
+        ]
         recalls = {key: np.concatenate([part[key] for part in scores]) for key in scores[0]}
-        asked = frames.anchors[np.concatenate([queries for _, _, queries, _, _ in parts])]
+        asked = frames.anchors[np.concatenate([queries for _, _, queries, *_ in parts])]
         suites = sorted(set(frames.suite[asked]))
-        for name, kind in recalls:
-            if name == "chance" or not recalls["chance", kind].any():  # no other frame of the own episode
-                continue
-            for suite in suites if len(suites) == 1 else [*suites, "all"]:
-                of = (frames.suite[asked] == suite) | (suite == "all")
-                for i, k in enumerate(AT):
-                    recall = recalls[name, kind][of, i]
-                    row = {"suite": suite, "protocol": protocol, "right": kind, "n": int(of.sum())}
-                    row |= {"unit": "share", "metric": f"recall@{k}"}
-                    interval = stats.cluster_bootstrap(recall, frames.episode[asked][of], n=2000)
-                    rows.append(row | {"features": name, "value": recall.mean(), "ci95": interval})
-                    if name == "proprioception":  # chance once, as the last row
-                        value = recalls["chance", kind][of, i].mean()
-                        rows.append(row | {"features": "chance", "value": value, "ci95": None})
+        # where no frame can be right, such as another one of the own episode, there is nothing to find
+        kept = [key for key in recalls if key[0] != "chance" and recalls["chance", key[1]].any()]
+        places = itertools.product(kept, suites if len(suites) == 1 else [*suites, "all"], enumerate(AT))
+        for (name, kind), suite, (i, k) in places:
+            of = (frames.suite[asked] == suite) | (suite == "all")
+            recall = recalls[name, kind][of, i]
+            row = {
+                "suite": suite,
+                "protocol": protocol,
+                "right": kind,
+                "n": int(of.sum()),
+                "unit": "share",
+                "metric": f"recall@{k}",
+                "features": name,
+                "value": recall.mean(),
+                "ci95": stats.cluster_bootstrap(recall, frames.episode[asked][of], n=2000),
+            }
+            rows.append(row)
+            if name == "proprioception":  # chance once, as the last row
+                guess = {"features": "chance", "value": recalls["chance", kind][of, i].mean(), "ci95": None}
+                rows.append(row | guess)
     return rows
 
 
@@ -456,9 +476,8 @@ def progress_rows(frames: Frames, heads: dict, cfg: Config) -> list[dict]:
             similarity = (x[own] @ x[goals].T).mean(1).cpu().numpy()
             rising.append((np.diff(similarity) > 0).mean())
             correlation.append(spearmanr(similarity, frames.step[own]).statistic)
-        of_metrics = {("rising", "share"): rising, ("rank correlation", "correlation"): correlation}
-        for (metric, unit), values in of_metrics.items():
-            row = {
+        rows += [
+            {
                 "suite": "all",
                 "protocol": "progress",
                 "right": "",
@@ -469,7 +488,11 @@ def progress_rows(frames: Frames, heads: dict, cfg: Config) -> list[dict]:
                 "value": float(np.mean(values)),
                 "ci95": stats.cluster_bootstrap(np.array(values), episodes, n=2000),
             }
-            rows.append(row)
+            for metric, unit, values in (
+                ("rising", "share", rising),
+                ("rank correlation", "correlation", correlation),
+            )
+        ]
     return rows
 
 
@@ -482,15 +505,14 @@ def neighbours(vectors: dict, frames: Frames, part: tuple, names: tuple[str, str
     queries = queries[np.linspace(0, len(queries) - 1, 8).round().astype(int)[1:-1]]
     q, g = frames.anchors[queries], frames.anchors[gallery]
     allowed = ids[queries][:, None] != ids[gallery]
-    shown = [g[nearest(vectors[name][q], vectors[name][g], allowed, 3)] for name in names]
-    shown = np.concatenate([q[:, None], *shown], axis=1)
-    apart = abs(frames.step[shown] - frames.step[q][:, None])
-    right = (frames.task[shown] == frames.task[q][:, None]) & (apart <= cfg.near)
+    found = [g[nearest(vectors[name][q], vectors[name][g], allowed, 3)] for name in names]
+    shown = np.concatenate([q[:, None], *found], axis=1)
+    near = abs(frames.step[shown] - frames.step[q][:, None]) <= cfg.near
+    right = near & (frames.task[shown] == frames.task[q][:, None])
     images = {}
     for episode, (*_, demo) in enumerate(common.demonstrations(cfg, cfg.holdout)):
         own = np.intersect1d(shown, np.flatnonzero(frames.episode == episode))
-        kept, _, _ = choose(demo.image_steps, cfg.gap)
-        at = kept[own - np.searchsorted(frames.episode, episode)]
+        at = choose(demo.image_steps, cfg.gap)[0][own - np.searchsorted(frames.episode, episode)]
         images |= dict(zip(own.tolist(), demo.agentview[at], strict=True))
     return shown, right, images
 
@@ -503,14 +525,14 @@ def main(cfg: Config, run: stage.Run) -> dict | None:
     if not run.first:
         return None
     trained = sum(p.numel() for p in heads["all", "paper"].parameters())
-    counts = f"{len(frames.anchors)} anchors, {len(heads)} heads of {trained:,} parameters"
-    print(f"[06_pretrain_head] {counts}", flush=True)
+    print(
+        f"[06_pretrain_head] {len(frames.anchors)} anchors, {len(heads)} heads of {trained:,} parameters",
+        flush=True,
+    )
 
     # 2. retrieval by each of them, and by what they are compared with
-    rows = recall_rows(frames, heads, cfg)
-    if frames.held.any():
-        rows += progress_rows(frames, heads, cfg)
-    disk.write_json(run.dir / "rows.json", rows)
+    progress = progress_rows(frames, heads, cfg) if frames.held.any() else []
+    disk.write_json(run.dir / "rows.json", recall_rows(frames, heads, cfg) + progress)
 
     # 3. plots
     parts = protocols(frames)
@@ -519,10 +541,13 @@ def main(cfg: Config, run: stage.Run) -> dict | None:
     names = ("head, paper", "head, corrected")
     plot_losses(disk.read_jsonl(run.dir / "metrics.jsonl"), cfg, run.dir / "loss.png")
     plot_map(vectors, frames, run.dir / "map.png")
-    shown, right, images = neighbours(vectors, frames, part, names, cfg)
-    plot_neighbours(shown, right, images, frames, names, run.dir / "neighbours.png")
-    episodes = int(frames.episode[-1]) + 1
-    return {"parameters": trained, "anchors": len(frames.anchors), "episodes": episodes}
+    found = neighbours(vectors, frames, part, names, cfg)
+    plot_neighbours(*found, frames, names, run.dir / "neighbours.png")
+    return {
+        "parameters": trained,
+        "anchors": len(frames.anchors),
+        "episodes": int(frames.episode[-1]) + 1,
+    }
 
 
 def show_table(cfg: Config) -> None:

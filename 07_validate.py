@@ -30,7 +30,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -64,7 +64,6 @@ ESTIMATORS = {  # name -> scheme of its draws, weight on the squared velocity er
 class Config(common.ActingConfig, common.AdapterConfig):
     section: ClassVar = "validate"
     draws: ClassVar = 4  # of the estimates in the tables (the paper's T) ...
-    probes: ClassVar = 0  # of the exact likelihood's trace; 0: the exact trace
     n_pairs: Annotated[int, 2] = 200  # pairs looked at, evenly spread; all where there are fewer
     max_draws: Annotated[int, 4] = 64  # ... and in the plots 1, 2, 4, ... up to this
     ode_steps: Count = 20  # midpoint steps of the exact likelihood
@@ -79,76 +78,61 @@ class Config(common.ActingConfig, common.AdapterConfig):
         """Name -> folder of every finished DPO on these pairs and this start, or of the one that is given."""
         if self.adapters_from:
             return {self.made_adapter.name: self.adapter_dir}
-        finished = sorted(self.seed_dir.glob("dpo-*/done.json"))
-        used = {path.parent: disk.read_json(path)["config"] for path in finished}
-        ours = (self.pairs, self.start)
-        return {p.name: p for p, config in used.items() if (config["pairs"], config["start"]) == ours}
+        done = sorted(self.seed_dir.glob("dpo-*/done.json"))
+        used = {path.parent: disk.read_json(path)["config"] for path in done}
+        return {
+            path.name: path
+            for path, config in used.items()
+            if (config["pairs"], config["start"]) == (self.pairs, self.start)
+        }
 
     def inputs(self) -> list[Path]:
         if self.device != "cpu":
             raise UserError("07_validate.py measures on the CPU; set device=cpu")
-        adapters = self.adapter_inputs() if self.adapters_from else list(self.dpo_folders().values())
+        adapters = self.adapter_inputs() if self.adapters_from else self.dpo_folders().values()
         return [*self.sft_inputs(), *self.pairs_inputs(), *adapters]
 
 
 # ------------------------------------------------------------------------------------------------------- data
-@dataclass
-class Job:
-    """What a worker computes, and the file that it writes."""
-
-    cfg: Config
-    file: Path
-    pairs: list[int]
-    adapter: Path | None = None  # folder of a DPO policy; None: the SFT policy
-    state: str = ""  # gradients: "start" or "end"
-    betas: dict[str, float] = field(default_factory=dict)  # gradients: estimator -> DPO's beta
-
-
+# Workers get jobs: (cfg, the file to write, numbers of the pairs, folder of a DPO policy or None for the SFT
+# policy). A job of `gradients` has a state, "start" or "end", and the betas of DPO by estimator, too.
 def load_pairs(cfg: Config) -> dict:
     """Up to n_pairs pairs, evenly spread: observations, and `chunks` (N, 2, H, 7), the chosen ones first."""
     pairs = common.read_pairs(cfg.pairs_dir)
     n = len(pairs["mask"])
-    index = torch.linspace(0, n - 1, min(cfg.n_pairs, n)).round().long()
     kept = {key: pairs[key] for key in (*common.CAMERAS, "state", "instruction")}
     kept["chunks"] = torch.stack([pairs["chosen"], pairs["rejected"]], dim=1)
-    kept = common.select(kept, index)
+    kept = common.select(kept, torch.linspace(0, n - 1, min(cfg.n_pairs, n)).round().long())
     return common.blank_images(kept) if cfg.blank_images else kept
 
 
-def inputs_of(job: Job) -> tuple:
-    """A job's policy, and the observations and chunks (n, 2, H, 7) of its pairs."""
-    policy = backbones.load_sft(job.cfg)
-    if job.adapter and not job.state:
-        policy = common.load_adapter(policy, job.adapter)
-    obs = common.select(load_pairs(job.cfg), torch.tensor(job.pairs))
-    return policy, obs, obs.pop("chunks")
+def inputs_of(cfg: Config, pairs: list[int], adapter: Path | None = None) -> tuple:
+    """A policy, and the observations and chunks (n, 2, H, 7) of some pairs."""
+    policy = backbones.load_sft(cfg)
+    obs = common.select(load_pairs(cfg), torch.tensor(pairs))
+    return common.load_adapter(policy, adapter) if adapter else policy, obs, obs.pop("chunks")
 
 
 # ------------------------------------------------------------------------------------ estimates and the truth
-def velocity_errors(policy, prefix, chunks: Tensor, draws: common.Draws) -> Tensor:
-    """Squared velocity errors (K, n, c) of the c chunks (n, c, H, 7) of each pair, under the same draws."""
-    n, c, h, _ = chunks.shape
-    flat = policy.pad(chunks.transpose(0, 1).flatten(0, 1))  # (c n, H, D)
-    prefix = prefix.select(torch.arange(n).repeat(c))
-    errors = common.flow_matching_error(
-        lambda index, x_t, t: policy.velocity(prefix.select(index), x_t, t),
-        flat,
-        draws.repeat(c),
-        torch.ones(c * n, h),
-    )
-    return errors.unflatten(1, (c, n)).transpose(1, 2)
-
-
 def estimate(policy, obs, chunks: Tensor, name: str, k: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    """One estimate of log p (n, c), and the errors (K, n, c) whose weighted mean it is. Differentiable.
+    """One estimate of log p (n, c) of c chunks (n, c, H, 7) of each pair, which share draws. Differentiable.
 
+    Also returns the squared velocity errors (K, n, c) whose weighted mean it is.
     obs: observations, or (except for "independent") their prefix.
     """
     scheme, weight = ESTIMATORS[name]
     if name == "independent":  # the published code augments the images in every forward pass
         obs = obs | {camera: common.random_shift(obs[camera], SHIFT, g) for camera in common.CAMERAS}
-    draws = policy.draws(len(chunks), k, g, scheme)
-    errors = velocity_errors(policy, policy.encode(obs), chunks, draws)
+    n, c, h, _ = chunks.shape
+    draws = policy.draws(n, k, g, scheme)
+    prefix = policy.encode(obs).select(torch.arange(n).repeat(c))
+    errors = common.flow_matching_error(
+        lambda index, x_t, t: policy.velocity(prefix.select(index), x_t, t),
+        policy.pad(chunks.transpose(0, 1).flatten(0, 1)),  # (c n, H, D)
+        draws.repeat(c),
+        torch.ones(c * n, h),
+    )
+    errors = errors.unflatten(1, (c, n)).transpose(1, 2)
     return -(common.time_weight(draws.t, weight)[..., None] * errors).mean(0), errors
 
 
@@ -164,65 +148,72 @@ def exact(policy, prefix, chunks: Tensor, steps: int, g: torch.Generator | None 
 
 
 @torch.no_grad()
-def measure(job: Job) -> None:
+def measure(job: tuple) -> None:
     """Worker: exact values and all estimates of some pairs under one policy. All policies share draws."""
-    policy, obs, chunks = inputs_of(job)
-    cfg, prefix = job.cfg, policy.encode(obs)
+    cfg, file, pairs, adapter = job
+    policy, obs, chunks = inputs_of(cfg, pairs, adapter)
+    prefix = policy.encode(obs)
     tensors = {"exact": exact(policy, prefix, chunks, cfg.ode_steps)}
-    for name, (scheme, weight) in ESTIMATORS.items():
-        if scheme == "stratified" and weight != "velocity":
-            continue  # other weights of the paper's errors, below
+    for name in ("paper", "antithetic", "elbo", "independent"):
         seen = obs if name == "independent" else prefix
         for k in cfg.draw_counts[name == "antithetic" :]:  # mirror images come in pairs
             streams = [
-                common.stream(cfg.seed, "validate", scheme, k, r, job.pairs[0]) for r in range(REPEATS)
+                common.stream(cfg.seed, "validate", ESTIMATORS[name][0], k, r, pairs[0])
+                for r in range(REPEATS)
             ]
             repeats = [estimate(policy, seen, chunks, name, k, g) for g in streams]
             tensors[f"{name}/{k}"] = torch.stack([score for score, _ in repeats])  # (R, n, 2)
-            if name == "paper":
+            if name == "paper":  # its errors give the estimates with other weights, too
                 errors = torch.stack([error for _, error in repeats])  # (R, K, n, 2)
-                t = (torch.arange(k) + 0.5) / k
-                for other in ("noise", "elbo"):
-                    weighted = common.time_weight(t, other)[None, :, None, None] * errors
-                    tensors[f"paper-{other}/{k}"] = -weighted.mean(1)
+                t = ((torch.arange(k) + 0.5) / k)[None, :, None, None]
+                tensors[f"paper-noise/{k}"] = -(common.time_weight(t, "noise") * errors).mean(1)
+                tensors[f"paper-elbo/{k}"] = -(common.time_weight(t, "elbo") * errors).mean(1)
                 tensors["by_time"] = -errors.mean(0)  # (K, n, 2) of the largest K, which comes last
-    disk.save_tensors(job.file, tensors)
+    disk.save_tensors(file, tensors)
 
 
 @torch.no_grad()
-def own_chunks(job: Job) -> None:
+def own_chunks(job: tuple) -> None:
     """Worker: what the policy's own samples tell, whose noise is known.
 
     That is the density of the Euler map, and how steps, probes and precision move the exact likelihood.
     """
-    policy, obs, chunks = inputs_of(job)
-    cfg, prefix, n = job.cfg, policy.encode(obs), len(chunks)
+    cfg, file, pairs = job
+    policy, obs, chunks = inputs_of(cfg, pairs)
+    prefix = policy.encode(obs)
     velocity = likelihood.velocity_of(policy, prefix)
-    noise = policy.noise(n, common.stream(cfg.seed, "own"))
+    noise = policy.noise(len(chunks), common.stream(cfg.seed, "own"))
     own, euler = likelihood.euler_sample(velocity, noise, cfg.denoise_steps)
-    probes = likelihood.make_probes(n, 16, own.shape[1:], common.stream(cfg.seed, "own probes")).split(1, 1)
+    g = common.stream(cfg.seed, "own probes")
+    probes = likelihood.make_probes(len(chunks), 16, own.shape[1:], g).split(1, 1)
+    policy64, prefix64, own64 = likelihood.in_float64(policy, prefix, own)
+    twice = likelihood.velocity_of(policy, prefix.select(torch.arange(len(chunks)).repeat(2)))
+    flat = policy.pad(chunks.transpose(0, 1).flatten(0, 1))
+    inverse = likelihood.euler_log_prob(twice, flat, cfg.denoise_steps)
 
     def log_p(trace: likelihood.Divergence, steps: int = cfg.ode_steps) -> Tensor:
         return likelihood.ode_log_prob(velocity, own, trace, likelihood.time_grid(steps))
 
-    tensors = {"chunk": own, "euler": euler, "exact": log_p(likelihood.exact_trace)}
-    tensors |= {f"probe/{i}": log_p(likelihood.hutchinson(probe)) for i, probe in enumerate(probes)}
-    tensors |= {f"steps/{k}": log_p(likelihood.hutchinson(probes[0]), k) for k in (5, 10, 20, 40, 80)}
-    policy64, prefix64, own64 = likelihood.in_float64(policy, prefix, own)
-    velocity64, trace64 = (
-        likelihood.velocity_of(policy64, prefix64),
-        likelihood.hutchinson(probes[0].double()),
-    )
-    grid = likelihood.time_grid(cfg.ode_steps)
-    tensors["float64"] = likelihood.ode_log_prob(velocity64, own64, trace64, grid)
-    for steps, i in [(5, 0), (20, 0), (40, 0), *((10, i) for i in range(8))]:
-        g = common.stream(cfg.seed, "pair probes", i)  # as 03 sees the pairs: both chunks share one probe
-        tensors[f"pair/{steps}/{i}"] = exact(policy, prefix, chunks, steps, g)
-    twice = likelihood.velocity_of(policy, prefix.select(torch.arange(n).repeat(2)))
-    flat = policy.pad(chunks.transpose(0, 1).flatten(0, 1))
-    inverse = likelihood.euler_log_prob(twice, flat, cfg.denoise_steps)
-    tensors |= {"inverse_found": inverse.isfinite().float(), "inverse": inverse.nan_to_num(0)}
-    disk.save_tensors(job.file, tensors)
+    tensors = {
+        "chunk": own,
+        "euler": euler,
+        "exact": log_p(likelihood.exact_trace),
+        **{f"probe/{i}": log_p(likelihood.hutchinson(probe)) for i, probe in enumerate(probes)},
+        **{f"steps/{k}": log_p(likelihood.hutchinson(probes[0]), k) for k in (5, 10, 20, 40, 80)},
+        "float64": likelihood.ode_log_prob(
+            likelihood.velocity_of(policy64, prefix64),
+            own64,
+            likelihood.hutchinson(probes[0].double()),
+            likelihood.time_grid(cfg.ode_steps),
+        ),
+        **{  # as 03 sees the pairs: both chunks share one probe
+            f"pair/{k}/{i}": exact(policy, prefix, chunks, k, common.stream(cfg.seed, "pair probes", i))
+            for k, i in [(5, 0), (20, 0), (40, 0), *((10, i) for i in range(8))]
+        },
+        "inverse_found": inverse.isfinite().float(),
+        "inverse": inverse.nan_to_num(0),
+    }
+    disk.save_tensors(file, tensors)
 
 
 # ----------------------------------------------------------------------------------------------- the gradient
@@ -237,7 +228,7 @@ def dpo_gradient(policy, score: Callable[[str], Tensor], beta: float) -> Tensor:
     return torch.cat([g.flatten() for g in grads if g is not None])
 
 
-def gradients(job: Job) -> None:
+def gradients(job: tuple) -> None:
     """Worker: cosines between the exact DPO gradient on one batch of pairs and every estimator's.
 
     state "start": the adapter as in DPO's first step, an identity (B = 0), so policy = reference.
@@ -245,44 +236,50 @@ def gradients(job: Job) -> None:
     """
     from peft import PeftModel
 
-    policy, obs, chunks = inputs_of(job)
-    cfg, stream = job.cfg, partial(common.stream, job.cfg.seed)
-    PeftModel.from_pretrained(policy, str(job.adapter), is_trainable=True).eval()
+    cfg, file, pairs, adapter, state, betas = job
+    policy, obs, chunks = inputs_of(cfg, pairs)
+    stream, cosine = partial(common.stream, cfg.seed), partial(F.cosine_similarity, dim=0)
+    PeftModel.from_pretrained(policy, str(adapter), is_trainable=True).eval()
     for name, p in policy.named_parameters():
-        if job.state == "start" and "lora_B" in name:
+        if state == "start" and "lora_B" in name:
             p.data.zero_()
 
     def exactly(i: int, term: str) -> Tensor:
-        g = stream("gradient probes", i, job.pairs[0])
+        g = stream("gradient probes", i, pairs[0])
         return exact(policy, policy.encode(obs), chunks, max(1, cfg.ode_steps // 2), g)
 
     def estimated(name: str, k: int, term: str) -> Tensor:
-        if name != "independent":
-            return estimate(policy, obs, chunks, name, k, stream("gradient", k, "", job.pairs[0]))[0]
-        g = stream("gradient", k, term, job.pairs[0])  # other draws in each term, and for each chunk
-        return torch.cat([estimate(policy, obs, chunk, name, k, g)[0] for chunk in chunks.split(1, 1)], dim=1)
+        fresh = name == "independent"  # other draws in each term, and for each chunk
+        g = stream("gradient", k, term if fresh else "", pairs[0])
+        parts = chunks.split(1 if fresh else 2, dim=1)
+        return torch.cat([estimate(policy, obs, part, name, k, g)[0] for part in parts], dim=1)
 
-    rows = []
-
-    def add(estimator: str, draws: int, a: Tensor, b: Tensor) -> None:
-        row = {"state": job.state, "batch": job.pairs, "estimator": estimator, "draws": draws}
-        rows.append(row | {"cosine": F.cosine_similarity(a, b, dim=0).item()})
-
-    n = cfg.gradient_probes  # one at a time: the graph of a second derivative is large
-    probes = torch.stack([dpo_gradient(policy, partial(exactly, i), job.betas["exact"]) for i in range(n)])
-    for k in [2**i for i in range((n // 2).bit_length())]:
-        add("exact", k, probes[:k].mean(0), probes[n // 2 :].mean(0))
-    for name in ESTIMATORS:
-        for k in [k for k in (1, 4, 16, 64) if k <= cfg.max_draws and (name, k) != ("antithetic", 1)]:
-            gradient = dpo_gradient(policy, partial(estimated, name, k), job.betas[name])
-            add(name, k, gradient, probes.mean(0))
-    disk.write_rows(job.file, rows)
+    # one at a time: the graph of a second derivative is large
+    probes = torch.stack(
+        [dpo_gradient(policy, partial(exactly, i), betas["exact"]) for i in range(cfg.gradient_probes)]
+    )
+    half = len(probes) // 2
+    found = (
+        {  # (estimator, draws) -> cosine
+            ("exact", k): cosine(probes[:k].mean(0), probes[half:].mean(0))
+            for k in [2**i for i in range(half.bit_length())]
+        }
+        | {
+            (name, k): cosine(dpo_gradient(policy, partial(estimated, name, k), betas[name]), probes.mean(0))
+            for name in ESTIMATORS
+            for k in (1, 4, 16, 64)
+            if k <= cfg.max_draws and (name, k) != ("antithetic", 1)
+        }
+    )
+    about = {"state": state, "batch": pairs}
+    rows = [about | {"estimator": name, "draws": k, "cosine": x.item()} for (name, k), x in found.items()]
+    disk.write_rows(file, rows)
 
 
 # ------------------------------------------------------------------------------------------------------- main
-def costs(cfg: Config) -> dict[str, float]:
+def costs(cfg: Config, pairs: list[int]) -> dict[str, float]:
     """CPU seconds per chunk under the SFT policy: of the exact likelihood, and of estimates by draws."""
-    policy, obs, chunks = inputs_of(Job(cfg, Path(), list(range(min(BLOCK, len(load_pairs(cfg)["chunks"]))))))
+    policy, obs, chunks = inputs_of(cfg, pairs)
     torch.set_num_threads(1)
 
     def seconds(function: Callable) -> float:
@@ -292,17 +289,19 @@ def costs(cfg: Config) -> dict[str, float]:
 
     with torch.no_grad():
         prefix, g = policy.encode(obs), common.stream(cfg.seed, "costs")
-        calls = {"exact": partial(exact, policy, prefix, chunks, cfg.ode_steps)}
-        for k in cfg.draw_counts:
-            calls[f"surrogate, {k} draws"] = partial(estimate, policy, prefix, chunks, "paper", k, g)
+        calls = {"exact": partial(exact, policy, prefix, chunks, cfg.ode_steps)} | {
+            f"surrogate, {k} draws": partial(estimate, policy, prefix, chunks, "paper", k, g)
+            for k in cfg.draw_counts
+        }
         return {name: seconds(call) for name, call in calls.items()}
 
 
-def do_missing(function: Callable[[Job], None], jobs: list[Job], cfg: Config, title: str) -> None:
+def do_missing(function: Callable[[tuple], None], jobs: list[tuple], cfg: Config, title: str) -> None:
     """Do the jobs whose files an earlier run has not written."""
-    missing = [job for job in jobs if not job.file.is_file()]
-    written = lambda: sum(job.file.is_file() for job in jobs)  # noqa: E731
-    workers.run(function, missing, cfg.workers, title, written, len(jobs))
+    missing = [job for job in jobs if not job[1].is_file()]
+    workers.run(
+        function, missing, cfg.workers, title, lambda: sum(job[1].is_file() for job in jobs), len(jobs)
+    )
 
 
 def main(cfg: Config, run: stage.Run) -> dict:
@@ -312,44 +311,43 @@ def main(cfg: Config, run: stage.Run) -> dict:
     blocks = [every[i : i + BLOCK] for i in range(0, len(every), BLOCK)]
 
     # 1. exact values and all estimates of every pair under every policy
-    jobs, measures = {}, {}
-    for name, adapter in policies.items():
-        files = [parts / f"{name}-{b:03d}.safetensors" for b in range(len(blocks))]
-        jobs[name] = [Job(cfg, *each, adapter) for each in zip(files, blocks, strict=True)]
+    jobs = {
+        name: [(cfg, parts / f"{name}-{b:03d}.safetensors", block, adapter) for b, block in enumerate(blocks)]
+        for name, adapter in policies.items()
+    }
     do_missing(measure, [job for of_policy in jobs.values() for job in of_policy], cfg, "validate")
+    measures = {}
     for name, of_policy in jobs.items():
-        tensors = [disk.load_tensors(job.file) for job in of_policy]
-        for key in tensors[0]:
-            of_pairs = [part[key] for part in tensors]
-            measures[f"{name}|{key}"] = torch.cat(of_pairs, dim=0 if key == "exact" else 1)
+        tensors = [disk.load_tensors(file) for _, file, _, _ in of_policy]
+        measures |= {
+            f"{name}|{key}": torch.cat([part[key] for part in tensors], dim=0 if key == "exact" else 1)
+            for key in tensors[0]
+        }
 
     # 2. what the policy's own samples tell
     few = [every[i * len(every) // cfg.own_chunks] for i in range(min(cfg.own_chunks, len(every)))]
-    own = Job(cfg, parts / "own.safetensors", few)
-    do_missing(own_chunks, [own], cfg, "own chunks")
+    do_missing(own_chunks, [(cfg, parts / "own.safetensors", few)], cfg, "own chunks")
 
     # 3. gradients of DPO's loss under LoRA, on the paper's surrogate where there are several
-    scores = {name: measures[f"sft|{name}/{cfg.draws}"].mean(0) for name in ESTIMATORS}
-    scores["exact"] = measures["sft|exact"]
-    betas = {
-        name: 1 / (x[:, 0] - x[:, 1]).std(correction=0).item() for name, x in scores.items()
-    }  # beta: auto
-    batches = list(enumerate(blocks[: cfg.gradient_batches]))
-    steps = []
-    for name in sorted((name for name in policies if name.startswith("dpo-lora")), key=len)[:1]:
-        for state in ("start", "end"):
-            file = f"gradient-{state}-{{}}.jsonl"
-            steps += [
-                Job(cfg, parts / file.format(b), block, policies[name], state, betas) for b, block in batches
-            ]
+    scores = {
+        **{name: measures[f"sft|{name}/{cfg.draws}"].mean(0) for name in ESTIMATORS},
+        "exact": measures["sft|exact"],
+    }
+    # beta: auto
+    betas = {name: 1 / (x[:, 0] - x[:, 1]).std(correction=0).item() for name, x in scores.items()}
+    steps = [
+        (cfg, parts / f"gradient-{state}-{b}.jsonl", block, policies[name], state, betas)
+        for name in sorted((name for name in policies if name.startswith("dpo-lora")), key=len)[:1]
+        for state in ("start", "end")
+        for b, block in enumerate(blocks[: cfg.gradient_batches])
+    ]
     do_missing(gradients, steps, cfg, "gradients")
 
     disk.save_tensors(run.dir / "measures.safetensors", measures)
-    disk.save_tensors(run.dir / "own.safetensors", disk.load_tensors(own.file))
-    cosines = [row for job in steps for row in disk.read_jsonl(job.file)]
-    disk.write_rows(run.dir / "gradients.jsonl", cosines)
+    disk.save_tensors(run.dir / "own.safetensors", disk.load_tensors(parts / "own.safetensors"))
+    disk.write_rows(run.dir / "gradients.jsonl", [row for job in steps for row in disk.read_jsonl(job[1])])
     shutil.rmtree(parts)
-    run.times["cpu_s_per_chunk"] = costs(cfg)
+    run.times["cpu_s_per_chunk"] = costs(cfg, blocks[0])
     return {"policies": list(policies)}
 
 

@@ -3,7 +3,6 @@
 Shapes: B observations, S tokens, L layers.
 """
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -21,7 +20,7 @@ def conv_stem(width: int, patch_size: int) -> nn.Sequential:
 
     The number of channels doubles from layer to layer.
     """
-    steps = int(math.log2(patch_size))
+    steps = patch_size.bit_length() - 1
     channels = [3] + [max(width >> (steps - 1 - i) & ~7, 16) for i in range(steps)]
     layers = []
     for i in range(steps):
@@ -90,6 +89,15 @@ def attend(attn: nn.Module, x: Tensor, rope: tuple, k: Tensor, v: Tensor, mask: 
     return attn.o_proj(out.view(b, kv, s, -1, dim).transpose(1, 2).reshape(b, s, -1))
 
 
+def siglip_features(tower: nn.Module, pixels: Tensor) -> Tensor:  # (B, 3, s, s) -> (B, patches, hidden)
+    emb, layers = tower.embeddings, tower.encoder.layers  # and no final norm
+    x = emb.patch_embedding(pixels).flatten(2).transpose(1, 2) + emb.position_embedding.weight
+    x = x.to(layers[0].layer_norm1.weight.dtype)
+    for layer in layers:
+        x = layer(x, None)
+    return x
+
+
 def decoder_layer(
     layer: nn.Module, x: Tensor, rope: tuple, past: Sequence | None, mask: Tensor | None, kv_only: bool
 ):
@@ -130,8 +138,8 @@ class Rows:
     def cat(cls, parts: Sequence[Self]) -> Self:
         """Several batches end to end, padded to the longest."""
         length = max(part.valid.shape[1] for part in parts)
-        rows = [part.widen(length).tensors() for part in parts]
-        return cls(*map(torch.cat, zip(*rows, strict=True)))
+        columns = zip(*(part.widen(length).tensors() for part in parts), strict=True)
+        return cls(*map(torch.cat, columns))
 
 
 @dataclass

@@ -27,22 +27,15 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # x (N, H, D), t () -> (N, H, D)
-Divergence = Callable[
-    [Velocity, Tensor, Tensor], tuple[Tensor, Tensor]
-]  # velocity, x, t -> v (N, H, D), tr dv/dx (N,)
-
-
-def derivatives():
-    """Context in which attention can be differentiated twice, which fused kernels do not allow."""
-    return sdpa_kernel(SDPBackend.MATH)
+# velocity, x, t -> v (N, H, D), tr dv/dx (N,)
+Divergence = Callable[[Velocity, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def velocity_of(policy, prefix) -> Velocity:
     return lambda x, t: policy.velocity(prefix, x, t[None])
 
 
-def in_float64(policy, prefix, chunk: Tensor) -> tuple:
-    """Copies of the policy, its prefix and chunks in double precision."""
+def in_float64(policy, prefix, chunk: Tensor) -> tuple:  # copies of all three
     prefix = dataclasses.replace(prefix, keys=prefix.keys.double(), values=prefix.values.double())
     return copy.deepcopy(policy).double(), prefix, chunk.double()
 
@@ -54,7 +47,7 @@ def jacobian(velocity: Velocity, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     One vector-Jacobian product for each of the H D outputs, all in one batch.
     """
     n, h, d = x.shape
-    with torch.enable_grad(), derivatives():
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused kernels have one derivative
         x = x.detach().requires_grad_()
         v = velocity(x, t)
         outputs = torch.eye(h * d, dtype=v.dtype, device=v.device).view(h * d, 1, h, d).expand(-1, n, -1, -1)
@@ -76,12 +69,12 @@ def hutchinson(probes: Tensor) -> Divergence:
 
     def divergence(velocity: Velocity, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         training = torch.is_grad_enabled()
-        with torch.enable_grad(), derivatives():
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             x = x if x.requires_grad else x.detach().requires_grad_()
             v = velocity(x, t)
-            products = [
+            products = [  # z' dv/dx
                 torch.autograd.grad(v, x, z, create_graph=training, retain_graph=True)[0] for z in each
-            ]  # z' dv/dx
+            ]
             trace = sum((p * z).flatten(1).sum(1) for p, z in zip(products, each, strict=True)) / len(each)
         return (v, trace) if training else (v.detach(), trace.detach())
 
@@ -94,8 +87,7 @@ def make_probes(batch: int, n: int, shape: tuple[int, int], generator: torch.Gen
 
 
 # --------------------------------------------------------------------------------------------------- the ODE
-def log_normal(x: Tensor) -> Tensor:
-    """log N(x; 0, I) of x (N, H, D): (N,)."""
+def log_normal(x: Tensor) -> Tensor:  # log N(x; 0, I) of x (N, H, D): (N,)
     return -0.5 * (x.square() + math.log(2 * math.pi)).flatten(1).sum(1)
 
 

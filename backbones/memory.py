@@ -67,14 +67,17 @@ def make_policy(cfg, trained: str) -> nn.Module:
 def make_batch(policy, n: int) -> tuple[dict, Tensor, Tensor]:
     """n observations, chunks (n, H, 7) and mask (n, H). The policy resizes the images."""
     images = dict.fromkeys(common.CAMERAS, torch.zeros(n, 64, 64, 3, dtype=torch.uint8))
-    obs = images | {"state": torch.zeros(n, DIMS["state"]), "instruction": [INSTRUCTION] * n}
-    return obs, torch.zeros(n, policy.horizon, policy.action_dim), torch.ones(n, policy.horizon) > 0
+    return (
+        images | {"state": torch.zeros(n, DIMS["state"]), "instruction": [INSTRUCTION] * n},
+        torch.zeros(n, policy.horizon, policy.action_dim),
+        torch.ones(n, policy.horizon, dtype=torch.bool),
+    )
 
 
 def sft_forward(policy, cfg) -> Tensor:  # what 01_sft.py differentiates
-    obs, chunk, mask = make_batch(policy, cfg.batch_size)
+    obs, chunk, _ = make_batch(policy, cfg.batch_size)
     draws = policy.draws(len(chunk), cfg.draws, torch.Generator(), "beta")
-    return policy.sft_loss(policy.encode(obs), chunk, draws, mask)
+    return policy.sft_loss(policy.encode(obs), chunk, draws)
 
 
 def dpo_forward(policy, cfg) -> Tensor:
@@ -90,6 +93,7 @@ def dpo_forward(policy, cfg) -> Tensor:
 
 
 FORWARD = {"sft": sft_forward, "dpo": dpo_forward}
+TRAINED = {"sft": "train", "dpo": "adapter"}  # the config key that says what a stage trains
 
 
 # ----------------------------------------------------------------------------------------------------- memory
@@ -111,7 +115,7 @@ class FusedAttention(TorchFunctionMode):
 def kept_for_backward(policy, forward) -> int:
     """Bytes of the distinct storages that autograd keeps of forward(), weights apart."""
     weights = {t.untyped_storage()._cdata for t in [*policy.parameters(), *policy.buffers()]}
-    kept, once, most = {}, {}, 0
+    kept, once, peaks = {}, {}, [0]
 
     def keep(tensor: Tensor, where: dict) -> Tensor:
         storage = tensor.untyped_storage()
@@ -123,13 +127,12 @@ def kept_for_backward(policy, forward) -> int:
         return torch.autograd.graph.saved_tensors_hooks(lambda t: keep(t, where), lambda t: t)
 
     def counted(layer, *arguments):
-        nonlocal most
         if policy.recompute:  # a layer that will run again keeps its arguments instead
             for tensor in [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]:
                 keep(tensor, kept)
             with saving(once):
                 layer(*arguments)
-            most = max(most, sum(storage.nbytes() for key, storage in once.items() if key not in kept))
+            peaks.append(sum(storage.nbytes() for key, storage in once.items() if key not in kept))
             once.clear()
         return type(policy).run(policy, layer, *arguments)
 
@@ -137,13 +140,12 @@ def kept_for_backward(policy, forward) -> int:
     with FusedAttention(), saving(kept):
         out = forward()
     del policy.run
-    return sum(storage.nbytes() for storage in kept.values()) + most + size([out])
+    return sum(storage.nbytes() for storage in kept.values()) + max(peaks) + size([out])
 
 
 def estimate(cfg, stage: str) -> dict:
     """Bytes by part, and counts. stage: "sft", "dpo", or another one, which only runs the policy."""
-    what_trains = {"sft": "train", "dpo": "adapter"}.get(stage)  # the key that says so
-    policy = make_policy(cfg, getattr(cfg, what_trains) if what_trains else "")
+    policy = make_policy(cfg, getattr(cfg, TRAINED.get(stage, ""), ""))
     trainable = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     with torch.no_grad():
         prefix = policy.encode(make_batch(policy, 1)[0])
@@ -155,9 +157,9 @@ def estimate(cfg, stage: str) -> dict:
         "gradients": gradients,
         "AdamW's moments": 2 * gradients,
         "averaged copy": weights if stage == "sft" else 0,
-        "activations": kept_for_backward(policy, lambda: FORWARD[stage](policy, cfg)) if what_trains else 0,
+        "activations": kept_for_backward(policy, lambda: FORWARD[stage](policy, cfg)) if trainable else 0,
         "gradients of keys and values": chunks * cfg.batch_size * of_one if through_prefix else 0,
-        "keys and values": 0 if what_trains else of_one,
+        "keys and values": 0 if trainable else of_one,
         "the student's weights": weights if stage == "distill" else 0,
     }
     return {
@@ -187,43 +189,38 @@ class Work(TorchFunctionMode):
         return function(*arguments, **(kwargs or {}))
 
 
-def work_of_training(cfg, stage: str) -> tuple[float, str]:
-    """Operations of all steps, and the sum that gives them."""
-    policy = make_policy(cfg, cfg.train if stage == "sft" else cfg.adapter)
+def work_of(cfg, stage: str) -> tuple[int, int]:
+    """Operations, and bytes of weights, of a training step with all its passes, or of a look: from one
+    observation to one chunk.
+    """
+    trained = getattr(cfg, TRAINED.get(stage, ""), "")
+    policy = make_policy(cfg, trained)
     with torch.no_grad(), Work() as work:
-        FORWARD[stage](policy, cfg)
-    passes = {
-        "forward": 1,
-        "backward": 2 if stage == "sft" and cfg.train == "full" else 1,  # otherwise no gradients of weights
-        "again": int(cfg.recompute),
-        "reference": int(stage == "dpo"),
-    }
-    terms = " + ".join(f"{n} {name}" for name, n in passes.items() if n)
-    said = f"{cfg.steps} steps x ({terms}) x {work.flops / 1e12:.3g} TFLOP"
-    return cfg.steps * sum(passes.values()) * work.flops, said
-
-
-def work_of_a_look(cfg) -> tuple[float, float]:
-    """Operations, and bytes of weights, from one observation to one chunk."""
-    policy = make_policy(cfg, "")
-    with torch.no_grad(), Work() as work:
-        prefix = policy.encode(make_batch(policy, 1)[0])
-        policy.sample_actions(prefix, policy.noise(1, torch.Generator()).to("meta"), cfg.denoise_steps)
-    return work.flops, work.bytes
+        if trained:
+            FORWARD[stage](policy, cfg)
+        else:
+            prefix = policy.encode(make_batch(policy, 1)[0])
+            policy.sample_actions(prefix, policy.noise(1, torch.Generator()).to("meta"), cfg.denoise_steps)
+    # behind the forward pass: the gradients of values, those of weights, the pass again, the reference
+    others = [bool(trained), trained == "full", trained and cfg.recompute, stage == "dpo"]
+    return (1 + others.count(True)) * work.flops, work.bytes
 
 
 def time_needed(cfg, stage: str) -> str:
     """One line: the least hours on the named GPU."""
+    flops, read = work_of(cfg, stage)
     if stage in FORWARD:
-        flops, terms = work_of_training(cfg, stage)
-        hours = flops / FLOPS / UTILISATION / 3600
-        return f"{terms}: {hours:.2g} hours on an {GPU} at {UTILISATION:.0%} of its peak"
-    flops, read = work_of_a_look(cfg)
+        hours = cfg.steps * flops / FLOPS / UTILISATION / 3600
+        return (
+            f"{cfg.steps} steps x {flops / 1e12:.3g} TFLOP: {hours:.2g} hours"
+            f" on an {GPU} at {UTILISATION:.0%} of its peak"
+        )
     seconds = max(flops / FLOPS / UTILISATION, read / BANDWIDTH)
-    of_each_suite = (
+    steps = sum(common.MAX_STEPS[suite] for suite in cfg.suites)  # of an episode of each suite
+    episodes = (
         len(cfg.tasks or range(10)) * cfg.n_init if stage != "prefs" else cfg.max_playouts / len(cfg.suites)
     )
-    looks = of_each_suite * sum(common.MAX_STEPS[suite] for suite in cfg.suites) / cfg.execute
+    looks = episodes * steps / cfg.execute
     return (
         f"{looks:.0f} looks at most x {1000 * seconds:.2g} ms ({flops / 1e12:.2g} TFLOP, {read / 1e9:.2g} GB"
         f" of weights): {looks * seconds / 3600:.2g} hours on an {GPU} at best, the simulator apart"

@@ -32,7 +32,16 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
-from backbones.layers import KeyValues, Prefix, conv_stem, each_image, init_matrices, padded, rotary
+from backbones.layers import (
+    KeyValues,
+    Prefix,
+    conv_stem,
+    each_image,
+    init_matrices,
+    padded,
+    rotary,
+    siglip_features,
+)
 from backbones.openvla_images import center_crop, jpeg, resize_bicubic, resize_lanczos3
 from backbones.policy import STATE_DIM, DecoderSize, Id, Policy, Size, TowerSize, refuse
 from common import ACTION_DIM, CAMERAS
@@ -117,8 +126,7 @@ class OpenVLAConfig:
         )
 
     @property
-    def action_end(self) -> int:
-        """V: action tokens are the ids V - n_bins to V - 1."""
+    def action_end(self) -> int:  # V: action tokens are the ids V - n_bins to V - 1
         return self.vocab_size + (self.n_bins if self.append_bins else 0)
 
 
@@ -140,32 +148,23 @@ def make_tower(name: str, cfg: OpenVLAConfig) -> nn.Module:
         return tower
     size["mlp_ratio"] = size.pop("intermediate_size") // cfg.dino.hidden_size
     tower = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**size, **shared, num_register_tokens=4))
-    tower.layernorm = tower.embeddings.mask_token = None
+    emb = tower.embeddings
+    tower.layernorm = emb.mask_token = None
     # timm's position embedding covers the patches alone, not the cls token
-    positions = tower.embeddings.position_embeddings.detach()[:, 1:].clone()
-    tower.embeddings.position_embeddings = nn.Parameter(positions)
+    emb.position_embeddings = nn.Parameter(emb.position_embeddings.detach()[:, 1:].clone())
     if cfg.conv_stem:
-        tower.embeddings.patch_embeddings.projection = conv_stem(cfg.dino.hidden_size, cfg.patch_size)
+        emb.patch_embeddings.projection = conv_stem(cfg.dino.hidden_size, cfg.patch_size)
     return tower
 
 
-# Features of a tower: (B, 3, s, s) -> (B, patches, hidden), without a final norm, cls and register tokens.
-def dino_features(tower: nn.Module, pixels: Tensor) -> Tensor:
+def dino_features(tower: nn.Module, pixels: Tensor) -> Tensor:  # (B, 3, s, s) -> (B, patches, hidden)
     emb = tower.embeddings
     x = emb.patch_embeddings.projection(pixels).flatten(2).transpose(1, 2) + emb.position_embeddings
     first = torch.cat([emb.cls_token, emb.register_tokens], dim=1).expand(len(x), -1, -1)  # (B, 5, hidden)
     x = torch.cat([first, x], dim=1)
     for layer in tower.encoder.layer:
         x = layer(x)
-    return x[:, first.shape[1] :]
-
-
-def siglip_features(tower: nn.Module, pixels: Tensor) -> Tensor:
-    emb = tower.embeddings
-    x = emb.patch_embedding(pixels).flatten(2).transpose(1, 2) + emb.position_embedding.weight
-    for layer in tower.encoder.layers:
-        x = layer(x, None)
-    return x
+    return x[:, first.shape[1] :]  # no final norm, no cls and register tokens
 
 
 FEATURES = {"dino": dino_features, "siglip": siglip_features}
@@ -198,12 +197,17 @@ class OpenVLA(Policy):
         super().__init__(cfg)
         width, vision = cfg.llm.width, sum(getattr(cfg, name).hidden_size for name in cfg.towers)
         self.vision = nn.ModuleDict({name: make_tower(name, cfg) for name in cfg.towers})
-        sizes = {"fc1": (vision, 4 * vision), "fc2": (4 * vision, width), "fc3": (width, width)}
-        self.projector = nn.ModuleDict({name: nn.Linear(*size) for name, size in sizes.items()})
+        self.projector = nn.ModuleDict(
+            {
+                "fc1": nn.Linear(vision, 4 * vision),
+                "fc2": nn.Linear(4 * vision, width),
+                "fc3": nn.Linear(width, width),
+            }
+        )
         self.language_model = Llama(cfg.llm, cfg.action_end + cfg.vocab_padding)
         if cfg.state_token:
             self.state_proj = nn.Linear(STATE_DIM, width)
-        # For training from scratch. The towers keep transformers' initialisation, DINO's layer scale 1 included
+        # The towers keep transformers' initialisation, DINO's layer scale 1 included
         nn.init.normal_(self.language_model.embed_tokens.weight)
         rest = [item for item in self.language_model.named_parameters() if "embed_tokens" not in item[0]]
         init_matrices([*rest, *self.projector.named_parameters()], cfg.llm.depth)
@@ -214,8 +218,7 @@ class OpenVLA(Policy):
         rows = self.ids([self.cfg.prompt.format(task=i.lower()) for i in instructions], self.cfg.bos)
         return padded([row[:-1] if row[-1] == self.cfg.space else row for row in rows], self.cfg.eos)
 
-    def pixels(self, images: Tensor) -> Tensor:
-        """uint8 (B, h, w, 3) -> float (B, 3 per tower, size, size), normalised for each tower."""
+    def pixels(self, images: Tensor) -> Tensor:  # uint8 (B, h, w, 3) -> (B, 3 per tower, size, size)
         size = self.cfg.image_size
         if self.cfg.image_pipeline == "openvla":
             images = each_image(images, lambda image: center_crop(resize_lanczos3(jpeg(image), size)))
@@ -227,9 +230,7 @@ class OpenVLA(Policy):
 
     # ---------------------------------------------------------------------------------------------- prefix
     def inputs(self, obs: dict) -> tuple[Tensor | None, ...]:
-        """A batch of observations -> the arguments of embed_prefix, on the batch's device."""
-        # (B, cameras, 3 T, s, s)
-        images = torch.stack([self.pixels(obs[c]) for c in self.cfg.cameras], dim=1)
+        images = torch.stack([self.pixels(obs[c]) for c in self.cfg.cameras], dim=1)  # (B, cameras, ...)
         state = self.normalise(obs["state"], "state") if self.cfg.state_token else None  # (B, 8)
         return images, *self.tokenize(obs["instruction"]), state
 
@@ -240,8 +241,8 @@ class OpenVLA(Policy):
         return torch.cat([FEATURES[name](self.vision[name], part) for name, part in pairs], dim=-1)
 
     def project(self, features: Tensor) -> Tensor:  # patch features -> tokens of the language model's width
-        x = F.gelu(self.projector["fc1"](features))
-        return self.projector["fc3"](F.gelu(self.projector["fc2"](x)))
+        fc1, fc2, fc3 = self.projector.values()
+        return fc3(F.gelu(fc2(F.gelu(fc1(features)))))
 
     def embed_prefix(self, images: Tensor, tokens: Tensor, token_valid: Tensor, state: Tensor | None = None):
         """Prefix tokens (B, S, W) and their validity (B, S).
@@ -303,8 +304,8 @@ class OpenVLA(Policy):
         ids = [torch.full((len(prefix), 1), self.cfg.space, device=noise.device)]
         for i, gumbel in enumerate(noise.unbind(1)):
             here, known = slice(i, i + 1), prefix.valid.shape[1] + i + 1
-            its = (cos[:, here], sin[:, here]), mask[:, :, here, :known]
-            logits, past = self.follow(past, its, ids[-1])
+            around = (cos[:, here], sin[:, here]), mask[:, :, here, :known]
+            logits, past = self.follow(past, around, ids[-1])
             ids.append(start + (logits[:, -1, start:end] + gumbel).argmax(-1, keepdim=True))
         return torch.cat(ids[1:], dim=1)
 
@@ -322,8 +323,8 @@ class OpenVLA(Policy):
         n_bins edges have n_bins - 1 centres: the last token, which is x = 1 exactly, shares its neighbour's.
         """
         edges = self._edges(ids.device)
-        bins = (self.cfg.action_end - ids - 1).clamp(0, self.cfg.n_bins - 2)
-        return ((edges[:-1] + edges[1:]) / 2)[bins]
+        centres = (edges[:-1] + edges[1:]) / 2
+        return centres[(self.cfg.action_end - ids - 1).clamp(0, self.cfg.n_bins - 2)]
 
     # ---------------------------------------------------------------------------------------- the protocol
     def draws(self, batch: int, k: int, generator: torch.Generator, scheme: str) -> None:
@@ -334,8 +335,8 @@ class OpenVLA(Policy):
 
         T is the config key `noise_scale`; T = 0 is greedy, as published.
         """
-        gumbel = torch.empty(batch, self.cfg.horizon, ACTION_DIM, self.cfg.n_bins)
-        return -gumbel.exponential_(generator=generator).log()
+        shape = batch, self.cfg.horizon, ACTION_DIM, self.cfg.n_bins
+        return -torch.empty(shape).exponential_(generator=generator).log()
 
     def sample_actions(self, prefix: Prefix, noise: Tensor, steps: int = 0) -> Tensor:
         """A normalised chunk (N, H, 7), on the device of the noise (N, H, 7, bins). steps: not used."""
@@ -355,18 +356,14 @@ class OpenVLA(Policy):
         scores = self.token_log_probs(prefix, ids, ids.shape[1]).gather(-1, ids[..., None])[..., 0]
         return (scores * mask.to(ids.device).repeat_interleave(ACTION_DIM, dim=1)).sum(1)
 
-    def sft_loss(
-        self, prefix: Prefix, chunk: Tensor, draws: None = None, mask: Tensor | None = None
-    ) -> Tensor:
-        """Mean cross-entropy of the unmasked actions' tokens and of the stop token."""
+    def sft_loss(self, prefix: Prefix, chunk: Tensor, draws: None = None) -> Tensor:
+        """Mean cross-entropy of the actions' tokens and of the stop token."""
         cfg, ids = self.cfg, self.encode_actions(chunk).flatten(1).to(prefix.valid.device)  # (B, 7 H)
         log_p = self.token_log_probs(prefix, ids, ids.shape[1] + 1)  # (B, 7 H + 1, rows)
         log_p_bins = log_p[:, :-1, cfg.action_end - cfg.n_bins : cfg.action_end]
         targets = smoothing(cfg.n_bins, cfg.label_smoothing_bins, ids.device)[ids - cfg.action_end]
         action = (targets * log_p_bins).sum(-1)
-        mask = torch.ones(chunk.shape[:2]) if mask is None else mask
-        counts = mask.to(ids.device).repeat_interleave(ACTION_DIM, dim=1)
-        return -((action * counts).sum() + log_p[:, -1, cfg.eos].sum()) / (counts.sum() + len(ids))
+        return -(action.sum() + log_p[:, -1, cfg.eos].sum()) / (ids.numel() + len(ids))
 
     # --------------------------------------------------------------------------------------- normalisation
     def normalise(self, x, kind: str = "action"):
@@ -401,10 +398,9 @@ class OpenVLA(Policy):
 
     def _arrays(self, kind: str) -> dict[str, np.ndarray]:
         """q01, q99, min, max, mask. The gripper is never normalised; the published files' mask says so."""
-        stats = self.stats(kind, ("q01", "q99"))
-        mask = [True] * (ACTION_DIM - 1) + [False]
-        stats = {"min": stats["q01"], "max": stats["q99"], "mask": mask} | stats
-        return {key: np.asarray(stats[key]) for key in ("q01", "q99", "min", "max", "mask")}
+        low, high = self.stats(kind, ("q01", "q99"))
+        plain = {"q01": low, "q99": high, "min": low, "max": high, "mask": [True] * 6 + [False]}
+        return {key: np.asarray(self.norm_stats[kind].get(key, value)) for key, value in plain.items()}
 
 
 def smoothing(n_bins: int, std: float, device: torch.device) -> Tensor:

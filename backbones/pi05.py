@@ -13,7 +13,7 @@ chunk, D action dimensions as flowed (32 published, of which 7 are real), W widt
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Literal
 
@@ -36,6 +36,7 @@ from backbones.layers import (
     padded,
     project_kv,
     rotary,
+    siglip_features,
 )
 from backbones.policy import LARGEST, STATE_DIM, DecoderSize, Policy, Size, TowerSize, refuse
 from common import ACTION_DIM, CAMERAS, Draws
@@ -218,8 +219,7 @@ class Pi05(Policy):
     def tokenize(self, prompts: list[str]) -> tuple[Tensor, Tensor]:  # ids, validity: (B, longest prompt)
         return padded([row[: self.cfg.max_tokens] for row in self.ids(prompts, BOS)], PAD)
 
-    def pixels(self, images: Tensor) -> Tensor:
-        """uint8 (B, h, w, 3) -> float (B, 3, size, size) in [-1, 1]."""
+    def pixels(self, images: Tensor) -> Tensor:  # uint8 (B, h, w, 3) -> (B, 3, size, size) in [-1, 1]
         size = self.cfg.vision.image_size
         if self.cfg.resize == "lerobot":
             return resize_lerobot(images.permute(0, 3, 1, 2).float() / 255, size) * 2 - 1
@@ -229,7 +229,6 @@ class Pi05(Policy):
 
     # ---------------------------------------------------------------------------------------------- prefix
     def inputs(self, obs: dict) -> tuple[Tensor, ...]:
-        """A batch of observations -> the arguments of embed_prefix, on the batch's device."""
         state = self.normalise(obs["state"], "state")  # (B, 8)
         prompts = map(self.prompt, obs["instruction"], state.cpu().numpy())
         images = torch.stack([self.pixels(obs[c]) for c in self.cfg.cameras], dim=1)  # (B, cameras, 3, s, s)
@@ -238,10 +237,7 @@ class Pi05(Policy):
     def image_features(self, pixels: Tensor) -> Tensor:
         """(B, 3, size, size) -> (B, tokens, VLM width). Not scaled, unlike the text."""
         tower = self.vision_tower
-        x = tower.embeddings.patch_embedding(pixels.float()).flatten(2).transpose(1, 2)
-        x = (x + tower.embeddings.position_embedding.weight).to(tower.post_layernorm.weight.dtype)
-        for layer in tower.encoder.layers:
-            x = layer(x, None)
+        x = siglip_features(tower, pixels.float())
         return self.multi_modal_projector["linear"](tower.post_layernorm(x))
 
     def embed_prefix(
@@ -334,8 +330,10 @@ class Pi05(Policy):
             x = x - self.flow(surroundings, x, modulations) / len(times)
         return x
 
-    def velocity_of_rows(self, prefix: Prefix) -> Callable:  # (index, x_t, t) -> v, as common needs it
-        return lambda index, x_t, t: self.velocity(prefix.select(index), x_t, t)
+    def _scored(self, prefix: Prefix, chunk: Tensor, draws: Draws, mask: Tensor) -> tuple:
+        # what common's flow_matching_error takes, on the policy's device
+        chunk, draws, mask = (x.to(prefix.valid.device) for x in (self.pad(chunk), draws, mask))
+        return lambda index, x_t, t: self.velocity(prefix.select(index), x_t, t), chunk, draws, mask
 
     def pad(self, chunk: Tensor) -> Tensor:  # (..., 7) -> (..., D): published ones flow zeros behind the rest
         return F.pad(chunk, (0, self.cfg.flow_dim - chunk.shape[-1]))
@@ -346,15 +344,13 @@ class Pi05(Policy):
         """Surrogate log-probability (B,) of normalised chunks (B, H, 7), over the actions where mask (B, H)
         is True.
         """
-        chunk, draws, mask = (x.to(prefix.valid.device) for x in (self.pad(chunk), draws, mask))
-        return common.surrogate_log_prob(self.velocity_of_rows(prefix), chunk, draws, mask, weight)
+        return common.surrogate_log_prob(*self._scored(prefix, chunk, draws, mask), weight)
 
-    def sft_loss(self, prefix: Prefix, chunk: Tensor, draws: Draws, mask: Tensor | None = None) -> Tensor:
-        """Flow matching: mean squared velocity error over draws, unmasked actions and real dimensions."""
-        mask = chunk.new_ones(chunk.shape[:2], dtype=torch.bool) if mask is None else mask
-        chunk, draws, mask = (x.to(prefix.valid.device) for x in (self.pad(chunk), draws, mask))
-        error = common.flow_matching_error(self.velocity_of_rows(prefix), chunk, draws, mask)  # (K, B)
-        return error.sum() / (len(error) * mask.sum() * ACTION_DIM)
+    def sft_loss(self, prefix: Prefix, chunk: Tensor, draws: Draws) -> Tensor:
+        """Flow matching: mean squared velocity error over draws, actions and real dimensions."""
+        everything = torch.ones(chunk.shape[:2], dtype=torch.bool)
+        error = common.flow_matching_error(*self._scored(prefix, chunk, draws, everything))  # (K, B)
+        return error.sum() / (error.numel() * chunk.shape[1] * ACTION_DIM)
 
     # --------------------------------------------------------------------------------------- normalisation
     def normalise(self, x, kind: str = "action"):
@@ -370,8 +366,7 @@ class Pi05(Policy):
     def _affine(self, kind: str, like):
         """(low, span, offset) of normalised = (x - low) / span + offset, as arrays or tensors like `like`."""
         lerobot, names = self.cfg.norm_eps == "lerobot", STATISTICS[self.cfg.normalisation]
-        stats = self.stats(kind, names, "set model.normalisation to what it has")
-        low, high = (np.asarray(stats[name]) for name in names)
+        low, high = self.stats(kind, names, "set model.normalisation to what it has")
         if self.cfg.normalisation == "mean_std":  # (x - mean) / (std + eps)
             span, offset = high + (1e-8 if lerobot else 1e-6), 0.0
         else:  # (x - q01) / (q99 - q01 + eps) * 2 - 1; lerobot: eps only where the quantiles coincide

@@ -15,13 +15,11 @@ not change), `norm_stats`, `tokenizer`, `adapter_targets` and save(folder).
 """
 
 import contextlib
-import math
 import re
-import typing
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Self, get_type_hints
 
 import numpy as np
 import torch
@@ -105,7 +103,7 @@ def checked_stats(stats: dict, where: str) -> dict:
             raise UserError(f"{where} has no statistics of the {kind}; get the checkpoint again")
         for name in {"mean", "std", "q01", "q99", "min", "max", "mask"} & named.keys():
             values = named[name] if isinstance(named[name], list) else []
-            if [isinstance(v, int | float) and abs(v) < math.inf for v in values] != [True] * n:
+            if [isinstance(v, int | float) and abs(v) < float("inf") for v in values] != [True] * n:
                 raise UserError(
                     f"{where}: {name} of the {kind} must be {n} finite numbers; get the checkpoint again"
                 )
@@ -114,11 +112,9 @@ def checked_stats(stats: dict, where: str) -> dict:
 
 def config_from(value, kind: type, where: str):
     """A dataclass from a dict of the YAML or of config.json: the types of its fields check their values."""
-    if isinstance(value, kind):
-        return value
     if not isinstance(value, dict):
         raise UserError(f"{where} must hold `key: value` lines, not {value!r}")
-    types, values = typing.get_type_hints(kind, include_extras=True), {}
+    types, values = get_type_hints(kind, include_extras=True), {}
     for key, given in value.items():
         if key not in types:
             raise UserError(f"unknown key {where}.{key}; {did_you_mean(key, types)}")
@@ -138,7 +134,7 @@ def build_tokenizer(instructions: Sequence[str]):
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
     split = pre_tokenizers.Split(Regex(r"\n|[0-9]|[a-z']+|[^\sa-z0-9']"), behavior="removed", invert=True)
-    text = " ".join([*sorted(instructions), "task state action in out what should the robot take to"])
+    text = " ".join([*instructions, "task state action in out what should the robot take to"])
     words = sorted({word for word, _ in split.pre_tokenize_str(text.lower().replace("_", " "))})
     vocab = dict.fromkeys(["<pad>", "<eos>", "<bos>", "<unk>", "\n", *"0123456789", *"-,:;?", *words])
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocab)}, unk_token="<unk>"))
@@ -257,14 +253,14 @@ class Policy(nn.Module):
             raise UserError(f"the policy has no tokenizer, or one of more than model.vocab_size={most} words")
         return [[bos, *e.ids] for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
-    def stats(self, kind: str, names: Sequence[str], remedy: str = "get the checkpoint again") -> dict:
-        """norm_stats of the "action" or the "state"; UserError unless all `names` are among them."""
+    def stats(self, kind: str, names: Sequence[str], remedy: str = "get the checkpoint again") -> list:
+        """The named statistics of the "action" or the "state"; UserError unless they are in norm_stats."""
         stats = self.norm_stats.get(kind, {})
         refuse(
             (not stats, "the policy has no normalisation statistics (norm_stats); train it with 01_sft.py"),
             *((name not in stats, f"norm_stats has no {name} of the {kind}; {remedy}") for name in names),
         )
-        return stats
+        return [np.asarray(stats[name]) for name in names]
 
     def save(self, folder: Path) -> None:
         """Write model.safetensors, config.json, norm_stats.json, tokenizer.json; each whole or not at all."""

@@ -28,9 +28,7 @@ from runtime import stage
 from runtime.config import Count
 from runtime.errors import UserError
 
-HOLDOUT = (
-    2  # init states, the last ones, that give the validation error; 01 holds out the same ones by default
-)
+HOLDOUT = 2  # init states, the last ones, that give the validation error; by default the same ones as in 01
 
 
 @dataclass
@@ -61,9 +59,11 @@ def load_observations(cfg: Config) -> tuple[dict, dict]:
         parts[held].append(demo)
 
     def tensors(demos: list) -> dict:
-        obs = {c: torch.from_numpy(np.concatenate([getattr(d, c) for d in demos])) for c in common.CAMERAS}
-        obs["state"] = torch.from_numpy(np.concatenate([d.state[d.image_steps] for d in demos]))
-        return obs | {"instruction": [d.instruction for d in demos for _ in d.image_steps]}
+        return {
+            **{c: torch.from_numpy(np.concatenate([getattr(d, c) for d in demos])) for c in common.CAMERAS},
+            "state": torch.from_numpy(np.concatenate([d.state[d.image_steps] for d in demos])),
+            "instruction": [d.instruction for d in demos for _ in d.image_steps],
+        }
 
     return tensors(parts[False]), tensors(parts[True] or parts[False])
 
@@ -71,8 +71,10 @@ def load_observations(cfg: Config) -> tuple[dict, dict]:
 @torch.no_grad()
 def encode_all(policy, obs: dict, batch_size: int):
     """Prefixes of all observations."""
-    batches = torch.arange(len(obs["state"])).split(batch_size)
-    prefixes = [policy.encode(common.select(obs, index)) for index in batches]
+    prefixes = [
+        policy.encode(common.select(obs, index))
+        for index in torch.arange(len(obs["state"])).split(batch_size)
+    ]
     return type(prefixes[0]).cat(prefixes)
 
 
@@ -83,8 +85,8 @@ def one_step(policy, prefix, noise: torch.Tensor) -> torch.Tensor:
 
 def distance(student, teacher, prefix, noise: torch.Tensor, steps: int) -> torch.Tensor:
     """Mean squared difference between the student's and the teacher's chunks, over the real dimensions."""
-    target = teacher.sample_actions(prefix, noise, steps)
-    return (one_step(student, prefix, noise) - target)[..., : common.ACTION_DIM].square().mean()
+    apart = one_step(student, prefix, noise) - teacher.sample_actions(prefix, noise, steps)
+    return apart[..., : common.ACTION_DIM].square().mean()
 
 
 def main(cfg: Config, run: stage.Run) -> dict:
@@ -96,8 +98,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
     device = val.valid.device
     val_noise = teacher.noise(len(val), common.stream(0, "distill validation")).to(device)
 
-    first = run.resume(expert=student.expert, optimizer=optimizer)
-    for step in run.steps(first, cfg.steps):
+    for step in run.steps(run.resume(expert=student.expert, optimizer=optimizer), cfg.steps):
         # 1. a batch of observations, and a noise for each
         prefix = train.select(common.shuffled(cfg.seed, "distill", step, cfg.batch_size, len(train)))
         noise = student.noise(cfg.batch_size, common.stream(cfg.seed, "distill", step)).to(device)
@@ -115,8 +116,12 @@ def main(cfg: Config, run: stage.Run) -> dict:
         if step == 0 or run.logs(step):
             with torch.no_grad():
                 held_out = distance(student, teacher, val, val_noise, cfg.denoise_steps)
-            errors = {"rmse": loss.sqrt().item(), "val_rmse": held_out.sqrt().item()}
-            run.log(step, **errors, grad_norm=grad_norm.item())
+            run.log(
+                step,
+                rmse=loss.sqrt().item(),
+                val_rmse=held_out.sqrt().item(),
+                grad_norm=grad_norm.item(),
+            )
     student.save(run.dir)
     return {"observations": len(train)}
 

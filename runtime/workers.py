@@ -53,6 +53,7 @@ def run(
             for future in done:
                 future.result()
             bar.update(count() - bar.n)
+        pool.shutdown()
     except BrokenProcessPool:
         raise UserError(
             "a worker process died (the system kills one where memory runs out); "

@@ -17,7 +17,7 @@ from torchdiffeq import odeint
 import backbones
 import common
 from backbones import collate
-from extras import caches, cells, distill
+from extras import cells, distill
 from report import episodes
 from runtime import disk, stage
 from runtime.config import load_config
@@ -65,7 +65,7 @@ def test_solvers_are_torchdiffeqs(solver, theirs):
     )
     grid = torch.linspace(1, 0, 4)
     want = odeint(lambda t, x: policy.velocity(prefix, x, t[None].float()), noise, grid, method=theirs)[-1]
-    torch.testing.assert_close(caches.solve(policy, prefix, noise, 3, solver), want, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(cells.solve(policy, prefix, noise, 3, solver), want, atol=1e-4, rtol=1e-4)
     if solver == "euler":
         torch.testing.assert_close(policy.sample_actions(prefix, noise, 3), want, atol=1e-4, rtol=1e-4)
 
@@ -75,11 +75,11 @@ def test_similarity_is_the_cosine_of_the_less_similar_camera():
     a = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     b = a.clone()
     b[1] = 255 - b[1]
-    assert caches.similarity(a, a) == pytest.approx(1) and caches.similarity(a, b) == pytest.approx(-1)
+    assert cells.similarity(a, a) == pytest.approx(1) and cells.similarity(a, b) == pytest.approx(-1)
     b[1] = a[1]
     b[0, :4] = a[0, 4:]
     x, y = (np.asarray(t[0], float).ravel() / 127.5 - 1 for t in (a, b))
-    assert caches.similarity(a, b) == pytest.approx(x @ y / np.linalg.norm(x) / np.linalg.norm(y), abs=1e-5)
+    assert cells.similarity(a, b) == pytest.approx(x @ y / np.linalg.norm(x) / np.linalg.norm(y), abs=1e-5)
 
 
 def test_patches_are_those_of_the_prefixs_tokens():
@@ -90,7 +90,7 @@ def test_patches_are_those_of_the_prefixs_tokens():
     changed = pixels.clone()
     changed[1, :, 16:, :16] += 1  # second camera, second row, first column: token 4 + 2
     tokens = [tower(x).flatten(2).transpose(1, 2).flatten(0, 1) for x in (pixels, changed)]
-    moved = [(a != b).any(1) for a, b in (tokens, [caches.patches(x, 16) for x in (pixels, changed)])]
+    moved = [(a != b).any(1) for a, b in (tokens, [cells.patches(x, 16) for x in (pixels, changed)])]
     assert moved[0].tolist() == moved[1].tolist() == [i == 6 for i in range(8)]
 
 
@@ -99,17 +99,17 @@ def test_refreshing_all_tokens_is_the_prefix_and_none_the_old_one():
     policy = make_policy()
     (x, valid), (y, _) = (policy.embed_prefix(*policy.inputs(collate([scene(seed)]))) for seed in (0, 1))
     every = torch.arange(x.shape[1])
-    first, attention = caches.refresh(policy, x, valid, None, every, 8)
+    first, attention = cells.refresh(policy, x, valid, None, every, 8)
     want = policy.prefill(x, valid)[0]
     torch.testing.assert_close(first.keys, want.keys, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(first.values, want.values, atol=1e-5, rtol=1e-5)
     assert attention.shape == (8,) and 0 < attention.sum() < 1
-    over, _ = caches.refresh(policy, y, valid, first, every, 8)
+    over, _ = cells.refresh(policy, y, valid, first, every, 8)
     torch.testing.assert_close(over.keys, policy.prefill(y, valid)[0].keys, atol=1e-5, rtol=1e-5)
     assert torch.equal(
-        first.keys, caches.refresh(policy, x, valid, None, every, 8)[0].keys
+        first.keys, cells.refresh(policy, x, valid, None, every, 8)[0].keys
     )  # the old one is not written to
-    some, _ = caches.refresh(policy, y, valid, first, torch.arange(3, x.shape[1]), 8)
+    some, _ = cells.refresh(policy, y, valid, first, torch.arange(3, x.shape[1]), 8)
     assert torch.equal(some.keys[:, :, :, :3], first.keys[:, :, :, :3])
     assert (
         (some.keys[:, 1:, :, 3:] != first.keys[:, 1:, :, 3:]).any(-1).all()
@@ -144,8 +144,8 @@ class Script:
         return chunk
 
 
-def carried_out(cfg, scenes) -> tuple[list[tuple[int, int]], caches.Actor]:
-    actor = caches.Actor(Script(), cfg, ("s", 0, 0))
+def carried_out(cfg, scenes) -> tuple[list[tuple[int, int]], cells.Actor]:
+    actor = cells.Actor(Script(), cfg, ("s", 0, 0))
     done = [actor(obs) for obs in scenes]
     assert all(len(actions) == cfg.execute for actions in done)
     return [(int(a[0]), int(a[1])) for actions in done for a in actions], actor
@@ -183,7 +183,7 @@ def test_a_slow_drift_is_noticed():
     a, b = (scene(seed)["wrist"] for seed in (0, 1))
     drift = [scene() | {"wrist": (a + i / 11 * (b.astype(float) - a)).astype(np.uint8)} for i in range(12)]
     cameras = [torch.from_numpy(np.stack([obs["agentview"], obs["wrist"]])) for obs in drift]
-    steps = [caches.similarity(*two) for two in itertools.pairwise(cameras)]
+    steps = [cells.similarity(*two) for two in itertools.pairwise(cameras)]
     _, actor = carried_out(rule(reuse="prefix", cap=100, threshold=min(steps) - 1e-4), drift)
     assert 1 < actor.policy.encoded < 12
     _, actor = carried_out(rule(reuse="prefix", cap=100, threshold=min(steps) - 1e-4), [drift[0]] * 12)
@@ -192,7 +192,7 @@ def test_a_slow_drift_is_noticed():
 
 def test_no_reuse_is_what_evaluation_does():
     policy, cfg = make_policy(), rule(execute=4)
-    actor = caches.Actor(policy, cfg, ("s", 3, 35), looks=2)
+    actor = cells.Actor(policy, cfg, ("s", 3, 35), looks=2)
     want = backbones.propose(policy, scene(), cfg, [common.stream(cfg.seed, "eval", "s", 3, 35, 2)])[0]
     np.testing.assert_array_equal(actor(scene()), np.asarray(policy.unnormalise(want))[:4])
 
@@ -201,15 +201,15 @@ def test_no_reuse_is_what_evaluation_does():
 def test_what_a_hit_cannot_see(state_token):
     policy = make_policy(state_token=state_token)
     state = ["state"] if state_token else []
-    assert caches.sees_on_a_hit(policy, rule(reuse="none")) == [*state, "images"]
-    assert caches.sees_on_a_hit(policy, rule(reuse="chunk")) == []
-    assert caches.sees_on_a_hit(policy, rule(reuse="prefix")) == []  # the state is in the prefix: nothing new
-    assert caches.sees_on_a_hit(policy, rule(reuse="patches")) == [*state, "images"]
+    assert cells.sees_on_a_hit(policy, rule(reuse="none")) == [*state, "images"]
+    assert cells.sees_on_a_hit(policy, rule(reuse="chunk")) == []
+    assert cells.sees_on_a_hit(policy, rule(reuse="prefix")) == []  # the state is in the prefix: nothing new
+    assert cells.sees_on_a_hit(policy, rule(reuse="patches")) == [*state, "images"]
 
 
 def test_patches_that_stand_still_are_kept_until_the_cap_and_the_wanted_never():
     policy = make_policy()
-    actor = caches.Actor(policy, rule(reuse="patches", cap=2, relevant=0.25), ("s", 0, 0))
+    actor = cells.Actor(policy, rule(reuse="patches", cap=2, relevant=0.25), ("s", 0, 0))
     moved = scene()
     moved["wrist"][:16, 16:] = 255 - moved["wrist"][:16, 16:]  # token 4 + 1
     for k, obs in enumerate((scene(), scene(), moved, moved)):
@@ -223,8 +223,8 @@ def test_patches_that_stand_still_are_kept_until_the_cap_and_the_wanted_never():
         if k == 2:
             assert actor.age[5] == 0
     assert actor.age.max() <= 2 and (actor.age == 0).sum() >= 2
-    never = caches.Actor(policy, rule(reuse="patches", threshold=0.98, relevant=1.0), ("s", 0, 0))
-    plain = caches.Actor(policy, rule(), ("s", 0, 0))
+    never = cells.Actor(policy, rule(reuse="patches", threshold=0.98, relevant=1.0), ("s", 0, 0))
+    plain = cells.Actor(policy, rule(), ("s", 0, 0))
     for obs in (scene(), moved):
         np.testing.assert_allclose(never(obs), plain(obs), atol=1e-4)
     assert never.hits == 0
@@ -235,7 +235,7 @@ def test_patches_are_kept_when_the_prompt_grows_or_shrinks():
     states = [np.full(8, value, np.float32) for value in (0, -0.95, 0.5)]
     lengths = {policy.embed(collate([scene() | {"state": state}])).tokens.shape[1] for state in states}
     assert len(lengths) > 1, "the state is text, of other lengths"
-    kept = caches.Actor(policy, rule(reuse="patches", threshold=0.5, relevant=0.0), ("s", 0, 0))
+    kept = cells.Actor(policy, rule(reuse="patches", threshold=0.5, relevant=0.0), ("s", 0, 0))
     for state in states:
         kept(scene() | {"state": state})
         whole = policy.encode(collate([scene() | {"state": state}]))
@@ -253,7 +253,7 @@ def test_refusals():
     with pytest.raises(UserError, match="black ones are all alike"):
         rule(blank_images=True).inputs()
     with pytest.raises(UserError, match="the policy's have 10"):
-        caches.Actor(make_policy(), rule(execute=11), ("s", 0, 0))(scene())
+        cells.Actor(make_policy(), rule(execute=11), ("s", 0, 0))(scene())
     with pytest.raises(UserError, match="unknown reuse='chunks'"):
         load_config(cells.Config, ["configs/micro.yaml", "cells.reuse=chunks"])
 
