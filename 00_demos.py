@@ -35,9 +35,7 @@ import h5py
 import numpy as np
 
 import common
-from runtime import disk, stage, workers
-from runtime.config import Count
-from runtime.errors import UserError, one_line
+from runtime import Count, UserError, disk, one_line, stage, workers
 from sim.env import CRASHES, TaskEnv, instruction, tasks
 from sim.expert import TASKS, Expert, MissedGrasp
 

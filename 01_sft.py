@@ -24,9 +24,7 @@ import torch
 
 import backbones
 import common
-from runtime import ranks, stage
-from runtime.config import Count, Positive
-from runtime.errors import UserError
+from runtime import Count, Positive, UserError, ranks, stage
 
 
 @dataclass

@@ -33,9 +33,7 @@ import torch
 
 import backbones
 import common
-from runtime import disk, ranks, stage, workers
-from runtime.config import Count
-from runtime.errors import UserError
+from runtime import Count, UserError, disk, ranks, stage, workers
 from sim.env import CRASHES, TaskEnv, carry_out, tasks
 
 

@@ -42,9 +42,7 @@ import torch.nn.functional as F
 import backbones
 import common
 from backbones import likelihood
-from runtime import disk, ranks, stage
-from runtime.config import Count, Positive
-from runtime.errors import UserError, regex
+from runtime import Count, Positive, UserError, disk, ranks, regex, stage
 
 
 @dataclass

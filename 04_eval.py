@@ -27,8 +27,7 @@ import backbones
 import common
 from report import episodes
 from report.tables import listing
-from runtime import disk, ranks, stage, workers
-from runtime.config import Count
+from runtime import Count, disk, ranks, stage, workers
 from sim.env import CRASHES, TaskEnv, carry_out, tasks
 
 

@@ -39,8 +39,7 @@ import backbones
 import common
 from backbones import memory
 from report import latency
-from runtime import disk, stage, workers
-from runtime.config import Count
+from runtime import Count, disk, stage, workers
 
 # Dense bfloat16 operations and bytes per second, from the makers' data sheets
 GPUS = {

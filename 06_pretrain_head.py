@@ -76,8 +76,13 @@ class Config(common.SceneConfig, common.StartConfig):
 
     @property
     def folder(self) -> Path:
-        start = "" if self.start == "final" else f"-at{self.start}"
-        return self.seed_dir / f"head{start}{'' if self.encoder == 'sft' else '-random'}"
+        return self.seed_dir / "".join(
+            [
+                "head",
+                "" if self.start == "final" else f"-at{self.start}",
+                "" if self.encoder == "sft" else "-random",
+            ]
+        )
 
     def inputs(self) -> list[Path]:
         if self.blank_images:
@@ -151,8 +156,9 @@ def pooled(policy, images: Tensor) -> Tensor:
     tower = tower_of(policy)
     table = tower.embeddings.position_embedding.weight  # (patches, W)
     pixels = policy.pixels(images.to(table.device))[:, -3:]  # of OpenVLA's fused pixels, SigLIP's come last
-    x = tower.embeddings.patch_embedding(pixels.to(table.dtype)).flatten(2).transpose(1, 2) + table
-    x = x.to(next(tower.encoder.parameters()).dtype)
+    x = (  # (B, patches, W)
+        tower.embeddings.patch_embedding(pixels.to(table.dtype)).flatten(2).transpose(1, 2) + table
+    ).to(next(tower.encoder.parameters()).dtype)
     for layer in tower.encoder.layers:
         x = layer(x, None)
     return (x if tower.post_layernorm is None else tower.post_layernorm(x)).float().mean(1)
@@ -161,8 +167,9 @@ def pooled(policy, images: Tensor) -> Tensor:
 def shuffle_weights(module: nn.Module, seed: int) -> None:
     """Every tensor keeps its numbers, and so its scale, in random places."""
     for name, p in module.named_parameters():
-        order = torch.randperm(p.numel(), generator=common.stream(seed, name))
-        p.data = p.data.flatten()[order.to(p.device)].view_as(p)
+        p.data = p.data.flatten()[
+            torch.randperm(p.numel(), generator=common.stream(seed, name)).to(p.device)
+        ].view_as(p)
 
 
 # ----------------------------------------------------------------------------------------------------- frames
@@ -182,8 +189,12 @@ def choose(steps: np.ndarray, gap: int) -> tuple[np.ndarray, np.ndarray, np.ndar
 def shrink(images: np.ndarray, size: int = 8) -> np.ndarray:
     """uint8 (B, S, S, 3) -> (B, size * size * 3): means of blocks. Cuts off what is left at the border."""
     s = images.shape[1] // size
-    blocks = images[:, : s * size, : s * size].reshape(-1, size, s, size, s, 3)
-    return blocks.mean((2, 4), dtype=np.float32).reshape(len(images), -1)
+    return (
+        images[:, : s * size, : s * size]
+        .reshape(-1, size, s, size, s, 3)
+        .mean((2, 4), dtype=np.float32)
+        .reshape(len(images), -1)
+    )
 
 
 @torch.no_grad()
@@ -264,13 +275,12 @@ def loss_terms(head: Head, views: dict, frames: Frames, index: np.ndarray, maske
     views: camera -> what the head is shown of each frame (N, W).
     """
     at = frames.anchors[index]
-    shown = torch.cat(
-        [views["agentview"][at], views["wrist"][at], views["agentview"][frames.partners[index]]]
-    )
-    now, wrist, then = head(shown).chunk(3)  # (B, D) each
+    now, wrist, then = head(
+        torch.cat([views["agentview"][at], views["wrist"][at], views["agentview"][frames.partners[index]]])
+    ).chunk(3)  # (B, D) each
     step, episode = frames.step[at], frames.episode[at]
-    near = (abs(step[:, None] - step) <= MASK) & (episode[:, None] == episode)
-    negatives = torch.from_numpy(~near).to(now.device) if masked else None
+    far = (abs(step[:, None] - step) > MASK) | (episode[:, None] != episode)
+    negatives = torch.from_numpy(far).to(now.device) if masked else None
     rows = ranks.share(torch.arange(len(index)))
     return {
         "views": info_nce(now, wrist, TEMPERATURE, negatives, rows),
@@ -295,7 +305,7 @@ def train(frames: Frames, on: np.ndarray, split: str, variant: str, cfg: Config)
     steps = max(1, cfg.epochs * len(on) // cfg.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     held = np.flatnonzero(frames.held[frames.anchors] & (split == "episodes"))
-    whole = len(held) // cfg.batch_size * cfg.batch_size
+    whole = len(held) // cfg.batch_size * cfg.batch_size  # whole batches
     held = common.np_stream(cfg.seed, "held").permutation(held)[:whole].reshape(-1, cfg.batch_size)
 
     logged = []
@@ -313,11 +323,13 @@ def train(frames: Frames, on: np.ndarray, split: str, variant: str, cfg: Config)
 
         # 3. the log
         if step % cfg.log_every == 0 or step == steps - 1:
-            row = {key: term.item() for key, term in terms.items()}
             with torch.no_grad():
                 batches = [loss_terms(head, views, frames, index, masked) for index in held]
-            if batches:
-                row |= {f"held_out_{k}": float(np.mean([each[k].item() for each in batches])) for k in terms}
+            row = {key: term.item() for key, term in terms.items()} | {
+                f"held_out_{key}": float(np.mean([batch[key].item() for batch in batches]))
+                for key in terms
+                if batches
+            }
             logged.append(ranks.mean(row) | {"trained_on": split, "variant": variant, "step": step + 1})
     return head.cpu().fold_in(mean, spread), logged
 
@@ -343,8 +355,10 @@ def train_all(frames: Frames, cfg: Config, run: stage.Run) -> dict[tuple[str, st
             head, log = train(frames, splits(frames)[split], split, variant, cfg)
             if run.first:  # a kill may have left a log without its head
                 rows = disk.read_jsonl(metrics, "trained_on variant")
-                others = [row for row in rows if (row["trained_on"], row["variant"]) != (split, variant)]
-                disk.write_rows(metrics, others + log)
+                disk.write_rows(
+                    metrics,
+                    [row for row in rows if (row["trained_on"], row["variant"]) != (split, variant)] + log,
+                )
                 disk.save_tensors(file, head.state_dict())
         heads[split, variant] = head.to(ranks.place(cfg.device))
     return heads
@@ -377,8 +391,13 @@ def nearest(queries: Tensor, gallery: Tensor, allowed: np.ndarray, k: int) -> np
 
     allowed (Q, G): others come last.
     """
-    products = (queries @ gallery.T).masked_fill(~torch.from_numpy(allowed).to(queries.device), -torch.inf)
-    return products.topk(min(k, len(gallery)), dim=1).indices.cpu().numpy()
+    return (
+        (queries @ gallery.T)
+        .masked_fill(~torch.from_numpy(allowed).to(queries.device), -torch.inf)
+        .topk(min(k, len(gallery)), dim=1)
+        .indices.cpu()
+        .numpy()
+    )
 
 
 def chance(right: np.ndarray, candidates: np.ndarray, k: int) -> np.ndarray:
@@ -451,8 +470,9 @@ def recall_rows(frames: Frames, heads: dict, cfg: Config) -> list[dict]:
             }
             rows.append(row)
             if name == "proprioception":  # chance once, as the last row
-                guess = {"features": "chance", "value": recalls["chance", kind][of, i].mean(), "ci95": None}
-                rows.append(row | guess)
+                rows.append(
+                    row | {"features": "chance", "value": recalls["chance", kind][of, i].mean(), "ci95": None}
+                )
     return rows
 
 
@@ -505,10 +525,12 @@ def neighbours(vectors: dict, frames: Frames, part: tuple, names: tuple[str, str
     queries = queries[np.linspace(0, len(queries) - 1, 8).round().astype(int)[1:-1]]
     q, g = frames.anchors[queries], frames.anchors[gallery]
     allowed = ids[queries][:, None] != ids[gallery]
-    found = [g[nearest(vectors[name][q], vectors[name][g], allowed, 3)] for name in names]
-    shown = np.concatenate([q[:, None], *found], axis=1)
-    near = abs(frames.step[shown] - frames.step[q][:, None]) <= cfg.near
-    right = near & (frames.task[shown] == frames.task[q][:, None])
+    shown = np.concatenate(
+        [q[:, None], *(g[nearest(vectors[name][q], vectors[name][g], allowed, 3)] for name in names)], axis=1
+    )
+    right = (frames.task[shown] == frames.task[q][:, None]) & (
+        abs(frames.step[shown] - frames.step[q][:, None]) <= cfg.near
+    )
     images = {}
     for episode, (*_, demo) in enumerate(common.demonstrations(cfg, cfg.holdout)):
         own = np.intersect1d(shown, np.flatnonzero(frames.episode == episode))
@@ -531,8 +553,10 @@ def main(cfg: Config, run: stage.Run) -> dict | None:
     )
 
     # 2. retrieval by each of them, and by what they are compared with
-    progress = progress_rows(frames, heads, cfg) if frames.held.any() else []
-    disk.write_json(run.dir / "rows.json", recall_rows(frames, heads, cfg) + progress)
+    disk.write_json(
+        run.dir / "rows.json",
+        recall_rows(frames, heads, cfg) + (progress_rows(frames, heads, cfg) if frames.held.any() else []),
+    )
 
     # 3. plots
     parts = protocols(frames)
@@ -541,8 +565,7 @@ def main(cfg: Config, run: stage.Run) -> dict | None:
     names = ("head, paper", "head, corrected")
     plot_losses(disk.read_jsonl(run.dir / "metrics.jsonl"), cfg, run.dir / "loss.png")
     plot_map(vectors, frames, run.dir / "map.png")
-    found = neighbours(vectors, frames, part, names, cfg)
-    plot_neighbours(*found, frames, names, run.dir / "neighbours.png")
+    plot_neighbours(*neighbours(vectors, frames, part, names, cfg), frames, names, run.dir / "neighbours.png")
     return {
         "parameters": trained,
         "anchors": len(frames.anchors),
@@ -552,14 +575,18 @@ def main(cfg: Config, run: stage.Run) -> dict | None:
 
 def show_table(cfg: Config) -> None:
     timing, rows = disk.read_json(cfg.folder / "timing.json"), disk.read_json(cfg.folder / "rows.json")
-    about = {
-        "backbone": cfg.backbone,
-        "encoder": cfg.encoder,
-        "train_seeds": [cfg.seed],
-        "command": timing["command"],
-        "commit": timing["commit"],
-    }
-    disk.write_json(cfg.folder / "table.json", [about | row for row in rows])
+    table = [
+        {
+            "backbone": cfg.backbone,
+            "encoder": cfg.encoder,
+            "train_seeds": [cfg.seed],
+            "command": timing["command"],
+            "commit": timing["commit"],
+            **row,
+        }
+        for row in rows
+    ]
+    disk.write_json(cfg.folder / "table.json", table)
     disk.write_atomic(cfg.folder / "table.md", retrieval_report(rows, cfg))
     print(retrieval_report(rows, cfg), flush=True)
 

@@ -78,8 +78,10 @@ class Config(common.ActingConfig, common.AdapterConfig):
         """Name -> folder of every finished DPO on these pairs and this start, or of the one that is given."""
         if self.adapters_from:
             return {self.made_adapter.name: self.adapter_dir}
-        done = sorted(self.seed_dir.glob("dpo-*/done.json"))
-        used = {path.parent: disk.read_json(path)["config"] for path in done}
+        used = {
+            path.parent: disk.read_json(path)["config"]
+            for path in sorted(self.seed_dir.glob("dpo-*/done.json"))
+        }
         return {
             path.name: path
             for path, config in used.items()
@@ -89,8 +91,11 @@ class Config(common.ActingConfig, common.AdapterConfig):
     def inputs(self) -> list[Path]:
         if self.device != "cpu":
             raise UserError("07_validate.py measures on the CPU; set device=cpu")
-        adapters = self.adapter_inputs() if self.adapters_from else self.dpo_folders().values()
-        return [*self.sft_inputs(), *self.pairs_inputs(), *adapters]
+        return [
+            *self.sft_inputs(),
+            *self.pairs_inputs(),
+            *(self.adapter_inputs() if self.adapters_from else self.dpo_folders().values()),
+        ]
 
 
 # ------------------------------------------------------------------------------------------------------- data
@@ -100,8 +105,10 @@ def load_pairs(cfg: Config) -> dict:
     """Up to n_pairs pairs, evenly spread: observations, and `chunks` (N, 2, H, 7), the chosen ones first."""
     pairs = common.read_pairs(cfg.pairs_dir)
     n = len(pairs["mask"])
-    kept = {key: pairs[key] for key in (*common.CAMERAS, "state", "instruction")}
-    kept["chunks"] = torch.stack([pairs["chosen"], pairs["rejected"]], dim=1)
+    kept = {
+        **{key: pairs[key] for key in (*common.CAMERAS, "state", "instruction")},
+        "chunks": torch.stack([pairs["chosen"], pairs["rejected"]], dim=1),
+    }
     kept = common.select(kept, torch.linspace(0, n - 1, min(cfg.n_pairs, n)).round().long())
     return common.blank_images(kept) if cfg.blank_images else kept
 
@@ -142,8 +149,11 @@ def exact(policy, prefix, chunks: Tensor, steps: int, g: torch.Generator | None 
     g: None: the exact trace. A generator: one Hutchinson probe from it, which both chunks of a pair share;
     differentiable.
     """
-    shape = (policy.horizon, policy.cfg.flow_dim)
-    probes = None if g is None else likelihood.make_probes(len(chunks), 1, shape, g)
+    probes = (
+        None
+        if g is None
+        else likelihood.make_probes(len(chunks), 1, (policy.horizon, policy.cfg.flow_dim), g)
+    )
     return torch.stack(likelihood.pair_log_probs(policy, prefix, *chunks.unbind(1), probes, steps), dim=1)
 
 
@@ -157,11 +167,17 @@ def measure(job: tuple) -> None:
     for name in ("paper", "antithetic", "elbo", "independent"):
         seen = obs if name == "independent" else prefix
         for k in cfg.draw_counts[name == "antithetic" :]:  # mirror images come in pairs
-            streams = [
-                common.stream(cfg.seed, "validate", ESTIMATORS[name][0], k, r, pairs[0])
+            repeats = [
+                estimate(
+                    policy,
+                    seen,
+                    chunks,
+                    name,
+                    k,
+                    common.stream(cfg.seed, "validate", ESTIMATORS[name][0], k, r, pairs[0]),
+                )
                 for r in range(REPEATS)
             ]
-            repeats = [estimate(policy, seen, chunks, name, k, g) for g in streams]
             tensors[f"{name}/{k}"] = torch.stack([score for score, _ in repeats])  # (R, n, 2)
             if name == "paper":  # its errors give the estimates with other weights, too
                 errors = torch.stack([error for _, error in repeats])  # (R, K, n, 2)
@@ -182,38 +198,44 @@ def own_chunks(job: tuple) -> None:
     policy, obs, chunks = inputs_of(cfg, pairs)
     prefix = policy.encode(obs)
     velocity = likelihood.velocity_of(policy, prefix)
-    noise = policy.noise(len(chunks), common.stream(cfg.seed, "own"))
-    own, euler = likelihood.euler_sample(velocity, noise, cfg.denoise_steps)
-    g = common.stream(cfg.seed, "own probes")
-    probes = likelihood.make_probes(len(chunks), 16, own.shape[1:], g).split(1, 1)
+    own, euler = likelihood.euler_sample(
+        velocity, policy.noise(len(chunks), common.stream(cfg.seed, "own")), cfg.denoise_steps
+    )
+    probes = likelihood.make_probes(
+        len(chunks), 16, own.shape[1:], common.stream(cfg.seed, "own probes")
+    ).split(1, 1)
     policy64, prefix64, own64 = likelihood.in_float64(policy, prefix, own)
-    twice = likelihood.velocity_of(policy, prefix.select(torch.arange(len(chunks)).repeat(2)))
-    flat = policy.pad(chunks.transpose(0, 1).flatten(0, 1))
-    inverse = likelihood.euler_log_prob(twice, flat, cfg.denoise_steps)
+    inverse = likelihood.euler_log_prob(  # of the pairs' chunks
+        likelihood.velocity_of(policy, prefix.select(torch.arange(len(chunks)).repeat(2))),
+        policy.pad(chunks.transpose(0, 1).flatten(0, 1)),
+        cfg.denoise_steps,
+    )
 
     def log_p(trace: likelihood.Divergence, steps: int = cfg.ode_steps) -> Tensor:
         return likelihood.ode_log_prob(velocity, own, trace, likelihood.time_grid(steps))
 
-    tensors = {
-        "chunk": own,
-        "euler": euler,
-        "exact": log_p(likelihood.exact_trace),
-        **{f"probe/{i}": log_p(likelihood.hutchinson(probe)) for i, probe in enumerate(probes)},
-        **{f"steps/{k}": log_p(likelihood.hutchinson(probes[0]), k) for k in (5, 10, 20, 40, 80)},
-        "float64": likelihood.ode_log_prob(
-            likelihood.velocity_of(policy64, prefix64),
-            own64,
-            likelihood.hutchinson(probes[0].double()),
-            likelihood.time_grid(cfg.ode_steps),
-        ),
-        **{  # as 03 sees the pairs: both chunks share one probe
-            f"pair/{k}/{i}": exact(policy, prefix, chunks, k, common.stream(cfg.seed, "pair probes", i))
-            for k, i in [(5, 0), (20, 0), (40, 0), *((10, i) for i in range(8))]
+    disk.save_tensors(
+        file,
+        {
+            "chunk": own,
+            "euler": euler,
+            "exact": log_p(likelihood.exact_trace),
+            **{f"probe/{i}": log_p(likelihood.hutchinson(probe)) for i, probe in enumerate(probes)},
+            **{f"steps/{k}": log_p(likelihood.hutchinson(probes[0]), k) for k in (5, 10, 20, 40, 80)},
+            "float64": likelihood.ode_log_prob(
+                likelihood.velocity_of(policy64, prefix64),
+                own64,
+                likelihood.hutchinson(probes[0].double()),
+                likelihood.time_grid(cfg.ode_steps),
+            ),
+            **{  # as 03 sees the pairs: both chunks share one probe
+                f"pair/{k}/{i}": exact(policy, prefix, chunks, k, common.stream(cfg.seed, "pair probes", i))
+                for k, i in [(5, 0), (20, 0), (40, 0), *((10, i) for i in range(8))]
+            },
+            "inverse_found": inverse.isfinite().float(),
+            "inverse": inverse.nan_to_num(0),
         },
-        "inverse_found": inverse.isfinite().float(),
-        "inverse": inverse.nan_to_num(0),
-    }
-    disk.save_tensors(file, tensors)
+    )
 
 
 # ----------------------------------------------------------------------------------------------- the gradient
@@ -223,8 +245,7 @@ def dpo_gradient(policy, score: Callable[[str], Tensor], beta: float) -> Tensor:
         ref = score("reference")
     log_ratio = score("policy") - ref
     loss = -F.logsigmoid(beta * (log_ratio[:, 0] - log_ratio[:, 1])).mean()
-    parameters = [p for p in policy.parameters() if p.requires_grad]
-    grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+    grads = torch.autograd.grad(loss, [p for p in policy.parameters() if p.requires_grad], allow_unused=True)
     return torch.cat([g.flatten() for g in grads if g is not None])
 
 
@@ -245,14 +266,21 @@ def gradients(job: tuple) -> None:
             p.data.zero_()
 
     def exactly(i: int, term: str) -> Tensor:
-        g = stream("gradient probes", i, pairs[0])
-        return exact(policy, policy.encode(obs), chunks, max(1, cfg.ode_steps // 2), g)
+        return exact(
+            policy,
+            policy.encode(obs),
+            chunks,
+            max(1, cfg.ode_steps // 2),
+            stream("gradient probes", i, pairs[0]),
+        )
 
     def estimated(name: str, k: int, term: str) -> Tensor:
         fresh = name == "independent"  # other draws in each term, and for each chunk
         g = stream("gradient", k, term if fresh else "", pairs[0])
-        parts = chunks.split(1 if fresh else 2, dim=1)
-        return torch.cat([estimate(policy, obs, part, name, k, g)[0] for part in parts], dim=1)
+        return torch.cat(
+            [estimate(policy, obs, part, name, k, g)[0] for part in chunks.split(1 if fresh else 2, dim=1)],
+            dim=1,
+        )
 
     # one at a time: the graph of a second derivative is large
     probes = torch.stack(
@@ -271,9 +299,13 @@ def gradients(job: tuple) -> None:
             if k <= cfg.max_draws and (name, k) != ("antithetic", 1)
         }
     )
-    about = {"state": state, "batch": pairs}
-    rows = [about | {"estimator": name, "draws": k, "cosine": x.item()} for (name, k), x in found.items()]
-    disk.write_rows(file, rows)
+    disk.write_rows(
+        file,
+        [
+            {"state": state, "batch": pairs, "estimator": name, "draws": k, "cosine": x.item()}
+            for (name, k), x in found.items()
+        ],
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- main
@@ -298,17 +330,21 @@ def costs(cfg: Config, pairs: list[int]) -> dict[str, float]:
 
 def do_missing(function: Callable[[tuple], None], jobs: list[tuple], cfg: Config, title: str) -> None:
     """Do the jobs whose files an earlier run has not written."""
-    missing = [job for job in jobs if not job[1].is_file()]
     workers.run(
-        function, missing, cfg.workers, title, lambda: sum(job[1].is_file() for job in jobs), len(jobs)
+        function,
+        [job for job in jobs if not job[1].is_file()],
+        cfg.workers,
+        title,
+        lambda: sum(job[1].is_file() for job in jobs),
+        len(jobs),
     )
 
 
 def main(cfg: Config, run: stage.Run) -> dict:
     parts, policies = run.dir / "parts", {"sft": None, **cfg.dpo_folders()}
     parts.mkdir(exist_ok=True)
-    every = list(range(len(load_pairs(cfg)["chunks"])))
-    blocks = [every[i : i + BLOCK] for i in range(0, len(every), BLOCK)]
+    every = range(len(load_pairs(cfg)["chunks"]))
+    blocks = [list(every[i : i + BLOCK]) for i in every[::BLOCK]]
 
     # 1. exact values and all estimates of every pair under every policy
     jobs = {
@@ -325,7 +361,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
         }
 
     # 2. what the policy's own samples tell
-    few = [every[i * len(every) // cfg.own_chunks] for i in range(min(cfg.own_chunks, len(every)))]
+    few = [i * len(every) // cfg.own_chunks for i in range(min(cfg.own_chunks, len(every)))]
     do_missing(own_chunks, [(cfg, parts / "own.safetensors", few)], cfg, "own chunks")
 
     # 3. gradients of DPO's loss under LoRA, on the paper's surrogate where there are several

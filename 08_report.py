@@ -32,9 +32,7 @@ from report import audit, episodes
 from report.chapters import Experiment, write_audit, write_report
 from report.page import fill_in
 from report.tables import grouped, script
-from runtime import disk, stage
-from runtime.config import BACKBONES, load_config
-from runtime.errors import UserError
+from runtime import BACKBONES, UserError, disk, load_config, stage
 
 
 @dataclass

@@ -17,9 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from runtime import disk, stage
-from runtime.config import Count, PlaceConfig
-from runtime.errors import UserError, one_line, one_of, regex
+from runtime import Count, PlaceConfig, UserError, disk, one_line, one_of, regex, stage
 from runtime.seeds import entropy, np_stream, own_rows, select, shuffled, stream  # noqa: F401 (for stages)
 
 # ----------------------------------------------------------------------------------------------------- LIBERO

@@ -50,7 +50,7 @@ def each_image(images: Tensor, change: Callable[[np.ndarray], np.ndarray]) -> Te
 
 
 def padded(rows: list[list[int]], value: int) -> tuple[Tensor, Tensor]:
-    """Token ids and their validity, both (B, longest row), padded on the right."""
+    # ids and their validity, both (B, longest row), padded on the right
     ids = nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=value)
     return ids, torch.arange(ids.shape[1]) < torch.tensor([len(r) for r in rows])[:, None]
 
@@ -68,7 +68,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # x (B, S, heads, he
 
 
 def project_kv(attn: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Rotated keys and values (B, kv heads, S, head_dim) of the normed tokens x (B, S, width)."""
+    # rotated keys, and values (B, kv heads, S, head_dim), of the normed tokens x (B, S, width)
     k, v = (proj(x).unflatten(-1, (-1, attn.head_dim)) for proj in (attn.k_proj, attn.v_proj))
     return rotate(k, *rope).transpose(1, 2), v.transpose(1, 2)
 
@@ -138,14 +138,11 @@ class Rows:
     def cat(cls, parts: Sequence[Self]) -> Self:
         """Several batches end to end, padded to the longest."""
         length = max(part.valid.shape[1] for part in parts)
-        columns = zip(*(part.widen(length).tensors() for part in parts), strict=True)
-        return cls(*map(torch.cat, columns))
+        return cls(*map(torch.cat, zip(*(part.widen(length).tensors() for part in parts), strict=True)))
 
 
 @dataclass
-class Prefix(Rows):
-    """Keys and values of the vision-language part: all of it that the actions read."""
-
+class Prefix(Rows):  # keys and values of the vision-language part: all of it that the actions read
     keys: Tensor  # (B, L, kv heads, S, head_dim), rotated
     values: Tensor  # (B, L, kv heads, S, head_dim)
     valid: Tensor  # (B, S) bool; False where the prompt is padded
@@ -155,8 +152,6 @@ class Prefix(Rows):
 
 
 @dataclass
-class Embedded(Rows):
-    """The tokens of a prefix before the language model's layers."""
-
+class Embedded(Rows):  # a prefix before the language model's layers
     tokens: Tensor  # (B, S, width)
     valid: Tensor  # (B, S) bool

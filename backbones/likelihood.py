@@ -82,7 +82,7 @@ def hutchinson(probes: Tensor) -> Divergence:
 
 
 def make_probes(batch: int, n: int, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """n Rademacher probes for each row (batch, n, H, D): independent entries, with the least variance."""
+    # n Rademacher probes for each row (batch, n, H, D): independent entries, with the least variance
     return torch.randint(0, 2, (batch, n, *shape), generator=generator).float() * 2 - 1
 
 
@@ -115,11 +115,13 @@ def ode_log_prob(
     """
     from torchdiffeq import odeint
 
-    def rates(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        return divergence(velocity, state[0], t)
-
-    start = chunk, chunk.new_zeros(len(chunk))
-    x, integral = odeint(rates, start, times.to(chunk), method=solver, **options)
+    x, integral = odeint(
+        lambda t, state: divergence(velocity, state[0], t),  # the rates of x and of the integral
+        (chunk, chunk.new_zeros(len(chunk))),
+        times.to(chunk),
+        method=solver,
+        **options,
+    )
     return log_normal(x[-1]) + integral[-1]
 
 

@@ -55,20 +55,28 @@ def make_policy(cfg, trained: str) -> nn.Module:
         policy.cast("float32" if trained == "full" else cfg.dtype)
         policy.requires_grad_(trained == "full")
         if trained in ("lora", "dora"):
-            targets = getattr(cfg, "targets", "") or policy.adapter_targets
-            common.attach_adapter(policy, trained, cfg.rank, cfg.alpha, targets, cfg.seed)
+            common.attach_adapter(
+                policy,
+                trained,
+                cfg.rank,
+                cfg.alpha,
+                getattr(cfg, "targets", "") or policy.adapter_targets,
+                cfg.seed,
+            )
     policy.recompute = getattr(cfg, "recompute", False)
     policy.tokenizer = build_tokenizer([INSTRUCTION])
-    unit = {"q01": -1.0, "q99": 1.0, "mean": 0.0, "std": 1.0}
-    policy.norm_stats = {kind: {name: [x] * n for name, x in unit.items()} for kind, n in DIMS.items()}
+    policy.norm_stats = {
+        kind: {"q01": [-1.0] * n, "q99": [1.0] * n, "mean": [0.0] * n, "std": [1.0] * n}
+        for kind, n in DIMS.items()
+    }
     return policy
 
 
 def make_batch(policy, n: int) -> tuple[dict, Tensor, Tensor]:
-    """n observations, chunks (n, H, 7) and mask (n, H). The policy resizes the images."""
-    images = dict.fromkeys(common.CAMERAS, torch.zeros(n, 64, 64, 3, dtype=torch.uint8))
+    # n observations, chunks (n, H, 7) and mask (n, H); the policy resizes the images
     return (
-        images | {"state": torch.zeros(n, DIMS["state"]), "instruction": [INSTRUCTION] * n},
+        dict.fromkeys(common.CAMERAS, torch.zeros(n, 64, 64, 3, dtype=torch.uint8))
+        | {"state": torch.zeros(n, DIMS["state"]), "instruction": [INSTRUCTION] * n},
         torch.zeros(n, policy.horizon, policy.action_dim),
         torch.ones(n, policy.horizon, dtype=torch.bool),
     )
@@ -76,8 +84,9 @@ def make_batch(policy, n: int) -> tuple[dict, Tensor, Tensor]:
 
 def sft_forward(policy, cfg) -> Tensor:  # what 01_sft.py differentiates
     obs, chunk, _ = make_batch(policy, cfg.batch_size)
-    draws = policy.draws(len(chunk), cfg.draws, torch.Generator(), "beta")
-    return policy.sft_loss(policy.encode(obs), chunk, draws)
+    return policy.sft_loss(
+        policy.encode(obs), chunk, policy.draws(len(chunk), cfg.draws, torch.Generator(), "beta")
+    )
 
 
 def dpo_forward(policy, cfg) -> Tensor:
@@ -85,11 +94,12 @@ def dpo_forward(policy, cfg) -> Tensor:
     obs, chunk, mask = make_batch(policy, cfg.batch_size)
     draws = policy.draws(len(chunk), cfg.draws, torch.Generator(), "stratified")
     if cfg.surrogate == "independent":
-        terms = [policy.log_prob(policy.encode(obs), chunk, draws, mask, "velocity") for _ in range(2)]
-        return torch.cat(terms).sum()
+        return torch.cat(
+            [policy.log_prob(policy.encode(obs), chunk, draws, mask, "velocity") for _ in range(2)]
+        ).sum()
     prefix = policy.encode(obs).select(torch.arange(len(chunk)).repeat(2))
-    both = None if draws is None else draws.repeat(2)
-    return policy.log_prob(prefix, chunk.repeat(2, 1, 1), both, mask.repeat(2, 1), "velocity").sum()
+    draws = None if draws is None else draws.repeat(2)
+    return policy.log_prob(prefix, chunk.repeat(2, 1, 1), draws, mask.repeat(2, 1), "velocity").sum()
 
 
 FORWARD = {"sft": sft_forward, "dpo": dpo_forward}
@@ -123,21 +133,18 @@ def kept_for_backward(policy, forward) -> int:
             where[storage._cdata] = storage  # a reference, so that no other storage gets this address
         return tensor
 
-    def saving(where: dict):
-        return torch.autograd.graph.saved_tensors_hooks(lambda t: keep(t, where), lambda t: t)
-
     def counted(layer, *arguments):
         if policy.recompute:  # a layer that will run again keeps its arguments instead
             for tensor in [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]:
                 keep(tensor, kept)
-            with saving(once):
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: keep(t, once), lambda t: t):
                 layer(*arguments)
             peaks.append(sum(storage.nbytes() for key, storage in once.items() if key not in kept))
             once.clear()
         return type(policy).run(policy, layer, *arguments)
 
     policy.run = counted
-    with FusedAttention(), saving(kept):
+    with FusedAttention(), torch.autograd.graph.saved_tensors_hooks(lambda t: keep(t, kept), lambda t: t):
         out = forward()
     del policy.run
     return sum(storage.nbytes() for storage in kept.values()) + max(peaks) + size([out])
@@ -171,12 +178,8 @@ def estimate(cfg, stage: str) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------------ hours
-class Work(TorchFunctionMode):
-    """Counts what linear layers and attention do: operations, and bytes of weights read."""
-
-    def __init__(self):
-        super().__init__()
-        self.flops = self.bytes = 0
+class Work(TorchFunctionMode):  # of linear layers and attention: operations, and bytes of weights read
+    flops = bytes = 0
 
     def __torch_function__(self, function, types, arguments=(), kwargs=None):
         if function is F.linear:
@@ -210,17 +213,16 @@ def time_needed(cfg, stage: str) -> str:
     """One line: the least hours on the named GPU."""
     flops, read = work_of(cfg, stage)
     if stage in FORWARD:
-        hours = cfg.steps * flops / FLOPS / UTILISATION / 3600
         return (
-            f"{cfg.steps} steps x {flops / 1e12:.3g} TFLOP: {hours:.2g} hours"
+            f"{cfg.steps} steps x {flops / 1e12:.3g} TFLOP:"
+            f" {cfg.steps * flops / FLOPS / UTILISATION / 3600:.2g} hours"
             f" on an {GPU} at {UTILISATION:.0%} of its peak"
         )
     seconds = max(flops / FLOPS / UTILISATION, read / BANDWIDTH)
-    steps = sum(common.MAX_STEPS[suite] for suite in cfg.suites)  # of an episode of each suite
     episodes = (
         len(cfg.tasks or range(10)) * cfg.n_init if stage != "prefs" else cfg.max_playouts / len(cfg.suites)
     )
-    looks = episodes * steps / cfg.execute
+    looks = episodes * sum(common.MAX_STEPS[suite] for suite in cfg.suites) / cfg.execute
     return (
         f"{looks:.0f} looks at most x {1000 * seconds:.2g} ms ({flops / 1e12:.2g} TFLOP, {read / 1e9:.2g} GB"
         f" of weights): {looks * seconds / 3600:.2g} hours on an {GPU} at best, the simulator apart"
@@ -234,15 +236,14 @@ def report(cfg, stage: str) -> None:
     if stage == "demos":
         return
     counts = estimate(cfg, stage)
+    adapter = f"\nadapter in {counts['adapted_layers']} layers" if counts["adapted_layers"] else ""
     print(
         f"{stage}, {cfg.backbone}, {cfg.dtype}: {counts['parameters']:,} parameters,"
-        f" {counts['trainable']:,} of them trained"
+        f" {counts['trainable']:,} of them trained{adapter}"
     )
-    if counts["adapted_layers"]:
-        print(f"adapter in {counts['adapted_layers']} layers")
+    rows = counts["parts"] | {"together": sum(counts["parts"].values())}
     many = f", in each of {cfg.workers} processes" if stage in SIMULATING and cfg.workers > 1 else ""
-    for part, n in (counts["parts"] | {"together": sum(counts["parts"].values())}).items():
-        print(f"{part:>30}  {n / 2**30:9.3f} GiB{many if part == 'together' else ''}")
+    print(*(f"{part:>30}  {n / 2**30:9.3f} GiB" for part, n in rows.items()), sep="\n", end=f"{many}\n")
     if stage in (*FORWARD, *SIMULATING):
         print(time_needed(cfg, stage))
     if not (getattr(cfg, "checkpoint", "") or cfg.init_from or cfg.model):  # the published shapes
@@ -260,14 +261,16 @@ def free_memory(device: str) -> int:
     import psutil
 
     free, groups = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
-    old = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")
-    for limit, used in (("memory.max", "memory.current"), old):
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
         if (groups / limit).is_file() and (most := (groups / limit).read_text().strip()).isdigit():
-            stat = (groups / limit).with_name("memory.stat").read_text()
-            cache = dict(line.split() for line in stat.splitlines()).get(
-                "inactive_file", 0
-            )  # freed when needed
-            free = min(free, int(most) - int((groups / used).read_text()) + int(cache))
+            counts = dict(map(str.split, (groups / limit).with_name("memory.stat").read_text().splitlines()))
+            # the cache of files is freed when memory is needed
+            free = min(
+                free, int(most) - int((groups / used).read_text()) + int(counts.get("inactive_file", 0))
+            )
     return free
 
 
@@ -283,8 +286,7 @@ def memory_needed(cfgs: dict) -> dict[str, dict[str, int]]:
     return needs
 
 
-def check_memory(cfgs: dict) -> tuple[bool, str]:
-    """Whether the stage that takes most fits, and a line for preflight.py."""
+def check_memory(cfgs: dict) -> tuple[bool, str]:  # whether the stage that takes most fits, and the numbers
     needs, words, fits = memory_needed(cfgs), [], True
     for device in dict.fromkeys(["cpu", cfgs["eval"].device]):
         need, stage = max((need[device], stage) for stage, need in needs.items())
@@ -311,11 +313,9 @@ def disk_needed(cfgs: dict) -> int:
     )
 
 
-def check_disk(cfgs: dict) -> tuple[bool, str]:
-    """Whether the disk under `root` takes a run, and a line for preflight.py."""
+def check_disk(cfgs: dict) -> tuple[bool, str]:  # whether the disk under `root` takes a run, and the numbers
     root = Path(cfgs["demos"].root).absolute()
     there = next(folder for folder in (root, *root.parents) if folder.is_dir())
     need, free = disk_needed(cfgs), shutil.disk_usage(there).free
     remedy = "" if need <= free else "; make room, or name another disk with root="
-    words = f"a run takes {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free in {there}"
-    return need <= free, words + remedy
+    return need <= free, f"a run takes {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free in {there}{remedy}"

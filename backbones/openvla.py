@@ -43,7 +43,7 @@ from backbones.layers import (
     siglip_features,
 )
 from backbones.openvla_images import center_crop, jpeg, resize_bicubic, resize_lanczos3
-from backbones.policy import STATE_DIM, DecoderSize, Id, Policy, Size, TowerSize, refuse
+from backbones.policy import DIMS, DecoderSize, Id, Policy, Size, TowerSize, refuse
 from common import ACTION_DIM, CAMERAS
 from runtime.errors import UserError
 
@@ -56,9 +56,7 @@ TOWERS = {  # channel means and standard deviations of the images, in the order 
 
 # ----------------------------------------------------------------------------------------------------- config
 @dataclass
-class OpenVLAConfig:
-    """Defaults: OpenVLA-7B as published for LIBERO (openvla-7b-finetuned-libero-*)."""
-
+class OpenVLAConfig:  # defaults: OpenVLA-7B as published for LIBERO (openvla-7b-finetuned-libero-*)
     vocab_size: Size = 32000  # words of the tokenizer; action tokens are the last n_bins of them
     vocab_padding: Id = 64  # rows of the embedding behind the vocabulary
     bos: Id = 1
@@ -170,9 +168,7 @@ def dino_features(tower: nn.Module, pixels: Tensor) -> Tensor:  # (B, 3, s, s) -
 FEATURES = {"dino": dino_features, "siglip": siglip_features}
 
 
-class Llama(nn.Module):
-    """The weights of a Llama decoder under (almost) the published names."""
-
+class Llama(nn.Module):  # the weights of a Llama decoder under (almost) the published names
     def __init__(self, size: DecoderSize, vocab: int):
         super().__init__()
         cfg = LlamaConfig(
@@ -206,7 +202,7 @@ class OpenVLA(Policy):
         )
         self.language_model = Llama(cfg.llm, cfg.action_end + cfg.vocab_padding)
         if cfg.state_token:
-            self.state_proj = nn.Linear(STATE_DIM, width)
+            self.state_proj = nn.Linear(DIMS["state"], width)
         # The towers keep transformers' initialisation, DINO's layer scale 1 included
         nn.init.normal_(self.language_model.embed_tokens.weight)
         rest = [item for item in self.language_model.named_parameters() if "embed_tokens" not in item[0]]
@@ -214,7 +210,7 @@ class OpenVLA(Policy):
 
     # -------------------------------------------------------------------------------------- text and images
     def tokenize(self, instructions: list[str]) -> tuple[Tensor, Tensor]:
-        """Token ids of the prompts and their validity, both (B, longest prompt), without the final "▁"."""
+        # ids of the prompts and their validity, both (B, longest prompt), without the final "▁"
         rows = self.ids([self.cfg.prompt.format(task=i.lower()) for i in instructions], self.cfg.bos)
         return padded([row[:-1] if row[-1] == self.cfg.space else row for row in rows], self.cfg.eos)
 
@@ -230,14 +226,16 @@ class OpenVLA(Policy):
 
     # ---------------------------------------------------------------------------------------------- prefix
     def inputs(self, obs: dict) -> tuple[Tensor | None, ...]:
-        images = torch.stack([self.pixels(obs[c]) for c in self.cfg.cameras], dim=1)  # (B, cameras, ...)
-        state = self.normalise(obs["state"], "state") if self.cfg.state_token else None  # (B, 8)
-        return images, *self.tokenize(obs["instruction"]), state
+        return (
+            torch.stack([self.pixels(obs[c]) for c in self.cfg.cameras], dim=1),  # (B, cameras, 3 T, s, s)
+            *self.tokenize(obs["instruction"]),
+            self.normalise(obs["state"], "state") if self.cfg.state_token else None,  # (B, 8)
+        )
 
     def patch_features(self, pixels: Tensor) -> Tensor:
-        """(B, 3 per tower, s, s) -> (B, patches, sum of the towers' sizes), DINO's features first."""
-        parts = pixels.to(self.projector["fc1"].weight.dtype).split(3, dim=1)
-        pairs = zip(self.cfg.towers, parts, strict=True)
+        # (B, 3 per tower, s, s) -> (B, patches, sum of the towers' sizes), DINO's features first
+        pixels = pixels.to(self.projector["fc1"].weight.dtype)
+        pairs = zip(self.cfg.towers, pixels.split(3, dim=1), strict=True)
         return torch.cat([FEATURES[name](self.vision[name], part) for name, part in pairs], dim=-1)
 
     def project(self, features: Tensor) -> Tensor:  # patch features -> tokens of the language model's width
@@ -249,22 +247,22 @@ class OpenVLA(Policy):
 
         In order: BOS, the cameras' patches, [the state,] the rest of the prompt.
         """
-        patches = self.project(self.patch_features(images.flatten(0, 1)))
+        patches = self.project(self.patch_features(images.flatten(0, 1)))  # (B cameras, patches, W)
         patches = patches.unflatten(0, images.shape[:2]).flatten(1, 2)
         if self.cfg.state_token:
             patches = torch.cat([patches, self.state_proj(state.to(patches.dtype))[:, None]], dim=1)
         text = self.language_model.embed_tokens(tokens)
-        x = torch.cat([text[:, :1], patches, text[:, 1:]], dim=1)
-        return x, F.pad(token_valid[:, 1:], (1 + patches.shape[1], 0), value=True)
+        return (
+            torch.cat([text[:, :1], patches, text[:, 1:]], dim=1),
+            F.pad(token_valid[:, 1:], (1 + patches.shape[1], 0), value=True),
+        )
 
     def prefix_surroundings(self, x: Tensor, valid: Tensor) -> tuple:
         """Rotary tables of the prefix's tokens, and no mask: attention is causal, also among patches, so no
         valid token sees the padding on the right.
         """
-        return self._rotary(torch.arange(x.shape[1], device=x.device)[None]), None
-
-    def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        return rotary(positions, self.cfg.llm.width // self.cfg.llm.num_heads)
+        positions = torch.arange(x.shape[1], device=x.device)[None]
+        return rotary(positions, self.cfg.llm.width // self.cfg.llm.num_heads), None
 
     # --------------------------------------------------------------------------------------- action tokens
     def surroundings(self, valid: Tensor, n: int) -> tuple[tuple, Tensor]:
@@ -273,7 +271,10 @@ class OpenVLA(Policy):
         """
         positions = valid.sum(1, keepdim=True) + torch.arange(n, device=valid.device)
         causal = valid.new_ones(n, n).tril().expand(len(valid), -1, -1)
-        return self._rotary(positions), torch.cat([valid[:, None].expand(-1, n, -1), causal], dim=2)[:, None]
+        return (
+            rotary(positions, self.cfg.llm.width // self.cfg.llm.num_heads),
+            torch.cat([valid[:, None].expand(-1, n, -1), causal], dim=2)[:, None],
+        )
 
     def follow(self, past: KeyValues, surroundings: tuple, ids: Tensor) -> tuple[Tensor, KeyValues]:
         """Logits (N, n, rows), float32, behind each of the tokens ids (N, n), which follow `past`.
@@ -304,16 +305,15 @@ class OpenVLA(Policy):
         ids = [torch.full((len(prefix), 1), self.cfg.space, device=noise.device)]
         for i, gumbel in enumerate(noise.unbind(1)):
             here, known = slice(i, i + 1), prefix.valid.shape[1] + i + 1
-            around = (cos[:, here], sin[:, here]), mask[:, :, here, :known]
-            logits, past = self.follow(past, around, ids[-1])
+            rope = cos[:, here], sin[:, here]
+            logits, past = self.follow(past, (rope, mask[:, :, here, :known]), ids[-1])
             ids.append(start + (logits[:, -1, start:end] + gumbel).argmax(-1, keepdim=True))
         return torch.cat(ids[1:], dim=1)
 
     def _edges(self, device: torch.device) -> Tensor:  # (n_bins,) float64; torch's differ in the last bit
         return torch.from_numpy(np.linspace(-1, 1, self.cfg.n_bins)).to(device)
 
-    def encode_actions(self, x: Tensor) -> Tensor:
-        """Values, clipped to [-1, 1] -> token ids of the same shape: V - digitize(x)."""
+    def encode_actions(self, x: Tensor) -> Tensor:  # clipped to [-1, 1] -> token ids: V - digitize(x)
         bins = torch.bucketize(x.double().clamp(-1, 1), self._edges(x.device), right=True)
         return self.cfg.action_end - bins
 
@@ -340,8 +340,8 @@ class OpenVLA(Policy):
 
     def sample_actions(self, prefix: Prefix, noise: Tensor, steps: int = 0) -> Tensor:
         """A normalised chunk (N, H, 7), on the device of the noise (N, H, 7, bins). steps: not used."""
-        x = self.decode_actions(self.generate(prefix, noise))
-        return x.unflatten(1, (-1, ACTION_DIM)).to(device=noise.device, dtype=torch.float32)
+        chunk = self.decode_actions(self.generate(prefix, noise)).unflatten(1, (-1, ACTION_DIM))
+        return chunk.to(device=noise.device, dtype=torch.float32)
 
     def log_prob(self, prefix: Prefix, chunk: Tensor, draws: None, mask: Tensor, weight: str = "") -> Tensor:
         """Log-probability (B,) of normalised chunks (B, H, 7): the sum over the tokens of the actions where
@@ -360,10 +360,10 @@ class OpenVLA(Policy):
         """Mean cross-entropy of the actions' tokens and of the stop token."""
         cfg, ids = self.cfg, self.encode_actions(chunk).flatten(1).to(prefix.valid.device)  # (B, 7 H)
         log_p = self.token_log_probs(prefix, ids, ids.shape[1] + 1)  # (B, 7 H + 1, rows)
-        log_p_bins = log_p[:, :-1, cfg.action_end - cfg.n_bins : cfg.action_end]
+        bins, stop = log_p[:, :-1, cfg.action_end - cfg.n_bins : cfg.action_end], log_p[:, -1, cfg.eos]
         targets = smoothing(cfg.n_bins, cfg.label_smoothing_bins, ids.device)[ids - cfg.action_end]
-        action = (targets * log_p_bins).sum(-1)
-        return -(action.sum() + log_p[:, -1, cfg.eos].sum()) / (ids.numel() + len(ids))
+        actions = (targets * bins).sum(-1)
+        return -(actions.sum() + stop.sum()) / (actions.numel() + stop.numel())
 
     # --------------------------------------------------------------------------------------- normalisation
     def normalise(self, x, kind: str = "action"):
@@ -397,7 +397,7 @@ class OpenVLA(Policy):
         return np.where(s["mask"], 0.5 * (chunk + 1) * (s["q99"] - s["q01"]) + s["q01"], chunk)
 
     def _arrays(self, kind: str) -> dict[str, np.ndarray]:
-        """q01, q99, min, max, mask. The gripper is never normalised; the published files' mask says so."""
+        # q01, q99, min, max, mask; the gripper is never normalised, and the published files' mask says so
         low, high = self.stats(kind, ("q01", "q99"))
         plain = {"q01": low, "q99": high, "min": low, "max": high, "mask": [True] * 6 + [False]}
         return {key: np.asarray(self.norm_stats[kind].get(key, value)) for key, value in plain.items()}

@@ -57,6 +57,5 @@ def center_crop(image: np.ndarray, area: float = 0.9) -> np.ndarray:
     return np.floor(x.clip(0, 1) * np.float32(255.5)).astype(np.uint8)
 
 
-def resize_bicubic(image: np.ndarray, size: int) -> np.ndarray:
-    """The processor's resize: PIL, antialiased, without keeping the aspect."""
+def resize_bicubic(image: np.ndarray, size: int) -> np.ndarray:  # the processor's: no aspect is kept
     return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))

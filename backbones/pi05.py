@@ -38,7 +38,7 @@ from backbones.layers import (
     rotary,
     siglip_features,
 )
-from backbones.policy import LARGEST, STATE_DIM, DecoderSize, Policy, Size, TowerSize, refuse
+from backbones.policy import DIMS, LARGEST, DecoderSize, Policy, Size, TowerSize, refuse
 from common import ACTION_DIM, CAMERAS, Draws
 
 PAD, BOS = 0, 2  # PaliGemma's token ids
@@ -61,9 +61,7 @@ class VisionSize(TowerSize):
 
 
 @dataclass
-class Pi05Config:
-    """Defaults: pi-0.5 as published by openpi for LIBERO (pi05_libero)."""
-
+class Pi05Config:  # defaults: pi-0.5 as published by openpi for LIBERO (pi05_libero)
     vocab_size: Size = 257152
     vlm: GemmaSize = field(default_factory=lambda: GemmaSize(2048, 18, 16384, 8, 1, 256))
     expert: GemmaSize = field(default_factory=lambda: GemmaSize(1024, 18, 4096, 8, 1, 256))
@@ -189,8 +187,9 @@ class Pi05(Policy):
     def __init__(self, cfg: Pi05Config):
         super().__init__(cfg)
         width, vision = cfg.expert.width, cfg.vision
-        kind = {"hidden_act": GELU, "layer_norm_eps": EPS, "vision_use_head": False}
-        self.vision_tower = SiglipVisionModel(SiglipVisionConfig(**asdict(vision), **kind))
+        self.vision_tower = SiglipVisionModel(
+            SiglipVisionConfig(**asdict(vision), hidden_act=GELU, layer_norm_eps=EPS, vision_use_head=False)
+        )
         if cfg.conv_stem:
             self.vision_tower.embeddings.patch_embedding = conv_stem(vision.hidden_size, vision.patch_size)
         self.multi_modal_projector = nn.ModuleDict({"linear": nn.Linear(vision.hidden_size, cfg.vlm.width)})
@@ -201,7 +200,7 @@ class Pi05(Policy):
         self.time_mlp_in = nn.Linear(width, width)
         self.time_mlp_out = nn.Linear(width, width)
         if cfg.state_token:
-            self.state_proj = nn.Linear(STATE_DIM, cfg.vlm.width)
+            self.state_proj = nn.Linear(DIMS["state"], cfg.vlm.width)
         for stack in (self.language_model, self.expert):  # the tower keeps transformers' initialisation
             init_matrices(
                 [item for item in stack.named_parameters() if "dense" not in item[0]], cfg.vlm.depth
@@ -234,8 +233,7 @@ class Pi05(Policy):
         images = torch.stack([self.pixels(obs[c]) for c in self.cfg.cameras], dim=1)  # (B, cameras, 3, s, s)
         return images, torch.ones(images.shape[:2], dtype=torch.bool), *self.tokenize([*prompts]), state
 
-    def image_features(self, pixels: Tensor) -> Tensor:
-        """(B, 3, size, size) -> (B, tokens, VLM width). Not scaled, unlike the text."""
+    def image_features(self, pixels: Tensor) -> Tensor:  # (B, 3, s, s) -> (B, tokens, VLM width), not scaled
         tower = self.vision_tower
         x = siglip_features(tower, pixels.float())
         return self.multi_modal_projector["linear"](tower.post_layernorm(x))
@@ -258,8 +256,10 @@ class Pi05(Policy):
         if self.cfg.state_token:
             text = torch.cat([self.state_proj(state)[:, None].to(text.dtype), text], dim=1)
             token_valid = F.pad(token_valid, (1, 0), value=True)
-        valid = torch.cat([present.repeat_interleave(features.shape[2], dim=1), token_valid], dim=1)
-        return torch.cat([features.flatten(1, 2), text], dim=1), valid
+        return (
+            torch.cat([features.flatten(1, 2), text], dim=1),
+            torch.cat([present.repeat_interleave(features.shape[2], dim=1), token_valid], dim=1),
+        )
 
     def prefix_surroundings(self, x: Tensor, valid: Tensor) -> tuple:
         """Rotary tables and attention bias of the prefix's tokens: all valid ones see one another.
@@ -276,8 +276,7 @@ class Pi05(Policy):
         e = torch.cat([angle.sin(), angle.cos()], dim=-1).to(self.time_mlp_in.weight.dtype)
         return F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(e))))
 
-    def modulations(self, t: Tensor) -> list[Tensor]:
-        """Modulations (N, 1, 3 W) of the expert's 2 L + 1 norms, in their order, at the times t (N,)."""
+    def modulations(self, t: Tensor) -> list[Tensor]:  # (N,) -> (N, 1, 3 W) for each of the 2 L + 1 norms
         cond, layers = self.time_condition(t), self.expert.layers
         norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
         return [norm.modulation(cond) for norm in [*norms, self.expert.norm]]
@@ -288,8 +287,8 @@ class Pi05(Policy):
         """
         valid = torch.cat([prefix.valid, prefix.valid.new_ones(len(prefix), h)], dim=1)
         positions = prefix.valid.sum(1, keepdim=True) + torch.arange(h, device=valid.device)
-        rope = rotary(positions, self.cfg.expert.head_dim)
-        return rope, key_bias(valid, prefix.keys.dtype), prefix.layers()
+        bias = key_bias(valid, prefix.keys.dtype)
+        return rotary(positions, self.cfg.expert.head_dim), bias, prefix.layers()
 
     def flow(self, surroundings: tuple, x_t: Tensor, modulations: Sequence[Tensor]) -> Tensor:
         """The expert on x_t (N, H, D): the velocity, float32 (N, H, D).
@@ -348,8 +347,9 @@ class Pi05(Policy):
 
     def sft_loss(self, prefix: Prefix, chunk: Tensor, draws: Draws) -> Tensor:
         """Flow matching: mean squared velocity error over draws, actions and real dimensions."""
-        everything = torch.ones(chunk.shape[:2], dtype=torch.bool)
-        error = common.flow_matching_error(*self._scored(prefix, chunk, draws, everything))  # (K, B)
+        error = common.flow_matching_error(  # (K, B)
+            *self._scored(prefix, chunk, draws, torch.ones(chunk.shape[:2], dtype=torch.bool))
+        )
         return error.sum() / (error.numel() * chunk.shape[1] * ACTION_DIM)
 
     # --------------------------------------------------------------------------------------- normalisation

@@ -32,17 +32,14 @@ from runtime import disk
 from runtime.config import typed
 from runtime.errors import UserError, did_you_mean, one_line
 
-STATE_DIM = 8  # end-effector position (3), its axis-angle (3), two finger joints
-DIMS = {"action": ACTION_DIM, "state": STATE_DIM}
+DIMS = {"action": ACTION_DIM, "state": 8}  # end-effector position (3), its axis-angle (3), two finger joints
 LARGEST = 2**31 - 1
 Size = Annotated[int, 1, LARGEST]  # of a layer, an image, a vocabulary
 Id = Annotated[int, 0, LARGEST]  # of a token, and sizes that may be 0
 
 
 @dataclass
-class DecoderSize:
-    """Sizes of a language model."""
-
+class DecoderSize:  # of a language model
     width: Size
     depth: Size
     mlp_dim: Size
@@ -50,9 +47,7 @@ class DecoderSize:
 
 
 @dataclass
-class TowerSize:
-    """Sizes of a vision tower, by transformers' names."""
-
+class TowerSize:  # of a vision tower, by transformers' names
     hidden_size: Size
     num_hidden_layers: Size
     num_attention_heads: Size
@@ -60,8 +55,7 @@ class TowerSize:
 
 
 # ------------------------------------------------------------------------------------------------------ files
-def refuse(*cases: tuple[object, str]) -> None:
-    """UserError with the text of the first case that applies."""
+def refuse(*cases: tuple[object, str]) -> None:  # UserError with the text of the first case that applies
     for applies, text in cases:
         if applies:
             raise UserError(text)
@@ -69,13 +63,11 @@ def refuse(*cases: tuple[object, str]) -> None:
 
 def read_object(path: Path) -> dict:  # a JSON file that holds an object
     content = disk.read_json(path)
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold a JSON object, not {type(content).__name__}; get its folder again")
+    refuse((not isinstance(content, dict), f"{path} must hold a JSON object; get its folder again"))
     return content
 
 
-def saved_config(folder: Path) -> tuple[str, dict]:
-    """The backbone's name and the model's config, as `Policy.save` wrote them."""
+def saved_config(folder: Path) -> tuple[str, dict]:  # the backbone's name and the model's config
     config = read_object(folder / "config.json")
     return config.pop("backbone"), config
 
@@ -86,13 +78,13 @@ def is_own(folder: Path) -> bool:
     return not folder.exists() or (config.is_file() and "backbone" in read_object(config))
 
 
-def read_tokenizer(path: Path):
+def read_tokenizer(path: Path, remedy: str = "get it again"):
     from tokenizers import Tokenizer
 
     try:
         return Tokenizer.from_str(path.read_text())
     except Exception as error:  # tokenizers raises nothing more special
-        raise UserError(f"{path} is no tokenizer ({one_line(error)}); get it again") from error
+        raise UserError(f"{path} is no tokenizer ({one_line(error)}); {remedy}") from error
 
 
 def checked_stats(stats: dict, where: str) -> dict:
@@ -112,8 +104,7 @@ def checked_stats(stats: dict, where: str) -> dict:
 
 def config_from(value, kind: type, where: str):
     """A dataclass from a dict of the YAML or of config.json: the types of its fields check their values."""
-    if not isinstance(value, dict):
-        raise UserError(f"{where} must hold `key: value` lines, not {value!r}")
+    refuse((not isinstance(value, dict), f"{where} must hold `key: value` lines, not {value!r}"))
     types, values = get_type_hints(kind, include_extras=True), {}
     for key, given in value.items():
         if key not in types:
@@ -151,11 +142,12 @@ def collate(obs: list[dict]) -> dict:
 
 # ------------------------------------------------------------------------------------------------- base class
 class Policy(nn.Module):
-    """What the backbones have in common: the reference, the tokens of a text, and the files."""
+    """What the backbones have in common: the reference, the tokens of a text, and the files.
 
-    backbone: str  # its name in runtime.config.BACKBONES
-    config_class: type
-    adapter_targets: str  # regex of the linear layers that an adapter goes into
+    A backbone gives `backbone` (its name in runtime.config.BACKBONES), `config_class`, and `adapter_targets`
+    (a regex of the linear layers that an adapter goes into).
+    """
+
     keep_float32 = "$^"  # regex of the weights that stay float32 in any dtype
     recompute = False  # save memory: the backward pass runs each layer again instead of keeping its values
     action_dim = ACTION_DIM
@@ -175,8 +167,7 @@ class Policy(nn.Module):
         embedded = obs if isinstance(obs, Embedded) else self.embed(obs)
         return self.prefill(embedded.tokens, embedded.valid)[0]
 
-    def embed(self, obs: dict) -> Embedded:
-        """A batch -> the tokens that the language model's layers take."""
+    def embed(self, obs: dict) -> Embedded:  # the tokens that the language model's layers take
         device = next(self.parameters()).device
         return Embedded(*self.embed_prefix(*(x if x is None else x.to(device) for x in self.inputs(obs))))
 
@@ -246,11 +237,12 @@ class Policy(nn.Module):
             return torch.utils.checkpoint.checkpoint(layer, *arguments, use_reentrant=False)
         return layer(*arguments)
 
-    def ids(self, texts: list[str], bos: int) -> list[list[int]]:
-        """Token ids of each text, behind `bos`."""
-        most = self.cfg.vocab_size
-        if self.tokenizer is None or self.tokenizer.get_vocab_size(with_added_tokens=False) > most:
-            raise UserError(f"the policy has no tokenizer, or one of more than model.vocab_size={most} words")
+    def ids(self, texts: list[str], bos: int) -> list[list[int]]:  # of the tokens of each text, behind `bos`
+        words = 0 if self.tokenizer is None else self.tokenizer.get_vocab_size(with_added_tokens=False)
+        refuse(
+            (not words, "the policy has no tokenizer; get its folder again"),
+            (words > self.cfg.vocab_size, f"the tokenizer has {words} words, more than model.vocab_size"),
+        )
         return [[bos, *e.ids] for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     def stats(self, kind: str, names: Sequence[str], remedy: str = "get the checkpoint again") -> list:
@@ -265,8 +257,12 @@ class Policy(nn.Module):
     def save(self, folder: Path) -> None:
         """Write model.safetensors, config.json, norm_stats.json, tokenizer.json; each whole or not at all."""
         state = {key: tensor.detach().contiguous() for key, tensor in self.state_dict().items()}
-        if any("lora_" in key for key in state):
-            raise UserError("an adapter is attached: save it with peft's save_pretrained, or merge it first")
+        refuse(
+            (
+                any("lora_" in key for key in state),
+                "an adapter is attached: save it with peft's save_pretrained, or merge it first",
+            )
+        )
         folder.mkdir(parents=True, exist_ok=True)
         disk.write_json(folder / "config.json", {"backbone": self.backbone} | asdict(self.cfg))
         disk.write_json(folder / "norm_stats.json", self.norm_stats)

@@ -68,16 +68,13 @@ def build(name: str, model: dict, instructions: Sequence[str] | None = None) -> 
     return policy
 
 
-def horizon(name: str, model: dict) -> int:
-    """Actions of a chunk, known before a policy is built."""
+def horizon(name: str, model: dict) -> int:  # actions of a chunk, known before a policy is built
     return config_from(model, policy_class(name).config_class, "model").horizon
 
 
 # ---------------------------------------------------------------------------------- other people's files
 @dataclass
-class Checkpoint:
-    """A folder's tensors, none of them loaded."""
-
+class Checkpoint:  # none of its tensors is loaded
     folder: Path
     files: list[Path]
     shapes: dict[str, list[int]]  # of each key
@@ -85,17 +82,25 @@ class Checkpoint:
     format: dict  # one of FORMATS
 
     def layers(self, prefix: str) -> int:  # how many of them, `prefix`0, 1, 2, ..., there are
-        layers = {key.removeprefix(prefix).partition(".")[0] for key in self.shapes if key.startswith(prefix)}
-        return len(layers)
+        return len(
+            {key.removeprefix(prefix).partition(".")[0] for key in self.shapes if key.startswith(prefix)}
+        )
 
 
 @contextlib.contextmanager
 def reading(path: str | Path) -> Iterator[None]:
     """One line for whatever goes wrong with files that are not as their format demands."""
-    damage = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
     try:
         yield
-    except (*damage, SafetensorError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        SafetensorError,
+    ) as error:
         raise UserError(
             f"{path} is no checkpoint of OpenVLA or pi-0.5, or truncated or damaged ({one_line(error)});"
             " get it again"
@@ -152,10 +157,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
     folder, files, shapes = path if path.is_dir() else path.parent, weight_files(path), {}
     for file in files:
         with open(file, "rb") as f:
-            if f.read(7) == b"version":
-                raise UserError(
-                    f"{file} is a git-LFS pointer, not the weights; run `git lfs pull` in its folder"
+            refuse(
+                (
+                    f.read(7) == b"version",
+                    f"{file} is a git-LFS pointer, not the weights; run `git lfs pull` in its folder",
                 )
+            )
         with reading(file), safe_open(file, "pt") as f:
             shapes |= {key: f.get_slice(key).get_shape() for key in f.keys()}  # noqa: SIM118 (not a dict)
     config = folder / "config.json"
@@ -208,13 +215,12 @@ NAMES = {  # backbone -> beginnings of published keys, what stands for them here
         ("paligemma_with_expert.gemma_expert.model.", "expert.", {}),
     ),
 }
-# Nothing reads these, nor the last block of OpenVLA's towers; the expert's head is 263 million parameters
-UNREAD = r".*featurizer\.(norm|attn_pool)\..*|.*gemma_expert\.lm_head\..*"
 
 
 def key_here(key: str, backbone: str, cfg) -> str | None:
     """The name here of a tensor of published files; None where nothing reads it. cfg: the model's config."""
-    if re.fullmatch(UNREAD, key):
+    # the towers' heads, and the action expert's, 263 million parameters
+    if re.fullmatch(r".*featurizer\.(norm|attn_pool)\..*|.*gemma_expert\.lm_head\..*", key):
         return None
     for beginning, here, others in NAMES[backbone]:
         if key.startswith(beginning):
@@ -230,18 +236,15 @@ def renamed(tensors: dict[str, Tensor], backbone: str, cfg) -> dict[str, Tensor]
     named = {}
     for key, tensor in tensors.items():
         name = key_here(key, backbone, cfg)
-        if name == "vision.siglip.embeddings.position_embedding.weight":
-            tensor = tensor[0]
         if name is not None:
+            tensor = tensor[0] if name == "vision.siglip.embeddings.position_embedding.weight" else tensor
             parts = tensor.chunk(3) if "{}" in name else [tensor]
             named |= {name.format(part): t for part, t in zip("qkv", parts, strict=False)}
     return named
 
 
 # ----------------------------------------------------------------------------------------- sizes and switches
-def openvla_model(c: Checkpoint) -> dict:
-    """The `model` section that an OpenVLA checkpoint amounts to."""
-
+def openvla_model(c: Checkpoint) -> dict:  # the `model` section that it amounts to
     def tower(prefix: str) -> dict:
         return {
             "hidden_size": c.shapes[f"{prefix}pos_embed"][2],
@@ -271,10 +274,13 @@ def openvla_model(c: Checkpoint) -> dict:
     }
 
 
-def pi05_model(c: Checkpoint, prefix: str) -> dict:
-    """Sizes of pi-0.5. prefix: "model." in lerobot's files."""
-    if f"{prefix}action_time_mlp_in.weight" in c.shapes:
-        raise UserError(f"{c.folder} is a pi-0 checkpoint (it has action_time_mlp_in); this kit has pi-0.5")
+def pi05_model(c: Checkpoint, prefix: str) -> dict:  # prefix: "model." in lerobot's files
+    refuse(
+        (
+            f"{prefix}action_time_mlp_in.weight" in c.shapes,
+            f"{c.folder} is a pi-0 checkpoint (it has action_time_mlp_in); this kit has pi-0.5",
+        )
+    )
     both = f"{prefix}paligemma_with_expert."
     vision = f"{both}paligemma.model.vision_tower.vision_model."
     patches, hidden = c.shapes[f"{vision}embeddings.position_embedding.weight"]
@@ -295,8 +301,7 @@ def pi05_model(c: Checkpoint, prefix: str) -> dict:
     }
 
 
-def gemma_size(c: Checkpoint, stack: str) -> dict:
-    """Sizes of one of pi-0.5's two Gemmas, which have 8 heads."""
+def gemma_size(c: Checkpoint, stack: str) -> dict:  # of one of pi-0.5's two Gemmas, which have 8 heads
     queries, width = c.shapes[f"{stack}layers.0.self_attn.q_proj.weight"]
     return {
         "width": width,
@@ -315,10 +320,13 @@ def lerobot_model(c: Checkpoint) -> dict:
     """
     modes = {c.config.get("normalization_mapping", {}).get(kind, "QUANTILES") for kind in ("STATE", "ACTION")}
     known = {"QUANTILES": "quantile", "MEAN_STD": "mean_std"}
-    if len(modes) > 1 or not modes <= known.keys():
-        raise UserError(
-            f"{c.folder}/config.json normalises by {sorted(modes)}; known: one of {', '.join(known)} for both"
+    refuse(
+        (
+            len(modes) > 1 or not modes <= known.keys(),
+            f"{c.folder}/config.json normalises by {sorted(modes)}; known: one of"
+            f" {', '.join(known)} for both",
         )
+    )
     return pi05_model(c, "model.") | {
         "prompt": "lerobot",
         "prompt_state_dims": 32,
@@ -363,11 +371,13 @@ def suite_stats(published: dict, suite: str) -> dict:
 
 def lerobot_stats(c: Checkpoint, suites: list[str]) -> dict:
     files = sorted(c.folder.glob("policy_preprocessor*normalizer*.safetensors"))
-    if not files:
-        raise UserError(
+    refuse(
+        (
+            not files,
             f"{c.folder} holds no policy_preprocessor*normalizer*.safetensors, the statistics;"
-            " get the whole folder"
+            " get the whole folder",
         )
+    )
     tensors = disk.load_tensors(files[0])
     return {
         kind: {
@@ -381,11 +391,13 @@ def lerobot_stats(c: Checkpoint, suites: list[str]) -> dict:
 
 def openpi_stats(c: Checkpoint, suites: list[str]) -> dict:
     files = sorted(c.folder.rglob("norm_stats.json"))
-    if len(files) != 1:
-        raise UserError(
+    refuse(
+        (
+            len(files) != 1,
             f"{c.folder} holds {len(files)} files norm_stats.json instead of one;"
-            " copy openpi's assets folder into it"
+            " copy openpi's assets folder into it",
         )
+    )
     stats = disk.read_json(files[0])
     stats = stats.get("norm_stats", stats)
     return {
@@ -440,16 +452,16 @@ def load_published(path: Path, model: dict, suites: list[str]) -> Policy:
         name = c.format["backbone"]
         with torch.device("meta"):
             policy = build(name, laid_over(c.format["model"](c), model))
-        tensors = ((file, renamed(disk.load_tensors(file), name, policy.cfg)) for file in c.files)
-        policy.load_weights(tensors, assign=True)
+        policy.load_weights(
+            ((file, renamed(disk.load_tensors(file), name, policy.cfg)) for file in c.files), assign=True
+        )
         for module in policy.modules():  # SigLIP's; no file has them, and nothing here reads them
             if getattr(module, "position_ids", None) is not None:
                 module.position_ids = torch.arange(module.position_ids.shape[-1])[None]
         policy.norm_stats = checked_stats(c.format["stats"](c, suites), str(path))
-    tokenizer = c.folder / "tokenizer.json"
-    if not tokenizer.is_file():
-        raise UserError(f"{c.folder} holds no tokenizer.json; put that of {c.format['tokenizer']} there")
-    policy.tokenizer = read_tokenizer(tokenizer)
+    policy.tokenizer = read_tokenizer(
+        c.folder / "tokenizer.json", f"put that of {c.format['tokenizer']} there"
+    )
     return policy
 
 
@@ -468,10 +480,15 @@ def load_policy(
     folder = Path(folder)
     if not is_own(folder) and weights == "model.safetensors":
         return load_published(folder, model or {}, list(suites)).eval()
-    for file in ("config.json", "norm_stats.json", weights):
-        if not (folder / file).is_file():
-            there = sorted(path.name for path in folder.glob("*.safetensors"))
-            raise UserError(f"{folder} holds no {file}, only {there}; run 01_sft.py, see sft.snapshots")
+    missing = [file for file in ("config.json", "norm_stats.json", weights) if not (folder / file).is_file()]
+    refuse(
+        (
+            missing,
+            f"{folder} holds no {' and no '.join(missing)}, only"
+            f" {sorted(path.name for path in folder.glob('*.safetensors'))}; run 01_sft.py, see"
+            " sft.snapshots",
+        )
+    )
     name, config = saved_config(folder)
     policy = build(name, config | (model or {}))
     policy.load_weights([(folder / weights, disk.load_tensors(folder / weights))])

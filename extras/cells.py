@@ -71,10 +71,15 @@ class Config(common.SceneConfig, common.ActingConfig):
     @property
     def cell(self) -> str:
         """E.g. none-k5-euler10, chunk0.98x4-k2-euler10, student-none-k8-euler1."""
-        kept = "" if self.reuse == "none" else f"{self.threshold:g}x{self.cap}"
-        start = "" if self.start == "final" else f"-at{self.start}"
-        weights = f"{Path(self.checkpoint).name}-" if self.checkpoint else ""
-        return f"{weights}{self.reuse}{kept}-k{self.execute}-{self.solver}{self.denoise_steps}{start}"
+        return "".join(
+            [
+                f"{Path(self.checkpoint).name}-" if self.checkpoint else "",
+                self.reuse,
+                "" if self.reuse == "none" else f"{self.threshold:g}x{self.cap}",
+                f"-k{self.execute}-{self.solver}{self.denoise_steps}",
+                "" if self.start == "final" else f"-at{self.start}",
+            ]
+        )
 
     suffix = property(lambda self: "-val" if self.group == "val" else "")
     folder = property(lambda self: self.seed_dir / f"cell-{self.cell}{self.suffix}")
@@ -163,8 +168,7 @@ def refresh(
             attention = scores.softmax(-1).mean((0, 1, 2, 3))[:images]
         x = x + attend(layer.self_attn, h, rope, k, v, bias)
         x = x + layer.mlp(layer.post_attention_layernorm(x))
-    keys, values = (torch.stack(each, 1) for each in zip(*kept, strict=True))
-    return Prefix(keys, values, valid), attention
+    return Prefix(*(torch.stack(each, 1) for each in zip(*kept, strict=True)), valid), attention
 
 
 # -------------------------------------------------------------------------------------------------- the actor
@@ -195,8 +199,7 @@ class Actor:
     looks: int = 0
     hits: float = 0.0  # looks that reused something; with patches the share of image tokens kept
     seconds: dict = field(default_factory=lambda: dict.fromkeys(("check", "encode", "act"), 0.0))
-    chunk: np.ndarray | None = None
-    index: int = 0  # actions of the chunk that are carried out
+    chunk: np.ndarray | None = None  # what the last inference found, without the actions of earlier looks
     streak: int = 0  # looks in a row that reused
     prefix: Prefix | None = None
     seen: Tensor | None = None  # images, or patches, that the kept values come from
@@ -211,13 +214,20 @@ class Actor:
         with timed(self.seconds, "check", self.device):
             images = torch.from_numpy(np.stack([obs[camera] for camera in common.CAMERAS]))
             obs = backbones.collate([obs])
-            hit = rule.reuse in ("chunk", "prefix") and self.may_reuse(images)
+            # whether the last inference still serves: there are actions left, and little has changed
+            hit = (
+                rule.reuse in ("chunk", "prefix")
+                and self.seen is not None
+                and self.streak < rule.cap
+                and (rule.reuse == "prefix" or len(self.chunk) >= 2 * rule.execute)
+                and similarity(images, self.seen) >= rule.threshold
+            )
             self.hits += hit
             self.streak = self.streak + 1 if hit else 0
             if rule.reuse != "patches":
                 self.seen = self.seen if hit else images
         if hit and rule.reuse == "chunk":
-            self.index += rule.execute
+            self.chunk = self.chunk[rule.execute :]
         else:
             with timed(self.seconds, "encode", self.device):
                 if rule.reuse == "patches":
@@ -226,19 +236,8 @@ class Actor:
                     self.prefix = self.policy.encode(obs)
             with timed(self.seconds, "act", self.device):
                 self.chunk = self.infer()
-                self.index = 0
         self.looks += 1
-        return self.chunk[self.index : self.index + rule.execute]
-
-    def may_reuse(self, images: Tensor) -> bool:
-        """Whether the last inference still serves: there are actions left, and little has changed."""
-        rule = self.rule
-        return (
-            self.seen is not None
-            and self.streak < rule.cap
-            and (rule.reuse == "prefix" or self.index + 2 * rule.execute <= len(self.chunk))
-            and similarity(images, self.seen) >= rule.threshold
-        )
+        return self.chunk[: rule.execute]
 
     def infer(self) -> np.ndarray:
         rule, policy = self.rule, self.policy
@@ -247,12 +246,11 @@ class Actor:
                 f"execute={rule.execute} actions of a chunk, but the policy's have {policy.horizon}; "
                 "lower execute"
             )
-        noise = policy.noise(1, common.stream(rule.seed, "eval", *self.where, self.looks))
         sample = (
             policy.sample_actions if rule.solver == "euler" else partial(solve, policy, solver=rule.solver)
         )
-        chunk = sample(self.prefix, rule.noise_scale * noise, steps=rule.denoise_steps)
-        return np.asarray(policy.unnormalise(chunk[0].cpu()))
+        noise = rule.noise_scale * policy.noise(1, common.stream(rule.seed, "eval", *self.where, self.looks))
+        return np.asarray(policy.unnormalise(sample(self.prefix, noise, steps=rule.denoise_steps)[0].cpu()))
 
     def keep_what_stands_still(self, obs: dict) -> None:
         """The prefix of `obs`; image tokens that need no refreshing come from the one before."""
@@ -297,9 +295,15 @@ def sees_on_a_hit(policy, rule) -> list[str]:
         actor(first)
         return actor(first | change)
 
-    changes = {"state": {"state": np.full(8, 0.5, np.float32)}, "images": {"agentview": moved}}
     same = acted({})
-    return [name for name, change in changes.items() if not np.array_equal(acted(change), same)]
+    return [
+        name
+        for name, change in {
+            "state": {"state": np.full(8, 0.5, np.float32)},
+            "images": {"agentview": moved},
+        }.items()
+        if not np.array_equal(acted(change), same)
+    ]
 
 
 # --------------------------------------------------------------------------------------------------- episodes
@@ -337,8 +341,10 @@ def evaluate(job: tuple[Config, Path, str, int]) -> None:
     policy = backbones.load_sft(cfg)
     with contextlib.closing(TaskEnv(suite, task, cfg.image_size, cfg.render)) as env:
         for init in missing:
-            row = play(env, Actor(policy, cfg, (suite, task, init)), init)
-            disk.append_jsonl(folder / "played.jsonl", row | {"seed": cfg.seed})
+            disk.append_jsonl(
+                folder / "played.jsonl",
+                play(env, Actor(policy, cfg, (suite, task, init)), init) | {"seed": cfg.seed},
+            )
 
 
 # ----------------------------------------------------------------------------------------------------- tables
@@ -416,8 +422,14 @@ def cells_markdown(rows: list[dict]) -> str:
 
 def main(cfg: Config, run: stage.Run) -> dict:
     jobs = [(cfg, run.dir, suite, task) for suite, task in tasks(cfg)]
-    total, title = len(jobs) * cfg.n_init, f"cell {cfg.cell}"
-    workers.run(evaluate, ranks.share(jobs), cfg.workers, title, lambda: len(episodes.played(run.dir)), total)
+    workers.run(
+        evaluate,
+        ranks.share(jobs),
+        cfg.workers,
+        f"cell {cfg.cell}",
+        lambda: len(episodes.played(run.dir)),
+        len(jobs) * cfg.n_init,
+    )
     return episodes.finish(run, cell=cfg.cell, sees_on_a_hit=sees_on_a_hit(backbones.load_sft(cfg), cfg))
 
 

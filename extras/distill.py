@@ -52,20 +52,19 @@ class Config(common.ActingConfig):
         return [stage.require(self.data_dir, "demos"), *self.sft_inputs()]
 
 
-def load_observations(cfg: Config) -> tuple[dict, dict]:
+def load_observations(cfg: Config) -> list[dict]:
     """Observations of all demonstrations: for training, and those that are held out for validation."""
     parts = {False: [], True: []}
     for _, held, demo in common.demonstrations(cfg, HOLDOUT):
         parts[held].append(demo)
-
-    def tensors(demos: list) -> dict:
-        return {
+    return [
+        {
             **{c: torch.from_numpy(np.concatenate([getattr(d, c) for d in demos])) for c in common.CAMERAS},
             "state": torch.from_numpy(np.concatenate([d.state[d.image_steps] for d in demos])),
             "instruction": [d.instruction for d in demos for _ in d.image_steps],
         }
-
-    return tensors(parts[False]), tensors(parts[True] or parts[False])
+        for demos in (parts[False], parts[True] or parts[False])
+    ]
 
 
 @torch.no_grad()
@@ -85,8 +84,13 @@ def one_step(policy, prefix, noise: torch.Tensor) -> torch.Tensor:
 
 def distance(student, teacher, prefix, noise: torch.Tensor, steps: int) -> torch.Tensor:
     """Mean squared difference between the student's and the teacher's chunks, over the real dimensions."""
-    apart = one_step(student, prefix, noise) - teacher.sample_actions(prefix, noise, steps)
-    return apart[..., : common.ACTION_DIM].square().mean()
+    return (
+        (one_step(student, prefix, noise) - teacher.sample_actions(prefix, noise, steps))[
+            ..., : common.ACTION_DIM
+        ]
+        .square()
+        .mean()
+    )
 
 
 def main(cfg: Config, run: stage.Run) -> dict:
@@ -95,13 +99,12 @@ def main(cfg: Config, run: stage.Run) -> dict:
     optimizer = torch.optim.AdamW(student.expert.parameters(), lr=cfg.lr, weight_decay=0.0)
     train, val = (encode_all(teacher, obs, cfg.batch_size) for obs in load_observations(cfg))
     val = val.select(torch.arange(0, len(val), max(1, len(val) // 256)))
-    device = val.valid.device
-    val_noise = teacher.noise(len(val), common.stream(0, "distill validation")).to(device)
+    val_noise = teacher.noise(len(val), common.stream(0, "distill validation")).to(val.valid.device)
 
     for step in run.steps(run.resume(expert=student.expert, optimizer=optimizer), cfg.steps):
         # 1. a batch of observations, and a noise for each
         prefix = train.select(common.shuffled(cfg.seed, "distill", step, cfg.batch_size, len(train)))
-        noise = student.noise(cfg.batch_size, common.stream(cfg.seed, "distill", step)).to(device)
+        noise = student.noise(cfg.batch_size, common.stream(cfg.seed, "distill", step)).to(val_noise.device)
 
         # 2. one step of the student against all steps of the teacher
         loss = distance(student, teacher, prefix, noise, cfg.denoise_steps)

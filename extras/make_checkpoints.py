@@ -34,24 +34,21 @@ def demonstrations(source: Path, target: Path) -> None:
         data = new.create_group("data")
         for name in ("demo_0", "demo_1"):
             old.copy(f"data/{name}", data, name=name)
-        total = sum(len(demo["actions"]) for demo in data.values())
-        data.attrs.update(dict(old["data"].attrs) | {"num_demos": "2", "total": str(total)})
-
-
-def some_pairs(source: Path, target: Path) -> None:
-    """Evenly spread over the file, and so over tasks."""
-    pairs, rows = disk.load_tensors(source / "pairs.safetensors"), disk.read_jsonl(source / "pairs.jsonl")
-    index = torch.linspace(0, len(rows) - 1, PAIRS).round().long()
-    target.mkdir(parents=True, exist_ok=True)
-    disk.save_tensors(target / "pairs.safetensors", common.select(pairs, index))
-    disk.write_rows(target / "pairs.jsonl", common.select(rows, index))
+        data.attrs.update(
+            dict(old["data"].attrs)
+            | {"num_demos": "2", "total": str(sum(len(demo["actions"]) for demo in data.values()))}
+        )
 
 
 @torch.no_grad()
 def log_ratios(policy, pairs: dict, dpo) -> torch.Tensor:
     """log p(chosen) - log p(rejected) of all pairs (20,), with the draws of stream (0, "try")."""
-    draws = policy.draws(PAIRS, 4, common.stream(0, "try"), "stratified")
-    chosen, rejected = dpo.log_probs(policy, *dpo.batch_of(pairs, torch.arange(PAIRS)), draws, "velocity")
+    chosen, rejected = dpo.log_probs(
+        policy,
+        *dpo.batch_of(pairs, torch.arange(PAIRS)),
+        policy.draws(PAIRS, 4, common.stream(0, "try"), "stratified"),
+        "velocity",
+    )
     return chosen - rejected
 
 
@@ -62,7 +59,13 @@ def main(run: Path) -> None:
     dpo, margins = importlib.import_module("03_dpo"), {}
     for backbone, (at, weights) in STARTS.items():
         folder, target = run / backbone / "seed42", TRY / backbone
-        some_pairs(folder / f"prefs-branch{at}", target / "prefs")
+        # pairs that are evenly spread over the file, and so over tasks
+        source = folder / f"prefs-branch{at}"
+        pairs, rows = disk.load_tensors(source / "pairs.safetensors"), disk.read_jsonl(source / "pairs.jsonl")
+        index = torch.linspace(0, len(rows) - 1, PAIRS).round().long()
+        (target / "prefs").mkdir(parents=True)
+        disk.save_tensors(target / "prefs" / "pairs.safetensors", common.select(pairs, index))
+        disk.write_rows(target / "prefs" / "pairs.jsonl", common.select(rows, index))
         policy = backbones.load_policy(folder / "sft", weights)
         pairs = dpo.load_pairs(dpo.Config(pairs_from=str(target / "prefs")), policy)
         reference = log_ratios(policy, pairs, dpo)
@@ -71,9 +74,10 @@ def main(run: Path) -> None:
             (target / adapter).mkdir()
             for file in ("adapter_config.json", "adapter_model.safetensors"):
                 shutil.copyfile(made / file, target / adapter / file)
-            policy = common.load_adapter(backbones.load_policy(folder / "sft", weights), made)
-            ratios = log_ratios(policy, pairs, dpo) - reference
-            margins[f"{backbone} {adapter}"] = [round(x, 3) for x in ratios.tolist()]
+            adapted = common.load_adapter(backbones.load_policy(folder / "sft", weights), made)
+            margins[f"{backbone} {adapter}"] = [
+                round(x, 3) for x in (log_ratios(adapted, pairs, dpo) - reference).tolist()
+            ]
         backbones.load_policy(folder / "sft", weights).to(torch.bfloat16).save(target / "sft")
     disk.write_json(TRY / "margins.json", margins)
 

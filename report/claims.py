@@ -7,9 +7,7 @@ import yaml
 
 from report import audit, stats
 from report.tables import difference, listing, number, p_value, percent, points, table
-from runtime import disk
-from runtime.config import HERE
-from runtime.errors import UserError
+from runtime import HERE, UserError, disk
 
 RESULTS = HERE / "results"
 TESTS = {"==": operator.eq, ">": operator.gt, "<": operator.lt, ">=": operator.ge, "<=": operator.le}

@@ -134,7 +134,7 @@ def test_a_policy_elsewhere_takes_arguments_from_the_cpu(name):
     with policy.reference():
         ref_w, _ = dpo.log_probs(policy, obs, chosen, rejected, mask, draws, "elbo")
     pi_w, pi_l = dpo.log_probs(policy, obs, chosen, rejected, mask, draws, "elbo")
-    loss = policy.sft_loss(policy.encode(obs), chosen, draws, mask)
+    loss = policy.sft_loss(policy.encode(obs), chosen, draws)
     assert {(x.device.type, x.dtype) for x in (ref_w, pi_w, pi_l, loss)} == {("meta", torch.float32)}
     assert pi_w.shape == (3,) and loss.shape == () and policy.encode(obs).keys.dtype == torch.bfloat16
     (dpo.dpo_loss(pi_w, pi_l, ref_w, ref_w, 1.0)[0] + loss).backward()

@@ -13,7 +13,8 @@ of=WORD      take only the experiments whose names contain this word
 
 Compared: tensors and demonstrations (type, shape, bytes), and all keys, numbers and truth values of .json and
 .jsonl files. Of times only the keys count. Not compared: identities, hashes, commands, commits, plots, videos
-and printed pages. A text that differs is shown, but does not count as a difference.
+and printed pages. A text that differs is shown, and counts as a difference only if its numbers differ. What
+MENDED names does not count.
 
 Some settings depart from the configs, in both versions alike, so that every stage has something to do:
 - micro.yaml with openvla: the policy of checkpoints/try/openvla/sft fails at task 3; greedy actions at task 6
@@ -71,6 +72,8 @@ SUFFIXES = (".hdf5", ".safetensors", ".json", ".jsonl")  # of the files that are
 IDENTITY = {"stage", "config", "inputs", "outputs", "source", "versions", "fingerprint"}  # of a done.json
 PROVENANCE = {"command", "commit", "crc32"}
 TIMES = re.compile(r"_ms\b|ms_per_step|parts_over_whole|points\[\d+\]\.(prefix_share|ceiling)")
+MENDED = ".roofline"  # of 05: ce23880 took the sizes of `init_from` for the published ones
+NUMBER = re.compile(r"\d+(?:\.\d+)?")
 TIMED_ROWS = {"ms", "CPU s", "prefix_share", "denoise_share"}  # units and metrics of table rows
 
 
@@ -148,7 +151,7 @@ def content(path: Path):
 
 
 def walk(old, new, ignored: set[str], where: str = "", timed: bool = False):
-    """Yield "equal", "text" (only a text differs) or "DIFFERENT", with a description, for each value."""
+    """Yield "equal", "text" (only words differ) or "DIFFERENT", with a description, for each value."""
     timed = timed or TIMES.search(where)
     if type(old) is not type(new):
         yield "DIFFERENT", f"{where}: {old!r} -> {new!r}"[:200]
@@ -175,10 +178,16 @@ def walk(old, new, ignored: set[str], where: str = "", timed: bool = False):
         yield "DIFFERENT", f"{where}, value {place} of {old.numel()}: {before!r} -> {after!r}"
     elif isinstance(old, torch.Tensor):
         yield "DIFFERENT", f"{where}: {old.dtype} {list(old.shape)} -> {new.dtype} {list(new.shape)}"
+    elif timed or repr(old) == repr(new):
+        yield "equal", where
     elif isinstance(old, str):
-        yield ("equal" if old == new else "text"), f"{where}: {old[:60]!r} -> {new[:60]!r}"
+        place = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), 0)
+        begin = max(0, place - 20)
+        same_numbers = NUMBER.findall(old) == NUMBER.findall(new)
+        change = f"{old[begin : begin + 60]!r} -> {new[begin : begin + 60]!r}"
+        yield ("text" if same_numbers else "DIFFERENT"), f"{where}: {change}"
     else:
-        yield ("equal" if timed or repr(old) == repr(new) else "DIFFERENT"), f"{where}: {old!r} -> {new!r}"
+        yield "DIFFERENT", f"{where}: {old!r} -> {new!r}"
 
 
 def compare(old: Path, new: Path) -> str:
@@ -188,9 +197,12 @@ def compare(old: Path, new: Path) -> str:
     counts, first = Counter(), {}
     ignored = PROVENANCE | IDENTITY if old.name == "done.json" else PROVENANCE
     for verdict, description in walk(content(old), content(new), ignored):
+        if verdict == "DIFFERENT" and description.startswith(MENDED):
+            verdict = "mended"
         counts[verdict] += 1
         first.setdefault(verdict, description)
     text = f"; {counts['text']} texts differ, first {first['text']}" if counts["text"] else ""
+    text += f"; {counts['mended']} values are mended" if counts["mended"] else ""
     if counts["DIFFERENT"]:
         said = f"{counts['DIFFERENT']} of {counts.total()} values, first {first['DIFFERENT']}"
         return f"DIFFERENT: {said}{text}"

@@ -311,8 +311,9 @@ def counted(name: str) -> tuple[dict, float, int]:
 
     cfg, training = config("eval"), {}
     for adapter in ("lora", "dora"):
-        training[adapter], _ = memory.work_of_training(config("dpo", f"adapter={adapter}"), "dpo")
-    flops, read = memory.work_of_a_look(cfg)
+        dpo = config("dpo", f"adapter={adapter}")
+        training[adapter] = dpo.steps * memory.work_of(dpo, "dpo")[0]
+    flops, read = memory.work_of(cfg, "eval")
     return training, max(flops / memory.FLOPS / memory.UTILISATION, read / memory.BANDWIDTH), cfg.execute
 
 
