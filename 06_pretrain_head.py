@@ -47,9 +47,7 @@ import backbones
 import common
 from report import stats
 from report.head import plot_losses, plot_map, plot_neighbours, retrieval_report
-from runtime import disk, ranks, stage, workers
-from runtime.config import Count
-from runtime.errors import UserError
+from runtime import Count, UserError, disk, ranks, stage, workers
 
 ANCHORS = 30  # of an episode, evenly spaced
 TEMPERATURE = 0.07

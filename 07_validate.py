@@ -43,9 +43,7 @@ import backbones
 import common
 from backbones import likelihood
 from report import agreement
-from runtime import disk, stage, workers
-from runtime.config import Count, load_config
-from runtime.errors import UserError
+from runtime import Count, UserError, disk, load_config, stage, workers
 
 BLOCK = 8  # pairs that are scored together
 REPEATS = 4  # of every estimate, with fresh draws: one for each term of a margin

@@ -12,8 +12,7 @@ from backbones.memory import report as dry_run
 from backbones.policy import Policy, build_tokenizer, collate
 from backbones.published import build, horizon, load_policy
 from common import blank_images
-from runtime import ranks
-from runtime.errors import UserError
+from runtime import UserError, ranks
 
 __all__ = [
     "Policy",

@@ -28,9 +28,7 @@ from torch import Tensor, nn
 
 from backbones.layers import Embedded, KeyValues, Prefix, decoder_layer
 from common import ACTION_DIM, CAMERAS
-from runtime import disk
-from runtime.config import typed
-from runtime.errors import UserError, did_you_mean, one_line
+from runtime import UserError, did_you_mean, disk, one_line, typed
 
 DIMS = {"action": ACTION_DIM, "state": 8}  # end-effector position (3), its axis-angle (3), two finger joints
 LARGEST = 2**31 - 1

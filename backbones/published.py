@@ -37,9 +37,7 @@ from backbones.policy import (
     saved_config,
 )
 from common import ACTION_DIM
-from runtime import disk
-from runtime.config import BACKBONES, laid_over
-from runtime.errors import UserError, did_you_mean, one_line, one_of
+from runtime import BACKBONES, UserError, did_you_mean, disk, laid_over, one_line, one_of
 
 
 # ------------------------------------------------------------------------------------------------ from a name

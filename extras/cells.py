@@ -50,9 +50,7 @@ import common
 from backbones.layers import Prefix, project_kv, rotary, rotate
 from report import episodes
 from report.tables import listing
-from runtime import disk, ranks, stage, workers
-from runtime.config import Count
-from runtime.errors import UserError
+from runtime import Count, UserError, disk, ranks, stage, workers
 from sim.env import CRASHES, TaskEnv, carry_out, tasks
 
 

@@ -24,9 +24,7 @@ import torch
 
 import backbones
 import common
-from runtime import stage
-from runtime.config import Count
-from runtime.errors import UserError
+from runtime import Count, UserError, stage
 
 HOLDOUT = 2  # init states, the last ones, that give the validation error; by default the same ones as in 01
 

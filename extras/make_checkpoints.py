@@ -17,8 +17,7 @@ import torch
 
 import backbones
 import common
-from runtime import disk
-from runtime.config import HERE
+from runtime import HERE, disk
 
 TRY = HERE / "checkpoints" / "try"
 STARTS = {  # backbone -> ending of the folders that start there, as in configs/tiny.yaml, and SFT weights

@@ -226,7 +226,7 @@ REFUSED = [  # before a stage writes anything
     (demos, {"source": "nowhere"}, "nowhere"),
     (sft, {}, "run `python 00_demos.py"),
     (sft, {"model": {"horizon": 0}}, "model.horizon"),
-    (sft, {"init_from": "nowhere"}, "00_demos.py"),
+    (sft, {"init_from": "nowhere"}, "no checkpoint nowhere"),
     (prefs, {}, "run `python 01_sft.py"),
     (prefs, {"n_init": 16}, "choose 1 to 15"),
     (prefs, {"start_seed": 7}, "seed=7"),

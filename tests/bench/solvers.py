@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import backbones
 import common
-from extras import caches
+from extras import cells
 from runtime.config import HERE
 
 STEPS, FINE = (1, 2, 3, 5, 10, 20), 400
@@ -48,15 +48,13 @@ def main() -> None:
     policy = backbones.load_policy(HERE / "checkpoints" / "tiny_libero_object").eval()
     prefix = policy.encode(observations())
     noise = policy.noise(len(prefix), common.stream(0, "noise"))
-    exact = caches.solve(policy, prefix, noise, FINE, "midpoint")
-    check = rms(caches.solve(policy, prefix, noise, FINE // 2, "midpoint") - exact)
+    exact = cells.solve(policy, prefix, noise, FINE, "midpoint")
+    check = rms(cells.solve(policy, prefix, noise, FINE // 2, "midpoint") - exact)
     print(f"n = {len(prefix)} observations; half as many steps move the reference by {check:.4f}\n")
     print("| steps | " + " | ".join(SOLVERS) + " |\n" + "|---" * 4 + "|")
     for steps in STEPS:
-        cells = [
-            f"{rms(caches.solve(policy, prefix, noise, steps, solver) - exact):.3f}" for solver in SOLVERS
-        ]
-        print(f"| {steps} | {' | '.join(cells)} |")
+        row = [f"{rms(cells.solve(policy, prefix, noise, steps, solver) - exact):.3f}" for solver in SOLVERS]
+        print(f"| {steps} | {' | '.join(row)} |")
 
     print("\n| t | velocity, rms | change from t to t - 0.01 |\n|---|---|---|")
     x, h = noise.clone(), 1e-2
