@@ -91,8 +91,9 @@ def compare(estimates: Tensor, truth: Tensor, shared: Tensor | None = None) -> d
     together = estimates if shared is None else shared
     mean, of_mean = together.mean(0).numpy(), together.var(0).numpy()
     variance = of_mean if shared is None else ((repeats - 1) * estimates.var(0).numpy() + of_mean) / repeats
-    resamples = common.np_stream(0, "noise").integers(n, size=(2000, n))
-    picks = np.stack([np.arange(n), *resamples])  # first: the sample
+    picks = np.stack(
+        [np.arange(n), *common.np_stream(0, "noise").integers(n, size=(2000, n))]
+    )  # first: the sample
     signal = mean[picks].var(1, ddof=1) - of_mean[picks].mean(1) / repeats  # between pairs, noise taken off
     noise = variance[picks].mean(1) / np.maximum(signal, variance[picks].mean(1) / 100 + 1e-12)
     spread = mean.var(ddof=1)
@@ -384,8 +385,7 @@ def draw_panels(
     for policy in trained:
         own = measures[policy]
         exact = quantity(own["exact"][None], sft["exact"][None], True)[0]
-        values = quantity(own[estimate], sft[estimate], True)[0]
-        margin.scatter(exact, values, s=10, alpha=0.7, label=policy)
+        margin.scatter(exact, quantity(own[estimate], sft[estimate], True)[0], s=10, alpha=0.7, label=policy)
         unexplained(by_time, f"{policy}: margin", quantity(own["by_time"], sft["by_time"], True), exact)
     margin.axhline(0, color=INK, linewidth=0.8)
     margin.axvline(0, color=INK, linewidth=0.8)

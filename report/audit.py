@@ -216,8 +216,7 @@ def summary_findings(where: str, path: Path, data: dict) -> Iterator[Finding]:
         yield from disagreement("summary", f"{where}, {suite}", list(counted), facts, counted, RATE)
     if is_kits:
         text = "it says {} of {} successes and {} crashes, the episodes give {} of {} and {}"
-        keys = ["successes", "n", "crashes"]
-        yield from disagreement("summary", where, keys, data, summarise(rows), text)
+        yield from disagreement("summary", where, ["successes", "n", "crashes"], data, summarise(rows), text)
 
 
 def baseline_findings(where: str, data: dict, cells: dict) -> Iterator[Finding]:
@@ -290,8 +289,9 @@ def pairs(cells: dict) -> list[dict]:
         suites = sorted({row["suite"] for row in episodes[policy]})
         for suite in suites if len(suites) == 1 else [*suites, "all"]:
             own = [row for row in episodes[policy] if suite in ("all", row["suite"])]
-            about = {"policy": policy, "against": base, "suite": suite}
-            rows.append(about | compared(own, episodes.get(base, [])))
+            rows.append(
+                {"policy": policy, "against": base, "suite": suite} | compared(own, episodes.get(base, []))
+            )
     rows = [row for row in rows if row["paired_n"]]
     return [row | {"p_holm": p} for row, p in zip(rows, stats.holm([row["p"] for row in rows]), strict=True)]
 

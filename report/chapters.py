@@ -131,8 +131,9 @@ def chapter(experiment: Experiment, folder: Path) -> tuple[list[str], dict[str, 
         audited = audit.audit(experiment.episodes)
         repeated = any("gained" in row for row in rates if len(row["train_seeds"]) > 1)
         if audited["pairs"] and not repeated:
-            pairs = tables.pairs_table(audited["pairs"])
-            parts.append(("/pairs", "From single episodes, all seeds together", pairs))
+            parts.append(
+                ("/pairs", "From single episodes, all seeds together", tables.pairs_table(audited["pairs"]))
+            )
         parts.append(("", "", findings_list(audited["findings"])))
     commands = {f"- `{row['command']}` at {row['commit'] or 'no commit'}" for row in experiment.rows}
     parts += [

