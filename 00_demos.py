@@ -1,9 +1,10 @@
 """00 - LIBERO demonstrations, recorded by a scripted expert on the real simulator.
 
 reads   nothing but LIBERO itself (init states 0-19); or, with `source`, a folder of LIBERO's official HDF5
-files writes  <run>/data/<suite>/task_NN.hdf5 in LIBERO's own layout, and demos.json (what was kept, per task)
-cost    about 3 s per demonstration and core at 64 px; 200 demonstrations are 85 MB try     python 00_demos.py
-configs/tiny.yaml demos.n_init=2
+        files
+writes  <run>/data/<suite>/task_NN.hdf5 in LIBERO's own layout, and demos.json (what was kept, per task)
+cost    about 3 s per demonstration and core at 64 px; 200 demonstrations are 85 MB
+try     python 00_demos.py configs/smoke.yaml name=mine
 
 The expert sees the simulator's state (poses and collision geometry) and acts through the same 7 numbers as
 every policy: delta position, delta rotation, gripper. A task is a row of sim/expert.py's TASKS: a list of
@@ -12,13 +13,10 @@ record them, or stop when the task is solved.
 
 Differs from the paper, which fine-tunes on LIBERO's human demonstrations:
 - One smooth strategy, limited in speed and without hidden pauses: a small policy can imitate it.
-- Noise is added to the executed action; the label stays clean (DART, arXiv 1703.09327). It shows the way
-back.
-- An observation stands *before* its action. The official files hold the one after it (LIBERO's
-create_dataset.py).
-- Images only every `frame_every` steps (obs/image_steps), since rendering is most of the cost. No
-`model_file`.
-- No regrasping: a try that misses its grasp or its goal is dropped, counted, and repeated with other noise.
+- Noise is added to the executed action; the label stays clean (DART, arXiv 1703.09327). It teaches recovery.
+- An observation stands *before* its action. In the official files it stands after it (create_dataset.py).
+- Images only every `frame_every` steps (obs/image_steps), since rendering is most of the cost.
+- A try that misses its grasp or its goal is dropped, counted, and repeated with other noise.
 """
 
 import contextlib
@@ -45,19 +43,13 @@ class Config(common.SceneConfig):
     section: ClassVar = "demos"
     n_init: Count = 20  # record from the first n init states of the group "demos"
     demos_per_init: Count = 1  # demonstrations per init state, each with its own noise and waypoints
-    demo_seed: int = (
-        0  # of noise and waypoints; not `seed`: all training seeds share one set of demonstrations
-    )
+    demo_seed: int = 0  # of noise and waypoints; not `seed`: all training seeds share the demonstrations
     frame_every: Count = 4  # steps between two rendered observations
-    action_noise: float = (
-        0.04  # standard deviation, of 1, added to the executed translation; 0.3 of it to the rotation
-    )
+    action_noise: float = 0.04  # standard deviation added to the executed translation; rotation: 0.3 of it
     waypoint_jitter: float = 0.012  # waypoints move by up to this many metres along each axis
     tail: int = 4  # steps recorded after the first success
     max_tries: Count = 3  # tries per demonstration; after that it is left out, and counted
-    source: str = (
-        ""  # folder of files to use instead: LIBERO's own (<source>/<suite>/*_demo.hdf5) or another run's
-    )
+    source: str = ""  # folder of files to use instead, LIBERO's own (*_demo.hdf5) or another run's
 
     folder = property(lambda self: self.data_dir)
 

@@ -1,17 +1,18 @@
 """01 - Supervised fine-tuning of a backbone on demonstrations. (The paper starts from published checkpoints.)
 
 reads   <run>/data/<suite>/task_NN.hdf5 (00)
-writes  <run>/<backbone>/seed<k>/sft/: model.safetensors config.json norm_stats.json tokenizer.json, the
-snapshots
-        model-<step>.safetensors, metrics.jsonl, done.json
-cost    configs/tiny.yaml: 17 minutes on one core; stops and goes on at any moment, the result is the same bit
-for bit try     python 01_sft.py configs/tiny.yaml sft.steps=200 sft.lr=5e-4
+writes  <run>/<backbone>/seed<k>/sft/: model.safetensors config.json norm_stats.json tokenizer.json,
+        the snapshots model-<step>.safetensors, metrics.jsonl, done.json
+cost    configs/tiny.yaml: 17 minutes on one core
+try     python 01_sft.py configs/try.yaml name=mine (after the same with 00_demos.py)
 
 The loss is flow matching, or next-token cross-entropy: the backbone's own `sft_loss`. An observation is
 encoded once and scored with several draws of (t, eps), because on a small model the encoder is the expensive
-part. Differs from the paper: it publishes no SFT stage. Here `train: full` learns everything, from scratch or
-from `init_from`. `train: lora | dora` trains an adapter and merges it, so that stage 03's reference is one
-set of weights. Left out: mixed precision, streaming of data that does not fit into memory.
+part.
+Differs from the paper: it publishes no SFT stage. Here `train: full` learns everything, from scratch or from
+`init_from`. `train: lora | dora` trains an adapter and merges it, so that stage 03's reference is one set of
+weights.
+Left out: mixed precision, streaming of data that does not fit into memory.
 """
 
 import copy
@@ -41,15 +42,13 @@ class Config(common.PolicyConfig):
     grad_clip: Positive = 1.0
     ema: Annotated[float, 0, 1] = 0.998  # decay of the averaged weights, which are the ones saved; 0 = none
     shift: int = 4  # random shift of the images, pixels
-    holdout: int = 2  # the last so many init states of the demonstrations give the validation loss only
+    holdout: int = 2  # demonstrations of this many last init states give the validation loss only
     rank: Count = 32  # of the adapter
     alpha: Count = 64
     snapshots: list[int] = field(default_factory=list)  # steps whose averaged weights are kept
     log_every: Count = 50
     checkpoint_every: Count = 200
-    recompute: bool = (
-        False  # keep no activations of the layers, compute them again: less memory, a third more time
-    )
+    recompute: bool = False  # compute the layers' activations again, not keep them: less memory, more time
     threads: Count = 1  # of torch; part of the result's last bits. For a tiny model a second one gains little
 
     folder = property(lambda self: self.seed_dir / "sft")

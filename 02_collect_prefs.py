@@ -4,22 +4,27 @@ reads   <run>/<backbone>/seed<k>/sft/ (01)
 writes  <run>/<backbone>/seed<k>/prefs-<pairs>[-at<start>]/: pairs.safetensors (images, state, chunks, masks),
         pairs.jsonl (one line each: where the pair is from), units.jsonl (every attempt, also without a pair),
         done.json
-cost    a play-out is an episode of 2 to 5 s on one core; configs/tiny.yaml: 11 minutes for 112 pairs
-try     python 02_collect_prefs.py configs/tiny.yaml pairs=episode prefs.n_pairs=20
+cost    a play-out takes 2 to 5 s on one core; configs/tiny.yaml: 11 minutes for 112 pairs
+try     python 02_collect_prefs.py configs/try.yaml name=mine
 
-A pair is one observation, a chosen and a rejected chunk, and the mask of the actions that were executed of
-both.
-`pairs: episode` is the paper's recipe as its text can be read. K episodes start from one init state, with
-noise on the executed actions that ramps from 0.1 to 0.4. The first chunks of a successful and of a failed
-episode share the first observation. Training uses the chunk as executed (noise added, clipped), since it
-earned the label; the proposed one is stored beside it.
-`pairs: whole` is a control: what the paper's public code does for OpenVLA. It takes the same two episodes to
-their ends, and scores every chunk under the *first* observation.
+A pair is one observation, a chosen and a rejected chunk, and a mask of the actions executed in both.
+
+`pairs: episode` is the paper's recipe as its text can be read. K episodes start from one init state. Each has
+its own level of noise on the executed actions, from 0.1 in the first to 0.4 in the last. The first chunks of
+a successful and of a failed episode share the first observation. Training uses the chunk as executed (noise
+added, clipped), since it earned the label. The proposed one is stored beside it.
+
+`pairs: whole` is a control: what the paper's public code does for OpenVLA. It pairs the chunks of the same
+two episodes step by step, and scores every chunk under the *first* observation.
+
 `pairs: branch` is what DPO's derivation asks for. At decision points of a failed episode the simulator's
-state is restored. Other chunks are sampled from the same observation and played out to the end by the policy,
-*with the same later noise*. A policy that acts greedily (noise_scale 0) still tries other chunks
-(branch_scale). Differs from the paper: init states 20-34, which no demonstration and no evaluation uses;
-fail-against-fail is no pair. Left out: learned reward models, relabelling.
+state is restored. Other chunks are sampled from the same observation. The policy plays each of them out to
+the end, *with the same later noise*. A policy that acts greedily (noise_scale 0) still tries other chunks
+(branch_scale).
+
+Differs from the paper: it uses init states 20-34, which no demonstration and no evaluation uses. Two failures
+never form a pair.
+Left out: learned reward models, relabelling.
 """
 
 import shutil
@@ -43,21 +48,15 @@ class Config(common.SceneConfig, common.ActingConfig, common.PairsConfig):
     by_torchrun: ClassVar = True
     n_pairs: Count = 60  # aim, spread evenly over the tasks
     n_init: Count = 15  # init states used, of the 15 in group "prefs"
-    max_playouts: Count = (
-        300  # budget of episodes for all tasks; a task that only ever succeeds gives no pair
-    )
+    max_playouts: Count = 300  # of all tasks; a task that only ever succeeds gives no pair
     candidates: Count = 4  # episode: K, the episodes played from one init state
     noise_low: float = 0.1  # episode: standard deviation of the action noise of the first candidate ...
     noise_high: float = 0.4  # ... and of the last
     branches: Count = 3  # branch: decision points per failed episode
     tries: Count = 2  # branch: other chunks tried at a decision point; a third seldom helps where two did not
-    branch_scale: float = (
-        1.0  # branch: noise_scale of the chunks that are tried; all else is played with noise_scale
-    )
+    branch_scale: float = 1.0  # branch: noise_scale of the chunks that are tried, and of nothing else
     max_steps: int = 0  # play-outs end here at the latest; 0 = the suite's own limit
-    last_decision: Count = (
-        6  # branch: decision points are among the first so many of an episode, up to the grasp
-    )
+    last_decision: Count = 6  # branch: decision points are among the first 6 looks, about up to the grasp
 
     folder = property(lambda self: self.made_pairs)
 
@@ -156,8 +155,8 @@ def branch_pairs(env, policy, cfg: Config, init: int, attempt: int) -> tuple[lis
     """Branch from a failed episode at decision points, until a chunk leads to success. -> pairs, play-outs,
     outcome.
 
-    Only failures are branched. With success probability p and b points per failure, a pair then costs
-    (1/(1-p) + b/p) / b play-outs, against 1/(1-p) where failures are sought from a success.
+    Branching starts only from failures: from a success, it would take 1/(1-p) play-outs to find a chunk that
+    fails, where p is the policy's success rate.
     """
     source = (env.suite, env.task_id, init, attempt)
     env.reset(init)

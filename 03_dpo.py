@@ -1,15 +1,12 @@
-"""03 - DPO with LoRA or DoRA on preference pairs, for either paradigm (the paper's section 3: surrogate,
-loss, adapters).
+"""03 - DPO with LoRA or DoRA on preference pairs, for either paradigm (the paper's section 3).
 
 reads   <run>/<backbone>/seed<k>/sft/ (01), .../prefs-<pairs>/ (02)
 writes  <run>/<backbone>/seed<k>/dpo-<adapter>-<pairs>[-<surrogate>][-at<start>]/: adapter_model.safetensors
         adapter_config.json (peft's format), metrics.jsonl, done.json
 cost    per step one pass of the language model each for policy and reference, and 4 x draws expert passes per
-pair;
-        configs/tiny.yaml: half a minute. `surrogate: exact`: 2 x ode_steps passes with two derivatives each
-        per pair
-try     python 03_dpo.py configs/tiny.yaml adapter=dora dpo.beta=auto
-        python 03_dpo.py configs/tiny.yaml surrogate=exact
+        pair; configs/tiny.yaml: half a minute.
+        surrogate=exact: 2 x ode_steps passes per pair, with two derivatives each
+try     python 03_dpo.py configs/try.yaml name=mine adapter=dora dpo.beta=0.1
 
 The loss is that of Rafailov et al. (arXiv 2305.18290, Eq. 7) on four log-probabilities. Autoregressive
 backbones have them in closed form. For flow matching the paper puts a surrogate in their place: the negative
@@ -17,16 +14,16 @@ flow-matching error.
 
 `surrogate:` names what takes the place of log p (common.SURROGATES). "exact" is the likelihood itself
 (backbones/likelihood.py), its trace by Hutchinson's estimate. The four terms share the probes, and every step
-has fresh
-ones: fixed probes could be learned by heart. "independent" is what the paper's code does: every term has
-draws of its own with t ~ Beta(1.5, 1), and augmented images of its own. (The mean over dimensions that it
-takes only rescales beta.)
+has fresh ones: fixed probes could be learned by heart. "independent" is what the paper's code does: every
+term has draws of its own with t ~ Beta(1.5, 1), and augmented images of its own. (The mean over dimensions
+that it takes only rescales beta.)
 
 Differs from the paper's code: one set of draws (t, eps) per pair serves chosen, rejected, policy and
 reference (theirs draws afresh in each of 16 forwards). Errors are summed over the chunk. Dropout and
 augmentation are off. The prefix is computed once per observation, and what no adapter touches of it once for
 all epochs. The reference is the same weights with the adapter switched off. An anchor (`sft_coef`; the paper:
-0) may keep chosen chunks likely. Left out: IPO and other losses, label smoothing, reward models.
+0) may keep chosen chunks likely.
+Left out: IPO and other losses, label smoothing, reward models.
 """
 
 import re
@@ -52,20 +49,14 @@ class Config(common.AdapterConfig):
     steps: Count = 200
     batch_size: Count = 8  # pairs
     draws: Count = 4  # T: (t, eps) draws per pair
-    weight: Literal["velocity", "noise", "elbo"] = (
-        "velocity"  # w(t); "velocity": the paper. Not for surrogate: elbo
-    )
+    weight: Literal["velocity", "noise", "elbo"] = "velocity"  # w(t); the paper's is 1, "velocity"
     whole_chunk: bool = False  # score all H actions, not only those that were executed; "exact" always does
     ode_steps: Count = 10  # exact: midpoint steps from the chunk to the noise
     probes: Count = 1  # exact: Hutchinson probes per pair
     shift: int = 4  # independent: random shift of the images, pixels, as in 01
-    beta: str = (
-        "auto"  # a number, or "auto": 1 / std of log p_ref(chosen) - log p_ref(rejected) over the pairs
-    )
-    contrast: float = 1.0  # weight of DPO's own term; 0 leaves the anchor alone
-    sft_coef: float = (
-        1.0  # weight of the anchor - beta log p(chosen), which keeps chosen chunks likely; paper: 0
-    )
+    beta: str = "auto"  # a number, or "auto": 1 / std of log p_ref(chosen) - log p_ref(rejected)
+    contrast: float = 1.0  # weight of DPO's own term; 0 = train on the anchor only
+    sft_coef: float = 1.0  # weight of the anchor, which keeps chosen chunks likely; the paper: 0
     lr: float = 5e-5  # peak; cosine to 1 % of it
     warmup: int = 20
     weight_decay: float = 0.0
@@ -73,9 +64,7 @@ class Config(common.AdapterConfig):
     rank: Count = 32
     alpha: Count = 64
     targets: str = ""  # regex of the adapted linear layers; empty = the backbone's q, k, v, o projections
-    recompute: bool = (
-        False  # keep no activations of the layers, compute them again: less memory, a third more time
-    )
+    recompute: bool = False  # compute the layers' activations again, not keep them: less memory, more time
     log_every: Count = 10
     checkpoint_every: Count = 50
     threads: Count = 1
@@ -147,8 +136,8 @@ def scorer(policy, cfg: Config) -> tuple[Callable, Callable]:
     """What `surrogate` means: two functions.
 
     draw(n, generator): the randomness that the four terms of n pairs share.
-    score(obs, chosen, rejected, mask, draws, term): log p (B,), (B,) of chosen and rejected; term names the
-    caller.
+    score(obs, chosen, rejected, mask, draws, term): log p (B,), (B,) of chosen and rejected. `term` seeds the
+    draws of surrogate=independent, e.g. (step, "policy").
     """
     if cfg.surrogate == "exact":
         shape = policy.horizon, policy.cfg.flow_dim
@@ -173,9 +162,10 @@ def scorer(policy, cfg: Config) -> tuple[Callable, Callable]:
 
 
 def auto_beta(policy, pairs: dict, draw: Callable, score: Callable, cfg: Config) -> float:
-    """1 / std of the reference's own log-ratio over (about 64 of) the pairs.
+    """1 / std of log p_ref(chosen) - log p_ref(rejected), of 64 to 127 evenly spread pairs (all if fewer).
 
-    It puts the logits on the scale where DPO's sigmoid bends, and is known before training.
+    It scales the margins to order 1, where DPO's sigmoid is neither flat nor saturated. Known before
+    training.
     """
     n = len(pairs["mask"])
     if n < 2:
@@ -201,7 +191,7 @@ def load_pairs(cfg: Config, policy) -> dict:
 
 
 def begin(policy, pairs: dict, cfg: Config):
-    """As much of all observations' encoding as training does not change, computed once for all epochs."""
+    """The part of each observation's encoding that training leaves as it is, computed once for all epochs."""
     if cfg.surrogate == "independent":  # it augments the images
         return pairs["obs"]
     rows = torch.arange(len(pairs["mask"])).split(cfg.batch_size)
@@ -233,7 +223,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
 
     first = run.resume(adapter=trained, optimizer=optimizer)  # 0, or the last checkpoint's step
     for step in run.steps(first, cfg.steps):
-        # 1. a batch of pairs, and the draws (t, eps) that all four log-probabilities share
+        # 1. a batch of pairs, and the draws (t, eps) that the four log-probabilities share
         index = common.shuffled(cfg.seed, "dpo", step, cfg.batch_size, n)
         draws = draw(cfg.batch_size, common.stream(cfg.seed, "dpo", step))
         index, draws = common.own_rows(cfg.batch_size, index, draws)
@@ -281,17 +271,17 @@ def save_adapter(adapted, folder: Path) -> None:
 
 
 def warn_about_scale(rows: list[dict]) -> None:
-    """DPO learns where its logit is of order 1. Far below, the sigmoid is a constant and the reference drops
-    out.
-    """
+    """DPO learns where its margins are of order 1. Far below, the reference hardly enters the gradient."""
     late = max(abs(row["rewards/margins"]) + row["rewards/margin_std"] for row in rows[len(rows) // 2 :])
     if late < 0.05:
         print(
-            f"[03_dpo] warning: logits stayed below 0.05 (largest {late:.3g}): raise beta or use beta=auto",
+            f"[03_dpo] warning: margins stayed below 0.05 (largest {late:.3g}): try more beta or steps",
             flush=True,
         )
     if late > 20:
-        print(f"[03_dpo] warning: logits saturated (largest {late:.3g}): lower beta, lr or steps", flush=True)
+        print(
+            f"[03_dpo] warning: margins saturated (largest {late:.3g}): lower beta, lr or steps", flush=True
+        )
 
 
 if __name__ == "__main__":

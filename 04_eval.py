@@ -2,17 +2,18 @@
 
 reads   <run>/<backbone>/seed<k>/sft/ (01) and, for policy=dpo, .../dpo-<adapter>-<pairs>/ (03)
 writes  <run>/<backbone>/seed<k>/eval-<policy>[-val]/: episodes.jsonl (a line per episode), summary.json,
-videos/, done.json;
-        <run>/<backbone>/seed<k>/results.{json,md}: all evaluations so far in one table, paired with the SFT
-        policy
+        videos/, done.json; and results.{json,md} beside these folders: all evaluations so far in one table,
+        paired with the SFT policy
 cost    2 to 5 s per episode and core
-try     python 04_eval.py configs/tiny.yaml policy=dpo adapter=dora eval.group=val eval.n_init=5
+try     python 04_eval.py configs/try.yaml name=mine policy=dpo
 
-An episode is decided by (suite, task, init state, seed): they alone give the policy's noise at its k-th look.
-So two policies are compared on the same episodes, with the same noise, in any order and on any number of
-processes. Differs from the paper: init states 40-49, which nothing was trained or chosen on (it uses 0-4,
-from which its pairs came); Wilson intervals, exact McNemar tests; a crash of the simulator has a column of
-its own and is no failure. Left out: rendering at every step (only when the policy looks), real robots.
+An episode is identified by (suite, task, init state, seed). These alone determine the policy's noise at each
+look. So two policies are compared on the same episodes, with the same noise, in any order and on any number
+of processes.
+Differs from the paper: it uses init states 40-49, which nothing was trained or chosen on (the paper: 0-4,
+from which its pairs came). It has Wilson intervals and exact McNemar tests. A crash of the simulator has a
+column of its own and is no failure.
+Left out: rendering at every step (only when the policy looks), real robots.
 """
 
 import contextlib
@@ -36,14 +37,10 @@ class Config(common.SceneConfig, common.ActingConfig, common.AdapterConfig):
     section: ClassVar = "eval"
     by_torchrun: ClassVar = True
     policy: Literal["sft", "dpo"] = "sft"  # "dpo": the one of `adapter`, `pairs`, `surrogate` and `start`
-    group: Literal["test", "val"] = (
-        "test"  # init states: "test" (40-49, reported) or "val" (35-39, for every choice)
-    )
+    group: Literal["test", "val"] = "test"  # init states 40-49, reported; or 35-39, for every choice
     n_init: Count = 10  # init states per task
     videos: int = 0  # episodes per task of which a GIF is kept
-    noise_seed: int = (
-        0  # of the policy's noise; 0 = the training seed. Others give more episodes per init state
-    )
+    noise_seed: int = 0  # of the policy's noise; 0 = the training seed. Others: more episodes per init state
 
     @property
     def policy_name(self) -> str:
@@ -137,7 +134,7 @@ def start_of(config: dict) -> str:
 def results_table(cfg: Config) -> list[dict]:
     """A row per finished evaluation of this seed and group of init states, paired with its SFT start.
 
-    Of several suites each has a row of its own beside. Left out: evaluations of weights made anew since.
+    With several suites, each also gets its own row. Evaluations of weights made anew since are left out.
     """
     finished = episodes.finished(cfg.seed_dir, "eval-*", cfg.group)
     of_policy = {facts["policy"]: (facts, played, timing) for facts, played, timing in finished}

@@ -1,6 +1,6 @@
 """What two or more stages must agree on: LIBERO's conventions and data, the surrogate, adapters, config keys.
 
-Something stands here when two stages use it and a silent difference between two copies would change a result.
+Code belongs here if two stages use it and a silent difference between copies would change a result.
 Losses, pair selection and training loops stay in their stage. Importing this module is cheap.
 """
 
@@ -27,7 +27,7 @@ MAX_STEPS = dict(zip(SUITES, (220, 280, 300, 520, 400), strict=True))
 SETTLE_STEPS = 10  # steps after a reset in which objects come to rest; MAX_STEPS does not count them
 SETTLE_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
 GRIPPER_OPEN, GRIPPER_CLOSE = -1.0, 1.0  # what env.step takes
-ENV_SEED = 0  # moves the fixtures, which no init state contains; so it never varies
+ENV_SEED = 0  # places the fixtures, which no init state stores; so it never varies
 ACTION_DIM = 7  # delta position (3), delta axis-angle (3), gripper; all in [-1, 1]
 CAMERAS = ("agentview", "wrist")
 
@@ -51,7 +51,7 @@ def init_states(group: str, n: int | None = None) -> list[int]:
 
 
 def blank_images(obs: dict) -> dict:
-    """The same observation with both images black: a control, for policies that may not look."""
+    """The same observation with both images black: a control: does the policy use its images?."""
     return obs | {camera: obs[camera] * 0 for camera in CAMERAS}
 
 

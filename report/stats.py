@@ -59,7 +59,8 @@ def mcnemar(a: list[bool], b: list[bool], places: list) -> dict:
     chance = np.ones(1)  # probability of each sum of signed steps, from the lowest to the highest
     for d in steps:
         chance = (np.pad(chance, (2 * d, 0)) + np.pad(chance, (0, 2 * d))) / 2
-    p = min(1.0, float(chance[abs(np.arange(-sum(steps), sum(steps) + 1)) >= abs(sum(differences))].sum()))
+    sums = np.arange(-sum(steps), sum(steps) + 1)
+    p = min(1.0, float(chance[abs(sums) >= abs(sum(differences))].sum()))
     deff = design_effect(differences, places)
     return {"only_a": differences.count(1), "only_b": differences.count(-1), "p": p, "deff": deff}
 
@@ -98,4 +99,5 @@ def cluster_bootstrap(
     groups = [values[clusters == c] for c in np.unique(clusters)]
     sums, counts = np.array([g.sum() for g in groups], float), np.array([len(g) for g in groups], float)
     picks = np_stream(seed, "bootstrap").integers(len(groups), size=(n, len(groups)))
-    return tuple(float(q) for q in np.quantile(sums[picks].sum(1) / counts[picks].sum(1), (0.025, 0.975)))
+    means = sums[picks].sum(1) / counts[picks].sum(1)
+    return tuple(float(q) for q in np.quantile(means, (0.025, 0.975)))

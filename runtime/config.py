@@ -50,7 +50,11 @@ class PlaceConfig:
 
     section: ClassVar[str] = ""  # of the YAML, for the stage's own keys
     by_torchrun: ClassVar[bool] = False  # whether several processes may share the stage
-    INPUTS: ClassVar = ("start_seed", "pairs_from", "adapters_from")  # keys whose inputs count themselves
+    INPUTS: ClassVar = (
+        "start_seed",
+        "pairs_from",
+        "adapters_from",
+    )  # the files that they name count, not their values
 
     name: Annotated[str, r"(?!\.\.$)[^/]*"] = ""  # the YAML's file name; names the run folder
     root: str = "runs"
@@ -172,7 +176,8 @@ def load_config(cls: type, argv: list[str]):
     """The Config of one stage from `CONFIG.yaml [key=value ...]`: defaults < YAML < command line.
 
     In the YAML, what holds for one backbone alone stands in a section of its name. On the command line a key
-    may carry its section (`dpo.beta=0.2`); keys of other stages are checked by those.
+    may carry its section (`dpo.beta=0.2`). A key of another stage is ignored, and checked when that stage
+    runs.
 
     Raises:
         UserError: an unknown key, a wrong type, a value out of range.

@@ -67,7 +67,7 @@ def command_line(call: Callable[[], None]) -> None:
         if error.errno not in FULL:
             raise
         why = " ".join(str(error).split())
-        line = f"{why}; make room, or name another folder with root=, the same command then goes on"
+        line = f"{why}; free space, mend the permissions or choose another root=, then repeat the command"
     except KeyboardInterrupt:
         sys.exit(130)
     print(f"error: {line}", file=sys.stderr)
@@ -253,7 +253,7 @@ def open_folder(script: Path, cfg) -> Run | None:
             marker.unlink()
     elif list(folder.glob("[!.]*")) and not cfg.overwrite:
         raise UserError(
-            f"{folder} holds files that no stage has signed; "
+            f"{folder} holds files, but no done.json of the stage that made them; "
             "move them away, or add overwrite=true to remove them"
         )
     shutil.rmtree(folder, ignore_errors=True)
