@@ -64,8 +64,8 @@ class Config(common.SceneConfig):
                 )
             return []
         source = Path(self.source)
-        if source.resolve() == self.data_dir.resolve():
-            raise UserError(f"demos.source={source} is the folder that this stage writes")
+        if source.resolve().is_relative_to(self.data_dir.resolve()):
+            raise UserError(f"demos.source={source} is the folder that this stage writes, or lies in it")
         official_files(self)
         return [source] if (source / "done.json").is_file() else []
 

@@ -233,7 +233,8 @@ def collect(job: Job) -> None:
 
 
 def attempts(folder: Path) -> list[dict]:
-    return disk.read_jsonl(folder / "units.jsonl", "suite task unit init_state outcome playouts pairs")
+    rows = disk.read_jsonl(folder / "units.jsonl", "suite task unit init_state outcome playouts pairs")
+    return list({(row["suite"], row["task"], row["unit"]): row for row in rows}.values())
 
 
 def part_file(folder: Path, row: dict, i: int) -> Path:

@@ -38,6 +38,9 @@ if [[ -z ${ADAPTERS+given} ]]; then
   ADAPTERS=$(named adapters "$CONFIG")
   ADAPTERS=${ADAPTERS:-lora dora}
 fi
+for adapter in $ADAPTERS; do
+  [[ $adapter =~ ^(lora|dora)$ ]] || { echo "error: no adapter $adapter; adapters is a list such as \"lora dora\"" >&2; exit 2; }
+done
 for number in $STAGES; do
   [[ $number =~ ^(0[0-8]|setup)$ ]] || { echo "error: no stage $number; STAGES is a list such as \"02 03 04\"" >&2; exit 2; }
 done

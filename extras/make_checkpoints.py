@@ -17,7 +17,7 @@ import torch
 
 import backbones
 import common
-from runtime import HERE, disk
+from runtime import HERE, UserError, disk, stage
 
 TRY = HERE / "checkpoints" / "try"
 STARTS = {  # backbone -> ending of the folders that start there, as in configs/tiny.yaml, and SFT weights
@@ -52,8 +52,10 @@ def log_ratios(policy, pairs: dict, dpo) -> torch.Tensor:
 
 
 def main(run: Path) -> None:
-    shutil.rmtree(TRY, ignore_errors=True)
     demos = "data/libero_object/task_00.hdf5"
+    if not (run / demos).is_file():
+        raise UserError(f"{run / demos} is not there; give the folder of a finished run, such as runs/tiny")
+    shutil.rmtree(TRY, ignore_errors=True)
     demonstrations(run / demos, TRY / demos)
     dpo, margins = importlib.import_module("03_dpo"), {}
     for backbone, (at, weights) in STARTS.items():
@@ -82,4 +84,4 @@ def main(run: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    stage.command_line(lambda: main(Path(*sys.argv[1:2])))

@@ -33,7 +33,8 @@ def finish(run, **facts) -> dict:
     ranks.wait()
     if not ranks.first():
         return facts
-    rows = sorted(disk.read_jsonl(run.dir / "played.jsonl"), key=place_of)
+    played_rows = {place_of(row): row for row in disk.read_jsonl(run.dir / "played.jsonl")}
+    rows = [played_rows[place] for place in sorted(played_rows)]
     run.times["episodes_s"] = {"{}-{}-{}".format(*place_of(row)): row.pop("wall_s", None) for row in rows}
     disk.write_rows(run.dir / "episodes.jsonl", rows)
     disk.write_json(

@@ -56,7 +56,7 @@ class PlaceConfig:
         "adapters_from",
     )  # the files that they name count, not their values
 
-    name: Annotated[str, r"(?!\.\.$)[^/]*"] = ""  # the YAML's file name; names the run folder
+    name: Annotated[str, r"(?!\.+$)[^/]*"] = ""  # the YAML's file name; names the run folder
     root: str = "runs"
     stages: str = ""  # that run_all.sh runs where its command line names none; empty = its default
     adapters: str = ""  # the same: which adapters it trains and evaluates
@@ -209,6 +209,8 @@ def load_config(cls: type, argv: list[str]):
     for key, value, where, known in given:
         if key not in known:
             raise UserError(f"{where}: unknown key {key!r}; {did_you_mean(key, known)}")
+        if key == "backbone" and str(value) != backbone:
+            raise UserError(f"{where}: backbone is no key of one section; set it at the top level")
         kind = hints.get(key) or shared[key]
         checked = typed({} if value is None and kind is dict else value, kind, key)
         if key in hints:

@@ -67,7 +67,7 @@ def command_line(call: Callable[[], None]) -> None:
         if error.errno not in FULL:
             raise
         why = " ".join(str(error).split())
-        line = f"{why}; free space, mend the permissions or choose another root=, then repeat the command"
+        line = f"{why}; make room, mend the permissions or choose another root=, then repeat the command"
     except KeyboardInterrupt:
         sys.exit(130)
     print(f"error: {line}", file=sys.stderr)
@@ -188,6 +188,9 @@ class Run:
         files = {str(p.relative_to(self.dir)): p for p in sorted(self.dir.rglob("*")) if p.is_file()}
         for name in [name for name in files if Path(name).name.startswith(".")]:
             files.pop(name).unlink()  # a kill in the middle of a write left it
+        for path in files.values():  # those from before an interruption are whole, or this names them
+            if path.suffix in (".safetensors", ".jsonl"):
+                (disk.load_tensors if path.suffix == ".safetensors" else disk.read_jsonl)(path)
         outputs = {name: disk.sha256(path) for name, path in files.items() if name not in UNSIGNED}
         timing = {
             "last_process_s": round(time.time() - self.began, 1),
@@ -246,7 +249,8 @@ def open_folder(script: Path, cfg) -> Run | None:
             print(f"[{name}] goes on in {folder}", flush=True)
             return Run(cfg, folder, identity, lock)
         because = f"{folder / missing[0]} is missing" if missing else difference(old, identity)
-        if not cfg.overwrite:
+        made = {path.name for path in folder.glob("[!.]*")} - {"started.json"}
+        if made and not cfg.overwrite:
             raise UserError(f"{folder} is not what this would make: {because}; add overwrite=true to redo it")
         print(f"[{name}] redone, because of: {because}", flush=True)
         for marker in markers:  # first: a half removed folder must not look like a finished one
@@ -256,6 +260,11 @@ def open_folder(script: Path, cfg) -> Run | None:
             f"{folder} holds files, but no done.json of the stage that made them; "
             "move them away, or add overwrite=true to remove them"
         )
+    for path in cfg.inputs():
+        if path.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{path} lies in {folder}, which this stage would replace; copy it elsewhere")
+    if folder.is_symlink() or folder.is_file():
+        raise UserError(f"{folder} is a link or a file, where this stage makes a folder; move it away")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     disk.write_json(folder / "started.json", identity)

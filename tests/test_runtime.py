@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 
 import backbones
 import common
+from report import episodes
 from runtime import disk, stage, workers
 from runtime.config import HERE, STAGES, Count, load_config
 from runtime.errors import UserError
@@ -492,7 +493,7 @@ def test_files_that_no_stage_has_signed_are_not_removed(tmp_path):
     precious = tmp_path / "exp" / "sft" / "precious.hdf5"
     precious.parent.mkdir(parents=True)
     precious.write_text("x")
-    with pytest.raises(UserError, match="no stage has signed; move them away, or add overwrite=true"):
+    with pytest.raises(UserError, match="no done.json of the stage that made them; move them away"):
         make(tmp_path, "sft")
     assert precious.exists()
     make(tmp_path, "sft", overwrite=True)
@@ -702,3 +703,61 @@ def test_one_worker_works_here_on_one_thread():
         assert seen == [(1, 1), (2, 1)]
     finally:
         torch.set_num_threads(threads)
+
+
+# ----------------------------------------------------------------------------- what an attack on it has found
+def test_a_stage_never_removes_its_own_input(tmp_path):
+    (weights := tmp_path / "exp/sft/weights").mkdir(parents=True)
+    (weights / "model.safetensors").write_text("x")
+    with pytest.raises(UserError, match=r"lies in .*, which this stage would replace"):
+        make(tmp_path, "sft", weights / "model.safetensors", overwrite=True)
+    assert (weights / "model.safetensors").is_file()
+
+
+def test_a_folder_that_is_a_link_is_one_true_line(tmp_path):
+    (tmp_path / "exp").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "exp/sft").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="is a link or a file"):
+        make(tmp_path, "sft", overwrite=True)
+
+
+@pytest.mark.parametrize("name", ["model-4.safetensors", "metrics.jsonl"])
+def test_a_damaged_file_of_an_interrupted_stage_is_not_signed(tmp_path, name):
+    def main(cfg, run):
+        (run.dir / name).write_text("no tensor\n")
+
+    with pytest.raises(UserError, match=f"{name} (is damaged|cannot be read)"):
+        make(tmp_path, "sft", main=main)
+    assert not (tmp_path / "exp/sft/done.json").exists()
+
+
+def test_a_start_that_made_nothing_does_not_block_the_corrected_command(tmp_path):
+    def refuse(cfg, run):
+        run.lock.close()
+        raise UserError("no such layer")
+
+    with pytest.raises(UserError, match="no such layer"):
+        make(tmp_path, "sft", main=refuse, steps=7)
+    assert (make(tmp_path, "sft", steps=8) / "done.json").is_file()
+
+
+def test_a_row_that_stands_twice_is_an_episode_once(tmp_path):
+    row = {"suite": "s", "task": 0, "init_state": 1, "success": True, "steps": 3, "crash": "", "wall_s": 1.0}
+    disk.write_rows(tmp_path / "played.jsonl", [row, row, row | {"init_state": 2}])
+    run = stage.Run(Config(), tmp_path, {"config": {"seed": 1}})
+    episodes.finish(run)
+    assert [r["init_state"] for r in disk.read_jsonl(tmp_path / "episodes.jsonl")] == [1, 2]
+
+
+def test_the_backbone_is_no_key_of_one_section(tmp_path):
+    for text, override in (("sft: {backbone: openvla}", []), ("", ["sft.backbone=openvla"])):
+        with pytest.raises(UserError, match="at the top level"):
+            load(tmp_path, text, *override)
+
+
+def test_the_checkpoint_maker_removes_nothing_without_a_run(tmp_path):
+    maker = importlib.import_module("extras.make_checkpoints")
+    with pytest.raises(UserError, match="give the folder of a finished run"):
+        maker.main(tmp_path)
+    assert (HERE / "checkpoints/try/pi05/sft").is_dir()
