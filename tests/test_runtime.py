@@ -493,7 +493,7 @@ def test_files_that_no_stage_has_signed_are_not_removed(tmp_path):
     precious = tmp_path / "exp" / "sft" / "precious.hdf5"
     precious.parent.mkdir(parents=True)
     precious.write_text("x")
-    with pytest.raises(UserError, match="no done.json of the stage that made them; move them away"):
+    with pytest.raises(UserError, match=r"no done.json of the stage that made them; move them away"):
         make(tmp_path, "sft")
     assert precious.exists()
     make(tmp_path, "sft", overwrite=True)
