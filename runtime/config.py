@@ -141,7 +141,7 @@ def parse_yaml(text: str | bytes, where: str):
     """The plain data of a YAML text; nothing in it is executed."""
     try:
         data = yaml.safe_load(text)
-        json.dumps(data, sort_keys=True)  # what it cannot hold, a date say, is no config
+        json.dumps(data, sort_keys=True, allow_nan=False)  # what it cannot hold, a date say, is no config
         return data
     except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{where} is not valid YAML: {one_line(error)}") from error
