@@ -203,7 +203,7 @@ def collect(job: Job) -> None:
     pairs, playouts = sum(len(row["pairs"]) for row in rows), sum(row["playouts"] for row in rows)
     if pairs >= job.quota or playouts >= job.budget:
         return
-    cfg, policy = job.cfg, backbones.load_sft(job.cfg)
+    cfg, policy = job.cfg, backbones.load_sft(job.cfg).freeze()
     env = TaskEnv(job.suite, job.task, cfg.image_size, cfg.render)
     env.max_steps = min(cfg.max_steps or env.max_steps, env.max_steps)
     states, unit = common.init_states("prefs", cfg.n_init), len(rows)

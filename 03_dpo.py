@@ -38,7 +38,6 @@ import torch.nn.functional as F
 
 import backbones
 import common
-from backbones import likelihood
 from runtime import Count, Positive, UserError, disk, ranks, regex, stage
 
 
@@ -140,6 +139,8 @@ def scorer(policy, cfg: Config) -> tuple[Callable, Callable]:
     draws of surrogate=independent, e.g. (step, "policy").
     """
     if cfg.surrogate == "exact":
+        from backbones import likelihood
+
         shape = policy.horizon, policy.cfg.flow_dim
 
         def exact(obs, chosen, rejected, mask, probes, term):

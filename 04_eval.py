@@ -65,7 +65,7 @@ class Config(common.SceneConfig, common.ActingConfig, common.AdapterConfig):
 # --------------------------------------------------------------------------------------------------- episodes
 def load_policy(cfg: Config):
     policy = backbones.load_sft(cfg)
-    return common.load_adapter(policy, cfg.adapter_dir) if cfg.policy == "dpo" else policy
+    return (common.load_adapter(policy, cfg.adapter_dir) if cfg.policy == "dpo" else policy).freeze()
 
 
 def play(env: TaskEnv, policy, cfg: Config, init: int, frames: list | None) -> dict:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from backbones.memory import report as dry_run
 from backbones.policy import Policy, build_tokenizer, collate
 from backbones.published import build, horizon, load_policy
 from common import blank_images
@@ -27,6 +26,13 @@ __all__ = [
 ]
 
 
+def dry_run(cfg, section: str) -> None:
+    """Print what a stage will take, in memory and hours (memory.py)."""
+    from backbones import memory
+
+    memory.report(cfg, section)
+
+
 def load_sft(cfg) -> Policy:
     """The policy that a stage starts from, in evaluation mode: `checkpoint`, or what 01 made.
 
@@ -40,7 +46,7 @@ def load_sft(cfg) -> Policy:
     return policy.cast(cfg.dtype).to(ranks.place(cfg.device)).eval()
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def propose(policy: Policy, obs: dict, cfg, generators: list[torch.Generator]) -> torch.Tensor:
     """One normalised chunk (H, 7) per generator for one observation, which is encoded once: (N, H, 7)."""
     if cfg.execute > policy.horizon:

@@ -13,7 +13,7 @@ chunk, D action dimensions as flowed (32 published, of which 7 are real), W widt
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Literal
 
@@ -186,6 +186,7 @@ class Pi05(Policy):
 
     def __init__(self, cfg: Pi05Config):
         super().__init__(cfg)
+        self.traces: dict[tuple, Callable] = {}  # see `traced`
         width, vision = cfg.expert.width, cfg.vision
         self.vision_tower = SiglipVisionModel(
             SiglipVisionConfig(**asdict(vision), hidden_act=GELU, layer_norm_eps=EPS, vision_use_head=False)
@@ -325,9 +326,21 @@ class Pi05(Policy):
         x, times = noise.float().to(prefix.valid.device), times or [1 - i / steps for i in range(steps)]
         surroundings = self.surroundings(prefix, x.shape[1])
         of_norm = [m.split(1) for m in self.modulations(torch.tensor(times, device=x.device))]
-        for modulations in zip(*of_norm, strict=True):  # those of one time
-            x = x - self.flow(surroundings, x, modulations) / len(times)
+        of_time = list(zip(*of_norm, strict=True))
+        flow = self.traced(surroundings, x, of_time[0]) if self.frozen and x.is_cpu else self.flow
+        for modulations in of_time:
+            x = x - flow(surroundings, x, modulations) / len(times)
         return x
+
+    def traced(self, surroundings: tuple, x_t: Tensor, modulations: tuple) -> Callable:
+        """`flow` of frozen weights for tensors of these shapes, equal in every bit. On a CPU a tiny policy's
+        small operations cost more in Python than in arithmetic: a trace halves the time of an Euler step.
+        """
+        shapes = (x_t.shape, surroundings[1].shape)
+        if shapes not in self.traces:
+            arguments = (surroundings, x_t, modulations)
+            self.traces[shapes] = torch.jit.trace(lambda *a: self.flow(*a), arguments, check_trace=False)
+        return self.traces[shapes]
 
     def _scored(self, prefix: Prefix, chunk: Tensor, draws: Draws, mask: Tensor) -> tuple:
         # what common's flow_matching_error takes, on the policy's device

@@ -149,6 +149,7 @@ class Policy(nn.Module):
     keep_float32 = "$^"  # regex of the weights that stay float32 in any dtype
     recompute = False  # save memory: the backward pass runs each layer again instead of keeping its values
     action_dim = ACTION_DIM
+    frozen = False
 
     def __init__(self, cfg):
         super().__init__()
@@ -222,6 +223,11 @@ class Policy(nn.Module):
                 layer.enable_adapters(not off)
             for p, flag in trainable:  # enable_adapters changes the flags of the adapter's parameters
                 p.requires_grad_(flag)
+
+    def freeze(self) -> Self:
+        """Promise that the weights stay as they are from now on: the policy only acts, and may act faster."""
+        self.frozen = True
+        return self.requires_grad_(False)
 
     def cast(self, dtype: str) -> Self:
         """Weights to "float32" or "bfloat16", in place, except those of `keep_float32`."""

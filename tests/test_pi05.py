@@ -230,6 +230,18 @@ def test_rows_do_not_depend_on_their_batch_nor_on_padding(shared_policy):
 
 
 @torch.no_grad()
+def test_a_frozen_policy_acts_the_same_to_the_last_bit(shared_policy):
+    """Prompts of three lengths, one to three rows, each shape traced once and then met with other values."""
+    obs, frozen = observations(), copy.deepcopy(shared_policy).freeze()
+    prefixes = [shared_policy.encode(part(obs, rows)) for rows in ([0], [1], [2], [0, 1], [2, 0], [0, 1, 2])]
+    for prefix in [*prefixes, *reversed(prefixes)]:
+        noise = torch.randn(len(prefix), 5, 7)
+        want = shared_policy.sample_actions(prefix, noise, 3)
+        assert torch.equal(frozen.sample_actions(prefix, noise, 3), want)
+    assert len(frozen.traces) == len(prefixes) and not shared_policy.traces
+
+
+@torch.no_grad()
 def test_prefix_select_and_detach(shared_policy):
     prefix, index = shared_policy.encode(observations()), torch.tensor([2, 0, 0, 1])
     x, t = torch.randn(4, 5, 7), torch.rand(4)
