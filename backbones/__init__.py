@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from backbones.load import build, horizon, load_policy
 from backbones.policy import Policy, build_tokenizer, collate
-from backbones.published import build, horizon, load_policy
 from common import blank_images
 from runtime import UserError, ranks
 

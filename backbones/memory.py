@@ -28,8 +28,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 import common
+from backbones.load import build, sizes
 from backbones.policy import DIMS, build_tokenizer
-from backbones.published import build, sizes
 from runtime.config import laid_over
 
 SIMULATOR_GB = 2.4  # of one LIBERO process, measured

@@ -1,5 +1,4 @@
-"""From a name or a folder to a policy. Other people's checkpoints are read without their code: format, sizes,
-statistics, tensors, tokenizer.
+"""Other people's checkpoints, read without their code: format, sizes, statistics, tensors, tokenizer.
 
 openvla   openvla/openvla-7b[-finetuned-libero-*], the Hugging Face folder: bf16 shards, statistics in
           config.json
@@ -16,7 +15,7 @@ Not tried on a real published file. The key lists and formats are those of the o
 import contextlib
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,47 +26,13 @@ from torch import Tensor
 from backbones.policy import (
     DIMS,
     Policy,
-    build_tokenizer,
     checked_stats,
-    config_from,
-    is_own,
     read_object,
     read_tokenizer,
     refuse,
-    saved_config,
 )
 from common import ACTION_DIM
-from runtime import BACKBONES, UserError, did_you_mean, disk, laid_over, one_line, one_of
-
-
-# ------------------------------------------------------------------------------------------------ from a name
-def policy_class(name: str) -> type[Policy]:
-    """The class of a backbone; its module, and transformers with it, is imported now."""
-    one_of("backbone", name, list(BACKBONES))
-    if name == "pi05":
-        from backbones.pi05 import Pi05 as Backbone
-    else:
-        from backbones.openvla import OpenVLA as Backbone
-    return Backbone
-
-
-def build(name: str, model: dict, instructions: Sequence[str] | None = None) -> Policy:
-    """A policy with fresh weights. Sizes that `model` leaves out are the published checkpoint's.
-
-    instructions: for training from scratch. The tokenizer knows their words, and so does vocab_size unless it
-    is given.
-    """
-    cls, tokenizer = policy_class(name), None
-    if instructions is not None:
-        tokenizer = build_tokenizer(instructions)
-        model = {"vocab_size": tokenizer.get_vocab_size()} | model
-    policy = cls(config_from(model, cls.config_class, "model"))
-    policy.tokenizer = tokenizer
-    return policy
-
-
-def horizon(name: str, model: dict) -> int:  # actions of a chunk, known before a policy is built
-    return config_from(model, policy_class(name).config_class, "model").horizon
+from runtime import UserError, did_you_mean, disk, laid_over, one_line
 
 
 # ---------------------------------------------------------------------------------- other people's files
@@ -430,17 +395,15 @@ FORMATS = {
 }
 
 
-def sizes(path: Path) -> dict:
-    """The `model` section that a published checkpoint amounts to, or that the kit's own folder has."""
-    if is_own(path):
-        return saved_config(path)[1]
+def model_of(path: Path) -> dict:
+    """The `model` section that a published checkpoint amounts to."""
     with reading(path):
         c = open_checkpoint(path)
         return c.format["model"](c)
 
 
-def load_published(path: Path, model: dict, suites: list[str]) -> Policy:
-    """The policy of a published checkpoint; `load_policy` says what the arguments are.
+def load(path: Path, build: Callable, model: dict, suites: list[str]) -> Policy:
+    """The policy of a published checkpoint. load.py has `build`, and says what `model` and `suites` are.
 
     Raises:
         UserError: names the first key or file that is missing, damaged or another model's.
@@ -461,36 +424,3 @@ def load_published(path: Path, model: dict, suites: list[str]) -> Policy:
         c.folder / "tokenizer.json", f"put that of {c.format['tokenizer']} there"
     )
     return policy
-
-
-def load_policy(
-    folder: str | Path,
-    weights: str = "model.safetensors",
-    model: dict | None = None,
-    suites: Sequence[str] = (),
-) -> Policy:
-    """The policy that `policy.save(folder)` wrote, or a published one, in evaluation mode.
-
-    weights: another file of the folder, e.g. a snapshot of the training.
-    model: keys that override the checkpoint's own.
-    suites: whose statistics to take where a published checkpoint has several.
-    """
-    folder = Path(folder)
-    if not is_own(folder) and weights == "model.safetensors":
-        return load_published(folder, model or {}, list(suites)).eval()
-    missing = [file for file in ("config.json", "norm_stats.json", weights) if not (folder / file).is_file()]
-    refuse(
-        (
-            missing,
-            f"{folder} holds no {' and no '.join(missing)}, only"
-            f" {sorted(path.name for path in folder.glob('*.safetensors'))}; run 01_sft.py, see"
-            " sft.snapshots",
-        )
-    )
-    name, config = saved_config(folder)
-    policy = build(name, config | (model or {}))
-    policy.load_weights([(folder / weights, disk.load_tensors(folder / weights))])
-    policy.norm_stats = checked_stats(read_object(folder / "norm_stats.json"), f"{folder}/norm_stats.json")
-    if (folder / "tokenizer.json").is_file():
-        policy.tokenizer = read_tokenizer(folder / "tokenizer.json")
-    return policy.eval()

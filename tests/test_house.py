@@ -43,6 +43,10 @@ DEFAULT_RUN = [
 ]
 
 
+# what the default run never imports: the exact likelihood, the readers of published checkpoints
+ON_REQUEST = {"backbones/likelihood.py", "backbones/published.py"}
+
+
 def room_of(path: Path) -> str:
     place = path.relative_to(KIT)
     return place.parts[0] if len(place.parts) > 1 else "stage" if place.name in STAGES else place.stem
@@ -124,12 +128,13 @@ def statements(paths) -> int:
 
 
 def default_run() -> set[Path]:
-    """The files that the default run_all.sh may import: one backbone, pi05."""
+    """The files that the default run_all.sh imports: those of one backbone, and nothing on request."""
     files, todo = set(), [KIT / name for name in DEFAULT_RUN]
     todo += [KIT / "backbones" / "pi05.py"]
+    others = {KIT / name for name in ON_REQUEST} | set(KIT.glob("backbones/openvla*"))
     while todo:
         path = todo.pop()
-        if path not in files and not path.name.startswith("openvla"):
+        if path not in files | others:
             files.add(path)
             todo += imports(path)
     return files

@@ -40,8 +40,9 @@ def command(arguments: list[str], *more: str) -> list[str]:
     return [sys.executable, arguments[0], "configs/micro.yaml", *arguments[1:], *more]
 
 
-def stage(kit: Path, name: str, *more: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command(STAGES[name][0], *more), cwd=kit, capture_output=True, text=True)
+def stage(kit: Path, name: str, *more: str, **variables: str) -> subprocess.CompletedProcess:
+    env = os.environ | variables
+    return subprocess.run(command(STAGES[name][0], *more), cwd=kit, env=env, capture_output=True, text=True)
 
 
 def outputs(kit: Path, folder: str) -> dict:
@@ -54,8 +55,11 @@ def finished(tmp_path_factory) -> Path:
     """A copy of the kit in which every stage has run undisturbed."""
     kit = copy_of_the_kit(tmp_path_factory.mktemp("undisturbed") / "kit with a space")
     for name in STAGES:
-        result = stage(kit, name)
+        result = stage(kit, name, PYTHONPROFILEIMPORTTIME="1")
         assert result.returncode == 0, result.stdout + result.stderr
+        imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+        assert "backbones.load" in imported or name == "demos"
+        assert not imported & {"backbones.likelihood", "backbones.published", "backbones.openvla"}
     return kit
 
 

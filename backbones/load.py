@@ -1,0 +1,90 @@
+"""From a name or a folder to a policy: fresh weights, weights that 01 saved, or a published checkpoint."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from backbones.policy import (
+    Policy,
+    build_tokenizer,
+    checked_stats,
+    config_from,
+    is_own,
+    read_object,
+    read_tokenizer,
+    refuse,
+    saved_config,
+)
+from runtime import BACKBONES, disk, one_of
+
+
+def policy_class(name: str) -> type[Policy]:
+    """The class of a backbone; its module, and transformers with it, is imported now."""
+    one_of("backbone", name, list(BACKBONES))
+    if name == "pi05":
+        from backbones.pi05 import Pi05 as Backbone
+    else:
+        from backbones.openvla import OpenVLA as Backbone
+    return Backbone
+
+
+def build(name: str, model: dict, instructions: Sequence[str] | None = None) -> Policy:
+    """A policy with fresh weights. Sizes that `model` leaves out are the published checkpoint's.
+
+    instructions: for training from scratch. The tokenizer knows their words, and so does vocab_size unless it
+    is given.
+    """
+    cls, tokenizer = policy_class(name), None
+    if instructions is not None:
+        tokenizer = build_tokenizer(instructions)
+        model = {"vocab_size": tokenizer.get_vocab_size()} | model
+    policy = cls(config_from(model, cls.config_class, "model"))
+    policy.tokenizer = tokenizer
+    return policy
+
+
+def horizon(name: str, model: dict) -> int:  # actions of a chunk, known before a policy is built
+    return config_from(model, policy_class(name).config_class, "model").horizon
+
+
+def sizes(path: Path) -> dict:
+    """The `model` section of the kit's own folder, or the one that a published checkpoint amounts to."""
+    if is_own(path):
+        return saved_config(path)[1]
+    from backbones import published
+
+    return published.model_of(path)
+
+
+def load_policy(
+    folder: str | Path,
+    weights: str = "model.safetensors",
+    model: dict | None = None,
+    suites: Sequence[str] = (),
+) -> Policy:
+    """The policy that `policy.save(folder)` wrote, or a published one, in evaluation mode.
+
+    weights: another file of the folder, e.g. a snapshot of the training.
+    model: keys that override the checkpoint's own.
+    suites: whose statistics to take where a published checkpoint has several.
+    """
+    folder = Path(folder)
+    if not is_own(folder) and weights == "model.safetensors":
+        from backbones import published
+
+        return published.load(folder, build, model or {}, list(suites)).eval()
+    missing = [file for file in ("config.json", "norm_stats.json", weights) if not (folder / file).is_file()]
+    refuse(
+        (
+            missing,
+            f"{folder} holds no {' and no '.join(missing)}, only"
+            f" {sorted(path.name for path in folder.glob('*.safetensors'))}; run 01_sft.py, see"
+            " sft.snapshots",
+        )
+    )
+    name, config = saved_config(folder)
+    policy = build(name, config | (model or {}))
+    policy.load_weights([(folder / weights, disk.load_tensors(folder / weights))])
+    policy.norm_stats = checked_stats(read_object(folder / "norm_stats.json"), f"{folder}/norm_stats.json")
+    if (folder / "tokenizer.json").is_file():
+        policy.tokenizer = read_tokenizer(folder / "tokenizer.json")
+    return policy.eval()
