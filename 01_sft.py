@@ -33,7 +33,10 @@ class Config(common.PolicyConfig):
     section: ClassVar = "sft"
     by_torchrun: ClassVar = True
     train: Literal["full", "lora", "dora"] = "full"  # all weights, or an adapter
-    steps: Count = 3000
+    steps: Count = 3000  # of the learning rate's schedule
+    until: int = (
+        0  # stop at this step of it: a run that starts DPO from a snapshot needs no more. 0 = at the end
+    )
     batch_size: Count = 32  # observations
     draws: Count = 4  # (t, eps) draws per encoded observation
     lr: float = 1e-3  # peak; cosine to 1 % of it
@@ -51,7 +54,10 @@ class Config(common.PolicyConfig):
     recompute: bool = False  # compute the layers' activations again, not keep them: less memory, more time
     threads: Count = 1  # of torch; part of the result's last bits. For a tiny model a second one gains little
 
+    processes: Count = 1  # that share each batch; part of the last bits too
+
     folder = property(lambda self: self.seed_dir / "sft")
+    last = property(lambda self: min(self.until or self.steps, self.steps))
 
     def __post_init__(self):
         super().__post_init__()
@@ -191,12 +197,14 @@ def main(cfg: Config, run: stage.Run) -> dict:
     policy, train, val = make_policy(cfg)
     averaged = copy.deepcopy(policy)
     parameters = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True
+    )
 
     first = run.resume(
         policy=policy, averaged=averaged, optimizer=optimizer
     )  # 0, or the last checkpoint's step
-    for step in run.steps(first, cfg.steps):
+    for step in run.steps(first, cfg.last):
         # 1. a batch, its images shifted at random, and draws (t, eps) for each observation
         g = common.stream(cfg.seed, "sft", step)
         index = common.shuffled(cfg.seed, "sft", step, cfg.batch_size, len(train["chunk"]))
@@ -224,7 +232,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
         # 4. the log, and the snapshots
         if run.logs(step):
             row = {"loss": loss.item(), "grad_norm": grad_norm.item(), "lr": lr}
-            if val and ((step + 1) % (4 * cfg.log_every) == 0 or step + 1 == cfg.steps):
+            if val and ((step + 1) % (4 * cfg.log_every) == 0 or step + 1 == cfg.last):
                 row["val_loss"] = validation_loss(averaged, val, cfg)
             run.log(step, **row)
         if step + 1 in cfg.snapshots:

@@ -2,6 +2,9 @@
 
     torchrun --nproc_per_node 2 03_dpo.py configs/tiny.yaml
 
+A stage whose config has `processes` starts them itself, always so many, whatever the machine: the last bits of
+a result do not depend on its cores.
+
 Training (01, 03, 06): every rank takes its rows of the same batch and gradients are averaged, so the result
 is that of one process but for rounding. (03 with surrogate=independent: each rank has draws of its own.)
 Rollouts (02, 04, cells): every rank takes its share of the tasks; the result is the same. Only the first rank
@@ -9,8 +12,11 @@ opens and finishes a stage. A rank that ends too early ends the job: torchrun st
 command goes on. The ranks talk through gloo on CPUs and nccl on GPUs.
 """
 
+import atexit
 import contextlib
 import os
+import socket
+import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
@@ -40,6 +46,18 @@ def first() -> bool:
 def place(device: str) -> str:
     """The device on which this process, or a worker that it started, puts its policy."""
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
+
+
+def launch(processes: int) -> None:
+    """Start this stage's other processes on this machine. This one is the first, and they end with it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(group, RANK="0", LOCAL_RANK="0")
+    for number in map(str, range(1, processes)):
+        env = os.environ | {"RANK": number, "LOCAL_RANK": number}
+        atexit.register(subprocess.Popen([sys.executable, *sys.argv], env=env).kill)
 
 
 def join(device: str) -> None:

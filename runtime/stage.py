@@ -81,10 +81,10 @@ def execute(main: Callable, cfg, dry_run: Callable | None = None, after: Callabl
         return print_plan(script, cfg, dry_run)
     if ranks.size() > 1 and not cfg.by_torchrun:
         raise UserError(f"{script.name} runs in one process: start it with python, not with torchrun")
-    if (size := getattr(cfg, "batch_size", 0)) % ranks.size():
+    processes, size = max(ranks.size(), getattr(cfg, "processes", 1)), getattr(cfg, "batch_size", 0)
+    if size % processes:
         raise UserError(
-            f"{cfg.section}.batch_size={size} "
-            f"can't be split over {ranks.size()} processes; make it a multiple"
+            f"{cfg.section}.batch_size={size} can't be split over {processes} processes; make it a multiple"
         )
     if run := open_together(script, cfg):
         torch.set_num_threads(getattr(cfg, "threads", torch.get_num_threads()))
@@ -136,6 +136,7 @@ class Run:
 
     def steps(self, first: int, last: int) -> Iterator[int]:
         """Training steps first, ..., last - 1. Saves the parts of `resume` every `checkpoint_every` steps."""
+        self.last = last
         self.bar = progress(total=last, initial=first, desc=self.cfg.section, unit="step")
         for step in range(first, last):
             yield step
@@ -157,7 +158,7 @@ class Run:
 
     def logs(self, step: int) -> bool:
         """Whether this step is one to log: every `log_every`-th and the last."""
-        return (step + 1) % self.cfg.log_every == 0 or step + 1 == self.cfg.steps
+        return (step + 1) % self.cfg.log_every == 0 or step + 1 == self.last
 
     def log(self, step: int, **values: float) -> None:
         """Add a line to metrics.jsonl: means over the processes."""
@@ -219,6 +220,9 @@ def open_together(script: Path, cfg) -> Run | None:
     except UserError:
         ranks.told("refused")
         raise
+    if run and ranks.size() == 1 and getattr(cfg, "processes", 1) > 1:
+        ranks.launch(cfg.processes)
+        ranks.join(getattr(cfg, "device", "cpu"))
     ranks.told("open" if run else "done")
     return run
 

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -167,6 +168,34 @@ def test_two_ranks_train_what_one_process_trains(finished, tmp_path):
         assert len(logs[0]) == len(logs[1]) > 0
     refused = torchrun(kit, "03_dpo.py", "configs/micro.yaml", "dpo.batch_size=3", "overwrite=true")
     assert refused.returncode != 0 and "dpo.batch_size=3 can't be split" in refused.stderr
+
+
+def test_a_stage_that_starts_its_own_processes(finished, tmp_path):
+    """Equal to torchrun's to the last bit. `until` ends with the snapshot of the whole schedule. A kill of the
+    first process ends the other, and the same command goes on to the same bits.
+    """
+    kit, folder = copy_of_the_kit(tmp_path / "kit"), STAGES["sft"][1]
+    shutil.copytree(finished / "runs", kit / "runs")
+    shutil.rmtree(kit / folder)
+    assert torchrun(kit, "01_sft.py", "configs/micro.yaml").returncode == 0
+    want = load_file(kit / folder / "model-4.safetensors")
+    shutil.rmtree(kit / folder)
+    own = command(["01_sft.py"], "processes=2", "sft.until=4")
+    process = subprocess.Popen(own, cwd=kit, stderr=subprocess.DEVNULL)
+    while not half_way(kit / folder, "checkpoint.pt", None):
+        assert process.poll() is None, "the stage ended before it could be killed"
+        time.sleep(0.002)
+    (other,) = [p for p in psutil.Process(process.pid).children() if "01_sft.py" in p.cmdline()]
+    process.kill()
+    process.wait()
+    other.wait(timeout=60)
+    result = subprocess.run(own, cwd=kit, capture_output=True, text=True)
+    assert result.returncode == 0 and "goes on" in result.stdout, result.stderr
+    got = load_file(kit / folder / "model.safetensors")
+    assert got.keys() == want.keys() and all(torch.equal(got[key], want[key]) for key in want)
+    assert [row["step"] for row in disk.read_jsonl(kit / folder / "metrics.jsonl")] == [1, 2, 3, 4]
+    refused = subprocess.run([*own, "sft.batch_size=3"], cwd=kit, capture_output=True, text=True)
+    assert refused.returncode == 2 and "sft.batch_size=3 can't be split over 2" in refused.stderr
 
 
 def test_two_ranks_and_four_play_the_episodes_of_one_process(finished, tmp_path):
