@@ -2,8 +2,9 @@
 
 reads   <run>/<backbone>/seed<k>/sft/ (01)
 writes  <run>/<backbone>/seed<k>/prefs-<pairs>[-at<start>]/: pairs.safetensors (images, state, chunks, masks),
-        pairs.jsonl (one line each: where the pair is from), units.jsonl (every attempt, also without a pair),
-        done.json
+        pairs.jsonl (one line each: where the pair is from), tried.safetensors and tried.jsonl (the same of
+        every play-out's first chunk and its outcome, for losses that need no pairs), units.jsonl (every
+        attempt, also without a pair), done.json
 cost    a play-out takes 2 to 5 s on one core; configs/tiny.yaml: 11 minutes for 112 pairs
 try     python 02_collect_prefs.py configs/try.yaml name=mine
 
@@ -110,48 +111,62 @@ def play(
     return made
 
 
-def make_pair(chosen: Decision, rejected: Decision, **facts) -> tuple[dict, dict]:
-    """Tensors and description of one pair. The mask covers the actions that were executed of both chunks."""
-    tensors = {
-        **{key: chosen.obs[key] for key in (*common.CAMERAS, "state")},
+Row = tuple[dict[str, torch.Tensor], dict]  # what is stored of a pair, or of a play-out: tensors and facts
+
+
+def stored(seen: Decision, n: int, arrays: dict[str, np.ndarray], facts: dict) -> Row:
+    """Chunks (H, 7) with the observation that they answer, and the mask of the n executed actions."""
+    arrays |= {key: seen.obs[key] for key in (*common.CAMERAS, "state")}
+    arrays["mask"] = np.arange(len(seen.proposed)) < n
+    facts |= {"decision": seen.number, "instruction": seen.obs["instruction"]}
+    return {key: torch.as_tensor(value) for key, value in arrays.items()}, facts
+
+
+def make_pair(chosen: Decision, rejected: Decision, **facts) -> Row:
+    """A pair. Its mask covers the actions that were executed of both chunks."""
+    arrays = {
         "chosen": chosen.executed,
         "rejected": rejected.executed,
         "chosen_proposed": chosen.proposed,
         "rejected_proposed": rejected.proposed,
-        "mask": np.arange(len(chosen.proposed)) < min(chosen.n, rejected.n),
     }
-    tensors = {key: torch.as_tensor(value) for key, value in tensors.items()}
-    return tensors, facts | {"decision": chosen.number, "instruction": chosen.obs["instruction"]}
+    return stored(chosen, min(chosen.n, rejected.n), arrays, facts)
+
+
+def make_try(first: Decision, success: bool) -> Row:
+    """A play-out: its first chunk, and what came of it."""
+    return stored(first, first.n, {"chunk": first.executed}, {"success": bool(success)})
 
 
 # ---------------------------------------------------------------------------------------------------- recipes
-def episode_pairs(env, policy, cfg: Config, init: int, attempt: int) -> tuple[list, int, str]:
+def episode_pairs(env, policy, cfg: Config, init: int, attempt: int) -> tuple[list[Row], list[Row], str]:
     """The paper's recipe: K noisy episodes from one init state, ranked by outcome. -> pairs, play-outs,
     outcome.
     """
     source = (env.suite, env.task_id, init, attempt)
-    best, worst, wins = None, None, 0
+    best, worst, tried = None, None, []
     sigmas = np.linspace(cfg.noise_low, cfg.noise_high, cfg.candidates)
     for i, sigma in enumerate(sigmas):
         env.reset(init)
         decisions = play(env, policy, cfg, (*source, i), sigma=float(sigma))
-        wins += env.success
+        tried.append(make_try(decisions[0], env.success))
         if env.success and best is None:  # the least noisy success ...
             best = (decisions, float(sigma))
         if not env.success:  # ... against the noisiest failure
             worst = (decisions, float(sigma))
     if best is None or worst is None:
-        return [], len(sigmas), "all succeeded" if best else "all failed"
+        return [], tried, "all succeeded" if best else "all failed"
     chunks = list(zip(best[0], worst[0], strict=False))
     if cfg.pairs == "episode":
         chunks = chunks[:1]
     seen = best[0][0].obs  # the first observation, which both share
+    wins = sum(facts["success"] for _, facts in tried)
     facts = {"chosen_sigma": best[1], "rejected_sigma": worst[1], "wins": wins}
     pairs = [make_pair(replace(good, obs=seen), bad, **facts) for good, bad in chunks]
-    return pairs, len(sigmas), "mixed outcomes"
+    return pairs, tried, "mixed outcomes"
 
 
-def branch_pairs(env, policy, cfg: Config, init: int, attempt: int) -> tuple[list, int, str]:
+def branch_pairs(env, policy, cfg: Config, init: int, attempt: int) -> tuple[list[Row], list[Row], str]:
     """Branch from a failed episode at decision points, until a chunk leads to success. -> pairs, play-outs,
     outcome.
 
@@ -161,9 +176,10 @@ def branch_pairs(env, policy, cfg: Config, init: int, attempt: int) -> tuple[lis
     source = (env.suite, env.task_id, init, attempt)
     env.reset(init)
     base = play(env, policy, cfg, source)
+    tried, pairs = [make_try(base[0], env.success)], []
     if env.success:
-        return [], 1, "succeeded"
-    playouts, pairs, trying = 1, [], replace(cfg, noise_scale=cfg.branch_scale)
+        return [], tried, "succeeded"
+    trying = replace(cfg, noise_scale=cfg.branch_scale)
     points = min(len(base), cfg.last_decision)
     chosen = common.np_stream(cfg.seed, "branch points", *source).permutation(points)[: cfg.branches]
     for k in sorted(chosen.tolist()):
@@ -171,11 +187,11 @@ def branch_pairs(env, policy, cfg: Config, init: int, attempt: int) -> tuple[lis
         for i, chunk in enumerate(backbones.propose(policy, base[k].obs, trying, generators)):
             env.restore(base[k].state)
             other = play(env, policy, cfg, source, k, chunk)[0]
-            playouts += 1
+            tried.append(make_try(other, env.success))
             if env.success:
                 pairs.append(make_pair(other, base[k], tried=i + 1))
                 break
-    return pairs, playouts, f"failed, {len(pairs)} pairs"
+    return pairs, tried, f"failed, {len(pairs)} pairs"
 
 
 RECIPES = {"episode": episode_pairs, "whole": episode_pairs, "branch": branch_pairs}
@@ -210,36 +226,39 @@ def collect(job: Job) -> None:
     while pairs < job.quota and playouts < job.budget:
         init, attempt = states[unit % len(states)], unit // len(states)
         try:
-            found, n, outcome = RECIPES[cfg.pairs](env, policy, cfg, init, attempt)
+            found, tried, outcome = RECIPES[cfg.pairs](env, policy, cfg, init, attempt)
         except CRASHES as error:  # the simulator diverged: nobody's success or failure
-            found, n, outcome = [], 1, f"crash: {type(error).__name__}"
-        found = found[: job.quota - pairs]
+            found, tried, outcome = [], [], f"crash: {type(error).__name__}"
+        rows = {"pairs": found[: job.quota - pairs], "tried": tried}
         row = {
             "suite": job.suite,
             "task": job.task,
             "unit": unit,
             "init_state": init,
-            "playouts": n,
+            "playouts": max(1, len(tried)),  # a crash counts as one: the budget must end
             "outcome": outcome,
-            "pairs": [facts for _, facts in found],
+            **{kind: [facts for _, facts in rows[kind]] for kind in rows},
         }
-        for i, (tensors, _) in enumerate(found):
-            disk.save_tensors(part_file(job.folder, row, i), tensors)
+        for kind in filter(rows.get, rows):
+            parts = [tensors for tensors, _ in rows[kind]]
+            stacked = {key: torch.stack([part[key] for part in parts]) for key in parts[0]}
+            disk.save_tensors(part_file(job.folder, row, kind), stacked)
         disk.append_jsonl(job.folder / "units.jsonl", row)
-        pairs += len(found)
-        playouts += n
+        pairs += len(row["pairs"])
+        playouts += row["playouts"]
         unit += 1
     env.close()
 
 
 def attempts(folder: Path) -> list[dict]:
-    rows = disk.read_jsonl(folder / "units.jsonl", "suite task unit init_state outcome playouts pairs")
+    needs = "suite task unit init_state outcome playouts pairs tried"
+    rows = disk.read_jsonl(folder / "units.jsonl", needs)
     return list({(row["suite"], row["task"], row["unit"]): row for row in rows}.values())
 
 
-def part_file(folder: Path, row: dict, i: int) -> Path:
-    """File of the i-th pair of an attempt."""
-    return folder / "parts" / f"{row['suite']}-{row['task']:02d}-{row['unit']:04d}-{i}.safetensors"
+def part_file(folder: Path, row: dict, kind: str) -> Path:
+    """File of an attempt's "pairs", or of what it "tried"."""
+    return folder / "parts" / f"{row['suite']}-{row['task']:02d}-{row['unit']:04d}-{kind}.safetensors"
 
 
 def share(total: int, parts: int, part: int) -> int:
@@ -248,24 +267,22 @@ def share(total: int, parts: int, part: int) -> int:
 
 
 def assemble(folder: Path) -> None:
-    """All pairs in one file, in the order of tasks and attempts and not of their making; pairs.jsonl comes
+    """What all attempts gave, in the order of tasks and attempts and not of their making; pairs.jsonl comes
     last.
     """
     rows = sorted(attempts(folder), key=lambda row: (row["suite"], row["task"], row["unit"]))
-    found = [(row, i, facts) for row in rows for i, facts in enumerate(row["pairs"])]
-    if not found:
+    if not any(row["pairs"] for row in rows):
         raise UserError(
             f"{len(rows)} attempts gave no pair (see {folder / 'units.jsonl'}); raise prefs.max_playouts"
         )
-    pairs = [disk.load_tensors(part_file(folder, row, i)) for row, i, _ in found]
-    tensors = {key: torch.stack([pair[key] for pair in pairs]) for key in pairs[0]}
-    disk.save_tensors(folder / "pairs.safetensors", tensors)
     disk.write_rows(folder / "units.jsonl", rows)
-    where = ("suite", "task", "unit", "init_state")
-    disk.write_rows(
-        folder / "pairs.jsonl", [{key: row[key] for key in where} | facts for row, _, facts in found]
-    )
-    return rows
+    for kind in ("tried", "pairs"):
+        parts = [disk.load_tensors(part_file(folder, row, kind)) for row in rows if row[kind]]
+        tensors = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        disk.save_tensors(folder / f"{kind}.safetensors", tensors)
+        where = ("suite", "task", "unit", "init_state")
+        lines = [{key: row[key] for key in where} | facts for row in rows for facts in row[kind]]
+        disk.write_rows(folder / f"{kind}.jsonl", lines)
 
 
 def summary(rows: list[dict]) -> str:

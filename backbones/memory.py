@@ -306,7 +306,7 @@ def disk_needed(cfgs: dict) -> int:
     episodes = len(demos.suites) * len(demos.tasks or range(10)) * demos.n_init * demos.demos_per_init
     weights = 0 if cfgs["dpo"].checkpoint else estimate(sft, "sft")["parts"]["weights"]
     return int(
-        2 * cfgs["prefs"].n_pairs * frame
+        2 * (cfgs["prefs"].n_pairs + cfgs["prefs"].max_playouts) * frame
         + 50 * 10**6  # videos, logs, the report
         + (0 if demos.source else 2 * frame * episodes * 120 / demos.frame_every)  # 120 steps: about the mean
         + (1 + len(sft.snapshots) + 2 * 4) * weights  # twice: the policy, its average and two moments

@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node 2 03_dpo.py configs/tiny.yaml
 
-A stage whose config has `processes` starts them itself, always so many, whatever the machine: the last bits of
-a result do not depend on its cores.
+A stage whose config has `processes` starts them itself, as many on every machine: no last bit of a result
+depends on its cores.
 
 Training (01, 03, 06): every rank takes its rows of the same batch and gradients are averaged, so the result
 is that of one process but for rounding. (03 with surrogate=independent: each rank has draws of its own.)

@@ -217,10 +217,12 @@ def test_each_branch_starts_from_the_state_and_the_observation_of_its_decision(p
     pairs, playouts, _ = prefs.branch_pairs(world, policy, cfg, 20, 0)
     assert (
         pairs == []
-        and playouts == 7
+        and len(playouts) == 7
         and world.restored == [s for s in sorted(set(world.restored)) for _ in range(2)]
     )
     assert set(world.restored) < {0, 3, 6, 9} and len(set(world.restored)) == 3
+    assert not any(facts["success"] for _, facts in playouts)
+    assert [facts["decision"] for _, facts in playouts[1:]] == [s // 3 for s in world.restored]
     world = World()
     world.restore = lambda state: (
         setattr(world, "steps", state) or setattr(world, "wins", 8)
@@ -242,7 +244,8 @@ def test_a_pair_takes_a_success_and_a_failure(won, monkeypatch):
     monkeypatch.setattr(prefs, "play", play)
     cfg = prefs.Config(pairs="episode", candidates=len(won), noise_low=0.0, noise_high=0.3)
     pairs, playouts, _ = prefs.episode_pairs(world, None, cfg, 20, 0)
-    assert playouts == len(won) and len(pairs) == (len(won) == 4)
+    assert [facts["success"] for _, facts in playouts] == [bool(each) for each in won]
+    assert len(pairs) == (len(won) == 4)
     for tensors, facts in pairs:  # the least noisy success against the noisiest failure
         assert (facts["chosen_sigma"], facts["rejected_sigma"], facts["wins"]) == pytest.approx((0.1, 0.2, 2))
         assert tensors["chosen"][0, 0] == pytest.approx(0.1) and tensors["rejected"][0, 0] == pytest.approx(

@@ -171,8 +171,9 @@ def test_two_ranks_train_what_one_process_trains(finished, tmp_path):
 
 
 def test_a_stage_that_starts_its_own_processes(finished, tmp_path):
-    """Equal to torchrun's to the last bit. `until` ends with the snapshot of the whole schedule. A kill of the
-    first process ends the other, and the same command goes on to the same bits.
+    """Equal to torchrun's to the last bit. `until` ends with the snapshot of the whole schedule.
+
+    A kill of the first process ends the other, and the same command goes on to the same bits.
     """
     kit, folder = copy_of_the_kit(tmp_path / "kit"), STAGES["sft"][1]
     shutil.copytree(finished / "runs", kit / "runs")

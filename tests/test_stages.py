@@ -159,7 +159,7 @@ def test_only_the_tried_chunks_have_another_noise_scale(monkeypatch):
     monkeypatch.setattr(backbones, "propose", propose)
     cfg = prefs.Config(noise_scale=0.0, branch_scale=0.5, branches=2, tries=2)
     pairs, playouts, _ = prefs.branch_pairs(env, None, cfg, 20, 0)
-    assert playouts == 3 and len(pairs) == 2 and set(scales) == {("play", 0.0), ("try", 0.5)}
+    assert len(playouts) == 3 and len(pairs) == 2 and set(scales) == {("play", 0.0), ("try", 0.5)}
 
 
 def test_whole_episodes_are_scored_under_the_first_observation(monkeypatch):
@@ -178,7 +178,7 @@ def test_whole_episodes_are_scored_under_the_first_observation(monkeypatch):
     for recipe in ("whole", "episode"):
         cfg = prefs.Config(pairs=recipe, candidates=2, noise_low=0.0, noise_high=0.4)
         made[recipe], playouts, _ = prefs.RECIPES[recipe](env, None, cfg, 20, 0)
-        assert playouts == 2
+        assert len(playouts) == 2
     assert len(made["whole"]) == 3 and len(made["episode"]) == 1
     for k, (tensors, facts) in enumerate(made["whole"]):
         assert tensors["agentview"] == 0 and facts["decision"] == k

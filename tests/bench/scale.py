@@ -112,12 +112,13 @@ def parts_of_pairs(root: Path, n: int) -> list[str]:
             "unit": i,
             "init_state": 20,
             "pairs": [{"instruction": ""}],
+            "tried": [{}],
         }
         row |= {"outcome": "", "playouts": 1}
         disk.append_jsonl(root / "units.jsonl", row)
-        disk.save_tensors(
-            part_file(root, row, 0), {key: value[i % len(value)] for key, value in pairs.items()}
-        )
+        one = {key: value[i % len(value)][None] for key, value in pairs.items()}
+        for kind in ("pairs", "tried"):
+            disk.save_tensors(part_file(root, row, kind), one)
     return []
 
 
