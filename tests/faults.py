@@ -241,13 +241,13 @@ def worker(bench: Bench, name: str) -> None:
         return
     kit = bench.without(name)
     process = start(kit, name)
-    children = psutil.Process(process.pid).children
-    while process.poll() is None and len(children()) < 3:  # two workers and the resource tracker
-        time.sleep(0.01)
-    wait_for(process, bench.moment(name, 0.3))
-    living = [p for p in children() if "spawn_main" in " ".join(p.cmdline())]
-    if living:
-        bench.rng.choice(living).kill()
+    at_work = wait_for(process, bench.moment(name, 0.3))
+    children = psutil.Process(process.pid).children() if at_work else []
+    living = [p for p in children if "spawn_main" in " ".join(p.cmdline())]
+    if not living:
+        process.communicate()
+        return bench.note(name, "a worker killed", "not tried: no worker was at work")
+    bench.rng.choice(living).kill()
     _, stderr = process.communicate()
     said = one_line(process, stderr) or process.returncode == 0
     outcome = bench.judge(kit, name)
