@@ -202,8 +202,9 @@ def write_report(name: str, experiments: list[Experiment], folder: Path, alone: 
         more, its_tables = chapter(experiment, folder)
         blocks += more
         named |= its_tables
-    disk.write_atomic(folder / "index.html", as_html(blocks, folder, alone))
-    disk.write_atomic(folder / "report.md", "\n\n".join(blocks) + "\n")
+    text = "\n\n".join(blocks) + "\n"
+    disk.write_atomic(folder / "index.html", as_html(text, folder, alone))
+    disk.write_atomic(folder / "report.md", text)
     disk.write_json(folder / "claims.json", judged)
     print(f"claims: {counts}\nreport: {folder / 'index.html'}")
     return named
