@@ -15,16 +15,12 @@ from report.page import PILLS, as_html, slug
 from report.tables import grouped, script
 from runtime import HERE, disk
 
-STAGES = {  # what may have run, by the script in a row's command
-    "01_sft.py": "Supervised fine-tuning",
+STAGES = {  # headings of the tables of metrics, by the script in a row's command
     "03_dpo.py": "DPO",
-    "04_eval.py": "Success rates",
     "05_profile.py": "Anatomy of the latency",
-    "extras.cells": "Caches and fewer denoise steps",
     "06_pretrain_head.py": "Contrastive head and retrieval",
     "07_validate.py": "Surrogate against exact likelihood",
 }
-TRAINING = {"01_sft.py": "sft", "03_dpo.py": "dpo-"}  # how the names of their logs begin
 CELLS = "Caches, fewer looks and fewer denoise steps"
 GROUPS = {"test": "held-out init states (40-49)", "val": "validation init states (35-39)"}
 CLIPS = 12
@@ -152,20 +148,6 @@ def findings_list(findings: list[audit.Finding]) -> str:
     )
 
 
-def what_has_run(experiments: list[Experiment]) -> str:
-    logs = [name for experiment in experiments for name in experiment.training]
-    stages = [script(row) for experiment in experiments for row in experiment.rows]
-    lines = []
-    for stage, words in STAGES.items():
-        counts = {
-            "training log": sum(name.startswith(TRAINING.get(stage, "-")) for name in logs),
-            "row": stages.count(stage),
-        }
-        text = ", ".join(f"{n} {what}{'s' if n > 1 else ''}" for what, n in counts.items() if n)
-        lines.append([f"`{stage}`", words, text or "not run"])
-    return tables.table(["stage", "what it does", "what of it is here"], lines)
-
-
 def card() -> list[str]:
     """The six main results: the table between <!-- card --> and <!-- /card --> in README.md."""
     marked = re.search(r"<!-- card -->(.*?)<!-- /card -->", (HERE / "README.md").read_text(), re.DOTALL)
@@ -195,8 +177,6 @@ def write_report(name: str, experiments: list[Experiment], folder: Path, alone: 
         "Intervals count episodes that repeat another seed's once. Counts cannot tell whether seeds agree on "
         "an init state.",
         named["public-logs"],
-        "## What has run",
-        what_has_run(experiments),
     ]
     for experiment in experiments:
         more, its_tables = chapter(experiment, folder)

@@ -87,29 +87,3 @@ def plot_map(vectors: dict[str, torch.Tensor], frames, path: Path) -> None:
             yticks=[],
         )
     save(figure, path)
-
-
-def plot_neighbours(
-    shown: np.ndarray, right: np.ndarray, images: dict, frames, names: tuple[str, str], path: Path
-) -> None:
-    """Queries, each with the three frames nearest to it under two heads.
-
-    shown: frame numbers (n, 7), the query first.  right: (n, 7), whether a frame is of the query's moment; it
-    gets a tick, the others a cross.
-    """
-    title = "Query | three nearest by {} | three nearest by {}".format(*names)
-    figure, axes = canvas(9, 9, *shown.shape, title=title, squeeze=False)
-    for i, j in np.ndindex(*shown.shape):
-        frame = shown[i, j]
-        mark, colour = ("\N{CHECK MARK} ", "#2a7f3f") if right[i, j] else ("\N{BALLOT X} ", "#b3261e")
-        if j == 0:
-            mark, colour = "", INK
-        axes[i, j].imshow(images[int(frame)])
-        axes[i, j].set_title(
-            f"{mark}task {frames.task[frame]}, step {frames.step[frame]}",
-            fontsize=7,
-            color=colour,
-            loc="center",
-        )
-        axes[i, j].axis("off")
-    figure.savefig(path)  # with all colours

@@ -387,7 +387,6 @@ def test_killed_twice_and_run_again_gives_the_same_files(configured, monkeypatch
     assert {
         "loss.png",
         "map.png",
-        "neighbours.png",
         "metrics.jsonl",
         "heads/tasks-2-corrected.safetensors",
     } <= want.keys()
