@@ -110,11 +110,9 @@ class Clock:
         """Gives the time of a block to `part`; as a decorator, that of a function."""
         self.open.append(part)
         self.mark()
-        try:
-            yield
-        finally:
-            self.open.pop()
-            self.mark()
+        yield
+        self.open.pop()
+        self.mark()
 
     def read(self) -> dict[str, float]:
         """Milliseconds by part since the first mark. Forgets the marks."""
@@ -276,8 +274,8 @@ def main(cfg: Config, run: stage.Run) -> None:
     for label, point in workers.progress(list(points(cfg, policy)), desc="profile", unit="point"):
         rows.append({"label": label} | point | measure(policy, cfg, point))
         if abs(rows[-1]["parts_over_whole"] - 1) > 0.05:
-            text = "[05_profile] warning: {label}: the parts sum to {parts_over_whole:.0%} of the whole"
-            print(text.format_map(rows[-1]), flush=True)
+            share = f"{rows[-1]['parts_over_whole']:.0%}"
+            print(f"[05_profile] warning: {label}: the parts sum to {share} of the whole", flush=True)
     bounds = roofline(cfg)
     facts = {
         "device": cfg.device,

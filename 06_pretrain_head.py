@@ -72,15 +72,8 @@ class Config(common.SceneConfig, common.StartConfig):
     batch_size: Annotated[int, 2] = 128  # anchors
     log_every: Count = 10
 
-    @property
-    def folder(self) -> Path:
-        return self.seed_dir / "".join(
-            [
-                "head",
-                "" if self.start == "final" else f"-at{self.start}",
-                "" if self.encoder == "sft" else "-random",
-            ]
-        )
+    at = property(lambda self: "" if self.start == "final" else f"-at{self.start}")
+    folder = property(lambda self: self.seed_dir / f"head{self.at}{'-random' * (self.encoder == 'random')}")
 
     def inputs(self) -> list[Path]:
         if self.blank_images:
@@ -123,7 +116,6 @@ def info_nce(
     negatives: (B, B), True where b[j] may be a negative of a[i]; None: everywhere.
     rows: the loss is the mean over these alone (a process's share); every row stays a candidate.
     """
-    assert a.shape == b.shape and a.ndim == 2, (a.shape, b.shape)
     logits = a @ b.T / temperature  # (B, B), the positives on the diagonal
     if negatives is not None:
         logits = logits.masked_fill(

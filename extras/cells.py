@@ -176,14 +176,11 @@ def refresh(
 @contextlib.contextmanager
 def timed(seconds: dict, part: str, device: torch.device) -> Iterator[None]:
     """Add the time of the block to seconds[part]: CPU time; on a GPU wall time, until its work is done."""
-
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() if device.type == "cuda" else time.process_time()
-
+    now = time.perf_counter if device.type == "cuda" else time.process_time
     began = now()
     yield
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     seconds[part] += now() - began
 
 

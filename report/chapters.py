@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from report import audit, claims, plots, tables
-from report.page import PILLS, as_html, slug
+from report.page import as_html, slug
 from report.tables import grouped, script
 from runtime import HERE, disk
 
@@ -87,12 +87,6 @@ def link_to(picture: Path, caption: str, folder: Path) -> str:
     return f"![{caption}]({quote(os.path.relpath(picture, folder))})"
 
 
-def clips(videos: list[Path], folder: Path) -> str:
-    """Rollouts, spread over the suites and tasks."""
-    some = videos[:: math.ceil(len(videos) / CLIPS) or 1]
-    return "\n".join(link_to(path, f"{path.parent.parent.name}: {path.stem}", folder) for path in some)
-
-
 # --------------------------------------------------------------------------------------------------- chapters
 def split(rows: list[dict]) -> tuple[list[dict], list[dict]]:
     """Evaluations of 04, and cells of extras/cells.py."""
@@ -131,9 +125,11 @@ def chapter(experiment: Experiment, folder: Path) -> tuple[list[str], dict[str, 
                 ("/pairs", "From single episodes, all seeds together", tables.pairs_table(audited["pairs"]))
             )
         parts.append(("", "", findings_list(audited["findings"])))
+    videos = experiment.videos[:: math.ceil(len(experiment.videos) / CLIPS) or 1]  # spread over the tasks
+    clips = [link_to(path, f"{path.parent.parent.name}: {path.stem}", folder) for path in videos]
     commands = {f"- `{row['command']}` at {row['commit'] or 'no commit'}" for row in experiment.rows}
     parts += [
-        ("", "Rollouts", clips(experiment.videos, folder)),
+        ("", "Rollouts", "\n".join(clips)),
         ("", "Commands", "\n".join(sorted(commands)) or "Nothing has been evaluated yet."),
     ]
     headed = [([f"### {heading}"] if heading else []) + [text] for _, heading, text in parts if text]
@@ -148,26 +144,24 @@ def findings_list(findings: list[audit.Finding]) -> str:
     )
 
 
-def card() -> list[str]:
-    """The six main results: the table between <!-- card --> and <!-- /card --> in README.md."""
-    marked = re.search(r"<!-- card -->(.*?)<!-- /card -->", (HERE / "README.md").read_text(), re.DOTALL)
-    return ["## Six results", marked[1].strip()] if marked else []
-
-
 # ------------------------------------------------------------------------------------------------------ files
 def write_report(name: str, experiments: list[Experiment], folder: Path, alone: bool) -> dict[str, str]:
     """Write the report into `folder`; returns its tables by name. alone: as for as_html."""
     paper = claims.read_paper()
     logs, judged = paper["logs"], [claims.judged(claim, paper["logs"]) for claim in paper["claims"]]
-    verdicts = [claim["verdict"] for claim in judged]
-    counts = ", ".join(f"{verdict} {verdicts.count(verdict)}" for verdict in PILLS if verdict in verdicts)
-    named = {"claims": claims.claims_table(judged), "public-logs": claims.logs_table(logs)}
+    named = {
+        "claims": claims.claims_table(judged),
+        "verdicts": claims.tally(judged),
+        "public-logs": claims.logs_table(logs),
+    }
+    card = re.search(r"<!-- card -->(.*?)<!-- /card -->", (HERE / "README.md").read_text(), re.DOTALL)[1]
     blocks = [
         f"# CrossVLA kit: {name}",
         f"What this kit finds about [{paper['title']}](https://arxiv.org/abs/{paper['arxiv']}).",
-        *card(),
+        "## Six results",
+        card.strip(),
         "## The paper's claims",
-        f"By verdict: {counts}. *Here* means this kit's committed results, at its tiny size unless a row "
+        f"{named['verdicts']} *Here* means this kit's committed results, at its tiny size unless a row "
         "says otherwise. *Does not hold here* includes improvements that are not significant: they were not "
         "shown, which does not make them zero.",
         named["claims"],
@@ -185,7 +179,7 @@ def write_report(name: str, experiments: list[Experiment], folder: Path, alone: 
     disk.write_atomic(folder / "index.html", as_html(blocks, folder, alone))
     disk.write_atomic(folder / "report.md", "\n\n".join(blocks) + "\n")
     disk.write_json(folder / "claims.json", judged)
-    print(f"claims: {counts}\nreport: {folder / 'index.html'}")
+    print(f"{named['verdicts']}\nreport: {folder / 'index.html'}")
     return named
 
 
