@@ -73,7 +73,7 @@ def episodes_of(file: Path) -> list[dict]:
 
 
 def read(folder: Path) -> tuple[dict[tuple, dict[tuple, dict]], list[Finding]]:
-    """All episodes below a folder, (policy, suite, seed) -> place -> row; and what is wrong with its files."""
+    """All episodes below a folder: (policy, suite, seed) -> place -> row; and faults of its files."""
     cells, findings = defaultdict(dict), []
     for path in sorted(folder.rglob("*.jsonl")):
         lines, bad = read_lines(path)
