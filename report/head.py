@@ -1,9 +1,8 @@
-"""The tables and plots of 06_pretrain_head.py."""
+"""The tables and the plot of 06_pretrain_head.py."""
 
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from report.plots import INK, canvas, save
 from report.tables import grouped, pivot
@@ -48,7 +47,7 @@ def progress_cell(rows: list[dict]) -> str:
     return "{:.2f} ({:.2f} to {:.2f})".format(rows[0]["value"], *rows[0]["ci95"])
 
 
-# ------------------------------------------------------------------------------------------------------ plots
+# ------------------------------------------------------------------------------------------------------- plot
 def plot_losses(logged: list[dict], cfg, path: Path) -> None:
     """Both terms of the loss against steps. Takes the heads trained without the held-out episodes, if any."""
     split = "episodes" if any(row["trained_on"] == "episodes" for row in logged) else "all"
@@ -63,27 +62,4 @@ def plot_losses(logged: list[dict], cfg, path: Path) -> None:
         ax.axhline(np.log(cfg.batch_size), color=INK, linewidth=0.8, label=f"chance, log {cfg.batch_size}")
         ax.set(title=words, xlabel="step", ylim=(0, None))
     axes[0].legend()
-    save(figure, path)
-
-
-def plot_map(vectors: dict[str, torch.Tensor], frames, path: Path) -> None:
-    """The first two principal components of the anchors, coloured by task."""
-    names = ("encoder", "head, paper", "head, corrected")
-    title = "Agent view, first two principal components, a colour for each task"
-    figure, axes = canvas(10, 3.8, columns=len(names), title=title)
-    task = frames.task[frames.anchors]
-    for ax, name in zip(axes, names, strict=True):
-        x = vectors[name][frames.anchors].double().cpu()
-        x = x - x.mean(0)
-        variances, directions = torch.linalg.eigh(x.T @ x)  # ascending
-        directions = directions[:, [-1, -2]]
-        plane = x @ (directions * directions.sum(0).sign())  # a component's sign is arbitrary: fix it
-        ax.scatter(
-            *plane.T.numpy(), c=task % 20, cmap="tab10" if task.max() < 10 else "tab20", s=2, linewidths=0
-        )
-        ax.set(
-            title=f"{name}: {variances[-2:].sum() / variances.sum():.0%} of the variance",
-            xticks=[],
-            yticks=[],
-        )
     save(figure, path)
