@@ -110,9 +110,11 @@ class Clock:
         """Gives the time of a block to `part`; as a decorator, that of a function."""
         self.open.append(part)
         self.mark()
-        yield
-        self.open.pop()
-        self.mark()
+        try:
+            yield
+        finally:
+            self.open.pop()
+            self.mark()
 
     def read(self) -> dict[str, float]:
         """Milliseconds by part since the first mark. Forgets the marks."""
