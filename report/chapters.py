@@ -154,6 +154,7 @@ def write_report(name: str, experiments: list[Experiment], folder: Path, alone: 
         "verdicts": claims.tally(judged),
         "public-logs": claims.logs_table(logs),
     }
+    # the six main results
     card = re.search(r"<!-- card -->(.*?)<!-- /card -->", (HERE / "README.md").read_text(), re.DOTALL)[1]
     blocks = [
         f"# CrossVLA kit: {name}",
