@@ -22,7 +22,6 @@ Left out: kernels of our own, quantisation.
 import contextlib
 import copy
 import itertools
-import json
 import shutil
 import time
 from collections import defaultdict
@@ -141,19 +140,16 @@ def timers(policy, clock: Clock, compiled: bool = False) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------------------------------- anatomy
-@dataclass
-class Point:
-    steps: int = 10
-    views: int = 2
-    batch: int = 1
-    chunk: int = 10
-    dtype: str = "float32"
-    backend: str = "eager"
-
-
-def points(cfg: Config, policy) -> Iterator[tuple[str, Point]]:
+def points(cfg: Config, policy) -> Iterator[tuple[str, dict]]:
     """(label, point): the config's own, and with `sweeps` those that differ from it in one thing."""
-    base = Point(cfg.denoise_steps, len(policy.cfg.cameras), 1, policy.cfg.horizon, cfg.dtype)
+    base = {
+        "steps": cfg.denoise_steps,
+        "views": len(policy.cfg.cameras),
+        "batch": 1,
+        "chunk": policy.cfg.horizon,
+        "dtype": cfg.dtype,
+        "backend": "eager",
+    }
     is_flow = policy.backbone == "pi05"
     values = {
         "steps": (1, 2, 4, 10, 20) if is_flow else (),
@@ -164,22 +160,22 @@ def points(cfg: Config, policy) -> Iterator[tuple[str, Point]]:
     }
     yield "as it is", base
     for key, value in [(key, value) for key, many in values.items() for value in many if cfg.sweeps]:
-        if value != getattr(base, key):
-            yield f"{key} {value}", replace(base, **{key: value})
+        if value != base[key]:
+            yield f"{key} {value}", base | {key: value}
     if cfg.sweeps and (cfg.device == "cuda" or shutil.which("g++") or shutil.which("clang++")):
-        yield "compiled", replace(base, backend="compile")
+        yield "compiled", base | {"backend": "compile"}
 
 
-def prepare(policy, point: Point):
+def prepare(policy, point: dict):
     """The policy at this point. No weight depends on the number of views or the length of a chunk."""
-    policy.cfg.cameras = ["agentview", *["wrist"] * (point.views - 1)]
-    policy.cfg.horizon = point.chunk
-    if point.dtype != "float32" and next(policy.language_model.layers.parameters()).dtype == torch.float32:
-        policy = copy.deepcopy(policy).cast(point.dtype)
+    policy.cfg.cameras = ["agentview", *["wrist"] * (point["views"] - 1)]
+    policy.cfg.horizon = point["chunk"]
+    if point["dtype"] != "float32" and next(policy.language_model.layers.parameters()).dtype == torch.float32:
+        policy = copy.deepcopy(policy).cast(point["dtype"])
     compiled = {"pi05": ("image_features", "prefill", "flow"), "openvla": ("patch_features", "prefill")}
     for name in compiled[policy.backbone]:
         vars(policy).pop(name, None)
-        if point.backend == "compile":  # on a GPU with CUDA graphs
+        if point["backend"] == "compile":  # on a GPU with CUDA graphs
             mode = "reduce-overhead" if next(policy.parameters()).is_cuda else "default"
             setattr(policy, name, torch.compile(getattr(policy, name), mode=mode))
     return policy
@@ -200,18 +196,18 @@ def look(policy, obs: dict, noise: torch.Tensor, steps: int) -> torch.Tensor:
     return policy.unnormalise(policy.sample_actions(policy.encode(obs), noise, steps).cpu())
 
 
-def measure(policy, cfg: Config, point: Point, now: Callable[[], float] = time.process_time) -> dict:
+def measure(policy, cfg: Config, point: dict, now: Callable[[], float] = time.process_time) -> dict:
     """p50 and p95 of the whole and of each part, in ms. Inferences with and without timers take turns."""
     policy, clock = prepare(policy, point), Clock(cfg.device, now)
-    obs, compiled = observations(point.batch, cfg.image_size), point.backend == "compile"
-    noise = policy.noise(point.batch, common.stream(0, "noise"))
+    obs, compiled = observations(point["batch"], cfg.image_size), point["backend"] == "compile"
+    noise = policy.noise(point["batch"], common.stream(0, "noise"))
 
     def spent(timer) -> dict[str, float]:
         if compiled:  # CUDA graphs may overwrite earlier results from here on
             torch.compiler.cudagraph_mark_step_begin()
         with timer:
             clock.mark()
-            look(policy, obs, noise, point.steps)
+            look(policy, obs, noise, point["steps"])
             return clock.read()
 
     wholes, parts = [], []
@@ -275,13 +271,13 @@ def random_policy(cfg: Config):
 
 
 def main(cfg: Config, run: stage.Run) -> None:
-    """Measure every point; write latency.json, table.md and the plot; print the table and a line of JSON."""
+    """Measure every point; write latency.json, table.md and the plot; print the table."""
     policy, rows = backbones.load_sft(cfg) if cfg.weights == "sft" else random_policy(cfg), []
     for label, point in workers.progress(list(points(cfg, policy)), desc="profile", unit="point"):
-        rows.append({"label": label} | vars(point) | measure(policy, cfg, point))
+        rows.append({"label": label} | point | measure(policy, cfg, point))
         if abs(rows[-1]["parts_over_whole"] - 1) > 0.05:
-            text = "[05_profile] warning: {label}: the parts sum to {parts_over_whole:.0%} of the whole"
-            print(text.format_map(rows[-1]), flush=True)
+            share = f"{rows[-1]['parts_over_whole']:.0%}"
+            print(f"[05_profile] warning: {label}: the parts sum to {share} of the whole", flush=True)
     bounds = roofline(cfg)
     facts = {
         "device": cfg.device,
@@ -299,9 +295,7 @@ def main(cfg: Config, run: stage.Run) -> None:
     latency.plot(
         rows, f"{cfg.backbone}, {facts['parameters']:,} parameters, {cfg.device}", run.dir / "anatomy.png"
     )
-    keys = ("label", "p50_ms", "p95_ms", "prefix_share", "ceiling")
-    short = [{key: row[key] for key in keys} for row in rows]
-    print(table + json.dumps(facts | {"points": short}), flush=True)
+    print(table, flush=True)
 
 
 def write_table(cfg: Config) -> None:

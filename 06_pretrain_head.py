@@ -2,7 +2,7 @@
 
 reads   <run>/data/ (00), <run>/<backbone>/seed<k>/sft/ (01) or `checkpoint`
 writes  <run>/<backbone>/seed<k>/head[-at<start>][-random]/: heads/<split>-<variant>.safetensors,
-        metrics.jsonl, rows.json, table.{json,md}, {loss,neighbours,map}.png, done.json
+        metrics.jsonl, rows.json, table.{json,md}, loss.png, done.json
 cost    the tower sees each image once; then 36 heads train (with ten tasks): 2 minutes on one core
 try     python 06_pretrain_head.py configs/tiny.yaml start=final
         python 06_pretrain_head.py configs/tiny.yaml start=final encoder=random
@@ -46,7 +46,7 @@ from torch import Tensor, nn
 import backbones
 import common
 from report import stats
-from report.head import plot_losses, plot_map, plot_neighbours, retrieval_report
+from report.head import plot_losses, retrieval_report
 from runtime import Count, UserError, disk, ranks, stage, workers
 
 ANCHORS = 30  # of an episode, evenly spaced
@@ -72,15 +72,8 @@ class Config(common.SceneConfig, common.StartConfig):
     batch_size: Annotated[int, 2] = 128  # anchors
     log_every: Count = 10
 
-    @property
-    def folder(self) -> Path:
-        return self.seed_dir / "".join(
-            [
-                "head",
-                "" if self.start == "final" else f"-at{self.start}",
-                "" if self.encoder == "sft" else "-random",
-            ]
-        )
+    at = property(lambda self: "" if self.start == "final" else f"-at{self.start}")
+    folder = property(lambda self: self.seed_dir / f"head{self.at}{'-random' * (self.encoder == 'random')}")
 
     def inputs(self) -> list[Path]:
         if self.blank_images:
@@ -123,7 +116,6 @@ def info_nce(
     negatives: (B, B), True where b[j] may be a negative of a[i]; None: everywhere.
     rows: the loss is the mean over these alone (a process's share); every row stays a candidate.
     """
-    assert a.shape == b.shape and a.ndim == 2, (a.shape, b.shape)
     logits = a @ b.T / temperature  # (B, B), the positives on the diagonal
     if negatives is not None:
         logits = logits.masked_fill(
@@ -514,29 +506,6 @@ def progress_rows(frames: Frames, heads: dict, cfg: Config) -> list[dict]:
     return rows
 
 
-def neighbours(vectors: dict, frames: Frames, part: tuple, names: tuple[str, str], cfg: Config) -> tuple:
-    """Six queries, each with the three frames nearest to it under two heads.
-
-    Returns the frames' numbers (6, 7), whether each is of the query's moment, and their images.
-    """
-    _, _, queries, gallery, ids = part
-    queries = queries[np.linspace(0, len(queries) - 1, 8).round().astype(int)[1:-1]]
-    q, g = frames.anchors[queries], frames.anchors[gallery]
-    allowed = ids[queries][:, None] != ids[gallery]
-    shown = np.concatenate(
-        [q[:, None], *(g[nearest(vectors[name][q], vectors[name][g], allowed, 3)] for name in names)], axis=1
-    )
-    right = (frames.task[shown] == frames.task[q][:, None]) & (
-        abs(frames.step[shown] - frames.step[q][:, None]) <= cfg.near
-    )
-    images = {}
-    for episode, (*_, demo) in enumerate(common.demonstrations(cfg, cfg.holdout)):
-        own = np.intersect1d(shown, np.flatnonzero(frames.episode == episode))
-        at = choose(demo.image_steps, cfg.gap)[0][own - np.searchsorted(frames.episode, episode)]
-        images |= dict(zip(own.tolist(), demo.agentview[at], strict=True))
-    return shown, right, images
-
-
 # ------------------------------------------------------------------------------------------------------- main
 def main(cfg: Config, run: stage.Run) -> dict | None:
     # 1. features of all frames, and a head for every split and variant
@@ -556,14 +525,8 @@ def main(cfg: Config, run: stage.Run) -> dict | None:
         recall_rows(frames, heads, cfg) + (progress_rows(frames, heads, cfg) if frames.held.any() else []),
     )
 
-    # 3. plots
-    parts = protocols(frames)
-    part = parts.get("held-out episodes", parts["other episodes"])[0]
-    vectors = representations(frames, heads, part[0], cfg)
-    names = ("head, paper", "head, corrected")
+    # 3. the plot
     plot_losses(disk.read_jsonl(run.dir / "metrics.jsonl"), cfg, run.dir / "loss.png")
-    plot_map(vectors, frames, run.dir / "map.png")
-    plot_neighbours(*neighbours(vectors, frames, part, names, cfg), frames, names, run.dir / "neighbours.png")
     return {
         "parameters": trained,
         "anchors": len(frames.anchors),

@@ -12,9 +12,7 @@ import contextlib
 import hashlib
 import importlib
 import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,7 +22,7 @@ import numpy as np
 import common
 from backbones import horizon, memory
 from runtime import disk, stage
-from runtime.config import HERE, STAGES, load_config, own_keys
+from runtime.config import STAGES, load_config, own_keys
 from runtime.errors import UserError
 from sim.env import TaskEnv, init_state_array, libraries, suite_of, task_count
 
@@ -102,23 +100,6 @@ def check_init_states() -> tuple[bool, str]:
         != expected
     ]
     return not wrong, f"other init states in {wrong}; {REINSTALL}" if wrong else "as in LIBERO"
-
-
-def check_first_import() -> tuple[bool, str]:
-    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); from sim.env import libraries; libraries()"
-    with tempfile.TemporaryDirectory() as home:
-        child = subprocess.run(
-            [sys.executable, "-c", code],
-            env={k: v for k, v in os.environ.items() if k != "MPLCONFIGDIR"} | {"HOME": home},
-            text=True,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-        )
-        files = [path.name for path in Path(home).rglob("*")]
-    output = (child.stdout + child.stderr).strip()[-200:]
-    if child.returncode == 0 and not files and not output:
-        return True, "asks, prints and writes nothing"
-    return False, f"wrote {files} to the home folder, printed {output!r}"
 
 
 def check_frame(env: TaskEnv) -> tuple[bool, str]:
@@ -200,7 +181,6 @@ CHECKS = {
     "mujoco": check_mujoco,
     "assets": check_assets,
     "init states": check_init_states,
-    "first import": check_first_import,
     **{f"environment {suite}": partial(check_environment, suite, mode) for suite, mode in ENV_CHECKS},
 }
 

@@ -6,7 +6,6 @@ rates.
 
 import dataclasses
 import itertools
-from collections import defaultdict
 from collections.abc import Iterator
 from operator import itemgetter
 from pathlib import Path
@@ -134,11 +133,6 @@ def always_positive(measures: dict[str, dict]) -> Iterator[dict]:
             }
 
 
-def passes(name: str, k: int, cfg, dims: int) -> int:
-    """Passes of the action expert per chunk; a vector-Jacobian product counts as one."""
-    return k if name != "exact" else 2 * cfg.ode_steps * (1 + dims)
-
-
 def estimator_rows(cfg, measures: dict[str, dict], dims: int) -> Iterator[dict]:
     """A row per policy, estimator, number of draws, quantity and metric.
 
@@ -164,8 +158,8 @@ def estimator_rows(cfg, measures: dict[str, dict], dims: int) -> Iterator[dict]:
                 "policy": policy,
                 "surrogate": name,
                 "draws": k,
-                "passes": passes(name, k, cfg, dims),
-                "passes_exact": passes("exact", 0, cfg, dims),
+                "passes": k,  # of the action expert per chunk; a vector-Jacobian product counts as one
+                "passes_exact": 2 * cfg.ode_steps * (1 + dims),
             }
             for of, metrics in results:
                 for metric, (value, low, high) in metrics.items():
@@ -227,14 +221,14 @@ def settling(cfg) -> Iterator[dict]:
         **{s: dataclasses.replace(cfg, surrogate=s).made_adapter.name for s in common.SURROGATES},
     }
     seed_dirs = sorted(cfg.seed_dir.parent.glob("seed*"))
-    evaluated = {
+    arms = {
         surrogate: [
-            each for seed_dir in seed_dirs for each in episodes.finished(seed_dir, f"eval-{name}", "test")
+            row
+            for seed_dir in seed_dirs
+            for _, played, _ in episodes.finished(seed_dir, f"eval-{name}", "test")
+            for row in played
         ]
         for surrogate, name in names.items()
-    }
-    arms = {
-        surrogate: [row for _, played, _ in each for row in played] for surrogate, each in evaluated.items()
     }
     seeds = {row["seed"] for row in arms["exact"]}  # of the experiment with the exact likelihood
     for surrogate, every in arms.items():
@@ -392,13 +386,17 @@ def draw_panels(
     lines_by_draws(
         noise,
         [
-            (row["surrogate"], row["shared"], row["draws"], row["value"])
+            row | {"name": row["surrogate"], "solid": row["shared"]}
             for row in rows
             if (row["policy"], row["quantity"], row["metric"]) == (shown, what, "noise")
         ],
     )
     lines_by_draws(
-        gradient, [(r["estimator"], r["state"] == "start", r["draws"], r["cosine"]) for r in cosines]
+        gradient,
+        [
+            row | {"name": row["estimator"], "solid": row["state"] == "start", "value": row["cosine"]}
+            for row in cosines
+        ],
     )
     draw_rows(
         success,
@@ -420,23 +418,23 @@ def unexplained(ax, label: str, by_time: Tensor, exact: Tensor) -> None:
     ax.plot((np.arange(len(strata)) + 0.5) / len(strata), values, "o-", markersize=3, label=label)
 
 
-def lines_by_draws(ax, points: list[tuple[str, bool, int, float]]) -> None:
-    """Means of (name, whether its line is solid, draws, value) against draws."""
-    solid_ones = {name for name, solid, _, _ in points if solid}
-    for name, solid in dict.fromkeys(point[:2] for point in points):
-        values = defaultdict(list)
-        for *_, draws, value in sorted(point for point in points if point[:2] == (name, solid)):
-            values[draws].append(value)
+def lines_by_draws(ax, rows: list[dict]) -> None:
+    """Means of the rows' values against their draws: a line for each name, another one where not `solid`."""
+    solid_ones = {row["name"] for row in rows if row["solid"]}
+    for (name, solid), of_line in grouped(rows, "name", "solid").items():
+        values = {
+            draws: [row["value"] for row in same] for (draws,), same in grouped(of_line, "draws").items()
+        }
         label = "exact: probes against others" if name == "exact" else name
         ax.plot(
-            list(values),
-            list(map(np.mean, values.values())),
+            sorted(values),
+            [np.mean(values[draws]) for draws in sorted(values)],
             "o-" if solid else "o--",
             color=COLOURS[name],
             markersize=3,
             label=label if solid or name not in solid_ones else None,
         )
-    if points:
+    if rows:
         ax.set_xscale("log", base=2)
 
 

@@ -24,7 +24,6 @@ from runtime.errors import UserError
 FEW = 100  # with fewer episodes an interval is wider than 20 points at a success rate of one half
 NOISE = r"^eval-|libero_(spatial|object|goal|10|90|long10)|\d+x\d+|multiseed|seed\d+"  # not the policy's name
 RATE = "it says {} of {} successes of episodes, the episodes give {} of {}"
-Key = tuple[str, str, int]  # policy, suite, seed
 # kind: duplicate, baseline, summary, missing, crash, few or unreadable
 Finding = namedtuple("Finding", "kind where text")
 
@@ -73,8 +72,8 @@ def episodes_of(file: Path) -> list[dict]:
     return list(filter(None, map(parsed, read_lines(file)[0]))) if file.is_file() else []
 
 
-def read(folder: Path) -> tuple[dict[Key, dict[tuple, dict]], list[Finding]]:
-    """All episodes below a folder: Key -> place -> row; and what is wrong with the files."""
+def read(folder: Path) -> tuple[dict[tuple, dict[tuple, dict]], list[Finding]]:
+    """All episodes below a folder: (policy, suite, seed) -> place -> row; and faults of its files."""
     cells, findings = defaultdict(dict), []
     for path in sorted(folder.rglob("*.jsonl")):
         lines, bad = read_lines(path)

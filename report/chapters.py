@@ -11,20 +11,16 @@ from pathlib import Path
 from urllib.parse import quote
 
 from report import audit, claims, plots, tables
-from report.page import PILLS, as_html, slug
+from report.page import as_html, slug
 from report.tables import grouped, script
 from runtime import HERE, disk
 
-STAGES = {  # what may have run, by the script in a row's command
-    "01_sft.py": "Supervised fine-tuning",
+STAGES = {  # headings of the tables of metrics, by the script in a row's command
     "03_dpo.py": "DPO",
-    "04_eval.py": "Success rates",
     "05_profile.py": "Anatomy of the latency",
-    "extras.cells": "Caches and fewer denoise steps",
     "06_pretrain_head.py": "Contrastive head and retrieval",
     "07_validate.py": "Surrogate against exact likelihood",
 }
-TRAINING = {"01_sft.py": "sft", "03_dpo.py": "dpo-"}  # how the names of their logs begin
 CELLS = "Caches, fewer looks and fewer denoise steps"
 GROUPS = {"test": "held-out init states (40-49)", "val": "validation init states (35-39)"}
 CLIPS = 12
@@ -91,12 +87,6 @@ def link_to(picture: Path, caption: str, folder: Path) -> str:
     return f"![{caption}]({quote(os.path.relpath(picture, folder))})"
 
 
-def clips(videos: list[Path], folder: Path) -> str:
-    """Rollouts, spread over the suites and tasks."""
-    some = videos[:: math.ceil(len(videos) / CLIPS) or 1]
-    return "\n".join(link_to(path, f"{path.parent.parent.name}: {path.stem}", folder) for path in some)
-
-
 # --------------------------------------------------------------------------------------------------- chapters
 def split(rows: list[dict]) -> tuple[list[dict], list[dict]]:
     """Evaluations of 04, and cells of extras/cells.py."""
@@ -135,9 +125,11 @@ def chapter(experiment: Experiment, folder: Path) -> tuple[list[str], dict[str, 
                 ("/pairs", "From single episodes, all seeds together", tables.pairs_table(audited["pairs"]))
             )
         parts.append(("", "", findings_list(audited["findings"])))
+    videos = experiment.videos[:: math.ceil(len(experiment.videos) / CLIPS) or 1]  # spread over the tasks
+    clips = [link_to(path, f"{path.parent.parent.name}: {path.stem}", folder) for path in videos]
     commands = {f"- `{row['command']}` at {row['commit'] or 'no commit'}" for row in experiment.rows}
     parts += [
-        ("", "Rollouts", clips(experiment.videos, folder)),
+        ("", "Rollouts", "\n".join(clips)),
         ("", "Commands", "\n".join(sorted(commands)) or "Nothing has been evaluated yet."),
     ]
     headed = [([f"### {heading}"] if heading else []) + [text] for _, heading, text in parts if text]
@@ -152,40 +144,25 @@ def findings_list(findings: list[audit.Finding]) -> str:
     )
 
 
-def what_has_run(experiments: list[Experiment]) -> str:
-    logs = [name for experiment in experiments for name in experiment.training]
-    stages = [script(row) for experiment in experiments for row in experiment.rows]
-    lines = []
-    for stage, words in STAGES.items():
-        counts = {
-            "training log": sum(name.startswith(TRAINING.get(stage, "-")) for name in logs),
-            "row": stages.count(stage),
-        }
-        text = ", ".join(f"{n} {what}{'s' if n > 1 else ''}" for what, n in counts.items() if n)
-        lines.append([f"`{stage}`", words, text or "not run"])
-    return tables.table(["stage", "what it does", "what of it is here"], lines)
-
-
-def card() -> list[str]:
-    """The six main results: the table between <!-- card --> and <!-- /card --> in README.md."""
-    marked = re.search(r"<!-- card -->(.*?)<!-- /card -->", (HERE / "README.md").read_text(), re.DOTALL)
-    return ["## Six results", marked[1].strip()] if marked else []
-
-
 # ------------------------------------------------------------------------------------------------------ files
 def write_report(name: str, experiments: list[Experiment], folder: Path, alone: bool) -> dict[str, str]:
     """Write the report into `folder`; returns its tables by name. alone: as for as_html."""
     paper = claims.read_paper()
     logs, judged = paper["logs"], [claims.judged(claim, paper["logs"]) for claim in paper["claims"]]
-    verdicts = [claim["verdict"] for claim in judged]
-    counts = ", ".join(f"{verdict} {verdicts.count(verdict)}" for verdict in PILLS if verdict in verdicts)
-    named = {"claims": claims.claims_table(judged), "public-logs": claims.logs_table(logs)}
+    named = {
+        "claims": claims.claims_table(judged),
+        "verdicts": claims.tally(judged),
+        "public-logs": claims.logs_table(logs),
+    }
+    # the six main results
+    card = re.search(r"<!-- card -->(.*?)<!-- /card -->", (HERE / "README.md").read_text(), re.DOTALL)[1]
     blocks = [
         f"# CrossVLA kit: {name}",
         f"What this kit finds about [{paper['title']}](https://arxiv.org/abs/{paper['arxiv']}).",
-        *card(),
+        "## Six results",
+        card.strip(),
         "## The paper's claims",
-        f"By verdict: {counts}. *Here* means this kit's committed results, at its tiny size unless a row "
+        f"{named['verdicts']} *Here* means this kit's committed results, at its tiny size unless a row "
         "says otherwise. *Does not hold here* includes improvements that are not significant: they were not "
         "shown, which does not make them zero.",
         named["claims"],
@@ -195,8 +172,6 @@ def write_report(name: str, experiments: list[Experiment], folder: Path, alone: 
         "Intervals count episodes that repeat another seed's once. Counts cannot tell whether seeds agree on "
         "an init state.",
         named["public-logs"],
-        "## What has run",
-        what_has_run(experiments),
     ]
     for experiment in experiments:
         more, its_tables = chapter(experiment, folder)
@@ -206,7 +181,7 @@ def write_report(name: str, experiments: list[Experiment], folder: Path, alone: 
     disk.write_atomic(folder / "index.html", as_html(text, folder, alone))
     disk.write_atomic(folder / "report.md", text)
     disk.write_json(folder / "claims.json", judged)
-    print(f"claims: {counts}\nreport: {folder / 'index.html'}")
+    print(f"{named['verdicts']}\nreport: {folder / 'index.html'}")
     return named
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import yaml
 
 from report import audit, stats
+from report.page import PILLS
 from report.tables import difference, listing, number, p_value, percent, points, table
 from runtime import HERE, UserError, disk
 
@@ -90,6 +91,12 @@ def judged(claim: dict, logs: dict) -> dict:
         "ours": "; ".join(parts),
         "verdict": verdict,
     }
+
+
+def tally(claims: list[dict]) -> str:
+    verdicts = [claim["verdict"] for claim in claims]
+    counts = [f"{verdict} {verdicts.count(verdict)}" for verdict in PILLS if verdict in verdicts]
+    return f"By verdict: {', '.join(counts)}."
 
 
 def claims_table(claims: list[dict]) -> str:

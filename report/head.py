@@ -1,9 +1,8 @@
-"""The tables and plots of 06_pretrain_head.py."""
+"""The tables and the plot of 06_pretrain_head.py."""
 
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from report.plots import INK, canvas, save
 from report.tables import grouped, pivot
@@ -48,7 +47,7 @@ def progress_cell(rows: list[dict]) -> str:
     return "{:.2f} ({:.2f} to {:.2f})".format(rows[0]["value"], *rows[0]["ci95"])
 
 
-# ------------------------------------------------------------------------------------------------------ plots
+# ------------------------------------------------------------------------------------------------------- plot
 def plot_losses(logged: list[dict], cfg, path: Path) -> None:
     """Both terms of the loss against steps. Takes the heads trained without the held-out episodes, if any."""
     split = "episodes" if any(row["trained_on"] == "episodes" for row in logged) else "all"
@@ -64,52 +63,3 @@ def plot_losses(logged: list[dict], cfg, path: Path) -> None:
         ax.set(title=words, xlabel="step", ylim=(0, None))
     axes[0].legend()
     save(figure, path)
-
-
-def plot_map(vectors: dict[str, torch.Tensor], frames, path: Path) -> None:
-    """The first two principal components of the anchors, coloured by task."""
-    names = ("encoder", "head, paper", "head, corrected")
-    title = "Agent view, first two principal components, a colour for each task"
-    figure, axes = canvas(10, 3.8, columns=len(names), title=title)
-    task = frames.task[frames.anchors]
-    for ax, name in zip(axes, names, strict=True):
-        x = vectors[name][frames.anchors].double().cpu()
-        x = x - x.mean(0)
-        variances, directions = torch.linalg.eigh(x.T @ x)  # ascending
-        directions = directions[:, [-1, -2]]
-        plane = x @ (directions * directions.sum(0).sign())  # a component's sign is arbitrary: fix it
-        ax.scatter(
-            *plane.T.numpy(), c=task % 20, cmap="tab10" if task.max() < 10 else "tab20", s=2, linewidths=0
-        )
-        ax.set(
-            title=f"{name}: {variances[-2:].sum() / variances.sum():.0%} of the variance",
-            xticks=[],
-            yticks=[],
-        )
-    save(figure, path)
-
-
-def plot_neighbours(
-    shown: np.ndarray, right: np.ndarray, images: dict, frames, names: tuple[str, str], path: Path
-) -> None:
-    """Queries, each with the three frames nearest to it under two heads.
-
-    shown: frame numbers (n, 7), the query first.  right: (n, 7), whether a frame is of the query's moment; it
-    gets a tick, the others a cross.
-    """
-    title = "Query | three nearest by {} | three nearest by {}".format(*names)
-    figure, axes = canvas(9, 9, *shown.shape, title=title, squeeze=False)
-    for i, j in np.ndindex(*shown.shape):
-        frame = shown[i, j]
-        mark, colour = ("\N{CHECK MARK} ", "#2a7f3f") if right[i, j] else ("\N{BALLOT X} ", "#b3261e")
-        if j == 0:
-            mark, colour = "", INK
-        axes[i, j].imshow(images[int(frame)])
-        axes[i, j].set_title(
-            f"{mark}task {frames.task[frame]}, step {frames.step[frame]}",
-            fontsize=7,
-            color=colour,
-            loc="center",
-        )
-        axes[i, j].axis("off")
-    figure.savefig(path)  # with all colours

@@ -66,10 +66,8 @@ def number(value: float) -> str:
 
 
 def difference(row: dict) -> str:
-    """A row's difference to its baseline; with an interval if the row counts gained and lost episodes."""
-    if "gained" in row:
-        return points(row["diff_vs_sft"], stats.difference_interval(row))
-    return f"{100 * row['diff_vs_sft']:+.1f} points"
+    """A row's difference to its baseline, with its interval."""
+    return points(row["diff_vs_sft"], stats.difference_interval(row))
 
 
 def joined(values: Sequence) -> str:

@@ -197,14 +197,26 @@ def test_no_reuse_is_what_evaluation_does():
     np.testing.assert_array_equal(actor(scene()), np.asarray(policy.unnormalise(want))[:4])
 
 
+@pytest.mark.parametrize("reuse", cells.SEES_ON_A_HIT)
 @pytest.mark.parametrize("state_token", [True, False])
-def test_what_a_hit_cannot_see(state_token):
-    policy = make_policy(state_token=state_token)
-    state = ["state"] if state_token else []
-    assert cells.sees_on_a_hit(policy, rule(reuse="none")) == [*state, "images"]
-    assert cells.sees_on_a_hit(policy, rule(reuse="chunk")) == []
-    assert cells.sees_on_a_hit(policy, rule(reuse="prefix")) == []  # the state is in the prefix: nothing new
-    assert cells.sees_on_a_hit(policy, rule(reuse="patches")) == [*state, "images"]
+def test_what_a_hit_cannot_see(state_token, reuse):
+    """An actor looks at one observation, then at another one in which the state or a quarter of one image is
+    new; whole images always count as similar enough. Actions that agree to the last bit have not seen it."""
+    policy, first = make_policy(state_token=state_token), scene()
+    threshold = 0.5 if reuse == "patches" else -1.0
+    always = rule(reuse=reuse, threshold=threshold, cap=100, relevant=0.0, execute=1)
+    moved = first["agentview"].copy()
+    moved[:16, :16] = 255 - moved[:16, :16]
+    changes = {"state": np.full(8, 0.5, np.float32), "agentview": moved}
+
+    def acted(changed: dict) -> np.ndarray:
+        actor = cells.Actor(policy, always, ("s", 0, 0))
+        actor(first)
+        return actor(first | changed)
+
+    seen = [key for key in changes if not np.array_equal(acted({key: changes[key]}), acted({}))]
+    sees = [{"images": "agentview"}.get(what, what) for what in cells.SEES_ON_A_HIT[reuse]]
+    assert seen == [key for key in sees if key != "state" or state_token]
 
 
 def test_patches_that_stand_still_are_kept_until_the_cap_and_the_wanted_never():
@@ -330,8 +342,7 @@ def finished_cell(cfg, wins: list[bool], hits: float) -> None:
             row |= {"success": win, "steps": 100, "crash": "", "looks": 50, "hits": hits}
             row["wall_s"] = {"episode": 1.0, "check": 0.1, "encode": 0.2, "act": 0.3}
             disk.append_jsonl(run.dir / "played.jsonl", row)
-        sees = [] if cfg.reuse == "chunk" else ["images"]
-        return episodes.finish(run, cell=cfg.cell, sees_on_a_hit=sees)
+        return episodes.finish(run, cell=cfg.cell)
 
     stage.execute(main, cfg)
 

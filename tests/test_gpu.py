@@ -148,7 +148,7 @@ def test_compiled_looks_give_the_same_chunk(backbone):
     """With CUDA graphs, whose results stand where the next look writes its own."""
     policy = make_policy(backbone, "cuda")
     obs, noise = profile.observations(1, 64), policy.noise(1, common.stream(0, "noise"))
-    point = profile.Point(views=2, chunk=policy.horizon, backend="compile")
+    point = {"views": 2, "chunk": policy.horizon, "dtype": "float32", "backend": "compile"}
     plain = profile.look(policy, obs, noise, 10)
     policy = profile.prepare(policy, point)
     for _ in range(4):

@@ -386,8 +386,6 @@ def test_killed_twice_and_run_again_gives_the_same_files(configured, monkeypatch
     want, table = files_of(folder), disk.read_json(folder / "table.json")
     assert {
         "loss.png",
-        "map.png",
-        "neighbours.png",
         "metrics.jsonl",
         "heads/tasks-2-corrected.safetensors",
     } <= want.keys()

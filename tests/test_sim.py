@@ -367,7 +367,6 @@ def test_environment_checks_pass_here_and_notice_planted_faults(env, monkeypatch
 def test_installation_checks_pass_here_and_notice_planted_faults(monkeypatch, tmp_path):
     assert preflight.check_mujoco()[0] and preflight.check_assets()[0], preflight.check_assets()
     assert preflight.check_init_states()[0]
-    assert preflight.check_first_import()[0], preflight.check_first_import()
     monkeypatch.setattr(mj, "__version__", "3.3.3")
     assert not preflight.check_mujoco()[0]
     honest = preflight.disk.sha256
@@ -383,12 +382,25 @@ def test_installation_checks_pass_here_and_notice_planted_faults(monkeypatch, tm
     assert not preflight.check_init_states()[0]
 
 
+def test_liberos_first_import_asks_prints_and_writes_nothing(tmp_path):
+    """As on a machine on which nobody has imported LIBERO before, and with nobody to answer its question."""
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); from sim.env import libraries; libraries()"
+    child = subprocess.run(
+        [sys.executable, "-c", code],
+        env={k: v for k, v in os.environ.items() if k != "MPLCONFIGDIR"} | {"HOME": str(tmp_path)},
+        text=True,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+    )
+    assert child.returncode == 0 and not child.stdout + child.stderr, (child.stdout, child.stderr)
+    assert not list(tmp_path.rglob("*"))
+
+
 def test_preflight_reports_what_cannot_run(monkeypatch, capsys):
     def broken(*args):
         raise RuntimeError("no display")
 
     monkeypatch.setattr(preflight, "TaskEnv", broken)
-    monkeypatch.setitem(preflight.CHECKS, "first import", lambda: (True, "skipped"))
     monkeypatch.setattr(sys, "argv", ["preflight.py"])
     with pytest.raises(UserError, match="2 checks"):
         preflight.main()

@@ -36,7 +36,7 @@ def at_home(monkeypatch):
 @pytest.mark.parametrize("adapter", ["lora", "dora"])
 @pytest.mark.parametrize("backbone", ["pi05", "openvla"])
 @torch.no_grad()
-def test_an_adapter_on_its_policy_gives_the_log_ratios_of_the_training_run(backbone, adapter):
+def test_an_adapter_on_its_policy_gives_the_margins_of_the_training_run(backbone, adapter):
     """margins.json: the float32 weights, adapter merged. Here: those in bfloat16, adapter on and off."""
     from peft import PeftModel
 

@@ -1,10 +1,10 @@
 """Make checkpoints/try/ from a run of configs/tiny.yaml with both backbones: every stage without training.
 
-    python -m extras.make_checkpoints runs/tiny
+    python tests/make_checkpoints.py runs/tiny
 
 For each backbone: the policy that DPO starts from, in bfloat16; 20 of its pairs; both trained adapters,
-unchanged. For both: two demonstrations of task 0; and margins.json, the log-ratios of the pairs under the
-run's own float32 weights, for tests/test_try.py.
+unchanged. For both: two demonstrations of task 0; and margins.json, the margins of the pairs (before beta)
+under the run's own float32 weights, for tests/test_try.py.
 """
 
 import importlib
@@ -14,6 +14,8 @@ from pathlib import Path
 
 import h5py
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import backbones
 import common
@@ -40,7 +42,7 @@ def demonstrations(source: Path, target: Path) -> None:
 
 
 @torch.no_grad()
-def log_ratios(policy, pairs: dict, dpo) -> torch.Tensor:
+def differences(policy, pairs: dict, dpo) -> torch.Tensor:
     """log p(chosen) - log p(rejected) of all pairs (20,), with the draws of stream (0, "try")."""
     chosen, rejected = dpo.log_probs(
         policy,
@@ -69,7 +71,7 @@ def main(run: Path) -> None:
         disk.write_rows(target / "prefs" / "pairs.jsonl", common.select(rows, index))
         policy = backbones.load_policy(folder / "sft", weights)
         pairs = dpo.load_pairs(dpo.Config(pairs_from=str(target / "prefs")), policy)
-        reference = log_ratios(policy, pairs, dpo)
+        reference = differences(policy, pairs, dpo)
         for adapter in ("lora", "dora"):
             made = folder / f"dpo-{adapter}-branch{at}"
             (target / adapter).mkdir()
@@ -77,7 +79,7 @@ def main(run: Path) -> None:
                 shutil.copyfile(made / file, target / adapter / file)
             adapted = common.load_adapter(backbones.load_policy(folder / "sft", weights), made)
             margins[f"{backbone} {adapter}"] = [
-                round(x, 3) for x in (log_ratios(adapted, pairs, dpo) - reference).tolist()
+                round(x, 3) for x in (differences(adapted, pairs, dpo) - reference).tolist()
             ]
         backbones.load_policy(folder / "sft", weights).to(torch.bfloat16).save(target / "sft")
     disk.write_json(TRY / "margins.json", margins)
