@@ -1,6 +1,6 @@
 """Make checkpoints/try/ from a run of configs/tiny.yaml with both backbones: every stage without training.
 
-    python tests/make_checkpoints.py runs/tiny
+    python -m extras.make_checkpoints runs/tiny
 
 For each backbone: the policy that DPO starts from, in bfloat16; 20 of its pairs; both trained adapters,
 unchanged. For both: two demonstrations of task 0; and margins.json, the margins of the pairs (before beta)
@@ -14,8 +14,6 @@ from pathlib import Path
 
 import h5py
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import backbones
 import common
