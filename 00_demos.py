@@ -33,7 +33,7 @@ import h5py
 import numpy as np
 
 import common
-from runtime import Count, UserError, disk, one_line, stage, workers
+from runtime import Count, UserError, disk, one_line, refuse, stage, workers
 from sim.env import CRASHES, TaskEnv, instruction, tasks
 from sim.expert import TASKS, Expert, MissedGrasp
 
@@ -64,8 +64,10 @@ class Config(common.SceneConfig):
                 )
             return []
         source = Path(self.source)
-        if source.resolve().is_relative_to(self.data_dir.resolve()):
-            raise UserError(f"demos.source={source} is the folder that this stage writes, or lies in it")
+        refuse(
+            source.resolve().is_relative_to(self.data_dir.resolve()),
+            f"demos.source={source} is the folder that this stage writes, or lies in it",
+        )
         official_files(self)
         return [source] if (source / "done.json").is_file() else []
 
@@ -278,11 +280,10 @@ def adopt(cfg: Config) -> list[dict]:
     rows = []
     for (suite, task), path in official_files(cfg).items():
         demos = [demo.agentview.shape[1] for demo in common.read_demos(path, task)]
-        if not demos:
-            raise UserError(
-                f"source: {path} holds no demonstration; "
-                f"record it again, or leave task {task} out with tasks="
-            )
+        refuse(
+            not demos,
+            f"source: {path} holds no demonstration; record it again, or leave task {task} out with tasks=",
+        )
         if demos[0] != cfg.image_size:
             raise UserError(f"{path} has images of {demos[0]} px: set image_size={demos[0]}")
         link = cfg.data_dir / suite / f"task_{task:02d}.hdf5"

@@ -25,7 +25,7 @@ import torch
 
 import backbones
 import common
-from runtime import Count, Positive, UserError, ranks, stage
+from runtime import Count, Positive, ranks, refuse, stage
 
 
 @dataclass
@@ -61,10 +61,10 @@ class Config(common.PolicyConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.train == "full" and self.dtype != "float32":
-            raise UserError(
-                f"sft.train=full needs dtype=float32, not {self.dtype}: AdamW's small steps get lost in it"
-            )
+        refuse(
+            self.train == "full" and self.dtype != "float32",
+            f"sft.train=full needs dtype=float32, not {self.dtype}: AdamW's small steps get lost in it",
+        )
 
     def inputs(self) -> list[Path]:
         if not self.init_from:
@@ -137,10 +137,10 @@ def make_policy(cfg: Config) -> tuple:
     """
     if cfg.init_from:
         policy = backbones.load_policy(cfg.init_from, model=cfg.model, suites=cfg.suites)
-        if policy.backbone != cfg.backbone:
-            raise UserError(
-                f"{cfg.init_from} is a checkpoint of {policy.backbone}; set backbone={policy.backbone}"
-            )
+        refuse(
+            policy.backbone != cfg.backbone,
+            f"{cfg.init_from} is a checkpoint of {policy.backbone}; set backbone={policy.backbone}",
+        )
         train, val, _ = load_data(cfg, policy.horizon)
     else:
         train, val, instructions = load_data(cfg, backbones.horizon(cfg.backbone, cfg.model))

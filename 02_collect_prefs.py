@@ -39,7 +39,7 @@ import torch
 
 import backbones
 import common
-from runtime import Count, UserError, disk, ranks, stage, workers
+from runtime import Count, UserError, disk, ranks, refuse, stage, workers
 from sim.env import CRASHES, TaskEnv, carry_out, tasks
 
 
@@ -62,11 +62,10 @@ class Config(common.SceneConfig, common.ActingConfig, common.PairsConfig):
     folder = property(lambda self: self.made_pairs)
 
     def inputs(self) -> list[Path]:
-        if self.start_seed not in (0, self.seed):
-            raise UserError(
-                f"the pairs are those of start_seed={self.start_seed}: "
-                f"collect them with seed={self.start_seed}"
-            )
+        refuse(
+            self.start_seed not in (0, self.seed),
+            f"the pairs are those of start_seed={self.start_seed}: collect them with seed={self.start_seed}",
+        )
         common.init_states("prefs", self.n_init)
         tasks(self)
         return self.sft_inputs()

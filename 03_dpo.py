@@ -38,7 +38,7 @@ import torch.nn.functional as F
 
 import backbones
 import common
-from runtime import Count, Positive, UserError, disk, ranks, regex, stage
+from runtime import Count, Positive, disk, ranks, refuse, regex, stage
 
 
 @dataclass
@@ -72,22 +72,24 @@ class Config(common.AdapterConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.backbone == "openvla" and self.surrogate != "paper":
-            raise UserError(
-                "openvla has log p in closed form: `surrogate` is for flow policies, leave it at 'paper'"
-            )
-        if self.surrogate == "exact" and (self.adapter == "dora" or self.recompute):
-            raise UserError(
-                "surrogate=exact takes second derivatives: use adapter=lora and dpo.recompute=false"
-            )
-        if self.surrogate == "antithetic" and self.draws % 2:
-            raise UserError(
-                f"dpo.draws={self.draws} must be even for surrogate=antithetic: noises come in pairs"
-            )
+        refuse(
+            self.backbone == "openvla" and self.surrogate != "paper",
+            "openvla has log p in closed form: `surrogate` is for flow policies, leave it at 'paper'",
+        )
+        refuse(
+            self.surrogate == "exact" and (self.adapter == "dora" or self.recompute),
+            "surrogate=exact takes second derivatives: use adapter=lora and dpo.recompute=false",
+        )
+        refuse(
+            self.surrogate == "antithetic" and self.draws % 2,
+            f"dpo.draws={self.draws} must be even for surrogate=antithetic: noises come in pairs",
+        )
         regex("dpo.targets", self.targets)
         number = re.fullmatch(r"[0-9]+\.?[0-9]*(e-?[0-9]+)?", self.beta)
-        if self.beta != "auto" and not (number and 0 < float(self.beta) < 1e9):
-            raise UserError(f'dpo.beta must be "auto" or a positive number, not {self.beta!r}')
+        refuse(
+            self.beta != "auto" and not (number and 0 < float(self.beta) < 1e9),
+            f'dpo.beta must be "auto" or a positive number, not {self.beta!r}',
+        )
 
     def inputs(self) -> list[Path]:
         return [*self.sft_inputs(), *self.pairs_inputs()]
@@ -169,8 +171,7 @@ def auto_beta(policy, pairs: dict, draw: Callable, score: Callable, cfg: Config)
     training.
     """
     n = len(pairs["mask"])
-    if n < 2:
-        raise UserError("dpo.beta=auto needs two pairs or more; give it a number")
+    refuse(n < 2, "dpo.beta=auto needs two pairs or more; give it a number")
     index = torch.arange(0, n, max(1, n // 64))
     draws, log_ratios = draw(len(index), common.stream(cfg.seed, "beta")), []
     with policy.reference():

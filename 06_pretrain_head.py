@@ -47,7 +47,7 @@ import backbones
 import common
 from report import stats
 from report.head import plot_losses, retrieval_report
-from runtime import Count, UserError, disk, ranks, stage, workers
+from runtime import Count, UserError, disk, ranks, refuse, stage, workers
 
 ANCHORS = 30  # of an episode, evenly spaced
 TEMPERATURE = 0.07
@@ -76,10 +76,10 @@ class Config(common.SceneConfig, common.StartConfig):
     folder = property(lambda self: self.seed_dir / f"head{self.at}{'-random' * (self.encoder == 'random')}")
 
     def inputs(self) -> list[Path]:
-        if self.blank_images:
-            raise UserError(
-                "black images are all alike, so there is nothing to retrieve; set blank_images=false"
-            )
+        refuse(
+            self.blank_images,
+            "black images are all alike, so there is nothing to retrieve; set blank_images=false",
+        )
         return [stage.require(self.data_dir, "demos"), *self.sft_inputs()]
 
 
@@ -328,11 +328,11 @@ def train_all(frames: Frames, cfg: Config, run: stage.Run) -> dict[tuple[str, st
     """A head for every split and variant. Those that an earlier run has trained are read."""
     heads, metrics = {}, run.dir / "metrics.jsonl"
     smallest = min((len(on) for on in splits(frames).values()), default=0)
-    if cfg.batch_size > smallest:
-        raise UserError(
-            f"head.batch_size={cfg.batch_size} is more than "
-            f"the {smallest} anchors of the smallest training set; lower it"
-        )
+    refuse(
+        cfg.batch_size > smallest,
+        f"head.batch_size={cfg.batch_size} is more than "
+        f"the {smallest} anchors of the smallest training set; lower it",
+    )
     (run.dir / "heads").mkdir(exist_ok=True)
     for split, variant in itertools.product(splits(frames), VARIANTS):
         file = run.dir / "heads" / f"{split}-{variant}.safetensors"

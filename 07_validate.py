@@ -43,7 +43,7 @@ import backbones
 import common
 from backbones import likelihood
 from report import agreement
-from runtime import Count, UserError, disk, load_config, stage, workers
+from runtime import Count, disk, load_config, refuse, stage, workers
 
 BLOCK = 8  # pairs that are scored together
 REPEATS = 4  # of every estimate, with fresh draws: one for each term of a margin
@@ -87,8 +87,7 @@ class Config(common.ActingConfig, common.AdapterConfig):
         }
 
     def inputs(self) -> list[Path]:
-        if self.device != "cpu":
-            raise UserError("07_validate.py measures on the CPU; set device=cpu")
+        refuse(self.device != "cpu", "07_validate.py measures on the CPU; set device=cpu")
         return [
             *self.sft_inputs(),
             *self.pairs_inputs(),

@@ -32,7 +32,7 @@ from report import audit, episodes
 from report.chapters import Experiment, write_audit, write_report
 from report.page import fill_in
 from report.tables import grouped, script
-from runtime import BACKBONES, UserError, disk, load_config, stage
+from runtime import BACKBONES, disk, load_config, refuse, stage
 
 
 @dataclass
@@ -155,10 +155,13 @@ def main(cfg: Config) -> None:
     if cfg.dry_run:
         return
     top = Path(cfg.results) if cfg.results and not cfg.audit else cfg.run_dir
-    if cfg.readme and not Path(cfg.readme).exists():
-        raise UserError(f"readme={cfg.readme}: there is no such file or folder")
-    if cfg.results and not cfg.audit and not any(top.rglob("table.json")):
-        raise UserError(f"no table.json at or below {top}; name a folder of results, or leave results= out")
+    refuse(
+        cfg.readme and not Path(cfg.readme).exists(), f"readme={cfg.readme}: there is no such file or folder"
+    )
+    refuse(
+        cfg.results and not cfg.audit and not any(top.rglob("table.json")),
+        f"no table.json at or below {top}; name a folder of results, or leave results= out",
+    )
     folder = top / "report"
     folder.mkdir(parents=True, exist_ok=True)
     if cfg.audit:

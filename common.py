@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from runtime import Count, PlaceConfig, UserError, disk, one_line, one_of, regex, stage
+from runtime import Count, PlaceConfig, UserError, disk, one_line, one_of, refuse, regex, stage
 from runtime.seeds import entropy, np_stream, own_rows, select, shuffled, stream  # noqa: F401 (for stages)
 
 # ----------------------------------------------------------------------------------------------------- LIBERO
@@ -105,16 +105,22 @@ def read_demos(path: Path, task: int) -> Iterator[Demo]:
                 steps = obs["image_steps"][()] if "image_steps" in obs else np.arange(len(actions))
                 images = [obs[key][()][:, ::-1, ::-1] for key in ("agentview_rgb", "eye_in_hand_rgb")]
                 size, bad = images[0].shape[1], f"{path}: {name} has"
-                if not (np.isfinite(actions).all() and np.isfinite(state).all()):
-                    raise UserError(f"{bad} values that are not finite; record it again with 00_demos.py")
-                if not (
-                    actions.shape[1:] == (7,)
-                    and state.shape == (len(actions), 8)
-                    and len(steps) > 0
-                    and all(i.shape == (len(steps), size, size, 3) and i.dtype == np.uint8 for i in images)
-                    and (steps.dtype.kind in "iu" and steps.min() >= 0 and steps.max() < len(actions))
-                ):
-                    raise UserError(f"{bad} unexpected shapes; is this a LIBERO demonstration file?")
+                refuse(
+                    not (np.isfinite(actions).all() and np.isfinite(state).all()),
+                    f"{bad} values that are not finite; record it again with 00_demos.py",
+                )
+                refuse(
+                    not (
+                        actions.shape[1:] == (7,)
+                        and state.shape == (len(actions), 8)
+                        and len(steps) > 0
+                        and all(
+                            i.shape == (len(steps), size, size, 3) and i.dtype == np.uint8 for i in images
+                        )
+                        and (steps.dtype.kind in "iu" and steps.min() >= 0 and steps.max() < len(actions))
+                    ),
+                    f"{bad} unexpected shapes; is this a LIBERO demonstration file?",
+                )
                 state = state.astype(np.float32)
                 yield Demo(task, number, init_state, instruction, actions, state, steps, *images)
     except H5PY_ERRORS as error:
@@ -137,17 +143,16 @@ def demonstrations(cfg, holdout: int) -> Iterator[tuple[str, bool, Demo]]:
         paths = [folder / f"task_{task:02d}.hdf5" for task in sorted(cfg.tasks)]
         paths = paths or sorted(folder.glob("task_*.hdf5")) or [folder / "task_00.hdf5"]
         for path in paths:
-            if not path.is_file():
-                raise UserError(f"{path} is not there; run 00_demos.py for this suite and task too")
+            refuse(not path.is_file(), f"{path} is not there; run 00_demos.py for this suite and task too")
         for path in paths:
             demos = list(read_demos(path, int(path.stem.rpartition("_")[2])))
             for demo in demos:
-                if demo.init_state not in (-1, *INIT_GROUPS["demos"]):
-                    raise UserError(
-                        f"{path}: "
-                        f"demo_{demo.number} starts from init state {demo.init_state}"
-                        f", which is kept for another purpose"
-                    )
+                refuse(
+                    demo.init_state not in (-1, *INIT_GROUPS["demos"]),
+                    f"{path}: "
+                    f"demo_{demo.number} starts from init state {demo.init_state}"
+                    f", which is kept for another purpose",
+                )
             starts = [d.init_state if d.init_state >= 0 else d.number for d in demos]
             distinct = sorted(set(starts))
             held = distinct[len(distinct) - holdout :] if len(distinct) > holdout else []
@@ -155,8 +160,7 @@ def demonstrations(cfg, holdout: int) -> Iterator[tuple[str, bool, Demo]]:
             if len(sizes) > 1:
                 raise UserError(f"{path}: images of {sorted(sizes)} pixels do not go together")
             yield from ((suite, start in held, demo) for start, demo in zip(starts, demos, strict=True))
-    if not sizes:
-        raise UserError(f"no demonstrations in {cfg.data_dir} of {cfg.suites}, tasks {cfg.tasks or 'all'}")
+    refuse(not sizes, f"no demonstrations in {cfg.data_dir} of {cfg.suites}, tasks {cfg.tasks or 'all'}")
 
 
 def read_pairs(folder: Path, policy=None) -> dict:
@@ -175,10 +179,11 @@ def read_pairs(folder: Path, policy=None) -> dict:
     n, h, size = len(rows), pairs["mask"].shape[1:2], pairs["agentview"].shape[1:2]
     image, chunk = (n, *size, *size, 3), (n, *h, 7)
     for key, shape in zip(keys, (image, image, (n, 8), chunk, chunk, (n, *h)), strict=True):
-        if n == 0 or pairs[key].shape != shape or not pairs[key].isfinite().all():
-            raise UserError(f"{path}: {key} has another shape than the rest, or no finite values; {again}")
-    if pairs["mask"].dtype != torch.bool:
-        raise UserError(f"{path}: mask must be boolean; {again}")
+        refuse(
+            n == 0 or pairs[key].shape != shape or not pairs[key].isfinite().all(),
+            f"{path}: {key} has another shape than the rest, or no finite values; {again}",
+        )
+    refuse(pairs["mask"].dtype != torch.bool, f"{path}: mask must be boolean; {again}")
     if policy is not None and h != (policy.horizon,):
         raise UserError(
             f"the pairs have chunks of {h[0]} actions, the policy of {policy.horizon}"
@@ -295,8 +300,10 @@ def attach_adapter(policy, kind: str, rank: int, alpha: int, targets: str, seed:
 
     import dora
 
-    if not any(regex("targets", targets).fullmatch(layer) for layer, _ in policy.named_modules()):
-        raise UserError(f"the regex {targets!r} matches no layer of the policy")
+    refuse(
+        not any(regex("targets", targets).fullmatch(layer) for layer, _ in policy.named_modules()),
+        f"the regex {targets!r} matches no layer of the policy",
+    )
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, use_dora=kind == "dora")
     if kind == "dora":
         config._register_custom_module({torch.nn.Linear: dora.DoraLinear})
@@ -310,8 +317,7 @@ def load_adapter(policy, folder: Path):
     from peft import PeftModel, get_peft_model_state_dict
 
     path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        raise UserError(f"{folder} holds no adapter_model.safetensors; run 03_dpo.py first")
+    refuse(not path.is_file(), f"{folder} holds no adapter_model.safetensors; run 03_dpo.py first")
     try:
         with warnings.catch_warnings(action="ignore"):  # of missing keys, which are an error below
             adapted = PeftModel.from_pretrained(policy, str(folder))
@@ -334,8 +340,10 @@ class RunConfig(PlaceConfig):
     tasks: list[int] = field(default_factory=list)  # task numbers within a suite; empty = all ten
 
     def __post_init__(self):
-        if not self.suites or len({*self.suites}) < len(self.suites) or len({*self.tasks}) < len(self.tasks):
-            raise UserError(f"suites={self.suites}, tasks={self.tasks}: name one or more, each once")
+        refuse(
+            not self.suites or len({*self.suites}) < len(self.suites) or len({*self.tasks}) < len(self.tasks),
+            f"suites={self.suites}, tasks={self.tasks}: name one or more, each once",
+        )
 
     data_dir = property(lambda self: self.run_dir / "data")
 
@@ -362,8 +370,10 @@ class PolicyConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.device == "cuda" and not self.dry_run and not torch.cuda.is_available():
-            raise UserError("device=cuda, but PyTorch sees no GPU; use device=cpu, or install a CUDA build")
+        refuse(
+            self.device == "cuda" and not self.dry_run and not torch.cuda.is_available(),
+            "device=cuda, but PyTorch sees no GPU; use device=cpu, or install a CUDA build",
+        )
 
     seed_dir = property(lambda self: self.run_dir / self.backbone / f"seed{self.seed}")
 
@@ -413,10 +423,10 @@ class PairsConfig(StartConfig):
         hint = f" backbone={self.backbone} pairs={self.pairs} start={self.start}{hint}"
         made_from = stage.read_identity(stage.require(folder, section, hint) / "done.json")["inputs"]
         for path in self.sft_inputs():
-            if stage.input_name(path, self.run_dir) not in made_from:
-                raise UserError(
-                    f"{folder} was not made from {path}: set checkpoint= and start_seed= as they were for it"
-                )
+            refuse(
+                stage.input_name(path, self.run_dir) not in made_from,
+                f"{folder} was not made from {path}: set checkpoint= and start_seed= as they were for it",
+            )
         return [folder]
 
     def pairs_inputs(self) -> list[Path]:

@@ -11,7 +11,7 @@ import torch
 from backbones.load import build, horizon, load_policy
 from backbones.policy import Policy, build_tokenizer, collate
 from common import blank_images
-from runtime import UserError, ranks
+from runtime import ranks, refuse
 
 __all__ = [
     "Policy",
@@ -41,20 +41,26 @@ def load_sft(cfg) -> Policy:
     folder = Path(cfg.checkpoint or cfg.start_dir / "sft")
     weights = "model.safetensors" if cfg.start == "final" else f"model-{cfg.start}.safetensors"
     policy = load_policy(folder, weights, cfg.model if cfg.checkpoint else None, cfg.suites)
-    if policy.backbone != cfg.backbone:
-        raise UserError(f"{folder} is a checkpoint of {policy.backbone}; set backbone={policy.backbone}")
+    refuse(
+        policy.backbone != cfg.backbone,
+        f"{folder} is a checkpoint of {policy.backbone}; set backbone={policy.backbone}",
+    )
     return policy.cast(cfg.dtype).to(ranks.place(cfg.device)).eval()
 
 
 @torch.inference_mode()
 def propose(policy: Policy, obs: dict, cfg, generators: list[torch.Generator]) -> torch.Tensor:
     """One normalised chunk (H, 7) per generator for one observation, which is encoded once: (N, H, 7)."""
-    if cfg.execute > policy.horizon:
-        raise UserError(f"execute={cfg.execute} must be at most {policy.horizon}, the policy's chunk length")
+    refuse(
+        cfg.execute > policy.horizon,
+        f"execute={cfg.execute} must be at most {policy.horizon}, the policy's chunk length",
+    )
     batch = collate([blank_images(obs) if cfg.blank_images else obs])
     prefix = policy.encode(batch).select(torch.zeros(len(generators), dtype=torch.long))
     noise = cfg.noise_scale * torch.cat([policy.noise(1, g) for g in generators])
     chunks = policy.sample_actions(prefix, noise, cfg.denoise_steps).cpu()
-    if not chunks.isfinite().all():
-        raise UserError("the policy's actions are not finite: its weights or statistics are damaged")
+    refuse(
+        not chunks.isfinite().all(),
+        "the policy's actions are not finite: its weights or statistics are damaged",
+    )
     return chunks

@@ -11,10 +11,9 @@ from backbones.policy import (
     is_own,
     read_object,
     read_tokenizer,
-    refuse,
     saved_config,
 )
-from runtime import BACKBONES, disk, one_of
+from runtime import BACKBONES, disk, one_of, refuse
 
 
 def policy_class(name: str) -> type[Policy]:
@@ -74,12 +73,10 @@ def load_policy(
         return published.load(folder, build, model or {}, list(suites)).eval()
     missing = [file for file in ("config.json", "norm_stats.json", weights) if not (folder / file).is_file()]
     refuse(
-        (
-            missing,
-            f"{folder} holds no {' and no '.join(missing)}, only"
-            f" {sorted(path.name for path in folder.glob('*.safetensors'))}; run 01_sft.py, see"
-            " sft.snapshots",
-        )
+        missing,
+        f"{folder} holds no {' and no '.join(missing)}, only"
+        f" {sorted(path.name for path in folder.glob('*.safetensors'))}; run 01_sft.py, see"
+        " sft.snapshots",
     )
     name, config = saved_config(folder)
     policy = build(name, config | (model or {}))

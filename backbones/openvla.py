@@ -43,9 +43,9 @@ from backbones.layers import (
     siglip_features,
 )
 from backbones.openvla_images import center_crop, jpeg, resize_bicubic, resize_lanczos3
-from backbones.policy import DIMS, DecoderSize, Id, Policy, Size, TowerSize, refuse
+from backbones.policy import DIMS, DecoderSize, Id, Policy, Size, TowerSize
 from common import ACTION_DIM, CAMERAS
-from runtime.errors import UserError
+from runtime.errors import UserError, refuse
 
 EPS, GELU = 1e-6, "gelu"  # of every norm; exact erf in towers and projector (transformers' SigLIP: tanh)
 TOWERS = {  # channel means and standard deviations of the images, in the order of pixel_values' channels
@@ -89,38 +89,35 @@ class OpenVLAConfig:  # defaults: OpenVLA-7B as published for LIBERO (openvla-7b
             raise UserError(f"model.prompt={self.prompt!r} must be a text with {{task}} in it") from error
         towers = [name for name in TOWERS if name in self.towers]  # in their order, each once
         cameras = [name for name in CAMERAS if name in self.cameras]
+        refuse(not towers or towers != self.towers, f"model.towers: choose from {[*TOWERS]}, in this order")
         refuse(
-            (not towers or towers != self.towers, f"model.towers: choose from {[*TOWERS]}, in this order"),
-            (
-                not cameras or cameras != self.cameras,
-                f"model.cameras: choose from {[*CAMERAS]}, in this order",
-            ),
-            (
-                self.dino.intermediate_size % self.dino.hidden_size,
-                "model.dino.intermediate_size must be a multiple of its hidden_size (published: 4 times)",
-            ),
-            (
-                self.llm.width % (2 * self.llm.num_heads),
-                "model.llm.width must be a multiple of twice its num_heads: heads of an even size",
-            ),
-            (
-                any(tower.hidden_size % tower.num_attention_heads for tower in (self.dino, self.siglip)),
-                "model: a tower's hidden_size must be a multiple of its num_attention_heads",
-            ),
-            (self.image_size < self.patch_size, "model.image_size must be at least model.patch_size"),
-            (self.n_bins < 2, "model.n_bins must be 2 or more"),
-            (
-                not self.append_bins and self.n_bins > self.vocab_size,
-                f"model.n_bins={self.n_bins} must fit into the vocabulary of {self.vocab_size}",
-            ),
-            (
-                self.conv_stem and self.patch_size & (self.patch_size - 1),
-                "model.patch_size must be a power of 2: model.conv_stem halves the image at each step",
-            ),
-            (
-                max(self.bos, self.eos, self.space) >= self.vocab_size,
-                f"model.bos, eos, space must be below vocab_size={self.vocab_size}; 2, 1, 4 from scratch",
-            ),
+            not cameras or cameras != self.cameras, f"model.cameras: choose from {[*CAMERAS]}, in this order"
+        )
+        refuse(
+            self.dino.intermediate_size % self.dino.hidden_size,
+            "model.dino.intermediate_size must be a multiple of its hidden_size (published: 4 times)",
+        )
+        refuse(
+            self.llm.width % (2 * self.llm.num_heads),
+            "model.llm.width must be a multiple of twice its num_heads: heads of an even size",
+        )
+        refuse(
+            any(tower.hidden_size % tower.num_attention_heads for tower in (self.dino, self.siglip)),
+            "model: a tower's hidden_size must be a multiple of its num_attention_heads",
+        )
+        refuse(self.image_size < self.patch_size, "model.image_size must be at least model.patch_size")
+        refuse(self.n_bins < 2, "model.n_bins must be 2 or more")
+        refuse(
+            not self.append_bins and self.n_bins > self.vocab_size,
+            f"model.n_bins={self.n_bins} must fit into the vocabulary of {self.vocab_size}",
+        )
+        refuse(
+            self.conv_stem and self.patch_size & (self.patch_size - 1),
+            "model.patch_size must be a power of 2: model.conv_stem halves the image at each step",
+        )
+        refuse(
+            max(self.bos, self.eos, self.space) >= self.vocab_size,
+            f"model.bos, eos, space must be below vocab_size={self.vocab_size}; 2, 1, 4 from scratch",
         )
 
     @property

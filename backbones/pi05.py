@@ -38,8 +38,9 @@ from backbones.layers import (
     rotary,
     siglip_features,
 )
-from backbones.policy import DIMS, LARGEST, DecoderSize, Policy, Size, TowerSize, refuse
+from backbones.policy import DIMS, LARGEST, DecoderSize, Policy, Size, TowerSize
 from common import ACTION_DIM, CAMERAS, Draws
+from runtime.errors import refuse
 
 PAD, BOS = 0, 2  # PaliGemma's token ids
 EPS, GELU = 1e-6, "gelu_pytorch_tanh"  # of every norm and every MLP
@@ -84,25 +85,22 @@ class Pi05Config:  # defaults: pi-0.5 as published by openpi for LIBERO (pi05_li
         vlm, expert, vision = self.vlm, self.expert, self.vision
         shared = ("depth", "num_heads", "num_kv_heads", "head_dim")  # prefix and suffix share one attention
         refuse(
-            (
-                [getattr(vlm, key) for key in shared] != [getattr(expert, key) for key in shared],
-                f"model.vlm and model.expert differ; make these equal: {', '.join(shared)}",
-            ),
-            (vlm.num_heads % vlm.num_kv_heads, "model.vlm.num_heads must be a multiple of num_kv_heads"),
-            (
-                vision.hidden_size % vision.num_attention_heads,
-                "model.vision.hidden_size must be a multiple of num_attention_heads",
-            ),
-            (vlm.head_dim % 2 or expert.width % 2, "model: head_dim and expert.width must be even"),
-            (
-                vision.image_size < vision.patch_size,
-                "model.vision.image_size must be at least its patch_size",
-            ),
-            (not self.cameras, f"model.cameras is empty; choose from {', '.join(CAMERAS)}"),
-            (
-                self.conv_stem and vision.patch_size & (vision.patch_size - 1),
-                "model.vision.patch_size must be a power of 2: conv_stem halves the image at each step",
-            ),
+            [getattr(vlm, key) for key in shared] != [getattr(expert, key) for key in shared],
+            f"model.vlm and model.expert differ; make these equal: {', '.join(shared)}",
+        )
+        refuse(vlm.num_heads % vlm.num_kv_heads, "model.vlm.num_heads must be a multiple of num_kv_heads")
+        refuse(
+            vision.hidden_size % vision.num_attention_heads,
+            "model.vision.hidden_size must be a multiple of num_attention_heads",
+        )
+        refuse(vlm.head_dim % 2 or expert.width % 2, "model: head_dim and expert.width must be even")
+        refuse(
+            vision.image_size < vision.patch_size, "model.vision.image_size must be at least its patch_size"
+        )
+        refuse(not self.cameras, f"model.cameras is empty; choose from {', '.join(CAMERAS)}")
+        refuse(
+            self.conv_stem and vision.patch_size & (vision.patch_size - 1),
+            "model.vision.patch_size must be a power of 2: conv_stem halves the image at each step",
         )
 
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from backbones.layers import Embedded, KeyValues, Prefix, decoder_layer
 from common import ACTION_DIM, CAMERAS
-from runtime import UserError, did_you_mean, disk, one_line, typed
+from runtime import UserError, did_you_mean, disk, one_line, refuse, typed
 
 DIMS = {"action": ACTION_DIM, "state": 8}  # end-effector position (3), its axis-angle (3), two finger joints
 LARGEST = 2**31 - 1
@@ -53,15 +53,9 @@ class TowerSize:  # of a vision tower, by transformers' names
 
 
 # ------------------------------------------------------------------------------------------------------ files
-def refuse(*cases: tuple[object, str]) -> None:  # UserError with the text of the first case that applies
-    for applies, text in cases:
-        if applies:
-            raise UserError(text)
-
-
 def read_object(path: Path) -> dict:  # a JSON file that holds an object
     content = disk.read_json(path)
-    refuse((not isinstance(content, dict), f"{path} must hold a JSON object; get its folder again"))
+    refuse(not isinstance(content, dict), f"{path} must hold a JSON object; get its folder again")
     return content
 
 
@@ -89,20 +83,22 @@ def checked_stats(stats: dict, where: str) -> dict:
     """norm_stats as they are; UserError unless what normalisation reads is finite, of the right length."""
     for kind, n in DIMS.items():
         named = stats.get(kind, {"mean": [0] * n})
-        if not isinstance(named, dict) or not named:
-            raise UserError(f"{where} has no statistics of the {kind}; get the checkpoint again")
+        refuse(
+            not isinstance(named, dict) or not named,
+            f"{where} has no statistics of the {kind}; get the checkpoint again",
+        )
         for name in {"mean", "std", "q01", "q99", "min", "max", "mask"} & named.keys():
             values = named[name] if isinstance(named[name], list) else []
-            if [isinstance(v, int | float) and abs(v) < float("inf") for v in values] != [True] * n:
-                raise UserError(
-                    f"{where}: {name} of the {kind} must be {n} finite numbers; get the checkpoint again"
-                )
+            refuse(
+                [isinstance(v, int | float) and abs(v) < float("inf") for v in values] != [True] * n,
+                f"{where}: {name} of the {kind} must be {n} finite numbers; get the checkpoint again",
+            )
     return stats
 
 
 def config_from(value, kind: type, where: str):
     """A dataclass from a dict of the YAML or of config.json: the types of its fields check their values."""
-    refuse((not isinstance(value, dict), f"{where} must hold `key: value` lines, not {value!r}"))
+    refuse(not isinstance(value, dict), f"{where} must hold `key: value` lines, not {value!r}")
     types, values = get_type_hints(kind, include_extras=True), {}
     for key, given in value.items():
         if key not in types:
@@ -243,29 +239,24 @@ class Policy(nn.Module):
 
     def ids(self, texts: list[str], bos: int) -> list[list[int]]:  # of the tokens of each text, behind `bos`
         words = 0 if self.tokenizer is None else self.tokenizer.get_vocab_size(with_added_tokens=False)
-        refuse(
-            (not words, "the policy has no tokenizer; get its folder again"),
-            (words > self.cfg.vocab_size, f"the tokenizer has {words} words, more than model.vocab_size"),
-        )
+        refuse(not words, "the policy has no tokenizer; get its folder again")
+        refuse(words > self.cfg.vocab_size, f"the tokenizer has {words} words, more than model.vocab_size")
         return [[bos, *e.ids] for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     def stats(self, kind: str, names: Sequence[str], remedy: str = "get the checkpoint again") -> list:
         """The named statistics of the "action" or the "state"; UserError unless they are in norm_stats."""
         stats = self.norm_stats.get(kind, {})
-        refuse(
-            (not stats, "the policy has no normalisation statistics (norm_stats); train it with 01_sft.py"),
-            *((name not in stats, f"norm_stats has no {name} of the {kind}; {remedy}") for name in names),
-        )
+        refuse(not stats, "the policy has no normalisation statistics (norm_stats); train it with 01_sft.py")
+        for name in names:
+            refuse(name not in stats, f"norm_stats has no {name} of the {kind}; {remedy}")
         return [np.asarray(stats[name]) for name in names]
 
     def save(self, folder: Path) -> None:
         """Write model.safetensors, config.json, norm_stats.json, tokenizer.json; each whole or not at all."""
         state = {key: tensor.detach().contiguous() for key, tensor in self.state_dict().items()}
         refuse(
-            (
-                any("lora_" in key for key in state),
-                "an adapter is attached: save it with peft's save_pretrained, or merge it first",
-            )
+            any("lora_" in key for key in state),
+            "an adapter is attached: save it with peft's save_pretrained, or merge it first",
         )
         folder.mkdir(parents=True, exist_ok=True)
         disk.write_json(folder / "config.json", {"backbone": self.backbone} | asdict(self.cfg))

@@ -29,10 +29,9 @@ from backbones.policy import (
     checked_stats,
     read_object,
     read_tokenizer,
-    refuse,
 )
 from common import ACTION_DIM
-from runtime import UserError, did_you_mean, disk, laid_over, one_line
+from runtime import UserError, did_you_mean, disk, laid_over, one_line, refuse
 
 
 # ---------------------------------------------------------------------------------- other people's files
@@ -83,31 +82,27 @@ def weight_files(path: Path) -> list[Path]:
         names = sorted(set(read_object(index)["weight_map"].values()))
         for name in names:
             refuse(
-                (
-                    Path(name).name != name,
-                    f"{index} names {name!r}, which is not in its folder; get the checkpoint again",
-                ),
-                (
-                    not (path / name).is_file(),
-                    f"{path} lacks the shard {name!r} of its index; get the checkpoint again",
-                ),
+                Path(name).name != name,
+                f"{index} names {name!r}, which is not in its folder; get the checkpoint again",
+            )
+            refuse(
+                not (path / name).is_file(),
+                f"{path} lacks the shard {name!r} of its index; get the checkpoint again",
             )
         return [path / name for name in names]
     there = sorted(file.name for file in path.glob("*"))
     if "model.safetensors" not in there:
         pickles = [name for name in there if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
         refuse(
-            (
-                "adapter_model.safetensors" in there,
-                f"{path} holds an adapter alone; merge it into its base model first",
-            ),
-            (
-                pickles,
-                f"{path} holds {', '.join(pickles)}, a pickle, which nothing here opens;"
-                " convert it to safetensors first",
-            ),
-            (True, f"{path} holds no model.safetensors and no {index.name}; is it a checkpoint's folder?"),
+            "adapter_model.safetensors" in there,
+            f"{path} holds an adapter alone; merge it into its base model first",
         )
+        refuse(
+            pickles,
+            f"{path} holds {', '.join(pickles)}, a pickle, which nothing here opens;"
+            " convert it to safetensors first",
+        )
+        refuse(True, f"{path} holds no model.safetensors and no {index.name}; is it a checkpoint's folder?")
     return [path / "model.safetensors"]
 
 
@@ -121,10 +116,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     for file in files:
         with open(file, "rb") as f:
             refuse(
-                (
-                    f.read(7) == b"version",
-                    f"{file} is a git-LFS pointer, not the weights; run `git lfs pull` in its folder",
-                )
+                f.read(7) == b"version",
+                f"{file} is a git-LFS pointer, not the weights; run `git lfs pull` in its folder",
             )
         with reading(file), safe_open(file, "pt") as f:
             shapes |= {key: f.get_slice(key).get_shape() for key in f.keys()}  # noqa: SIM118 (not a dict)
@@ -239,10 +232,8 @@ def openvla_model(c: Checkpoint) -> dict:  # the `model` section that it amounts
 
 def pi05_model(c: Checkpoint, prefix: str) -> dict:  # prefix: "model." in lerobot's files
     refuse(
-        (
-            f"{prefix}action_time_mlp_in.weight" in c.shapes,
-            f"{c.folder} is a pi-0 checkpoint (it has action_time_mlp_in); this kit has pi-0.5",
-        )
+        f"{prefix}action_time_mlp_in.weight" in c.shapes,
+        f"{c.folder} is a pi-0 checkpoint (it has action_time_mlp_in); this kit has pi-0.5",
     )
     both = f"{prefix}paligemma_with_expert."
     vision = f"{both}paligemma.model.vision_tower.vision_model."
@@ -284,11 +275,8 @@ def lerobot_model(c: Checkpoint) -> dict:
     modes = {c.config.get("normalization_mapping", {}).get(kind, "QUANTILES") for kind in ("STATE", "ACTION")}
     known = {"QUANTILES": "quantile", "MEAN_STD": "mean_std"}
     refuse(
-        (
-            len(modes) > 1 or not modes <= known.keys(),
-            f"{c.folder}/config.json normalises by {sorted(modes)}; known: one of"
-            f" {', '.join(known)} for both",
-        )
+        len(modes) > 1 or not modes <= known.keys(),
+        f"{c.folder}/config.json normalises by {sorted(modes)}; known: one of {', '.join(known)} for both",
     )
     return pi05_model(c, "model.") | {
         "prompt": "lerobot",
@@ -311,15 +299,12 @@ def openvla_stats(c: Checkpoint, suites: list[str]) -> dict:
     published = disk.read_json(own) if own.is_file() else c.config.get("norm_stats", {})
     stats = [suite_stats(published, suite) for suite in suites]
     refuse(
-        (
-            not suites,
-            f"{c.folder} has statistics of {', '.join(published) or 'no suite'};"
-            " say whose are wanted (suites)",
-        ),
-        (
-            any(other != stats[0] for other in stats),
-            f"{c.folder} normalises {', '.join(suites)} differently; run one suite at a time",
-        ),
+        not suites,
+        f"{c.folder} has statistics of {', '.join(published) or 'no suite'}; say whose are wanted (suites)",
+    )
+    refuse(
+        any(other != stats[0] for other in stats),
+        f"{c.folder} normalises {', '.join(suites)} differently; run one suite at a time",
     )
     return stats[0]
 
@@ -335,11 +320,9 @@ def suite_stats(published: dict, suite: str) -> dict:
 def lerobot_stats(c: Checkpoint, suites: list[str]) -> dict:
     files = sorted(c.folder.glob("policy_preprocessor*normalizer*.safetensors"))
     refuse(
-        (
-            not files,
-            f"{c.folder} holds no policy_preprocessor*normalizer*.safetensors, the statistics;"
-            " get the whole folder",
-        )
+        not files,
+        f"{c.folder} holds no policy_preprocessor*normalizer*.safetensors, the statistics;"
+        " get the whole folder",
     )
     tensors = disk.load_tensors(files[0])
     return {
@@ -355,11 +338,9 @@ def lerobot_stats(c: Checkpoint, suites: list[str]) -> dict:
 def openpi_stats(c: Checkpoint, suites: list[str]) -> dict:
     files = sorted(c.folder.rglob("norm_stats.json"))
     refuse(
-        (
-            len(files) != 1,
-            f"{c.folder} holds {len(files)} files norm_stats.json instead of one;"
-            " copy openpi's assets folder into it",
-        )
+        len(files) != 1,
+        f"{c.folder} holds {len(files)} files norm_stats.json instead of one;"
+        " copy openpi's assets folder into it",
     )
     stats = disk.read_json(files[0])
     stats = stats.get("norm_stats", stats)

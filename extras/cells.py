@@ -50,7 +50,7 @@ import common
 from backbones.layers import Prefix, project_kv, rotary, rotate
 from report import episodes
 from report.tables import listing
-from runtime import Count, UserError, disk, ranks, stage, workers
+from runtime import Count, disk, ranks, refuse, stage, workers
 from sim.env import CRASHES, TaskEnv, carry_out, tasks
 
 # What a look that reuses all it may can still learn, of what the policy sees (test_extras.py measures it)
@@ -86,13 +86,14 @@ class Config(common.SceneConfig, common.ActingConfig):
     folder = property(lambda self: self.seed_dir / f"cell-{self.cell}{self.suffix}")
 
     def inputs(self) -> list[Path]:
-        if self.blank_images:
-            raise UserError("caches compare images, and black ones are all alike; set blank_images=false")
-        if self.backbone != "pi05" and (self.reuse == "patches" or self.solver != "euler"):
-            raise UserError(
-                f"reuse={self.reuse} with solver={self.solver} needs pi05's layers or its flow; "
-                f"with {self.backbone} use reuse=chunk or prefix, and solver=euler"
-            )
+        refuse(
+            self.blank_images, "caches compare images, and black ones are all alike; set blank_images=false"
+        )
+        refuse(
+            self.backbone != "pi05" and (self.reuse == "patches" or self.solver != "euler"),
+            f"reuse={self.reuse} with solver={self.solver} needs pi05's layers or its flow; "
+            f"with {self.backbone} use reuse=chunk or prefix, and solver=euler",
+        )
         common.init_states(self.group, self.n_init)
         tasks(self)
         return self.sft_inputs()
@@ -239,11 +240,11 @@ class Actor:
 
     def infer(self) -> np.ndarray:
         rule, policy = self.rule, self.policy
-        if rule.execute > policy.horizon:
-            raise UserError(
-                f"execute={rule.execute} actions of a chunk, but the policy's have {policy.horizon}; "
-                "lower execute"
-            )
+        refuse(
+            rule.execute > policy.horizon,
+            f"execute={rule.execute} actions of a chunk, but the policy's have {policy.horizon}; "
+            "lower execute",
+        )
         sample = (
             policy.sample_actions if rule.solver == "euler" else partial(solve, policy, solver=rule.solver)
         )

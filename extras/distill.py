@@ -24,7 +24,7 @@ import torch
 
 import backbones
 import common
-from runtime import Count, UserError, stage
+from runtime import Count, refuse, stage
 
 HOLDOUT = 2  # init states, the last ones, that give the validation error; by default the same ones as in 01
 
@@ -43,10 +43,10 @@ class Config(common.ActingConfig):
     folder = property(lambda self: self.seed_dir / "student")
 
     def inputs(self) -> list[Path]:
-        if self.backbone != "pi05":
-            raise UserError(f"{self.backbone} has no denoise steps to distil; set backbone=pi05")
-        if self.blank_images:
-            raise UserError("the student learns from the demonstrations' images; set blank_images=false")
+        refuse(self.backbone != "pi05", f"{self.backbone} has no denoise steps to distil; set backbone=pi05")
+        refuse(
+            self.blank_images, "the student learns from the demonstrations' images; set blank_images=false"
+        )
         return [stage.require(self.data_dir, "demos"), *self.sft_inputs()]
 
 

@@ -17,7 +17,7 @@ import torch
 
 import backbones
 import common
-from runtime import HERE, UserError, disk, stage
+from runtime import HERE, disk, refuse, stage
 
 TRY = HERE / "checkpoints" / "try"
 STARTS = {  # backbone -> ending of the folders that start there, as in configs/tiny.yaml, and SFT weights
@@ -53,8 +53,10 @@ def differences(policy, pairs: dict, dpo) -> torch.Tensor:
 
 def main(run: Path) -> None:
     demos = "data/libero_object/task_00.hdf5"
-    if not (run / demos).is_file():
-        raise UserError(f"{run / demos} is not there; give the folder of a finished run, such as runs/tiny")
+    refuse(
+        not (run / demos).is_file(),
+        f"{run / demos} is not there; give the folder of a finished run, such as runs/tiny",
+    )
     shutil.rmtree(TRY, ignore_errors=True)
     demonstrations(run / demos, TRY / demos)
     dpo, margins = importlib.import_module("03_dpo"), {}

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from report import stats
 from report.episodes import matched, paired, place_of, summarise
-from runtime.errors import UserError
+from runtime.errors import refuse
 
 FEW = 100  # with fewer episodes an interval is wider than 20 points at a success rate of one half
 NOISE = r"^eval-|libero_(spatial|object|goal|10|90|long10)|\d+x\d+|multiseed|seed\d+"  # not the policy's name
@@ -302,8 +302,7 @@ def audit(folder: Path) -> dict:
         UserError: it holds no episodes.
     """
     cells, findings = read(folder)
-    if not cells:
-        raise UserError(f"audit: no episodes (*.jsonl with a line per episode) below {folder}")
+    refuse(not cells, f"audit: no episodes (*.jsonl with a line per episode) below {folder}")
     repeated, distinct = duplicates(cells)
     table = list(rates(cells, distinct))
     few = "{} distinct episodes: the 95 % interval of its rate runs from {:.0%} to {:.0%}"

@@ -8,7 +8,7 @@ from urllib.parse import unquote
 
 from markdown_it import MarkdownIt
 
-from runtime.errors import UserError, did_you_mean
+from runtime.errors import UserError, did_you_mean, refuse
 
 PILLS = {  # verdict -> its CSS class
     "holds here": "holds",
@@ -69,6 +69,8 @@ def fill_in(text: str, tables: dict[str, str]) -> str:
         return f"<!-- table:{marker[1]} -->\n\n{tables[marker[1]]}\n\n{end}"
 
     filled, n = re.subn(rf"{start}((?!<!-- table:).)*?{end}", renewed, text, flags=re.DOTALL)
-    if not n == len(re.findall(start, text)) == text.count(end):
-        raise UserError(f"every <!-- table:NAME --> needs its {end} before the next one begins")
+    refuse(
+        not n == len(re.findall(start, text)) == text.count(end),
+        f"every <!-- table:NAME --> needs its {end} before the next one begins",
+    )
     return filled

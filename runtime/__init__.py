@@ -11,7 +11,7 @@ from runtime.config import (
     load_config,
     typed,
 )
-from runtime.errors import UserError, did_you_mean, one_line, one_of, regex
+from runtime.errors import UserError, did_you_mean, one_line, one_of, refuse, regex
 
 __all__ = ["BACKBONES", "HERE", "STAGES", "Count", "PlaceConfig", "Positive", "UserError", "did_you_mean"]
-__all__ += ["laid_over", "load_config", "one_line", "one_of", "regex", "typed"]
+__all__ += ["laid_over", "load_config", "one_line", "one_of", "refuse", "regex", "typed"]

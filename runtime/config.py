@@ -22,7 +22,7 @@ from typing import Annotated, ClassVar, Literal
 
 import yaml
 
-from runtime.errors import UserError, did_you_mean, one_line, one_of
+from runtime.errors import UserError, did_you_mean, one_line, one_of, refuse
 
 HERE = Path(__file__).resolve().parents[1]  # the kit's folder
 STAGES = {  # section of the YAML -> what to run, behind `python`
@@ -90,16 +90,16 @@ def typed(value, kind, key: str):
     if kind in (bool, dict) and isinstance(value, kind):
         return value
     if kind is str and plain and "\0" not in str(value):
-        if least and not re.fullmatch(least, str(value)):
-            raise UserError(f"config key {key!r} must match {least}, not {value!r}")
+        refuse(
+            least and not re.fullmatch(least, str(value)),
+            f"config key {key!r} must match {least}, not {value!r}",
+        )
         return str(value)
     number = as_number(value, kind) if kind in (int, float) and plain else None
     if number is None:
         raise UserError(f"config key {key!r} must be {getattr(kind, '__name__', kind)}, not {value!r}")
-    if number < least:
-        raise UserError(f"config key {key!r} must be at least {least}, not {value}")
-    if number > most:
-        raise UserError(f"config key {key!r} must be at most {most}, not {value}")
+    refuse(number < least, f"config key {key!r} must be at least {least}, not {value}")
+    refuse(number > most, f"config key {key!r} must be at most {most}, not {value}")
     return number
 
 
@@ -127,13 +127,14 @@ def read_yaml(path: Path, above: tuple[str, ...] = ()) -> dict:
         near = did_you_mean(path.stem, [p.stem for p in (HERE / "configs").glob("*.yaml")])
         raise UserError(f"no config file {path}; {near}")
     data = parse_yaml(path.read_bytes(), str(path)) or {}
-    if not isinstance(data, dict):
-        raise UserError(f"{path} must hold `key: value` lines")
+    refuse(not isinstance(data, dict), f"{path} must hold `key: value` lines")
     base = data.pop("base", None)
     if base is None:
         return data
-    if not isinstance(base, str) or Path(base).name != base or base in (*above, path.name):
-        raise UserError(f"{path}: base must name another YAML of its folder, not {base!r}")
+    refuse(
+        not isinstance(base, str) or Path(base).name != base or base in (*above, path.name),
+        f"{path}: base must name another YAML of its folder, not {base!r}",
+    )
     return laid_over(read_yaml(path.parent / base, (*above, path.name)), data)
 
 
@@ -194,8 +195,10 @@ def load_config(cls: type, argv: list[str]):
     if (backbone := str(data.get("backbone", "pi05"))) in BACKBONES and isinstance(data.get(backbone), dict):
         data = laid_over(data, data[backbone])
     for name in [*sections, "model"]:
-        if not isinstance(data.get(name) or {}, dict):
-            raise UserError(f"{path}: section {name!r} must hold `key: value` lines")
+        refuse(
+            not isinstance(data.get(name) or {}, dict),
+            f"{path}: section {name!r} must hold `key: value` lines",
+        )
 
     hints, shared = typing.get_type_hints(cls, include_extras=True), shared_keys()
     usable = [*own_keys(cls), *shared]  # a section may also set what is shared, for its stage alone
@@ -209,8 +212,10 @@ def load_config(cls: type, argv: list[str]):
     for key, value, where, known in given:
         if key not in known:
             raise UserError(f"{where}: unknown key {key!r}; {did_you_mean(key, known)}")
-        if key == "backbone" and str(value) != backbone:
-            raise UserError(f"{where}: backbone is no key of one section; set it at the top level")
+        refuse(
+            key == "backbone" and str(value) != backbone,
+            f"{where}: backbone is no key of one section; set it at the top level",
+        )
         kind = hints.get(key) or shared[key]
         checked = typed({} if value is None and kind is dict else value, kind, key)
         if key in hints:
@@ -223,8 +228,7 @@ def parsed(item: str) -> tuple[str, str, object]:
     if item == "--dry-run":
         return "", "dry_run", True
     name, equals, text = item.partition("=")
-    if not equals:
-        raise UserError(f"{item!r} is not key=value")
+    refuse(not equals, f"{item!r} is not key=value")
     section, dot, key = name.rpartition(".")
     if dot:
         one_of(f"{item!r}: stage", section, STAGES)

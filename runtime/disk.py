@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from runtime.errors import UserError, one_line
+from runtime.errors import UserError, one_line, refuse
 
 
 @contextlib.contextmanager
@@ -112,12 +112,12 @@ def read_jsonl(path: Path, needs: str = "") -> list[dict]:
             f"{path} is damaged ({one_line(error)}); remove its folder and run its stage again"
         ) from error
     for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not set(needs.split()) <= row.keys():
-            raise UserError(
-                f"{path} is damaged ("
-                f"line {number} is no object with {needs or 'keys'}"
-                f"); remove its folder and run its stage again"
-            )
+        refuse(
+            not isinstance(row, dict) or not set(needs.split()) <= row.keys(),
+            f"{path} is damaged ("
+            f"line {number} is no object with {needs or 'keys'}"
+            f"); remove its folder and run its stage again",
+        )
     return rows
 
 

@@ -11,6 +11,12 @@ class UserError(Exception):
         return " ".join(super().__str__().splitlines())
 
 
+def refuse(applies: object, text: str) -> None:
+    """UserError with this text if the first argument is true."""
+    if applies:
+        raise UserError(text)
+
+
 def one_line(error: BaseException) -> str:
     """A library's error in one short line that can stand within another."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

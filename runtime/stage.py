@@ -31,7 +31,7 @@ import torch
 
 from runtime import disk, ranks
 from runtime.config import BACKBONES, HERE, STAGES, load_config
-from runtime.errors import UserError
+from runtime.errors import UserError, refuse
 from runtime.seeds import learning_rate
 from runtime.workers import progress
 
@@ -79,13 +79,15 @@ def execute(main: Callable, cfg, dry_run: Callable | None = None, after: Callabl
     script = Path(inspect.getfile(main))
     if cfg.dry_run:
         return print_plan(script, cfg, dry_run)
-    if ranks.size() > 1 and not cfg.by_torchrun:
-        raise UserError(f"{script.name} runs in one process: start it with python, not with torchrun")
+    refuse(
+        ranks.size() > 1 and not cfg.by_torchrun,
+        f"{script.name} runs in one process: start it with python, not with torchrun",
+    )
     processes, size = max(ranks.size(), getattr(cfg, "processes", 1)), getattr(cfg, "batch_size", 0)
-    if size % processes:
-        raise UserError(
-            f"{cfg.section}.batch_size={size} can't be split over {processes} processes; make it a multiple"
-        )
+    refuse(
+        size % processes,
+        f"{cfg.section}.batch_size={size} can't be split over {processes} processes; make it a multiple",
+    )
     if run := open_together(script, cfg):
         torch.set_num_threads(getattr(cfg, "threads", torch.get_num_threads()))
         facts = main(cfg, run)
@@ -182,10 +184,10 @@ class Run:
             UserError: a script was edited meanwhile: workers that started since then have run the new code.
         """
         for name, source in self.identity["source"].items():
-            if source != source_hash(HERE / name):
-                raise UserError(
-                    f"{name} was edited while the stage ran, so {self.dir} may mix both; run it again"
-                )
+            refuse(
+                source != source_hash(HERE / name),
+                f"{name} was edited while the stage ran, so {self.dir} may mix both; run it again",
+            )
         files = {str(p.relative_to(self.dir)): p for p in sorted(self.dir.rglob("*")) if p.is_file()}
         for name in [name for name in files if Path(name).name.startswith(".")]:
             files.pop(name).unlink()  # a kill in the middle of a write left it
@@ -254,8 +256,10 @@ def open_folder(script: Path, cfg) -> Run | None:
             return Run(cfg, folder, identity, lock)
         because = f"{folder / missing[0]} is missing" if missing else difference(old, identity)
         made = {path.name for path in folder.glob("[!.]*")} - {"started.json"}
-        if made and not cfg.overwrite:
-            raise UserError(f"{folder} is not what this would make: {because}; add overwrite=true to redo it")
+        refuse(
+            made and not cfg.overwrite,
+            f"{folder} is not what this would make: {because}; add overwrite=true to redo it",
+        )
         print(f"[{name}] redone, because of: {because}", flush=True)
         for marker in markers:  # first: a half removed folder must not look like a finished one
             marker.unlink()
@@ -265,10 +269,14 @@ def open_folder(script: Path, cfg) -> Run | None:
             "move them away, or add overwrite=true to remove them"
         )
     for path in cfg.inputs():
-        if path.resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"{path} lies in {folder}, which this stage would replace; copy it elsewhere")
-    if folder.is_symlink() or folder.is_file():
-        raise UserError(f"{folder} is a link or a file, where this stage makes a folder; move it away")
+        refuse(
+            path.resolve().is_relative_to(folder.resolve()),
+            f"{path} lies in {folder}, which this stage would replace; copy it elsewhere",
+        )
+    refuse(
+        folder.is_symlink() or folder.is_file(),
+        f"{folder} is a link or a file, where this stage makes a folder; move it away",
+    )
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     disk.write_json(folder / "started.json", identity)
@@ -343,8 +351,10 @@ def read_identity(path: Path) -> dict:
     right = isinstance(found, dict) and all(isinstance(found.get(key), kind) for key, kind in kinds.items())
     parts = ("config", "source", "versions", "outputs")
     right = right and all(isinstance(found.get(key, {}), dict) for key in parts)
-    if not right or ("versions" in found and fingerprint(found) != found["fingerprint"]):
-        raise UserError(f"{path} is damaged; remove its folder and run its stage again")
+    refuse(
+        not right or ("versions" in found and fingerprint(found) != found["fingerprint"]),
+        f"{path} is damaged; remove its folder and run its stage again",
+    )
     return found
 
 
@@ -381,14 +391,14 @@ def fingerprint_of(path: Path, run: Path) -> str:
     for earlier, made_from in done["inputs"].items():
         stage, files = run / earlier / "done.json", [p for p in (run / earlier, Path(earlier)) if p.is_file()]
         now = [read_identity(stage)["fingerprint"]] if stage.is_file() else [disk.sha256(p) for p in files]
-        if now and made_from not in now:
-            raise UserError(f"{path} was made from another {earlier}; {again}")
+        refuse(now and made_from not in now, f"{path} was made from another {earlier}; {again}")
     for name, its in done.get("outputs", {}).items():
         there = (path / name).is_file()
-        if not there and not name.startswith("videos/"):
-            raise UserError(f"{path / name} is missing; {again}")
-        if there and disk.sha256(path / name) != its:
-            raise UserError(f"{path / name} is damaged, or was edited; remove {path} and {again}")
+        refuse(not there and not name.startswith("videos/"), f"{path / name} is missing; {again}")
+        refuse(
+            there and disk.sha256(path / name) != its,
+            f"{path / name} is damaged, or was edited; remove {path} and {again}",
+        )
     return done["fingerprint"]
 
 
@@ -408,14 +418,12 @@ def checkpoint_files(path: str) -> list[Path]:
         UserError: it is not there, or holds no weights.
     """
     folder = Path(path)
-    if not folder.exists():
-        raise UserError(f"no checkpoint {path}; give the folder that holds its .safetensors")
+    refuse(not folder.exists(), f"no checkpoint {path}; give the folder that holds its .safetensors")
     files = sorted(folder.rglob("*")) if folder.is_dir() else [folder]
     if (folder / "done.json").is_file():  # a stage's own folder: what it made, and not how long it took
         files = [folder / name for name in sorted(read_identity(folder / "done.json").get("outputs", ()))]
     files = [p for p in files if p.suffix in (".json", ".jsonl", ".safetensors") and p.is_file()]
-    if not files:
-        raise UserError(f"{path} holds no .safetensors")
+    refuse(not files, f"{path} holds no .safetensors")
     return files
 
 
