@@ -105,22 +105,16 @@ def read_demos(path: Path, task: int) -> Iterator[Demo]:
                 steps = obs["image_steps"][()] if "image_steps" in obs else np.arange(len(actions))
                 images = [obs[key][()][:, ::-1, ::-1] for key in ("agentview_rgb", "eye_in_hand_rgb")]
                 size, bad = images[0].shape[1], f"{path}: {name} has"
-                refuse(
-                    not (np.isfinite(actions).all() and np.isfinite(state).all()),
-                    f"{bad} values that are not finite; record it again with 00_demos.py",
+                finite = np.isfinite(actions).all() and np.isfinite(state).all()
+                refuse(not finite, f"{bad} values that are not finite; record it again with 00_demos.py")
+                image = (len(steps), size, size, 3)
+                as_usual = (
+                    (actions.shape[1:], state.shape) == ((7,), (len(actions), 8))
+                    and all(i.shape == image and i.dtype == np.uint8 for i in images)
+                    and steps.dtype.kind in "iu"
+                    and (len(steps) > 0 and steps.min() >= 0 and steps.max() < len(actions))
                 )
-                refuse(
-                    not (
-                        actions.shape[1:] == (7,)
-                        and state.shape == (len(actions), 8)
-                        and len(steps) > 0
-                        and all(
-                            i.shape == (len(steps), size, size, 3) and i.dtype == np.uint8 for i in images
-                        )
-                        and (steps.dtype.kind in "iu" and steps.min() >= 0 and steps.max() < len(actions))
-                    ),
-                    f"{bad} unexpected shapes; is this a LIBERO demonstration file?",
-                )
+                refuse(not as_usual, f"{bad} unexpected shapes; is this a LIBERO demonstration file?")
                 state = state.astype(np.float32)
                 yield Demo(task, number, init_state, instruction, actions, state, steps, *images)
     except H5PY_ERRORS as error:
@@ -147,12 +141,9 @@ def demonstrations(cfg, holdout: int) -> Iterator[tuple[str, bool, Demo]]:
         for path in paths:
             demos = list(read_demos(path, int(path.stem.rpartition("_")[2])))
             for demo in demos:
-                refuse(
-                    demo.init_state not in (-1, *INIT_GROUPS["demos"]),
-                    f"{path}: "
-                    f"demo_{demo.number} starts from init state {demo.init_state}"
-                    f", which is kept for another purpose",
-                )
+                text = f"{path}: demo_{demo.number} starts from init state {demo.init_state}"
+                kept = demo.init_state not in (-1, *INIT_GROUPS["demos"])
+                refuse(kept, f"{text}, which is kept for another purpose")
             starts = [d.init_state if d.init_state >= 0 else d.number for d in demos]
             distinct = sorted(set(starts))
             held = distinct[len(distinct) - holdout :] if len(distinct) > holdout else []
@@ -179,10 +170,8 @@ def read_pairs(folder: Path, policy=None) -> dict:
     n, h, size = len(rows), pairs["mask"].shape[1:2], pairs["agentview"].shape[1:2]
     image, chunk = (n, *size, *size, 3), (n, *h, 7)
     for key, shape in zip(keys, (image, image, (n, 8), chunk, chunk, (n, *h)), strict=True):
-        refuse(
-            n == 0 or pairs[key].shape != shape or not pairs[key].isfinite().all(),
-            f"{path}: {key} has another shape than the rest, or no finite values; {again}",
-        )
+        wrong = n == 0 or pairs[key].shape != shape or not pairs[key].isfinite().all()
+        refuse(wrong, f"{path}: {key} has another shape than the rest, or no finite values; {again}")
     refuse(pairs["mask"].dtype != torch.bool, f"{path}: mask must be boolean; {again}")
     if policy is not None and h != (policy.horizon,):
         raise UserError(
@@ -300,10 +289,8 @@ def attach_adapter(policy, kind: str, rank: int, alpha: int, targets: str, seed:
 
     import dora
 
-    refuse(
-        not any(regex("targets", targets).fullmatch(layer) for layer, _ in policy.named_modules()),
-        f"the regex {targets!r} matches no layer of the policy",
-    )
+    matches = [layer for layer, _ in policy.named_modules() if regex("targets", targets).fullmatch(layer)]
+    refuse(not matches, f"the regex {targets!r} matches no layer of the policy")
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, use_dora=kind == "dora")
     if kind == "dora":
         config._register_custom_module({torch.nn.Linear: dora.DoraLinear})
@@ -340,9 +327,9 @@ class RunConfig(PlaceConfig):
     tasks: list[int] = field(default_factory=list)  # task numbers within a suite; empty = all ten
 
     def __post_init__(self):
+        twice = len({*self.suites}) < len(self.suites) or len({*self.tasks}) < len(self.tasks)
         refuse(
-            not self.suites or len({*self.suites}) < len(self.suites) or len({*self.tasks}) < len(self.tasks),
-            f"suites={self.suites}, tasks={self.tasks}: name one or more, each once",
+            twice or not self.suites, f"suites={self.suites}, tasks={self.tasks}: name one or more, each once"
         )
 
     data_dir = property(lambda self: self.run_dir / "data")
