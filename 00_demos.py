@@ -56,11 +56,11 @@ class Config(common.SceneConfig):
     def inputs(self) -> list[Path]:
         common.init_states("demos", self.n_init)
         if not self.source:
-            unknown = [pair for pair in tasks(self) if pair not in TASKS]
-            if unknown:
-                raise UserError(
-                    f"the expert cannot do {unknown[0]} yet: "
-                    "add a row to TASKS in sim/expert.py, or use demos.source"
+            for task in tasks(self):
+                refuse(
+                    task not in TASKS,
+                    f"the expert cannot do {task} yet: "
+                    "add a row to TASKS in sim/expert.py, or use demos.source",
                 )
             return []
         source = Path(self.source)
@@ -265,12 +265,8 @@ def official_files(cfg: Config) -> dict[tuple[str, int], Path]:
         folder = Path(cfg.source) / suite
         official = f"*{instruction(suite, task).replace(' ', '_')}_demo.hdf5"
         found = sorted([*folder.glob(official), *folder.glob(f"task_{task:02d}.hdf5")])
-        if len(found) != 1:
-            raise UserError(
-                f"source: {folder} holds {len(found)} files "
-                f"{official} or task_{task:02d}.hdf5"
-                f", but one is needed"
-            )
+        names = f"{len(found)} files {official} or task_{task:02d}.hdf5"
+        refuse(len(found) != 1, f"source: {folder} holds {names}, but one is needed")
         files[suite, task] = found[0]
     return files
 
@@ -284,8 +280,8 @@ def adopt(cfg: Config) -> list[dict]:
             not demos,
             f"source: {path} holds no demonstration; record it again, or leave task {task} out with tasks=",
         )
-        if demos[0] != cfg.image_size:
-            raise UserError(f"{path} has images of {demos[0]} px: set image_size={demos[0]}")
+        size = demos[0]
+        refuse(size != cfg.image_size, f"{path} has images of {size} px: set image_size={size}")
         link = cfg.data_dir / suite / f"task_{task:02d}.hdf5"
         link.parent.mkdir(exist_ok=True)
         link.unlink(missing_ok=True)

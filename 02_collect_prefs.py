@@ -39,7 +39,7 @@ import torch
 
 import backbones
 import common
-from runtime import Count, UserError, disk, ranks, refuse, stage, workers
+from runtime import Count, disk, ranks, refuse, stage, workers
 from sim.env import CRASHES, TaskEnv, carry_out, tasks
 
 
@@ -270,10 +270,8 @@ def assemble(folder: Path) -> None:
     last.
     """
     rows = sorted(attempts(folder), key=lambda row: (row["suite"], row["task"], row["unit"]))
-    if not any(row["pairs"] for row in rows):
-        raise UserError(
-            f"{len(rows)} attempts gave no pair (see {folder / 'units.jsonl'}); raise prefs.max_playouts"
-        )
+    none = f"{len(rows)} attempts gave no pair (see {folder / 'units.jsonl'})"
+    refuse(not any(row["pairs"] for row in rows), f"{none}; raise prefs.max_playouts")
     disk.write_rows(folder / "units.jsonl", rows)
     for kind in ("tried", "pairs"):
         parts = [disk.load_tensors(part_file(folder, row, kind)) for row in rows if row[kind]]

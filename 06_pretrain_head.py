@@ -45,6 +45,7 @@ from torch import Tensor, nn
 
 import backbones
 import common
+from backbones.layers import siglip_features
 from report import stats
 from report.head import plot_losses, retrieval_report
 from runtime import Count, UserError, disk, ranks, refuse, stage, workers
@@ -146,11 +147,7 @@ def pooled(policy, images: Tensor) -> Tensor:
     tower = tower_of(policy)
     table = tower.embeddings.position_embedding.weight  # (patches, W)
     pixels = policy.pixels(images.to(table.device))[:, -3:]  # of OpenVLA's fused pixels, SigLIP's come last
-    x = (  # (B, patches, W)
-        tower.embeddings.patch_embedding(pixels.to(table.dtype)).flatten(2).transpose(1, 2) + table
-    ).to(next(tower.encoder.parameters()).dtype)
-    for layer in tower.encoder.layers:
-        x = layer(x, None)
+    x = siglip_features(tower, pixels.to(table.dtype))  # (B, patches, W)
     return (x if tower.post_layernorm is None else tower.post_layernorm(x)).float().mean(1)
 
 

@@ -120,7 +120,7 @@ def over_seeds(rows: list[dict], played: dict, run_dir: Path) -> list[dict]:
 
 def of_results(table: Path, top: Path) -> Experiment:
     """One folder of committed results."""
-    folder, redrawn = table.parent, re.compile("success|differences|dpo|learning_curve")
+    folder, redrawn = table.parent, re.compile("success|differences|dpo")
     logs = [p for p in sorted(folder.glob("training/*.jsonl")) if p.stem.startswith(("sft", "dpo-"))]
     return Experiment(
         str(folder.relative_to(top)) if folder != top else folder.name,

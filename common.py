@@ -43,10 +43,8 @@ def init_states(group: str, n: int | None = None) -> list[int]:
     """
     one_of("group of init states", group, INIT_GROUPS)
     states = list(INIT_GROUPS[group])
-    if n is not None and not 0 < n <= len(states):
-        raise UserError(
-            f"{group!r} has init states {states[0]}-{states[-1]}: choose 1 to {len(states)}, not {n}"
-        )
+    known = f"{group!r} has init states {states[0]}-{states[-1]}"
+    refuse(n is not None and not 0 < n <= len(states), f"{known}: choose 1 to {len(states)}, not {n}")
     return states[:n]
 
 
@@ -148,8 +146,7 @@ def demonstrations(cfg, holdout: int) -> Iterator[tuple[str, bool, Demo]]:
             distinct = sorted(set(starts))
             held = distinct[len(distinct) - holdout :] if len(distinct) > holdout else []
             sizes |= {demo.agentview.shape[1] for demo in demos}
-            if len(sizes) > 1:
-                raise UserError(f"{path}: images of {sorted(sizes)} pixels do not go together")
+            refuse(len(sizes) > 1, f"{path}: images of {sorted(sizes)} pixels do not go together")
             yield from ((suite, start in held, demo) for start, demo in zip(starts, demos, strict=True))
     refuse(not sizes, f"no demonstrations in {cfg.data_dir} of {cfg.suites}, tasks {cfg.tasks or 'all'}")
 
@@ -163,8 +160,8 @@ def read_pairs(folder: Path, policy=None) -> dict:
     path = folder / "pairs.safetensors"
     pairs, again = disk.load_tensors(path), "remove its folder and run 02_collect_prefs.py again"
     keys = ("agentview", "wrist", "state", "chosen", "rejected", "mask")
-    if absent := [key for key in keys if key not in pairs]:
-        raise UserError(f"{path} lacks {absent[0]}; {again}")
+    absent = [key for key in keys if key not in pairs]
+    refuse(absent, f"{path} lacks {', '.join(absent)}; {again}")
     rows = disk.read_jsonl(folder / "pairs.jsonl", "instruction")
     pairs["instruction"] = [row["instruction"] for row in rows]
     n, h, size = len(rows), pairs["mask"].shape[1:2], pairs["agentview"].shape[1:2]
@@ -173,11 +170,9 @@ def read_pairs(folder: Path, policy=None) -> dict:
         wrong = n == 0 or pairs[key].shape != shape or not pairs[key].isfinite().all()
         refuse(wrong, f"{path}: {key} has another shape than the rest, or no finite values; {again}")
     refuse(pairs["mask"].dtype != torch.bool, f"{path}: mask must be boolean; {again}")
-    if policy is not None and h != (policy.horizon,):
-        raise UserError(
-            f"the pairs have chunks of {h[0]} actions, the policy of {policy.horizon}"
-            f": they are another policy's, see pairs_from"
-        )
+    if policy is not None:
+        their = f"the pairs have chunks of {h[0]} actions, the policy of {policy.horizon}"
+        refuse(h != (policy.horizon,), f"{their}: they are another policy's, see pairs_from")
     return pairs
 
 
@@ -312,8 +307,7 @@ def load_adapter(policy, folder: Path):
         raise UserError(f"{folder} holds no adapter of this policy: {one_line(error)}; rerun 03") from error
     with safe_open(path, "pt") as file:
         other = set(file.keys()) ^ set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    if other:
-        raise UserError(f"{folder} holds an adapter of another policy: only one of the two has {min(other)}")
+    refuse(other, f"{folder} holds an adapter of another policy: only one has {', '.join(sorted(other)[:1])}")
     return adapted.merge_and_unload().eval()
 
 

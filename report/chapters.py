@@ -37,14 +37,6 @@ class Experiment:
 
 
 # ------------------------------------------------------------------------------------------------------ plots
-def learning(experiment: Experiment, rows: list[dict]) -> list:
-    """Evaluations on validation init states along the SFT training, and its log; or []."""
-    rows = [row for row in split(rows)[0] if row["policy"] == "sft" and not row["blank_images"]]
-    rows = [row for row in rows if row["suite"] == max((r["suite"] for r in rows), key=len)]  # all suites
-    logs = [log for name, log in experiment.training.items() if name.startswith("sft") and log]
-    return [rows, logs[0]] if len(rows) > 1 and logs else []
-
-
 def dpo_curves(training: dict[str, list[dict]]) -> list[tuple[str, dict]]:
     """(pairs, logs by adapter) of every set of pairs that DPO was trained on."""
     curves = defaultdict(dict)
@@ -62,12 +54,6 @@ def figures(experiment: Experiment, groups: dict[str, list[dict]], folder: Path)
         ("success", "Success on held-out init states", plots.success, [split(groups["test"])[0]]),
         ("differences", against.format(tables.baseline(plain)), plots.forest, [plain]),
         ("differences-cells", against.format(tables.baseline(cells)), plots.forest, [cells]),
-        (
-            "learning_curve",
-            "What more training buys, on validation init states",
-            plots.learning_curve,
-            learning(experiment, groups["val"]),
-        ),
         *(
             (f"dpo-{slug(pairs)}", f"DPO's implicit rewards, pairs: {pairs}", plots.dpo, [logs])
             for pairs, logs in dpo_curves(experiment.training)

@@ -8,7 +8,7 @@ import yaml
 from report import audit, stats
 from report.page import PILLS
 from report.tables import difference, listing, number, p_value, percent, points, table
-from runtime import HERE, UserError, disk
+from runtime import HERE, disk, refuse
 
 RESULTS = HERE / "results"
 TESTS = {"==": operator.eq, ">": operator.gt, "<": operator.lt, ">=": operator.ge, "<=": operator.le}
@@ -52,10 +52,8 @@ def look_up(ours: dict) -> dict | None:
         return audit.compared(*map(audit.episodes_of, paths))
     rows = disk.read_json(paths[0]) if paths[0].suffix == ".json" else audit.read_lines(paths[0])[0]
     fits = [row for row in rows if all(row.get(key) == value for key, value in ours["where"].items())]
-    if len(fits) != 1:
-        raise UserError(
-            f"configs/paper.yaml: {len(fits)} rows of {paths[0]} have {ours['where']}; a claim needs one"
-        )
+    found = f"{len(fits)} rows of {paths[0]} have {ours['where']}"
+    refuse(len(fits) != 1, f"configs/paper.yaml: {found}; a claim needs one")
     return fits[0]
 
 

@@ -6,8 +6,6 @@ matplotlib is imported when something is drawn, so that importing this module is
 import io
 from pathlib import Path
 
-import numpy as np
-
 from report import stats
 from report.tables import baseline, by_suite, joined, short
 
@@ -119,26 +117,6 @@ def forest(rows: list[dict]):
     draw_rows(ax, labels(rows), values, intervals, colours(rows), notes, bars=False)
     ax.axvline(0, color=INK, linewidth=0.9)
     ax.set_xlabel(f"points against {baseline(rows)}, same episodes (95 %)", loc="right")
-    return figure
-
-
-def learning_curve(rows: list[dict], losses: list[dict]):
-    """Success on validation init states (left) and the validation loss (right), against SFT steps."""
-
-    def step(row: dict) -> int:
-        return losses[-1]["step"] if row["start"] == "final" else int(row["start"])
-
-    rows = sorted(rows, key=step)
-    figure, ax = canvas(5.4, 3.3)
-    (rates, intervals), steps = percents(rows), list(map(step, rows))
-    ax.plot(steps, rates, "o-", color=COLOURS["lora"], label="success (left), Wilson 95 %")
-    ax.vlines(steps, *zip(*intervals, strict=True), color=COLOURS["lora"])
-    ax.set(ylim=(0, 100), xlabel="SFT step", ylabel="success on validation states, %")
-    ax.grid()
-    right = ax.twinx()
-    curve = np.array([(row["step"], row["val_loss"]) for row in losses if "val_loss" in row])
-    right.semilogy(*curve.T, color=COLOURS["dora"], label="validation loss (right)")
-    ax.legend(handles=[*ax.lines, *right.lines], loc="center right")
     return figure
 
 

@@ -96,8 +96,8 @@ def typed(value, kind, key: str):
         )
         return str(value)
     number = as_number(value, kind) if kind in (int, float) and plain else None
-    if number is None:
-        raise UserError(f"config key {key!r} must be {getattr(kind, '__name__', kind)}, not {value!r}")
+    named = getattr(kind, "__name__", kind)
+    refuse(number is None, f"config key {key!r} must be {named}, not {value!r}")
     refuse(number < least, f"config key {key!r} must be at least {least}, not {value}")
     refuse(number > most, f"config key {key!r} must be at most {most}, not {value}")
     return number
@@ -183,8 +183,8 @@ def load_config(cls: type, argv: list[str]):
     Raises:
         UserError: an unknown key, a wrong type, a value out of range.
     """
-    if not argv or "=" in argv[0] or argv[0].startswith("-"):
-        raise UserError(f"usage: python {STAGES[cls.section]} configs/NAME.yaml [key=value ...] [--dry-run]")
+    usage = f"usage: python {STAGES[cls.section]} configs/NAME.yaml [key=value ...] [--dry-run]"
+    refuse(not argv or "=" in argv[0] or argv[0].startswith("-"), usage)
     path = Path(argv[0])
     data = {"name": path.stem} | read_yaml(path)
     overrides = [parsed(item) for item in argv[1:]]

@@ -404,10 +404,8 @@ def fingerprint_of(path: Path, run: Path) -> str:
 
 def require(folder: Path, section: str, hint: str = "") -> Path:
     """`folder`, if an earlier stage has finished it; else a UserError that names the command to run."""
-    if not (folder / "done.json").is_file():
-        raise UserError(
-            f"{folder} is not there or not finished: run `python {STAGES[section]} CONFIG{hint}` first"
-        )
+    remedy = f"run `python {STAGES[section]} CONFIG{hint}` first"
+    refuse(not (folder / "done.json").is_file(), f"{folder} is not there or not finished: {remedy}")
     return folder
 
 
