@@ -85,7 +85,8 @@ def libraries() -> types.SimpleNamespace:
     (Path(config.name) / "config.yaml").write_text(lines)
     os.environ["LIBERO_CONFIG_PATH"] = config.name
     os.environ.setdefault("MPLCONFIGDIR", config.name)  # LIBERO imports matplotlib
-    if not os.access(package_folder("robosuite"), os.W_OK):  # numba caches beside the source, else at home
+    sources = (package_folder("robosuite"), Path(__file__).parent)
+    if not all(os.access(folder, os.W_OK) for folder in sources):  # numba caches there, else at home
         os.environ.setdefault("NUMBA_CACHE_DIR", f"{tempfile.gettempdir()}/numba-{os.getuid()}")
     macros = types.ModuleType("robosuite.macros_private")
     vars(macros).update(CONSOLE_LOGGING_LEVEL="ERROR", FILE_LOGGING_LEVEL=None)

@@ -37,7 +37,7 @@ def normals(triangles: np.ndarray) -> np.ndarray:
 
 
 def nearest_to_centres(vertices: np.ndarray, grid: float) -> np.ndarray:
-    """(V, 3) -> (V,): of all vertices in its cell, the number of the one that is nearest to the cell's centre."""
+    """(V, 3) -> (V,): the vertex of its cell that is nearest to the centre."""
     place = (vertices - vertices.min(axis=0)) / grid
     cells = np.floor(place)
     order = np.argsort(((place - cells - 0.5) ** 2).sum(axis=1), kind="stable")  # nearest first
