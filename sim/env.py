@@ -85,8 +85,8 @@ def libraries() -> types.SimpleNamespace:
     (Path(config.name) / "config.yaml").write_text(lines)
     os.environ["LIBERO_CONFIG_PATH"] = config.name
     os.environ.setdefault("MPLCONFIGDIR", config.name)  # LIBERO imports matplotlib
-    sources = (package_folder("robosuite"), Path(__file__).parent)
-    if not all(os.access(folder, os.W_OK) for folder in sources):  # numba caches there, else at home
+    if not (os.access(package_folder("robosuite"), os.W_OK) and os.access(__file__, os.W_OK)):
+        # numba caches beside the source, else at home
         os.environ.setdefault("NUMBA_CACHE_DIR", f"{tempfile.gettempdir()}/numba-{os.getuid()}")
     macros = types.ModuleType("robosuite.macros_private")
     vars(macros).update(CONSOLE_LOGGING_LEVEL="ERROR", FILE_LOGGING_LEVEL=None)
@@ -173,18 +173,24 @@ class TaskEnv:
         self.max_steps = common.MAX_STEPS[suite]
         self._mj = libraries().mujoco
         bddl = suite_of(suite).get_task_bddl_file_path(task_id)
-        sims, compiled = libraries().MjSim, functools.cache(self._mj.MjModel.from_xml_string)
-        once = mock.patch.object(sims, "from_xml_string", lambda xml: sims(copy.copy(compiled(xml))))
-        with contextlib.redirect_stdout(io.StringIO()), once:
+        compiled, sims = functools.cache(self._mj.MjModel.from_xml_string), libraries().MjSim
+
+        def simulation(xml: str):
+            sim = sims(copy.copy(compiled(xml)))
+            sim.forward()  # robosuite with a renderer does so twice: it shows in the warm start's last bits
+            return sim
+
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            mock.patch.object(sims, "from_xml_string", simulation),
+        ):
             self._wrapper = libraries().ControlEnv(
                 bddl, has_offscreen_renderer=False, use_camera_obs=False, ignore_done=True
             )
             self.env = self._wrapper.env
-            self.env._initialize_sim = functools.partial(_initialize, self.env, self.env._initialize_sim)
             self._wrapper.seed(common.ENV_SEED)  # numpy's global generator
             self.env.sim = None  # or the reset collects garbage
             self._wrapper.reset()
-            del self.env._initialize_sim
         self.env._observables.clear()
         self.model, self.data = self.env.sim.model._model, self.env.sim.data._data
         self.robot = self.env.robots[0]
@@ -350,8 +356,9 @@ class TaskEnv:
         model.site_rgba[:, 3], model.geom_group[:] = alpha, group
         for flag in (mj.mjtRndFlag.mjRND_SHADOW, mj.mjtRndFlag.mjRND_REFLECTION):  # a mirror draws all twice
             renderer.scene.flags[flag] = self.render_mode == "default"
-        image = renderer.render()
-        return np.ascontiguousarray(image[:, ::-1])  # mujoco's image is upright; LIBERO's is also mirrored
+        return np.ascontiguousarray(
+            renderer.render()[:, ::-1]
+        )  # mujoco's image is upright, LIBERO's mirrored
 
     def _make_renderer(self) -> None:
         model, mj = self.model, self._mj
@@ -389,15 +396,6 @@ class TaskEnv:
             self._renderer.close()
         self._wrapper.close()
         vars(self).clear()
-
-
-def _initialize(env, initialize_sim) -> None:
-    """Evaluate the dynamics once more, as robosuite does when it has a renderer.
-
-    That shows in the last bits of the warm start.
-    """
-    initialize_sim()
-    env.sim.forward()
 
 
 # ------------------------------------------------------------------------------------------------- for stages

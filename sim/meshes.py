@@ -11,24 +11,20 @@ GRID = 0.008  # metres
 def simplify(model, grid: float = GRID) -> None:
     """Merge the vertices of each mesh that share a cell of a grid (metres), before a renderer is made.
 
-    A triangle keeps its normals and texture coordinates. It goes if its corners merge, if it turns its back
-    to where it faced, or if an earlier one has the same corners in the same sense.
+    A triangle keeps its normals and texture coordinates. It goes if two of its corners merge, or if it turns
+    its back to where it faced.
     """
     for mesh in range(model.nmesh):
-        first = model.mesh_faceadr[mesh]
+        first, start = model.mesh_faceadr[mesh], model.mesh_vertadr[mesh]
         rows = slice(first, first + model.mesh_facenum[mesh])
-        faces, adr = model.mesh_face[rows].copy(), model.mesh_vertadr[mesh]
-        vertices = model.mesh_vert[adr : adr + model.mesh_vertnum[mesh]]
+        faces, vertices = model.mesh_face[rows], model.mesh_vert[start : start + model.mesh_vertnum[mesh]]
         corners = nearest_to_centres(vertices, grid)[faces]  # (F, 3)
-        whole = np.flatnonzero((normals(vertices[corners]) * normals(vertices[faces])).sum(axis=1) > 0)
-        turn = (corners.argmin(axis=1)[:, None] + np.arange(3)) % 3
-        key = np.take_along_axis(corners, turn, axis=1) @ [1 << 40, 1 << 20, 1]
-        kept = np.sort(whole[np.unique(key[whole], return_index=True)[1]])
-        new = slice(first, first + len(kept))
+        kept = (normals(vertices[corners]) * normals(vertices[faces])).sum(axis=1) > 0
+        new = slice(first, first + kept.sum())
         model.mesh_face[new] = corners[kept]
         model.mesh_facenormal[new] = model.mesh_facenormal[rows][kept]
         model.mesh_facetexcoord[new] = model.mesh_facetexcoord[rows][kept]
-        model.mesh_facenum[mesh] = len(kept)
+        model.mesh_facenum[mesh] = kept.sum()
 
 
 def normals(triangles: np.ndarray) -> np.ndarray:
@@ -39,10 +35,9 @@ def normals(triangles: np.ndarray) -> np.ndarray:
 def nearest_to_centres(vertices: np.ndarray, grid: float) -> np.ndarray:
     """(V, 3) -> (V,): the vertex of its cell that is nearest to the centre."""
     place = (vertices - vertices.min(axis=0)) / grid
-    cells = np.floor(place)
-    order = np.argsort(((place - cells - 0.5) ** 2).sum(axis=1), kind="stable")  # nearest first
-    key = cells[order] @ [1.0, 1 << 17, 1 << 34]  # exact below 1 km
-    _, first, cell = np.unique(key, return_index=True, return_inverse=True)
+    order = np.argsort(((place % 1 - 0.5) ** 2).sum(axis=1), kind="stable")  # nearest first
+    cells = (place // 1)[order] @ [1.0, 1 << 17, 1 << 34]  # one number each
+    _, first, cell = np.unique(cells, return_index=True, return_inverse=True)
     nearest = np.empty_like(order)
     nearest[order] = order[first[cell]]
     return nearest

@@ -8,10 +8,18 @@ robosuite's objects, so its own control steps and these may alternate.
 Import after `env.libraries()`. tests/test_sim.py compares with robosuite's loop.
 """
 
+from operator import attrgetter
+
 import mujoco
 import numba
 import numpy as np
 from robosuite.utils.control_utils import nullspace_torques, opspace_matrices, orientation_error
+
+GOAL = attrgetter("kp", "kd", "goal_pos", "goal_ori", "initial_joint")  # of robosuite's controller
+MOTION = attrgetter(  # of the hand, then of the arm
+    *("ee_pos", "ee_ori_mat", "ee_pos_vel", "ee_ori_vel", "joint_pos", "joint_vel"),
+    *("J_full", "J_pos", "J_ori", "mass_matrix"),
+)
 
 
 def consecutive(indexes) -> slice:
@@ -23,14 +31,14 @@ def consecutive(indexes) -> slice:
 
 @numba.njit(cache=True)
 def look(
-    arm, mass_all, spatial, qvel, first, pos, ori, vel, spin, joints, speeds, jac, jac_pos, jac_ori, mass
+    at, turn, q, v, masses, spatial, first, pos, ori, vel, spin, joints, speeds, jac, jac_pos, jac_ori, mass
 ):
-    """Fill the last ten arrays, robosuite's. arm: mujoco's position, rotation and joints."""
+    """Fill the last ten arrays, robosuite's, from mujoco's; the arm's degrees of freedom begin at `first`."""
     dofs = slice(first, first + len(joints))
-    pos[:], ori[:], joints[:], speeds[:] = arm[0], arm[1], arm[2], qvel[dofs]
-    vel[:], spin[:] = np.dot(spatial[:3], qvel), np.dot(spatial[3:], qvel)
+    pos[:], ori[:], joints[:], speeds[:] = at, turn, q, v[dofs]
+    vel[:], spin[:] = np.dot(spatial[:3], v), np.dot(spatial[3:], v)
     jac[:], jac_pos[:], jac_ori[:] = spatial[:, dofs], spatial[:3, dofs], spatial[3:, dofs]
-    mass[:] = mass_all[dofs, dofs]
+    mass[:] = masses[dofs, dofs]
 
 
 @numba.njit(cache=True)
@@ -60,9 +68,8 @@ class Controller:
         self.model, self.data = model, data
         self.state, self.hand, self.site = robot.controller, robot.gripper, robot.eef_site_id
         joints = data.qpos[consecutive(robot._ref_joint_pos_indexes)]  # views of mujoco's memory
-        self.arm = data.site_xpos[self.site], data.site_xmat[self.site].reshape(3, 3), joints
+        self.arm = data.site_xpos[self.site], data.site_xmat[self.site].reshape(3, 3), joints, data.qvel
         self.dofs = consecutive(robot._ref_joint_vel_indexes)
-        self.qvel, self.bias = data.qvel, data.qfrc_bias[self.dofs]
         self.motors = consecutive(robot._ref_joint_actuator_indexes)
         self.low, self.high = robot.torque_limits
         self.grip = robot._ref_joint_gripper_actuator_indexes
@@ -80,16 +87,10 @@ class Controller:
         """Write the motor commands of one substep to data.ctrl."""
         self._look()
         c, ctrl, hand = self.state, self.data.ctrl, self.hand
-        goal = (c.kp, c.kd, c.goal_pos, c.goal_ori, c.initial_joint)
-        c.torques, c.new_update = drive(*goal, self.bias, *self._seen()), True
+        c.torques, c.new_update = drive(*GOAL(c), self.data.qfrc_bias[self.dofs], *MOTION(c)), True
         ctrl[self.motors] = np.minimum(np.maximum(c.torques, self.low), self.high)
         hand.current_action = np.minimum(np.maximum(hand.current_action + self.closing, -1.0), 1.0)
         ctrl[self.grip] = self.grip_middle + self.grip_span * hand.current_action
-
-    def _seen(self) -> tuple:
-        c = self.state
-        motion = (c.ee_pos, c.ee_ori_mat, c.ee_pos_vel, c.ee_ori_vel, c.joint_pos, c.joint_vel)
-        return *motion, c.J_full, c.J_pos, c.J_ori, c.mass_matrix
 
     def _look(self) -> None:
         """Read the arm's state, once in a substep.
@@ -102,5 +103,5 @@ class Controller:
             mujoco.mj_fwdConstraint(self.model, self.data)
             mujoco.mj_jacSite(self.model, self.data, self.jacobian[:3], self.jacobian[3:], self.site)
             mujoco.mj_fullM(self.model, self.mass, self.data.qM)
-            look(self.arm, self.mass, self.jacobian, self.qvel, self.dofs.start, *self._seen())
+            look(*self.arm, self.mass, self.jacobian, self.dofs.start, *MOTION(self.state))
             self.state.new_update = False

@@ -1,6 +1,6 @@
 """What a look of a play-out costs: now, at an earlier commit, and in LIBERO's standard loop.
 
-    python tests/bench/look.py [before=ce23880] [rounds=6] [looks=6]                            about 2 minutes
+    python tests/bench/look.py [before=ce23880] [rounds=6] [looks=6]                           about 2 minutes
 
 A look is 8 control steps of libero_object task 0, two frames of 64 pixels (`fast`), and one inference of
 checkpoints/tiny_libero_object. Prints CPU milliseconds (all threads): medians over the rounds, in which the
