@@ -8,9 +8,18 @@ robosuite's objects, so its own control steps and these may alternate.
 Import after `env.libraries()`. tests/test_sim.py compares with robosuite's loop.
 """
 
+from operator import attrgetter
+
 import mujoco
+import numba
 import numpy as np
 from robosuite.utils.control_utils import nullspace_torques, opspace_matrices, orientation_error
+
+GOAL = attrgetter("kp", "kd", "goal_pos", "goal_ori", "initial_joint")  # of robosuite's controller
+MOTION = attrgetter(  # of the hand, then of the arm
+    *("ee_pos", "ee_ori_mat", "ee_pos_vel", "ee_ori_vel", "joint_pos", "joint_vel"),
+    *("J_full", "J_pos", "J_ori", "mass_matrix"),
+)
 
 
 def consecutive(indexes) -> slice:
@@ -18,6 +27,34 @@ def consecutive(indexes) -> slice:
     first = int(indexes[0])
     assert list(indexes) == list(range(first, first + len(indexes))), indexes
     return slice(first, first + len(indexes))
+
+
+@numba.njit(cache=True)
+def look(
+    at, turn, q, v, masses, spatial, first, pos, ori, vel, spin, joints, speeds, jac, jac_pos, jac_ori, mass
+):
+    """Fill the last ten arrays, robosuite's, from mujoco's; the arm's degrees of freedom begin at `first`."""
+    dofs = slice(first, first + len(joints))
+    pos[:], ori[:], joints[:], speeds[:] = at, turn, q, v[dofs]
+    vel[:], spin[:] = np.dot(spatial[:3], v), np.dot(spatial[3:], v)
+    jac[:], jac_pos[:], jac_ori[:] = spatial[:, dofs], spatial[:3, dofs], spatial[3:, dofs]
+    mass[:] = masses[dofs, dofs]
+
+
+@numba.njit(cache=True)
+def drive(
+    kp, kd, goal_pos, goal_ori, rest, bias, pos, ori, vel, spin, joints, speeds, jac, jac_pos, jac_ori, mass
+):
+    """The joint torques (7,) of operational space control (Khatib 1987).
+
+    The hand's force is F = kp e - kd v, its torque likewise, and each is decoupled by its own 3x3 inertia.
+    The joint torques are J^T F + gravity + a pull towards the posture `rest` in the hand's null space.
+    """
+    force = kp[:3] * (goal_pos - pos) - kd[:3] * vel
+    torque = kp[3:] * orientation_error(goal_ori, ori) - kd[3:] * spin
+    _, inertia_pos, inertia_ori, nullspace = opspace_matrices(mass, jac, jac_pos, jac_ori)
+    wrench = np.concatenate((np.dot(inertia_pos, force), np.dot(inertia_ori, torque)))  # (6,)
+    return np.dot(jac.T, wrench) + bias + nullspace_torques(mass, nullspace, rest, joints, speeds)
 
 
 class Controller:
@@ -30,7 +67,8 @@ class Controller:
     def __init__(self, robot, model: mujoco.MjModel, data: mujoco.MjData):
         self.model, self.data = model, data
         self.state, self.hand, self.site = robot.controller, robot.gripper, robot.eef_site_id
-        self.qpos = consecutive(robot._ref_joint_pos_indexes)
+        joints = data.qpos[consecutive(robot._ref_joint_pos_indexes)]  # views of mujoco's memory
+        self.arm = data.site_xpos[self.site], data.site_xmat[self.site].reshape(3, 3), joints, data.qvel
         self.dofs = consecutive(robot._ref_joint_vel_indexes)
         self.motors = consecutive(robot._ref_joint_actuator_indexes)
         self.low, self.high = robot.torque_limits
@@ -46,24 +84,13 @@ class Controller:
         self.closing = np.array([-1.0, 1.0]) * self.hand.speed * np.sign(action[6:])
 
     def actuate(self) -> None:
-        """Write the motor commands of one substep to data.ctrl.
-
-        Operational space control (Khatib 1987): the hand's force is F = kp e - kd v, its torque likewise, and
-        each is decoupled by its own 3x3 inertia. The joint torques are J^T F + gravity + a pull towards the
-        initial posture in the null space of the hand.
-        """
+        """Write the motor commands of one substep to data.ctrl."""
         self._look()
-        c, data = self.state, self.data
-        force = c.kp[:3] * (c.goal_pos - c.ee_pos) - c.kd[:3] * c.ee_pos_vel
-        torque = c.kp[3:] * orientation_error(c.goal_ori, c.ee_ori_mat) - c.kd[3:] * c.ee_ori_vel
-        _, inertia_pos, inertia_ori, nullspace = opspace_matrices(c.mass_matrix, c.J_full, c.J_pos, c.J_ori)
-        wrench = np.concatenate([np.dot(inertia_pos, force), np.dot(inertia_ori, torque)])  # (6,)
-        posture = nullspace_torques(c.mass_matrix, nullspace, c.initial_joint, c.joint_pos, c.joint_vel)
-        c.torques = np.dot(c.J_full.T, wrench) + data.qfrc_bias[self.dofs] + posture  # (7,)
-        c.new_update = True
-        data.ctrl[self.motors] = np.minimum(np.maximum(c.torques, self.low), self.high)
-        self.hand.current_action = np.minimum(np.maximum(self.hand.current_action + self.closing, -1.0), 1.0)
-        data.ctrl[self.grip] = self.grip_middle + self.grip_span * self.hand.current_action
+        c, ctrl, hand = self.state, self.data.ctrl, self.hand
+        c.torques, c.new_update = drive(*GOAL(c), self.data.qfrc_bias[self.dofs], *MOTION(c)), True
+        ctrl[self.motors] = np.minimum(np.maximum(c.torques, self.low), self.high)
+        hand.current_action = np.minimum(np.maximum(hand.current_action + self.closing, -1.0), 1.0)
+        ctrl[self.grip] = self.grip_middle + self.grip_span * hand.current_action
 
     def _look(self) -> None:
         """Read the arm's state, once in a substep.
@@ -72,20 +99,9 @@ class Controller:
         starts from the solution just found. Right after a reset the standard protocol does not look: the
         first action works on an old state.
         """
-        c, data, site, dofs = self.state, self.data, self.site, self.dofs
-        if not c.new_update:
-            return
-        mujoco.mj_fwdConstraint(self.model, data)
-        mujoco.mj_jacSite(self.model, data, self.jacobian[:3], self.jacobian[3:], site)
-        mujoco.mj_fullM(self.model, self.mass, data.qM)
-        c.ee_pos, c.ee_ori_mat = data.site_xpos[site].copy(), data.site_xmat[site].reshape(3, 3).copy()
-        c.ee_pos_vel, c.ee_ori_vel = (
-            np.dot(self.jacobian[:3], data.qvel),
-            np.dot(self.jacobian[3:], data.qvel),
-        )
-        c.joint_pos, c.joint_vel = data.qpos[self.qpos].copy(), data.qvel[dofs].copy()
-        c.J_full = np.array(self.jacobian[:, dofs], order="F")  # (6, 7)
-        c.J_pos = np.array(self.jacobian[:3, dofs], order="F")
-        c.J_ori = np.array(self.jacobian[3:, dofs], order="F")
-        c.mass_matrix = np.array(self.mass[dofs, dofs], order="F")  # (7, 7)
-        c.new_update = False
+        if self.state.new_update:
+            mujoco.mj_fwdConstraint(self.model, self.data)
+            mujoco.mj_jacSite(self.model, self.data, self.jacobian[:3], self.jacobian[3:], self.site)
+            mujoco.mj_fullM(self.model, self.mass, self.data.qM)
+            look(*self.arm, self.mass, self.jacobian, self.dofs.start, *MOTION(self.state))
+            self.state.new_update = False

@@ -1,6 +1,7 @@
 """The simulator against LIBERO itself. `python -m pytest tests/test_sim.py`, real LIBERO, about 2 minutes."""
 
 import contextlib
+import copy
 import functools
 import os
 import pickle
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ import common
 from extras import preflight
 from runtime.config import HERE
 from runtime.errors import UserError
+from sim import meshes
 from sim.env import (
     CRASHES,
     LIBERO_CAMERAS,
@@ -270,51 +273,65 @@ def test_a_mirror_shows_what_the_camera_does_not_see():
         assert not np.array_equal(seen, env.frame("wrist"))
 
 
-def switch_mode(env: TaskEnv, render: str) -> None:
-    env._renderer.close()
-    env._renderer = None
-    env.render_mode = render
-
-
-def test_a_layer_of_what_rests_changes_no_pixel(env, monkeypatch):
-    switch_mode(env, "fast")
-    drawn = []
-    draw = TaskEnv._draw
-
-    def counted(self, camera_id, shown, **options):
-        drawn.append(shown.sum())
-        return draw(self, camera_id, shown, **options)
-
-    monkeypatch.setattr(TaskEnv, "_draw", counted)
-    everything = np.ones(env.model.ngeom, bool)
-    for init in (8, 9):  # a new episode moves everything
-        env.reset(init)
-        for step, action in enumerate(actions(init, 7)):
-            env.step(action)
-            if step == 3:  # a resting object is displaced and tumbles
-                env.data.qpos[env.model.joint("basket_1_joint0").qposadr[0] + 2] += 0.02
-            drawn.clear()
-            frame, n = env.frame("agentview"), len(drawn)
-            whole = draw(env, env.model.camera("agentview").id, everything)[0][:, ::-1]
-            assert np.array_equal(frame, whole)
-        assert env._resting.sum() > 4 and not env._resting[env._of_robot].any()
-    for _ in range(3):
-        drawn.clear()
-        env.frame("agentview")
-    assert n <= 2 and len(drawn) == 1  # nothing moved: the layer is kept
-    env._layer = env._layer[0], draw(env, env.model.camera("agentview").id, everything)[1]  # plant ties
-    drawn.clear()
-    assert np.array_equal(env.frame("agentview"), whole) and len(drawn) == 2
-    switch_mode(env, "default")
-
-
-def test_the_fast_mode_shows_the_same_scene(goal):
+def test_fast_frames_show_the_same_scene_and_change_nothing_else(goal):
+    """With a fast environment beside: equal physics, similar frames, and default frames as before."""
     goal.reset(0)
-    default = goal.frame("wrist").astype(int)
-    switch_mode(goal, "fast")
-    difference = np.abs(goal.frame("wrist").astype(int) - default).mean()
-    switch_mode(goal, "default")
-    assert 0 < difference < 8
+    before = {camera: goal.frame(camera) for camera in common.CAMERAS}
+    frames = []
+    for _ in range(2):
+        with contextlib.closing(TaskEnv("libero_goal", 7, 128)) as fast:
+            fast.reset(0)
+            frames.append({camera: fast.frame(camera) for camera in common.CAMERAS})
+            saved = fast.save()
+            goal.reset(0)
+            for action in actions(5, 12):
+                assert fast.step(action) == goal.step(action)
+                assert np.array_equal(physics(fast.model, fast.data), physics(goal.model, goal.data))
+                fast.frame("wrist")
+            assert same(frames[0], {camera: fast.frame(camera) for camera in common.CAMERAS}) != []
+            fast.restore(saved)
+            assert same(frames[0], {camera: fast.frame(camera) for camera in common.CAMERAS}) == []
+    assert same(*frames) == []
+    goal.reset(0)
+    assert same(before, {camera: goal.frame(camera) for camera in common.CAMERAS}) == []
+    for camera, frame in frames[0].items():
+        assert 0 < np.abs(frame.astype(int) - before[camera]).mean() < 8
+
+
+def test_simplified_meshes_keep_their_shape_and_what_physics_reads(env):
+    model, grid = copy.copy(env.model), 0.008
+    meshes.simplify(model, grid)
+    assert model.mesh_facenum.sum() < 0.2 * env.model.mesh_facenum.sum()
+    once = model.mesh_face.copy()
+    meshes.simplify(model, grid)
+    assert np.array_equal(once, model.mesh_face)  # a second renderer shows the same
+    faces = ("mesh_face", "mesh_facenormal", "mesh_facetexcoord", "mesh_facenum")
+    for name in (name for name in dir(model) if isinstance(getattr(model, name), np.ndarray)):
+        assert name in faces or getattr(model, name).tobytes() == getattr(env.model, name).tobytes(), name
+    for mesh in range(model.nmesh):
+        first, start = model.mesh_faceadr[mesh], model.mesh_vertadr[mesh]
+        vertices = model.mesh_vert[start : start + model.mesh_vertnum[mesh]]
+        corners = model.mesh_face[first : first + model.mesh_facenum[mesh]].ravel()
+        assert np.isin(corners, np.arange(len(vertices))).all()
+        if np.ptp(vertices, axis=0).min() > 2 * grid:  # screws vanish
+            for side in (np.min, np.max):
+                assert np.abs(side(vertices[corners], axis=0) - side(vertices, axis=0)).max() < grid
+        moved = vertices[meshes.nearest_to_centres(vertices, grid)] - vertices
+        assert np.abs(moved).max() < grid
+
+
+def test_a_triangle_whose_corners_merge_or_that_turns_over_goes():
+    """On a grid of 1, vertex 0 moves to 1: triangle 0 vanishes, 1 turns over, 2 stays."""
+    vertices = np.array([[0, 0.9, 0], [0.5, 0.5, 0], [3.5, 0.7, 0], [1.5, 0.7, 0], [5.5, 0, 0]])
+    faces = np.array([[0, 1, 4], [0, 3, 2], [0, 2, 4]])
+    zeros = np.zeros(1, int)
+    model = types.SimpleNamespace(nmesh=1, mesh_faceadr=zeros, mesh_vertadr=zeros, mesh_vert=vertices)
+    vars(model).update(mesh_facenum=np.array([3]), mesh_vertnum=np.array([5]), mesh_face=faces.copy())
+    vars(model).update(mesh_facenormal=faces.copy(), mesh_facetexcoord=faces.copy())
+    assert meshes.nearest_to_centres(vertices, 1.0).tolist() == [1, 1, 2, 3, 4]
+    meshes.simplify(model, 1.0)
+    assert model.mesh_facenum.tolist() == [1] and model.mesh_face[0].tolist() == [1, 2, 4]
+    assert model.mesh_facenormal[0].tolist() == model.mesh_facetexcoord[0].tolist() == [0, 2, 4]
 
 
 def test_unstable_physics_is_a_crash_and_the_next_reset_is_clean(env, tmp_path, monkeypatch):

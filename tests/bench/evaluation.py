@@ -7,8 +7,7 @@ standard  one process with LIBERO's OffScreenRenderEnv, as in published evaluati
           alone, it takes all cores)
 default   04_eval.py: `processes` processes that render when the policy looks, one Mesa thread each, LIBERO's
           own pixels
-fast      the same without antialiasing, shadows and reflections: other frames, those that the policy was
-          trained on
+fast      the same without antialiasing, shadows and reflections, and with simplified meshes: other frames
 
 The policy is checkpoints/tiny_libero_object. It executes 8 of 10 actions between two looks and resizes frames
 to its 64 pixels. Time is wall time from an episode's reset to its end, so run this on an idle machine. The
