@@ -36,7 +36,7 @@ import torch
 
 import backbones
 import common
-from backbones import memory
+from backbones import cost, memory
 from report import latency
 from runtime import Count, disk, stage, workers
 
@@ -245,11 +245,11 @@ def roofline(cfg: Config) -> dict:
     noise = policy.noise(1, torch.Generator()).to("meta")
     passes = cfg.denoise_steps if policy.backbone == "pi05" else policy.horizon * policy.action_dim
     with torch.no_grad():
-        with memory.Work() as images:
+        with cost.Work() as images:
             embedded = policy.embed(obs)
-        with memory.Work() as language:
+        with cost.Work() as language:
             prefix = policy.encode(embedded)
-        with memory.Work() as actions:
+        with cost.Work() as actions:
             policy.sample_actions(prefix, noise, cfg.denoise_steps)
     actions.bytes += passes * memory.size([prefix.keys, prefix.values])
     work, gpus = {"images": images, "prefix": language, "actions": actions}, {}

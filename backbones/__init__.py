@@ -27,10 +27,10 @@ __all__ = [
 
 
 def dry_run(cfg, section: str) -> None:
-    """Print what a stage will take, in memory and hours (memory.py)."""
-    from backbones import memory
+    """Print what a stage will take, in memory and hours (cost.py)."""
+    from backbones import cost
 
-    memory.report(cfg, section)
+    cost.report(cfg, section)
 
 
 def load_sft(cfg) -> Policy:

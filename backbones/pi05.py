@@ -13,6 +13,7 @@ chunk, D action dimensions as flowed (32 published, of which 7 are real), W widt
 """
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Literal
@@ -337,7 +338,8 @@ class Pi05(Policy):
         shapes = (x_t.shape, surroundings[1].shape)
         if shapes not in self.traces:
             arguments = (surroundings, x_t, modulations)
-            self.traces[shapes] = torch.jit.trace(lambda *a: self.flow(*a), arguments, check_trace=False)
+            with warnings.catch_warnings(action="ignore"):  # PyTorch advises its compiler, which needs g++
+                self.traces[shapes] = torch.jit.trace(lambda *a: self.flow(*a), arguments, check_trace=False)
         return self.traces[shapes]
 
     def _scored(self, prefix: Prefix, chunk: Tensor, draws: Draws, mask: Tensor) -> tuple:

@@ -10,7 +10,7 @@ import torch
 
 import backbones
 import common
-from backbones import memory
+from backbones import cost, memory
 from runtime.config import HERE, STAGES, load_config
 from runtime.errors import UserError
 
@@ -127,7 +127,7 @@ def test_operations_are_those_that_pytorch_counts(backbone):
 
     cfg = config("dpo", f"backbone={backbone}", "dpo.batch_size=2")
     policy = real_policy(cfg, memory.make_policy(cfg, ""))
-    with torch.no_grad(), FlopCounterMode(display=False) as counter, memory.Work() as work:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, cost.Work() as work:
         memory.dpo_forward(policy, cfg)
     counts = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
     linear = sum(n for op, n in counts.items() if op in ("aten.mm", "aten.addmm", "aten.bmm"))
@@ -137,11 +137,11 @@ def test_operations_are_those_that_pytorch_counts(backbone):
 def test_a_full_step_costs_three_forwards_and_a_dpo_step_also_the_reference():
     for section in ("sft", "dpo"):
         cfg = config(section, f"{section}.steps=7", f"{section}.batch_size=2")
-        flops, _ = memory.work_of(cfg, section)
+        flops, _ = cost.work_of(cfg, section)
         policy = memory.make_policy(cfg, "full" if section == "sft" else "lora")
-        with torch.no_grad(), memory.Work() as work:
+        with torch.no_grad(), cost.Work() as work:
             memory.FORWARD[section](policy, cfg)
-        assert flops == 3 * work.flops and "7 steps" in memory.time_needed(cfg, section)
+        assert flops == 3 * work.flops and "7 steps" in cost.time_needed(cfg, section)
 
 
 def test_a_look_reads_the_weights_of_each_pass():
@@ -149,7 +149,7 @@ def test_a_look_reads_the_weights_of_each_pass():
     for backbone, times in (("pi05", 10), ("openvla", 56)):
         cfg = config("eval", f"backbone={backbone}")
         policy = memory.make_policy(cfg, "")
-        _, read = memory.work_of(cfg, "eval")
+        _, read = cost.work_of(cfg, "eval")
         stack = policy.expert if backbone == "pi05" else policy.language_model
         matrices = sum(
             p.numel() * 4 for name, p in stack.layers.named_parameters() if name.endswith("proj.weight")

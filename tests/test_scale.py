@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from backbones import memory
+from backbones import cost
 from runtime import disk, ranks
 from runtime.errors import UserError
 
@@ -59,7 +59,7 @@ def test_many_pairs_by_hand():
 
 
 def test_the_papers_grid_by_hand():
-    hour = memory.FLOPS * memory.UTILISATION * 3600  # operations
+    hour = cost.FLOPS * cost.UTILISATION * 3600  # operations
     simulator = {"step_s": 0.01, "look_s": 0.1, "reset_s": 2.0}
     limits = 220 + 280 + 300 + 520  # of spatial, object, goal, long
     for gpus in (1, 8):

@@ -39,7 +39,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common
-from backbones import memory
+from backbones import cost, memory
 from runtime import disk, stage
 from runtime.config import HERE as KIT
 from runtime.config import STAGES, laid_over, load_config, read_yaml
@@ -290,7 +290,7 @@ def paper_grid(training: dict, look: float, execute: int, simulator: dict, gpus:
     """
     steps = sum(common.MAX_STEPS[suite] for suite in SUITES)  # of an episode in each
     hours = {
-        "DPO, GPU": len(SUITES) * 3 * sum(training.values()) / memory.FLOPS / memory.UTILISATION / 3600 / gpus
+        "DPO, GPU": len(SUITES) * 3 * sum(training.values()) / cost.FLOPS / cost.UTILISATION / 3600 / gpus
     }
     for name, n in (("collection", 2000), ("evaluation", 50 * 3 * (1 + len(training)))):
         cpu = (
@@ -313,9 +313,9 @@ def counted(name: str) -> tuple[dict, float, int]:
     cfg, training = config("eval"), {}
     for adapter in ("lora", "dora"):
         dpo = config("dpo", f"adapter={adapter}")
-        training[adapter] = dpo.steps * memory.work_of(dpo, "dpo")[0]
-    flops, read = memory.work_of(cfg, "eval")
-    return training, max(flops / memory.FLOPS / memory.UTILISATION, read / memory.BANDWIDTH), cfg.execute
+        training[adapter] = dpo.steps * cost.work_of(dpo, "dpo")[0]
+    flops, read = cost.work_of(cfg, "eval")
+    return training, max(flops / cost.FLOPS / cost.UTILISATION, read / cost.BANDWIDTH), cfg.execute
 
 
 # ----------------------------------------------------------------------------------------------------- tables
@@ -363,10 +363,10 @@ def report(points: list[dict]) -> tuple[dict, str]:
             [[w, f"{x:,.3g}", u, k] for w, x, u, k in million],
         )
     )
-    for cost in of["simulator"]:
-        cost = json.loads(cost["said"].splitlines()[-1])
+    for measured in of["simulator"]:
+        its = json.loads(measured["said"].splitlines()[-1])
         grid = {
-            name: {gpus: paper_grid(*counted(name), cost, gpus) for gpus in (1, 8)}
+            name: {gpus: paper_grid(*counted(name), its, gpus) for gpus in (1, 8)}
             for name in ("openvla_7b", "pi05")
         }
         cells = [
@@ -374,9 +374,9 @@ def report(points: list[dict]) -> tuple[dict, str]:
             for name, hours in grid.items()
             for what in hours[1]
         ]
-        said.append(table(f"the paper's grid, hours | part | 1 {memory.GPU} | 8 {memory.GPU}", cells))
-        known = ", ".join(f"{key[:-2]} {1e3 * seconds:.0f}" for key, seconds in cost.items())
-        said.append(NOTE.format(share=memory.UTILISATION, known=known, cores=CORES))
+        said.append(table(f"the paper's grid, hours | part | 1 {cost.GPU} | 8 {cost.GPU}", cells))
+        known = ", ".join(f"{key[:-2]} {1e3 * seconds:.0f}" for key, seconds in its.items())
+        said.append(NOTE.format(share=cost.UTILISATION, known=known, cores=CORES))
     return {"fits": fits, "million_pairs": million, "paper_grid": grid}, "\n".join(said)
 
 
