@@ -1,8 +1,9 @@
 """LIBERO's tasks, with an exact quick reset and with images only on request.
 
-Physics and success predicate are LIBERO's own (robosuite 1.4, OSC_POSE at 20 Hz, 25 substeps of 2 ms). Four
-shortcuts save time, and none changes a bit of the state or of an image:
+Physics and success predicate are LIBERO's own (robosuite 1.4, OSC_POSE at 20 Hz, 25 substeps of 2 ms). Five
+shortcuts save time, and none changes a bit of the state or of a `default` image:
 
+- A task's model is compiled once. LIBERO does so twice before the first episode.
 - A reset restores saved arrays. LIBERO compiles the model again.
 - Cameras render when somebody looks. LIBERO renders at every step.
 - A substep evaluates positions and velocities once. robosuite does so three times.
@@ -19,7 +20,6 @@ import copy
 import functools
 import importlib.util
 import io
-import itertools
 import math
 import os
 import sys
@@ -27,12 +27,14 @@ import tempfile
 import types
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import yaml
 
 import common
 from runtime.errors import UserError
+from sim import meshes
 
 os.environ.setdefault("MUJOCO_GL", "egl")  # or osmesa; neither needs a screen
 os.environ.setdefault("LP_NUM_THREADS", "1")  # more threads do not speed up Mesa, the renderer on CPUs, here
@@ -93,12 +95,13 @@ def libraries() -> types.SimpleNamespace:
             import mujoco
             from libero.libero import benchmark
             from libero.libero.envs.env_wrapper import ControlEnv
+            from robosuite.utils.binding_utils import MjSim
 
             from sim import osc
     except (ImportError, AttributeError, RuntimeError) as error:
         raise UserError(f"cannot import LIBERO ({error}); {GL_REMEDY}") from error
     return types.SimpleNamespace(
-        mujoco=mujoco, benchmark=benchmark, ControlEnv=ControlEnv, osc=osc, assets=assets
+        mujoco=mujoco, benchmark=benchmark, ControlEnv=ControlEnv, MjSim=MjSim, osc=osc, assets=assets
     )
 
 
@@ -158,7 +161,7 @@ class TaskEnv:
     """One LIBERO task. Keep only one alive per process: it takes about 2 GB, mostly meshes and textures.
 
     render: `default` gives exactly the pixels of LIBERO's own observations; `fast` leaves out antialiasing,
-    shadows and reflections.
+    shadows and reflections, and simplifies the meshes (meshes.py).
     The scripted expert also reads model, data, env (LIBERO's problem), robot and controller.
     """
 
@@ -169,13 +172,16 @@ class TaskEnv:
         self.max_steps = common.MAX_STEPS[suite]
         self._mj = libraries().mujoco
         bddl = suite_of(suite).get_task_bddl_file_path(task_id)
-        with contextlib.redirect_stdout(io.StringIO()):
+        sims, compiled = libraries().MjSim, functools.cache(self._mj.MjModel.from_xml_string)
+        once = mock.patch.object(sims, "from_xml_string", lambda xml: sims(copy.copy(compiled(xml))))
+        with contextlib.redirect_stdout(io.StringIO()), once:
             self._wrapper = libraries().ControlEnv(
                 bddl, has_offscreen_renderer=False, use_camera_obs=False, ignore_done=True
             )
             self.env = self._wrapper.env
             self.env._initialize_sim = functools.partial(_initialize, self.env, self.env._initialize_sim)
             self._wrapper.seed(common.ENV_SEED)  # numpy's global generator
+            self.env.sim = None  # or the reset collects garbage
             self._wrapper.reset()
             del self.env._initialize_sim
         self.env._observables.clear()
@@ -332,58 +338,24 @@ class TaskEnv:
         if self._renderer is None:
             self._make_renderer()
         self._posed()
-        model = self.model
-        camera_id = model.camera(LIBERO_CAMERAS[camera]).id
-        drawable = model.geom_group != 0
-        visible = drawable & ~self._out_of_view(camera_id)
-        if self.render_mode == "default" and (visible & self._mirrors).any():
-            visible = drawable  # a mirror may show what the camera does not see
-        if self.render_mode == "fast" and model.cam_bodyid[camera_id] == 0 and not self._has_glass:
-            image = self._layered(camera_id, visible)
-        else:
-            image = self._draw(camera_id, visible)[0]
-        return np.ascontiguousarray(image[:, ::-1])  # mujoco's image is upright; LIBERO's is also mirrored
-
-    def _draw(self, camera_id: int, shown: np.ndarray, sites: bool = True) -> tuple[np.ndarray, np.ndarray]:
-        """Render the geoms in `shown`, (ngeom,) bool.
-
-        Returns colours (S, S, 3) uint8 and depths (S, S) float32; a larger depth is nearer.
-        """
         model, mj, renderer = self.model, self._mj, self._renderer
+        camera_id = model.camera(LIBERO_CAMERAS[camera]).id
         alpha, group = model.site_rgba[:, 3].copy(), model.geom_group.copy()
-        model.site_rgba[:, 3] = self._seen["alpha"] if sites else 0  # mujoco leaves out what has alpha 0
-        model.geom_group[~shown] = 0
+        model.site_rgba[:, 3] = self._seen["alpha"]
+        hidden = self._out_of_view(camera_id)
+        if self.render_mode == "fast" or not (self._mirrors & (group != 0) & ~hidden).any():
+            model.geom_group[hidden] = 0  # a mirror may show what the camera does not see
         renderer.update_scene(self._view, camera=camera_id, scene_option=self._option)
         model.site_rgba[:, 3], model.geom_group[:] = alpha, group
         for flag in (mj.mjtRndFlag.mjRND_SHADOW, mj.mjtRndFlag.mjRND_REFLECTION):  # a mirror draws all twice
             renderer.scene.flags[flag] = self.render_mode == "default"
         image = renderer.render()
-        depth = np.empty(image.shape[:2], np.float32)
-        mj.mjr_readPixels(None, depth, renderer._rect, renderer._mjr_context)
-        return image, depth[::-1]
-
-    def _layered(self, camera_id: int, visible: np.ndarray) -> np.ndarray:
-        """Keep a layer of the geoms at rest, draw the others over it, and take the nearer pixel of the two.
-
-        A geom is at rest if its pose and the camera's, as the renderer gets them (float32), are those of the
-        last frame. Where two depths tie, the order of drawing decides, so then everything is drawn. Code that
-        edits colours or lights must set `_resting` to None.
-        """
-        view = self._view
-        eye = [*view.cam_xpos[camera_id], *view.cam_xmat[camera_id]]
-        pose = np.vstack([np.hstack([view.geom_xpos, view.geom_xmat]), eye]).astype(np.float32)
-        same = (pose == self._pose).all(axis=1)
-        at_rest = same[:-1] & same[-1] & visible & ~self._of_robot
-        self._pose = pose
-        if not np.array_equal(at_rest, self._resting):
-            self._resting, self._layer = at_rest, self._draw(camera_id, at_rest, sites=False)
-        (back, back_depth), (front, depth) = self._layer, self._draw(camera_id, visible & ~at_rest)
-        if np.any((depth == back_depth) & (depth > 0)):
-            return self._draw(camera_id, visible)[0]
-        return np.where((depth > back_depth)[..., None], front, back)
+        return np.ascontiguousarray(image[:, ::-1])  # mujoco's image is upright; LIBERO's is also mirrored
 
     def _make_renderer(self) -> None:
         model, mj = self.model, self._mj
+        if self.render_mode == "fast":
+            meshes.simplify(model)
         model.vis.quality.offsamples = 0 if self.render_mode == "fast" else 4
         try:
             self._renderer = mj.Renderer(model, self.image_size, self.image_size)
@@ -392,32 +364,22 @@ class TaskEnv:
         atexit.register(self.close)  # runs before EGL is shut down
         self._option = mj.MjvOption()
         self._option.geomgroup[0] = 0  # collision geoms; robosuite hides them too
-        self._renderer.update_scene(self._view, scene_option=self._option)
-        shown = self._renderer.scene.geoms[: self._renderer.scene.ngeom]
-        self._has_glass = any(g.objtype == mj.mjtObj.mjOBJ_GEOM and g.rgba[3] < 1 for g in shown)
         flat = np.isin(model.geom_type, (mj.mjtGeom.mjGEOM_PLANE, mj.mjtGeom.mjGEOM_BOX))
         shiny = (model.geom_matid >= 0) & (model.mat_reflectance[model.geom_matid] > 0)
         self._mirrors = flat & shiny  # only planes and boxes reflect in mujoco
-        root = model.body(self.robot.robot_model.root_body).rootid[0]
-        self._of_robot = model.body_rootid[model.geom_bodyid] == root  # the robot never rests
-        self._pose = np.zeros((model.ngeom + 1, 12), np.float32)
-        self._resting = None
 
     def _out_of_view(self, camera: int) -> np.ndarray:
-        """(ngeom,) bool: the geom's bounding box lies outside of the camera's pyramid.
+        """(ngeom,) bool: the geom's bounding sphere lies outside of the camera's pyramid.
 
-        On a CPU a frame costs as much as its 300,000 triangles, not its pixels, so leaving out such geoms
-        saves time. It changes no pixel unless a mirror is in view.
+        Leaving out such geoms saves time and changes no pixel, unless a mirror is in view.
         """
         view, model = self._view, self.model
-        signs = np.array(list(itertools.product((-1, 1), repeat=3)))
-        corners = signs[:, None] * model.geom_aabb[:, 3:] + model.geom_aabb[:, :3]  # (8, ngeom, 3)
-        corners = np.einsum("gij,kgj->kgi", view.geom_xmat.reshape(-1, 3, 3), corners) + view.geom_xpos
-        from_camera = (corners - view.cam_xpos[camera]) @ view.cam_xmat[camera].reshape(3, 3)
-        x, y, z = np.moveaxis(from_camera, -1, 0)  # the camera looks along -z
-        edge = -z * np.tan(np.radians(model.cam_fovy[camera]) / 2)
-        outside = [(side > edge).all(axis=0) for side in (x, -x, y, -y)] + [(z > 0).all(axis=0)]
-        return np.any(outside, axis=0) & (model.geom_type != self._mj.mjtGeom.mjGEOM_PLANE)
+        place, size = np.hsplit(model.geom_aabb, 2)  # of the box's centre in the geom's frame, half its edges
+        centre = view.geom_xpos + np.einsum("gij,gj->gi", view.geom_xmat.reshape(-1, 3, 3), place)
+        x, y, z = ((centre - view.cam_xpos[camera]) @ view.cam_xmat[camera].reshape(3, 3)).T  # looks along -z
+        half = np.radians(model.cam_fovy[camera]) / 2
+        beyond = np.maximum(abs(x), abs(y)) * np.cos(half) + z * np.sin(half)  # metres from the nearest side
+        return (beyond > np.linalg.norm(size, axis=1)) & (model.geom_type != self._mj.mjtGeom.mjGEOM_PLANE)
 
     def close(self) -> None:
         """Free the renderer and the environment, about 2 GB. Nothing is left to use afterwards."""
