@@ -19,6 +19,7 @@ __all__ = [
     "build_tokenizer",
     "collate",
     "dry_run",
+    "heads_right",
     "horizon",
     "load_policy",
     "load_sft",
@@ -58,3 +59,13 @@ def propose(policy: Policy, obs: dict, cfg, generators: list[torch.Generator]) -
     if not chunks.isfinite().all():
         raise UserError("the policy's actions are not finite: its weights or statistics are damaged")
     return chunks
+
+
+def heads_right(actions: torch.Tensor, hand: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Whether chunks (N, H, 7) in environment units head for the first of two places (N, 2, 3): a bool each.
+
+    They do if their whole way makes a smaller angle with that from the hand (N, 3) to the first place.
+    """
+    directions = torch.nn.functional.normalize(places - hand[:, None], dim=-1)  # (N, 2, 3)
+    way = actions[..., :3].clamp(-1, 1).sum(1)  # (N, 3)
+    return ((directions[:, 0] - directions[:, 1]) * way).sum(-1) > 0

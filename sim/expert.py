@@ -14,8 +14,9 @@ from collections.abc import Generator
 import numpy as np
 from scipy.spatial.transform import Rotation
 
+import common
 from common import GRIPPER_CLOSE, GRIPPER_OPEN
-from sim.env import TaskEnv
+from sim.env import TaskEnv, init_state_array
 from sim.grasps import (
     RIM,
     TOP_DOWN,
@@ -31,6 +32,7 @@ from sim.grasps import (
 
 Actions = Generator[np.ndarray, None, None]
 SLIDE = 2  # mujoco's mjJNT_SLIDE
+SAME_PLACE = 0.05  # metres by which an object's place varies between init states of a layout
 SUPPORTS = {"floor", "main_table", "kitchen_table", "living_room_table", "study_table", "coffee_table"}
 
 
@@ -574,3 +576,22 @@ SUITES = {
     ],
 }
 TASKS = {(suite, task): steps for suite, rows in SUITES.items() for task, steps in enumerate(rows)}
+TASKS |= {(f"{suite}_swap", task): steps for (suite, task), steps in TASKS.items()}
+
+
+def target_places(env: TaskEnv, init_state: int) -> np.ndarray | None:
+    """Where the object that the expert takes first stands in an init state: here, in the other layout.
+
+    The other one of a LIBERO suite is the swapped one, that of LIBERO-PRO's is LIBERO's. None where a task
+    has no other, begins with a drawer or a stove, or with an object that stands at the same place in both.
+
+    Returns (2, 3), metres.
+    """
+    suite = common.LAYOUTS.get(env.suite, env.suite)
+    both = [env.suite, f"{suite}_swap" if suite == env.suite else suite]
+    target = TASKS.get((suite, env.task_id), [do(None)])[0][1].get("target")
+    if target is None or both[1] not in common.MAX_STEPS:
+        return None
+    at = 1 + env.model.joint(f"{target}_joint0").qposadr[0]  # behind the time
+    places = np.stack([init_state_array(name, env.task_id)[init_state, at : at + 3] for name in both])
+    return places if np.linalg.norm(places[0] - places[1]) > SAME_PLACE else None
