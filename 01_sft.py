@@ -128,13 +128,11 @@ def statistics(x: np.ndarray) -> dict:
 
 
 def rows_of_step(cfg: Config, step: int, data: dict) -> torch.Tensor:
-    """The rows (batch_size,) of a training step: first the share of early looks, then any."""
+    """The rows (batch_size,) of a training step: any, and then the share of early looks."""
     n = round(cfg.early * cfg.batch_size)
-    rows = [common.shuffled(cfg.seed, "sft", step, cfg.batch_size - n, len(data["step"]))]
-    if n:
-        early = (data["step"] <= EARLY).nonzero()[:, 0]
-        rows.append(early[common.shuffled(cfg.seed, "sft early", step, n, len(early))])
-    return torch.cat(rows)
+    early = (data["step"] <= EARLY).nonzero()[:, 0]
+    parts = [("sft", cfg.batch_size - n, torch.arange(len(data["step"]))), ("sft early", n, early)]
+    return torch.cat([r[common.shuffled(cfg.seed, name, step, k, len(r))] for name, k, r in parts if k])
 
 
 def batch_of(data: dict, index: torch.Tensor, blank: bool = False) -> tuple[dict, torch.Tensor]:

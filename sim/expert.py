@@ -576,7 +576,13 @@ SUITES = {
     ],
 }
 TASKS = {(suite, task): steps for suite, rows in SUITES.items() for task, steps in enumerate(rows)}
+UNSOLVED = {  # their original's steps fail in each try
+    *[("libero_spatial_swap", 4), ("libero_goal_swap", 3), ("libero_goal_swap", 5)],
+    *[("libero_10_swap", 3), ("libero_10_swap", 9)],
+}
 TASKS |= {(f"{suite}_swap", task): steps for (suite, task), steps in TASKS.items()}
+TASKS = {pair: steps for pair, steps in TASKS.items() if pair not in UNSOLVED}
+TASKS["libero_object_swap", 8] = into_basket("chocolate_pudding_1", above=0.18)  # a carton stands on the way
 
 
 def target_places(env: TaskEnv, init_state: int) -> np.ndarray | None:
