@@ -159,8 +159,7 @@ def record_demo(env: TaskEnv, init_state: int, repeat: int, cfg: Config, path: P
             demo = file.create_group("demo")
             demo.attrs.update({"num_samples": steps, "init_state": rows["states"][0]})
             demo.attrs.update({"init_state_id": init_state, "success_step": success_step})  # not in LIBERO's
-            if (places := target_places(env, init_state)) is not None:
-                demo.attrs["target_places"] = places  # nor this, which says whether a policy looks
+            demo.attrs["target_places"] = target_places(env, init_state)  # the same
             last = (np.arange(steps) == steps - 1).astype(np.uint8)
             for key, value in (rows | {"rewards": last, "dones": last}).items():
                 demo.create_dataset(key, data=value, compression="gzip" if value.dtype == np.uint8 else None)

@@ -216,9 +216,9 @@ def right_place(policy, data: dict, cfg: Config) -> dict:
     for rows in first.repeat_interleave(4).split(64):
         obs, _ = batch_of(data, rows, cfg.blank_images)
         noise = policy.noise(len(rows), common.stream(0, "first look", len(right)))
-        actions = policy.unnormalise(policy.sample_actions(policy.encode(obs), noise).cpu())
-        carried_out = actions[:, : common.ActingConfig.execute]
-        right.append(backbones.heads_right(carried_out, obs["state"][:, :3], data["places"][rows]))
+        chunk = policy.sample_actions(policy.encode(obs), noise).cpu()
+        actions = policy.unnormalise(chunk)[:, : common.ActingConfig.execute]
+        right.append(backbones.heads_right(actions, obs["state"][:, :3], data["places"][rows]))
     return {"right_place": torch.cat(right).float().mean().item()} if len(first) else {}
 
 

@@ -75,14 +75,12 @@ def first_look(env: TaskEnv, policy, cfg: Config, init: int) -> dict:
     in the other. A policy that does not look gets one half. Empty where no target moves.
     """
     places, names = target_places(env, init), ("first look", env.suite, env.task_id, init)
-    if places is None:
+    if np.isnan(places).any():
         return {}
     obs, noises = env.observe(), [common.stream(cfg.noise_seed or cfg.seed, *names, i) for i in range(4)]
     actions = policy.unnormalise(backbones.propose(policy, obs, cfg, noises))[:, : cfg.execute]
-    hand = torch.from_numpy(obs["state"][None, :3])
-    return {
-        "right_place": backbones.heads_right(actions, hand, torch.tensor(places[None])).float().mean().item()
-    }
+    right = backbones.heads_right(actions, torch.tensor(obs["state"][None, :3]), torch.tensor(places[None]))
+    return {"right_place": right.float().mean().item()}
 
 
 def play(env: TaskEnv, policy, cfg: Config, init: int, frames: list | None) -> dict:

@@ -98,15 +98,13 @@ def check_assets() -> tuple[bool, str]:
 
 
 def check_init_states() -> tuple[bool, str]:
-    arrays = {
-        name: [
-            init_state_array(suite, task).tobytes()
-            for suite in matching(common.MAX_STEPS, name)
-            for task in range(task_count(suite))
-        ]
-        for name in INIT_STATES_SHA256
-    }
-    wrong = [name for name, expected in INIT_STATES_SHA256.items() if short_hash(*arrays[name]) != expected]
+    wrong = [
+        name
+        for name, expected in INIT_STATES_SHA256.items()
+        for suites in [matching(common.MAX_STEPS, name)]
+        if short_hash(*(init_state_array(s, task).tobytes() for s in suites for task in range(task_count(s))))
+        != expected
+    ]
     return not wrong, f"other init states in {wrong}; {REINSTALL}" if wrong else "as in LIBERO"
 
 

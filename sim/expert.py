@@ -32,7 +32,6 @@ from sim.grasps import (
 
 Actions = Generator[np.ndarray, None, None]
 SLIDE = 2  # mujoco's mjJNT_SLIDE
-SAME_PLACE = 0.05  # metres by which an object's place varies between init states of a layout
 SUPPORTS = {"floor", "main_table", "kitchen_table", "living_room_table", "study_table", "coffee_table"}
 
 
@@ -576,28 +575,25 @@ SUITES = {
     ],
 }
 TASKS = {(suite, task): steps for suite, rows in SUITES.items() for task, steps in enumerate(rows)}
-UNSOLVED = {  # their original's steps fail in each try
-    *[("libero_spatial_swap", 4), ("libero_goal_swap", 3), ("libero_goal_swap", 5)],
-    *[("libero_10_swap", 3), ("libero_10_swap", 9)],
-}
-TASKS |= {(f"{suite}_swap", task): steps for (suite, task), steps in TASKS.items()}
-TASKS = {pair: steps for pair, steps in TASKS.items() if pair not in UNSOLVED}
+# in the swapped layout these steps fail in every try
+UNSOLVED = {("libero_spatial", 4), ("libero_goal", 3), ("libero_goal", 5), ("libero_10", 3), ("libero_10", 9)}
+TASKS |= {(f"{pair[0]}_swap", pair[1]): TASKS[pair] for pair in TASKS.keys() - UNSOLVED}
 TASKS["libero_object_swap", 8] = into_basket("chocolate_pudding_1", above=0.18)  # a carton stands on the way
 
 
-def target_places(env: TaskEnv, init_state: int) -> np.ndarray | None:
+def target_places(env: TaskEnv, init_state: int) -> np.ndarray:
     """Where the object that the expert takes first stands in an init state: here, in the other layout.
 
-    The other one of a LIBERO suite is the swapped one, that of LIBERO-PRO's is LIBERO's. None where a task
-    has no other, begins with a drawer or a stove, or with an object that stands at the same place in both.
-
-    Returns (2, 3), metres.
+    The other one of a LIBERO suite is the swapped one, that of LIBERO-PRO's is LIBERO's.
+    Returns (2, 3), metres, or NaN where a task has no other layout, begins with a drawer or a stove, or with
+    an object that moves by less than the 5 cm by which places vary between init states.
     """
-    suite = common.LAYOUTS.get(env.suite, env.suite)
-    both = [env.suite, f"{suite}_swap" if suite == env.suite else suite]
-    target = TASKS.get((suite, env.task_id), [do(None)])[0][1].get("target")
-    if target is None or both[1] not in common.MAX_STEPS:
-        return None
+    other = common.LAYOUTS.get(env.suite, f"{env.suite}_swap")
+    target = TASKS.get((common.LAYOUTS.get(env.suite, env.suite), env.task_id), [do(None)])[0][1].get(
+        "target"
+    )
+    if target is None or other not in common.MAX_STEPS:
+        return np.full((2, 3), np.nan)
     at = 1 + env.model.joint(f"{target}_joint0").qposadr[0]  # behind the time
-    places = np.stack([init_state_array(name, env.task_id)[init_state, at : at + 3] for name in both])
-    return places if np.linalg.norm(places[0] - places[1]) > SAME_PLACE else None
+    both = [init_state_array(suite, env.task_id)[init_state, at : at + 3] for suite in (env.suite, other)]
+    return np.where(np.linalg.norm(both[0] - both[1]) > 0.05, both, np.nan)

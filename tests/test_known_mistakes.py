@@ -91,7 +91,7 @@ class World:
 @pytest.fixture(autouse=True)
 def one_layout(monkeypatch):
     """A World has no objects, so no first look can be judged."""
-    monkeypatch.setattr(evaluation, "target_places", lambda *_: None)
+    monkeypatch.setattr(evaluation, "target_places", lambda *_: np.full((2, 3), np.nan))
 
 
 def actions_of(acting, init: int = 40, task: int = 3, **changes) -> np.ndarray:
