@@ -27,8 +27,6 @@ import backbones
 import common
 from runtime import Count, Positive, UserError, ranks, stage
 
-EARLY = 16  # the last step of the early looks: of the fifth one, where every fourth step has an image
-
 
 @dataclass
 class Config(common.PolicyConfig):
@@ -130,7 +128,7 @@ def statistics(x: np.ndarray) -> dict:
 def rows_of_step(cfg: Config, step: int, data: dict) -> torch.Tensor:
     """The rows (batch_size,) of a training step: any, and then the share of early looks."""
     n = round(cfg.early * cfg.batch_size)
-    early = (data["step"] <= EARLY).nonzero()[:, 0]
+    early = (data["step"] <= 16).nonzero()[:, 0]  # up to the fifth look, where every fourth step has one
     parts = [("sft", cfg.batch_size - n, torch.arange(len(data["step"]))), ("sft early", n, early)]
     return torch.cat([r[common.shuffled(cfg.seed, name, step, k, len(r))] for name, k, r in parts if k])
 

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
-import torch
 
 import backbones
 import common
@@ -79,7 +78,7 @@ def first_look(env: TaskEnv, policy, cfg: Config, init: int) -> dict:
         return {}
     obs, noises = env.observe(), [common.stream(cfg.noise_seed or cfg.seed, *names, i) for i in range(4)]
     actions = policy.unnormalise(backbones.propose(policy, obs, cfg, noises))[:, : cfg.execute]
-    right = backbones.heads_right(actions, torch.tensor(obs["state"][None, :3]), torch.tensor(places[None]))
+    right = backbones.heads_right(actions, obs["state"][None, :3], places[None])
     return {"right_place": right.float().mean().item()}
 
 
