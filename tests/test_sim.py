@@ -358,8 +358,9 @@ def test_a_layout_differs_from_its_suite_in_places_only(layout):
         ours, theirs = init_state_array(layout, task), init_state_array(suite, task)
         assert ours.shape == theirs.shape and len(ours) == 50 and not np.array_equal(ours, theirs)
         files = [Path(suite_of(name).get_task_bddl_file_path(task)).read_text() for name in (layout, suite)]
-        for part in ("(:language", "(:objects", "(:obj_of_interest", "(:goal"):
-            here, there = (text.partition(part)[2].partition("\n  )")[0].split() for text in files)
+        parts = {"(:language": "\n", "(:objects": "\n  )", "(:obj_of_interest": "\n  )", "(:goal": "\n  )"}
+        for part, end in parts.items():
+            here, there = (text.partition(part)[2].partition(end)[0].split() for text in files)
             assert here == there != [], (part, task)
 
 
@@ -372,7 +373,7 @@ def test_the_target_changes_places_with_one_other_object(env, goal):
                 world.reset(init, settle=False)
                 places += [Expert(world, None, 0).spot(name)[:2] for name in names]
             moved = [i for i in range(len(names)) if np.linalg.norm(here[i] - there[i]) > 0.05]
-            assert len(moved) == 2 and np.allclose(here[moved[0]], there[moved[1]], atol=1e-3)
+            assert len(moved) == 2 and np.allclose(here[moved[0]], there[moved[1]], atol=0.03)
             assert names.index("alphabet_soup_1") in moved
             target = names.index("alphabet_soup_1")
             for world, both in ((env, (here, there)), (swapped, (there, here))):
