@@ -35,7 +35,7 @@ import numpy as np
 import common
 from runtime import Count, UserError, disk, one_line, refuse, stage, workers
 from sim.env import CRASHES, TaskEnv, instruction, tasks
-from sim.expert import TASKS, Expert, MissedGrasp
+from sim.expert import TASKS, Expert, MissedGrasp, target_places
 
 
 @dataclass
@@ -161,6 +161,7 @@ def record_demo(env: TaskEnv, init_state: int, repeat: int, cfg: Config, path: P
             demo = file.create_group("demo")
             demo.attrs.update({"num_samples": steps, "init_state": rows["states"][0]})
             demo.attrs.update({"init_state_id": init_state, "success_step": success_step})  # not in LIBERO's
+            demo.attrs["target_places"] = target_places(env, init_state)  # the same
             last = (np.arange(steps) == steps - 1).astype(np.uint8)
             for key, value in (rows | {"rewards": last, "dones": last}).items():
                 demo.create_dataset(key, data=value, compression="gzip" if value.dtype == np.uint8 else None)

@@ -45,7 +45,8 @@ class Config(common.PolicyConfig):
     grad_clip: Positive = 1.0
     ema: Annotated[float, 0, 1] = 0.998  # decay of the averaged weights, which are the ones saved; 0 = none
     shift: int = 4  # random shift of the images, pixels
-    holdout: int = 2  # demonstrations of this many last init states give the validation loss only
+    early: Annotated[float, 0, 1] = 0  # share of each batch drawn from the first five looks of the episodes
+    holdout: int = 2  # demonstrations of this many last init states are for validation only
     rank: Count = 32  # of the adapter
     alpha: Count = 64
     snapshots: list[int] = field(default_factory=list)  # steps whose averaged weights are kept
@@ -101,6 +102,8 @@ def load_data(cfg: Config, horizon: int) -> tuple[dict, dict | None, list[str]]:
             "state": torch.from_numpy(np.concatenate([d.state[d.image_steps] for d, _ in part])),  # (N, 8)
             "chunk": torch.from_numpy(np.concatenate([c for _, c in part])),  # (N, H, 7) environment units
             "instruction": [d.instruction for d, _ in part for _ in d.image_steps],
+            "step": torch.from_numpy(np.concatenate([d.image_steps for d, _ in part])),  # (N,) of its episode
+            "places": torch.from_numpy(np.stack([d.places for d, _ in part for _ in d.image_steps])),
             "all_actions": np.concatenate([d.actions for d, _ in part]),  # of every step: for the statistics
             "all_states": np.concatenate([d.state for d, _ in part]),
         }
@@ -120,6 +123,14 @@ def statistics(x: np.ndarray) -> dict:
     q01, q99 = q01 - spare, q99 + spare
     named = {"mean": x.mean(0), "std": x.std(0), "q01": q01, "q99": q99, "min": x.min(0), "max": x.max(0)}
     return {key: [float(v) for v in value] for key, value in named.items()}
+
+
+def rows_of_step(cfg: Config, step: int, data: dict) -> torch.Tensor:
+    """The rows (batch_size,) of a training step: any, and then the share of early looks."""
+    n = round(cfg.early * cfg.batch_size)
+    early = (data["step"] <= 16).nonzero()[:, 0]  # up to the fifth look, where every fourth step has one
+    parts = [("sft", cfg.batch_size - n, torch.arange(len(data["step"]))), ("sft early", n, early)]
+    return torch.cat([r[common.shuffled(cfg.seed, name, step, k, len(r))] for name, k, r in parts if k])
 
 
 def batch_of(data: dict, index: torch.Tensor, blank: bool = False) -> tuple[dict, torch.Tensor]:
@@ -193,6 +204,22 @@ def validation_loss(policy, data: dict, cfg: Config) -> float:
     return float(np.average(losses, weights=sizes))
 
 
+@torch.no_grad()
+def right_place(policy, data: dict, cfg: Config) -> dict:
+    """Share of the chunks, four for each first look held out, that head for the target's place in this layout
+    and not for that in the other. A policy that does not look gets one half. Empty where no target moves.
+    """
+    first = ((data["step"] == 0) & data["places"].isfinite().all(-1).all(-1)).nonzero()[:, 0]
+    right = []
+    for rows in first.repeat_interleave(4).split(64):
+        obs, _ = batch_of(data, rows, cfg.blank_images)
+        noise = policy.noise(len(rows), common.stream(0, "first look", len(right)))
+        chunk = policy.sample_actions(policy.encode(obs), noise).cpu()
+        actions = policy.unnormalise(chunk)[:, : common.ActingConfig.execute]
+        right.append(backbones.heads_right(actions, obs["state"][:, :3], data["places"][rows]))
+    return {"right_place": torch.cat(right).float().mean().item()} if len(first) else {}
+
+
 def main(cfg: Config, run: stage.Run) -> dict:
     policy, train, val = make_policy(cfg)
     averaged = copy.deepcopy(policy)
@@ -207,8 +234,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
     for step in run.steps(first, cfg.last):
         # 1. a batch, its images shifted at random, and draws (t, eps) for each observation
         g = common.stream(cfg.seed, "sft", step)
-        index = common.shuffled(cfg.seed, "sft", step, cfg.batch_size, len(train["chunk"]))
-        obs, actions = batch_of(train, index, cfg.blank_images)
+        obs, actions = batch_of(train, rows_of_step(cfg, step, train), cfg.blank_images)
         for camera in common.CAMERAS:
             obs[camera] = common.random_shift(obs[camera], cfg.shift, g)
         chunk = policy.normalise(actions)  # (B, H, 7)
@@ -233,7 +259,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
         if run.logs(step):
             row = {"loss": loss.item(), "grad_norm": grad_norm.item(), "lr": lr}
             if val and ((step + 1) % (4 * cfg.log_every) == 0 or step + 1 == cfg.last):
-                row["val_loss"] = validation_loss(averaged, val, cfg)
+                row |= {"val_loss": validation_loss(averaged, val, cfg)} | right_place(averaged, val, cfg)
             run.log(step, **row)
         if step + 1 in cfg.snapshots:
             run.save(f"model-{step + 1}.safetensors", merged(averaged).state_dict())

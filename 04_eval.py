@@ -30,6 +30,7 @@ from report import episodes
 from report.tables import listing
 from runtime import Count, disk, ranks, stage, workers
 from sim.env import CRASHES, TaskEnv, carry_out, tasks
+from sim.expert import target_places
 
 
 @dataclass
@@ -68,6 +69,19 @@ def load_policy(cfg: Config):
     return (common.load_adapter(policy, cfg.adapter_dir) if cfg.policy == "dpo" else policy).freeze()
 
 
+def first_look(env: TaskEnv, policy, cfg: Config, init: int) -> dict:
+    """Share of four chunks at the first look that head for the target's place in this layout and not for that
+    in the other. A policy that does not look gets one half. Empty where no target moves.
+    """
+    places, names = target_places(env, init), ("first look", env.suite, env.task_id, init)
+    if np.isnan(places).any():
+        return {}
+    obs, noises = env.observe(), [common.stream(cfg.noise_seed or cfg.seed, *names, i) for i in range(4)]
+    actions = policy.unnormalise(backbones.propose(policy, obs, cfg, noises))[:, : cfg.execute]
+    right = backbones.heads_right(actions, obs["state"][None, :3], places[None])
+    return {"right_place": right.float().mean().item()}
+
+
 def play(env: TaskEnv, policy, cfg: Config, init: int, frames: list | None) -> dict:
     """One episode from init state `init`. frames: collects what the policy sees."""
     began, looks = time.time(), 0
@@ -79,6 +93,7 @@ def play(env: TaskEnv, policy, cfg: Config, init: int, frames: list | None) -> d
     }
     try:
         env.reset(init)
+        episode |= first_look(env, policy, cfg, init)
         while not env.success and env.steps < env.max_steps:
             obs = env.observe()
             if frames is not None:
@@ -169,12 +184,14 @@ def results_table(cfg: Config) -> list[dict]:
 
 
 RESULTS = {  # heading -> cell. over tasks: a bootstrap of whole tasks. p: exact McNemar on the same episodes
+    # right place: of the chunks sampled at first looks, those that head for the target's place in this layout
     "policy": "{name}",
     "suite": lambda row: row["suite"].replace(" ", ", "),
     "success": "{successes} / {n}",
     "95 % interval": "{ci95[0]:.1%} to {ci95[1]:.1%}",
     "over tasks": "{ci95_tasks[0]:.0%} to {ci95_tasks[1]:.0%}",
     "crashes": "{crashes}",
+    "right place": lambda row: "{right_place:.1%} of {looks}".format(**row) if "looks" in row else "",
     "against its SFT start": lambda row: f"{100 * row['diff_vs_sft']:+.1f} points" if "gained" in row else "",
     "gained / lost": lambda row: f"{row['gained']} / {row['lost']}" if "gained" in row else "",
     "p": lambda row: f"{row['p_vs_sft']:.2g}" if "gained" in row else "",

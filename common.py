@@ -24,6 +24,11 @@ from runtime.seeds import entropy, np_stream, own_rows, select, shuffled, stream
 # As OpenVLA evaluates (experiments/robot/libero/run_libero_eval.py), and openpi (examples/libero/main.py)
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 MAX_STEPS = dict(zip(SUITES, (220, 280, 300, 520, 400), strict=True))
+# LIBERO-PRO's layouts of a suite's tasks -> the suite: objects change places, or Object's target moves 7 cm
+# per 0.1 along x or y. (Not 0.5 along y: the pinned package lacks the init states of its task 1.)
+LAYOUTS = {f"{suite}_swap": suite for suite in SUITES[:4]}
+LAYOUTS |= {f"libero_object_temp_{a}0.{n}": SUITES[1] for a in "xy" for n in range(1, 6 if a == "x" else 5)}
+MAX_STEPS |= {layout: MAX_STEPS[suite] for layout, suite in LAYOUTS.items()}
 SETTLE_STEPS = 10  # steps after a reset in which objects come to rest; MAX_STEPS does not count them
 SETTLE_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
 GRIPPER_OPEN, GRIPPER_CLOSE = -1.0, 1.0  # what env.step takes
@@ -78,6 +83,7 @@ class Demo:
     image_steps: np.ndarray  # (N,) the step of each frame
     agentview: np.ndarray  # (N, S, S, 3) uint8
     wrist: np.ndarray  # (N, S, S, 3) uint8
+    places: np.ndarray  # (2, 3) of the target, as sim.expert.target_places; NaN where the file has none
 
 
 H5PY_ERRORS = (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError)
@@ -114,11 +120,11 @@ def read_demos(path: Path, task: int) -> Iterator[Demo]:
                 )
                 refuse(not as_usual, f"{bad} unexpected shapes; is this a LIBERO demonstration file?")
                 state = state.astype(np.float32)
-                yield Demo(task, number, init_state, instruction, actions, state, steps, *images)
+                places = np.asarray(group.attrs.get("target_places", np.full((2, 3), np.nan)), np.float32)
+                yield Demo(task, number, init_state, instruction, actions, state, steps, *images, places)
     except H5PY_ERRORS as error:
-        raise UserError(
-            f"{path} is not a complete LIBERO HDF5 file ({one_line(error)}); record it again with 00_demos.py"
-        ) from error
+        why = f"not a complete LIBERO HDF5 file ({one_line(error)})"
+        raise UserError(f"{path} is {why}; record it again with 00_demos.py") from error
 
 
 def demonstrations(cfg, holdout: int) -> Iterator[tuple[str, bool, Demo]]:
@@ -190,9 +196,8 @@ SURROGATES = {  # what stands for log p(a | o) of a flow policy -> the scheme of
 TIME_WEIGHTS = {  # w(t) on the squared *velocity* error
     "velocity": torch.ones_like,  # the paper's
     "noise": lambda t: (1 - t) ** 2,  # makes it the squared error in eps
-    "elbo": lambda t: (
-        (1 - t) / t.clamp(min=0.05)
-    ),  # 1/2 d log SNR / dt on the error in eps; bounded near t = 0
+    # 1/2 d log SNR / dt on the error in eps; bounded near t = 0
+    "elbo": lambda t: (1 - t) / t.clamp(min=0.05),
     "logsnr": lambda t: 2 * LOG_SNR * (1 - t) ** 2,  # the elbo's, over the density of "logsnr" times
 }
 

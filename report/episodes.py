@@ -84,6 +84,7 @@ def summarise(rows: list[dict]) -> dict:
         of_task[f"{row['suite']}/{row['task']}"].append(row["success"])
     places = [place_of(row) for row in valid]
     deff = stats.design_effect([row["success"] for row in valid], places, [str(p[:2]) for p in places])
+    right = [row["right_place"] for row in valid if "right_place" in row]  # of four chunks each, see 04
     ci95_tasks = (0.0, 1.0)
     if len(of_task) > 1:
         clusters = np.repeat(np.arange(len(of_task)), list(map(len, of_task.values())))
@@ -96,7 +97,7 @@ def summarise(rows: list[dict]) -> dict:
         "ci95_tasks": ci95_tasks,
         "tasks": {task: [sum(successes), len(successes)] for task, successes in of_task.items()},
         "mean_steps": float(np.mean([row["steps"] for row in valid])) if valid else 0.0,
-    }
+    } | ({"right_place": float(np.mean(right)), "looks": 4 * len(right)} if right else {})
 
 
 def matched(rows: list[dict], base: list[dict]) -> list[tuple[Place, bool, bool]]:

@@ -108,9 +108,11 @@ def libraries() -> types.SimpleNamespace:
 
 @functools.cache
 def suite_of(suite: str):
-    """LIBERO's object for a suite."""
+    """LIBERO's object for a suite. A layout has its suite's tasks, and a folder of its own."""
     with contextlib.redirect_stdout(io.StringIO()):
-        return libraries().benchmark.get_benchmark_dict()[suite]()
+        tasks_and_files = libraries().benchmark.get_benchmark_dict()[common.LAYOUTS.get(suite, suite)]()
+    tasks_and_files.tasks = [task._replace(problem_folder=suite) for task in tasks_and_files.tasks]
+    return tasks_and_files
 
 
 def task_count(suite: str) -> int:

@@ -14,8 +14,9 @@ from collections.abc import Generator
 import numpy as np
 from scipy.spatial.transform import Rotation
 
+import common
 from common import GRIPPER_CLOSE, GRIPPER_OPEN
-from sim.env import TaskEnv
+from sim.env import TaskEnv, init_state_array
 from sim.grasps import (
     RIM,
     TOP_DOWN,
@@ -574,3 +575,25 @@ SUITES = {
     ],
 }
 TASKS = {(suite, task): steps for suite, rows in SUITES.items() for task, steps in enumerate(rows)}
+# in the swapped layout these steps fail in every try
+UNSOLVED = {("libero_spatial", 4), ("libero_goal", 3), ("libero_goal", 5), ("libero_10", 3), ("libero_10", 9)}
+TASKS |= {(f"{pair[0]}_swap", pair[1]): TASKS[pair] for pair in TASKS if pair not in UNSOLVED}
+TASKS["libero_object_swap", 8] = into_basket("chocolate_pudding_1", above=0.18)  # a carton stands on the way
+
+
+def target_places(env: TaskEnv, init_state: int) -> np.ndarray:
+    """Where the object that the expert takes first stands in an init state: here, in the other layout.
+
+    The other one of a LIBERO suite is the swapped one, that of LIBERO-PRO's is LIBERO's.
+    Returns (2, 3), metres, or NaN where a task has no other layout, begins with a drawer or a stove, or with
+    an object that moves by less than the 5 cm by which places vary between init states.
+    """
+    other = common.LAYOUTS.get(env.suite, f"{env.suite}_swap")
+    target = TASKS.get((common.LAYOUTS.get(env.suite, env.suite), env.task_id), [do(None)])[0][1].get(
+        "target"
+    )
+    if target is None or other not in common.MAX_STEPS:
+        return np.full((2, 3), np.nan)
+    at = 1 + env.model.joint(f"{target}_joint0").qposadr[0]  # behind the time
+    both = [init_state_array(suite, env.task_id)[init_state, at : at + 3] for suite in (env.suite, other)]
+    return np.where(np.linalg.norm(both[0] - both[1]) > 0.05, both, np.nan)

@@ -10,16 +10,18 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 from scipy.spatial.transform import Rotation
 
+import backbones
 import common
 from runtime import stage
 from runtime.config import HERE, load_config
 from runtime.errors import UserError
 from sim import grasps
 from sim.env import TaskEnv, instruction, suite_of
-from sim.expert import BOTTLE, BOWL, TASKS, Expert
+from sim.expert import BOTTLE, BOWL, TASKS, Expert, target_places
 
 demos = importlib.import_module("00_demos")
 TASK = 1  # cream cheese: the shortest
@@ -100,6 +102,14 @@ def test_reader_sees_what_a_policy_will_see(file, env):
     with h5py.File(file) as f:
         assert np.array_equal(f["data/demo_0/obs/agentview_rgb"][0], seen["agentview"][::-1, ::-1])
     assert demo.instruction == seen["instruction"]
+
+
+def test_the_expert_heads_for_where_the_target_is(file, env):
+    for demo in common.read_demos(file, TASK):
+        assert np.allclose(demo.places, target_places(env, demo.init_state))
+        chunk, hand = torch.from_numpy(demo.actions[None, :8]), demo.state[:1, :3]
+        both = (demo.places[None], demo.places[None, ::-1])
+        assert [backbones.heads_right(chunk, hand, places).item() for places in both] == [True, False]
 
 
 def test_labels_are_clean_and_replay_succeeds(file, env):
@@ -209,7 +219,7 @@ def faults(suite: str, task: int, steps: list[tuple]) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize("suite", ["libero_object", "libero_spatial", "libero_goal", "libero_10"])
+@pytest.mark.parametrize("suite", [*common.SUITES[:2], "libero_object_swap", *common.SUITES[2:4]])
 def test_every_task_has_a_row_that_fits_it(suite):
     assert [task for s, task in TASKS if s == suite] == list(range(10))
     for task in range(10):

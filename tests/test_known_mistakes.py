@@ -88,6 +88,12 @@ class World:
     success = property(lambda self: self.steps >= self.wins)
 
 
+@pytest.fixture(autouse=True)
+def one_layout(monkeypatch):
+    """A World has no objects, so no first look can be judged."""
+    monkeypatch.setattr(evaluation, "target_places", lambda *_: np.full((2, 3), np.nan))
+
+
 def actions_of(acting, init: int = 40, task: int = 3, **changes) -> np.ndarray:
     """What an evaluation executes in one episode of eight steps, (8, 7)."""
     cfg = dataclasses.replace(evaluation.Config(execute=3, denoise_steps=2), **changes)

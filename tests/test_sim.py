@@ -33,7 +33,7 @@ from sim.env import (
     task_count,
     tasks,
 )
-from sim.expert import TASKS, Expert
+from sim.expert import TASKS, Expert, target_places
 
 CASES = {("libero_object", 0): [41, 3], ("libero_goal", 7): [12]}  # init states, without and with fixtures
 N_RANDOM = 8  # random steps after settling
@@ -357,13 +357,46 @@ def test_bad_numbers_are_noticed(env):
 
 
 def test_suites():
-    assert [task_count(suite) for suite in common.MAX_STEPS] == [10, 10, 10, 10, 90]
+    assert [task_count(suite) for suite in common.MAX_STEPS] == [10, 10, 10, 10, 90, *[10] * 13]
     assert tasks(common.RunConfig(suites=["libero_goal"], tasks=[7])) == [("libero_goal", 7)]
     assert len(tasks(common.RunConfig(suites=["libero_object", "libero_90"]))) == 100
     assert instruction("libero_goal", 7) == "turn on the stove"
     assert init_state_array("libero_goal", 7).shape[0] == 50
     with pytest.raises(ValueError, match="read-only"):
         init_state_array("libero_goal", 7)[0, 0] = 1
+
+
+@pytest.mark.parametrize("layout", common.LAYOUTS)
+def test_a_layout_differs_from_its_suite_in_places_only(layout):
+    suite = common.LAYOUTS[layout]
+    assert common.MAX_STEPS[layout] == common.MAX_STEPS[suite]
+    for task in range(10):
+        assert instruction(layout, task) == instruction(suite, task)
+        ours, theirs = init_state_array(layout, task), init_state_array(suite, task)
+        assert ours.shape == theirs.shape and len(ours) == 50 and not np.array_equal(ours, theirs)
+        files = [Path(suite_of(name).get_task_bddl_file_path(task)).read_text() for name in (layout, suite)]
+        parts = {"(:language": "\n", "(:objects": "\n  )", "(:obj_of_interest": "\n  )", "(:goal": "\n  )"}
+        for part, end in parts.items():
+            here, there = (text.partition(part)[2].partition(end)[0].split() for text in files)
+            assert here == there != [], (part, task)
+
+
+def test_the_target_changes_places_with_one_other_object(env, goal):
+    names = list(env.env.objects_dict)
+    with contextlib.closing(TaskEnv("libero_object_swap", 0)) as swapped:
+        for init in (0, 40):
+            here, there = [], []
+            for world, places in ((env, here), (swapped, there)):
+                world.reset(init, settle=False)
+                places += [Expert(world, None, 0).spot(name)[:2] for name in names]
+            moved = [i for i in range(len(names)) if np.linalg.norm(here[i] - there[i]) > 0.05]
+            assert len(moved) == 2 and np.allclose(here[moved[0]], there[moved[1]], atol=0.03)
+            assert names.index("alphabet_soup_1") in moved
+            target = names.index("alphabet_soup_1")
+            for world, both in ((env, (here, there)), (swapped, (there, here))):
+                places = target_places(world, init)[:, :2]
+                assert np.allclose(places, [at[target] for at in both], atol=1e-6)
+    assert np.isnan(target_places(goal, 0)).all()  # it begins with a stove
 
 
 # ----------------------------------------------------------------------------------------------- preflight

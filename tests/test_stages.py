@@ -21,7 +21,8 @@ from runtime import stage
 from runtime.config import HERE, load_config
 from runtime.errors import UserError
 
-sft, prefs, dpo = (importlib.import_module(name) for name in ("01_sft", "02_collect_prefs", "03_dpo"))
+STAGES = ("01_sft", "02_collect_prefs", "03_dpo", "04_eval")
+sft, prefs, dpo, evaluation = (importlib.import_module(name) for name in STAGES)
 MICRO = str(HERE / "configs" / "micro.yaml")
 TRY = HERE / "checkpoints" / "try" / "pi05"
 
@@ -78,6 +79,82 @@ def test_every_observation_is_seen_once_per_epoch():
     )  # two epochs of 10, batches run across the border
     assert sorted(seen[:10].tolist()) == sorted(seen[10:].tolist()) == list(range(10))
     assert seen[:10].tolist() != seen[10:].tolist()
+
+
+def test_early_looks_make_up_their_share_of_every_batch():
+    data, cfg = {"step": torch.arange(60) % 15 * 4}, sft.Config(batch_size=10)  # four episodes of 15 looks
+    for step in range(7):
+        assert torch.equal(sft.rows_of_step(cfg, step, data), common.shuffled(42, "sft", step, 10, 60))
+    batches = [sft.rows_of_step(sft.Config(batch_size=10, early=0.5), step, data) for step in range(12)]
+    anywhere, early = (torch.cat(part) for part in zip(*(batch.split(5) for batch in batches), strict=True))
+    assert sorted(anywhere.tolist()) == list(range(60))
+    first_five = [row for row in range(60) if row % 15 < 5]
+    for epoch in early.split(20):
+        assert sorted(epoch.tolist()) == first_five
+    assert not torch.equal(early[:20], early[20:40])
+    all_early = sft.rows_of_step(sft.Config(batch_size=10, early=1), 3, data)
+    assert len(all_early) == 10 and (data["step"][all_early] <= 16).all()
+
+
+class Planted:
+    """Heads for one of two places, 20 cm to the left and to the right of the hand, by what it sees or not."""
+
+    horizon, places = 10, torch.tensor([[0.1, 0.3, 0.0], [0.1, -0.3, 0.0]])
+
+    def __init__(self, way):
+        self.way = way  # of (image (N,), noise (N, 10, 7)) -> (N, 10), the chunk's y
+
+    def encode(self, obs):
+        seen = torch.as_tensor(obs["agentview"]).flatten(1).float().mean(1)
+        return SimpleNamespace(seen=seen, select=lambda index: SimpleNamespace(seen=seen[index]))
+
+    def noise(self, n, generator):
+        return torch.randn(n, 10, 7, generator=generator)
+
+    def sample_actions(self, prefix, noise, steps=10):
+        chunk = torch.full((len(noise), 10, 7), 0.1)
+        chunk[..., 1] = self.way(prefix.seen, noise)
+        return chunk
+
+    def unnormalise(self, chunk):
+        return chunk
+
+
+PLANTED = {
+    "the right place": (lambda seen, noise: (1 - 2 * seen)[:, None], 1),
+    "the other place": (lambda seen, noise: (2 * seen - 1)[:, None], 0),
+    "one place, without looking": (lambda seen, noise: torch.ones(len(seen), 1), 0.5),
+    "any place": (lambda seen, noise: noise[..., 1], 0.5),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_right_place_tells_a_policy_that_looks(name, monkeypatch):
+    """Half of the layouts are swapped, which shows in the image alone."""
+    way, share = PLANTED[name]
+    swapped = torch.arange(120) % 2
+    images = swapped[:, None, None, None].expand(-1, 4, 4, 3).to(torch.uint8)
+    data = {"agentview": images, "wrist": images, "state": torch.zeros(120, 8), "instruction": [""] * 120}
+    data |= {"chunk": torch.zeros(120, 10, 7), "step": torch.zeros(120)}
+    data["places"] = torch.where(swapped[:, None, None] == 1, Planted.places.flip(0), Planted.places)
+    assert sft.right_place(Planted(way), data, sft.Config())["right_place"] == pytest.approx(share, abs=0.08)
+    later = data | {"step": torch.ones(120)}
+    unmoved = data | {"places": torch.full((120, 2, 3), torch.nan)}
+    assert sft.right_place(Planted(way), later, sft.Config()) == {}
+    assert sft.right_place(Planted(way), unmoved, sft.Config()) == {}
+
+    def look(row):
+        monkeypatch.setattr(evaluation, "target_places", lambda env, init: data["places"][row].numpy())
+        obs = {key: data[key][row].numpy() for key in ("agentview", "wrist", "state")}
+        world = SimpleNamespace(suite="s", task_id=0, observe=lambda: obs | {"instruction": ""})
+        return {"crash": "", "suite": "s", "task": 0, "init_state": row, "success": True, "steps": 1} | (
+            evaluation.first_look(world, Planted(way), evaluation.Config(), row)
+        )
+
+    summary = episodes.summarise([look(row) for row in range(120)])
+    assert summary["right_place"] == pytest.approx(share, abs=0.08) and summary["looks"] == 480
+    monkeypatch.setattr(evaluation, "target_places", lambda *_: np.full((2, 3), np.nan))
+    assert evaluation.first_look(SimpleNamespace(suite="s", task_id=0), None, evaluation.Config(), 40) == {}
 
 
 def test_random_shift_moves_and_repeats_the_border():
