@@ -40,7 +40,7 @@ def in_float64(policy, prefix, chunk: Tensor) -> tuple:  # copies of all three
     return copy.deepcopy(policy).double(), prefix, chunk.double()
 
 
-# ------------------------------------------------------------------------------------------------- the trace
+# -------------------------------------------------------------------------------------------------- the trace
 def jacobian(velocity: Velocity, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """v (N, H, D) and dv/dx (N, H D, H D), without gradients.
 
@@ -86,7 +86,7 @@ def make_probes(batch: int, n: int, shape: tuple[int, int], generator: torch.Gen
     return torch.randint(0, 2, (batch, n, *shape), generator=generator).float() * 2 - 1
 
 
-# --------------------------------------------------------------------------------------------------- the ODE
+# ---------------------------------------------------------------------------------------------------- the ODE
 def log_normal(x: Tensor) -> Tensor:  # log N(x; 0, I) of x (N, H, D): (N,)
     return -0.5 * (x.square() + math.log(2 * math.pi)).flatten(1).sum(1)
 
@@ -142,7 +142,7 @@ def pair_log_probs(
     return scores[:b], scores[b:]
 
 
-# --------------------------------------------------------------------------------------------- the Euler map
+# ---------------------------------------------------------------------------------------------- the Euler map
 def euler_sample(velocity: Velocity, noise: Tensor, steps: int = 10) -> tuple[Tensor, Tensor]:
     """How a policy acts: noise (N, H, D) -> chunk, and log p (N,) of the chunk under that map.
 

@@ -170,7 +170,7 @@ def estimate(cfg, stage: str) -> dict:
     }
 
 
-# ----------------------------------------------------------------- for extras/preflight.py: is there enough?
+# ------------------------------------------------------------------ for extras/preflight.py: is there enough?
 def free_memory(device: str) -> int:
     """Free bytes of the GPU, or of main memory: the system's count, or what the container's limit leaves."""
     if device == "cuda":

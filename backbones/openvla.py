@@ -205,7 +205,7 @@ class OpenVLA(Policy):
         rest = [item for item in self.language_model.named_parameters() if "embed_tokens" not in item[0]]
         init_matrices([*rest, *self.projector.named_parameters()], cfg.llm.depth)
 
-    # -------------------------------------------------------------------------------------- text and images
+    # ---------------------------------------------------------------------------------------- text and images
     def tokenize(self, instructions: list[str]) -> tuple[Tensor, Tensor]:
         # ids of the prompts and their validity, both (B, longest prompt), without the final "▁"
         rows = self.ids([self.cfg.prompt.format(task=i.lower()) for i in instructions], self.cfg.bos)
@@ -221,7 +221,7 @@ class OpenVLA(Policy):
         means, stds = (x.new_tensor([TOWERS[name][k] for name in self.cfg.towers]) for k in (0, 1))
         return ((x[:, None] - means[..., None, None]) / stds[..., None, None]).flatten(1, 2)
 
-    # ---------------------------------------------------------------------------------------------- prefix
+    # ------------------------------------------------------------------------------------------------- prefix
     def inputs(self, obs: dict) -> tuple[Tensor | None, ...]:
         return (
             torch.stack([self.pixels(obs[c]) for c in self.cfg.cameras], dim=1),  # (B, cameras, 3 T, s, s)
@@ -261,7 +261,7 @@ class OpenVLA(Policy):
         positions = torch.arange(x.shape[1], device=x.device)[None]
         return rotary(positions, self.cfg.llm.width // self.cfg.llm.num_heads), None
 
-    # --------------------------------------------------------------------------------------- action tokens
+    # ------------------------------------------------------------------------------------------ action tokens
     def surroundings(self, valid: Tensor, n: int) -> tuple[tuple, Tensor]:
         """Everything about n tokens behind those that are valid (N, S) that does not depend on their values:
         rotary tables, mask (N, 1, n, S + n).
@@ -323,7 +323,7 @@ class OpenVLA(Policy):
         centres = (edges[:-1] + edges[1:]) / 2
         return centres[(self.cfg.action_end - ids - 1).clamp(0, self.cfg.n_bins - 2)]
 
-    # ---------------------------------------------------------------------------------------- the protocol
+    # ------------------------------------------------------------------------------------------- the protocol
     def draws(self, batch: int, k: int, generator: torch.Generator, scheme: str) -> None:
         """Token log-probabilities are exact: there is nothing to draw."""
 
@@ -362,7 +362,7 @@ class OpenVLA(Policy):
         actions = (targets * bins).sum(-1)
         return -(actions.sum() + stop.sum()) / (actions.numel() + stop.numel())
 
-    # --------------------------------------------------------------------------------------- normalisation
+    # ------------------------------------------------------------------------------------------ normalisation
     def normalise(self, x, kind: str = "action"):
         """Environment units -> model units, (..., 7) actions or (..., 8) states; numpy or torch, as given.
 

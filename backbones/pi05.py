@@ -206,7 +206,7 @@ class Pi05(Policy):
                 [item for item in stack.named_parameters() if "dense" not in item[0]], cfg.vlm.depth
             )
 
-    # -------------------------------------------------------------------------------------- text and images
+    # ---------------------------------------------------------------------------------------- text and images
     def prompt(self, instruction: str, state: np.ndarray) -> str:  # state (8,) normalised
         text = instruction.strip().replace("_", " ").replace("\n", " ")
         if self.cfg.prompt == "openpi":
@@ -226,7 +226,7 @@ class Pi05(Policy):
             images = each_image(images, lambda image: resize_openpi(image, size))
         return images.permute(0, 3, 1, 2).float() / 255 * 2 - 1
 
-    # ---------------------------------------------------------------------------------------------- prefix
+    # ------------------------------------------------------------------------------------------------- prefix
     def inputs(self, obs: dict) -> tuple[Tensor, ...]:
         state = self.normalise(obs["state"], "state")  # (B, 8)
         prompts = map(self.prompt, obs["instruction"], state.cpu().numpy())
@@ -268,7 +268,7 @@ class Pi05(Policy):
         """
         return rotary(valid.cumsum(1) - 1, self.cfg.vlm.head_dim), key_bias(valid, x.dtype)
 
-    # ---------------------------------------------------------------------------------------------- expert
+    # ------------------------------------------------------------------------------------------------- expert
     def time_condition(self, t: Tensor) -> Tensor:
         """(N,) -> (N, W). Sine before cosine, in float64 as in openpi: the shortest period is 0.004."""
         fraction = torch.linspace(0, 1, self.cfg.expert.width // 2, dtype=torch.float64, device=t.device)
@@ -307,7 +307,7 @@ class Pi05(Policy):
         assert len(prefix) == n and d == self.cfg.flow_dim and t.shape in ((n,), (1,)), (x_t.shape, t.shape)
         return self.flow(self.surroundings(prefix, h), x_t, self.modulations(t))
 
-    # ---------------------------------------------------------------------------------------- the protocol
+    # ------------------------------------------------------------------------------------------- the protocol
     def draws(self, batch: int, k: int, generator: torch.Generator, scheme: str) -> Draws:
         return common.make_draws(batch, self.cfg.horizon, self.cfg.flow_dim, k, generator, scheme)
 
@@ -365,7 +365,7 @@ class Pi05(Policy):
         )
         return error.sum() / (error.numel() * chunk.shape[1] * ACTION_DIM)
 
-    # --------------------------------------------------------------------------------------- normalisation
+    # ------------------------------------------------------------------------------------------ normalisation
     def normalise(self, x, kind: str = "action"):
         """Environment units -> model units, (..., 7) actions or (..., 8) states; numpy or torch, as given."""
         low, span, offset = self._affine(kind, x)

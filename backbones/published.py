@@ -34,7 +34,7 @@ from common import ACTION_DIM
 from runtime import UserError, did_you_mean, disk, laid_over, one_line, refuse
 
 
-# ---------------------------------------------------------------------------------- other people's files
+# --------------------------------------------------------------------------------------- other people's files
 @dataclass
 class Checkpoint:  # none of its tensors is loaded
     folder: Path
@@ -350,7 +350,7 @@ def openpi_stats(c: Checkpoint, suites: list[str]) -> dict:
     }
 
 
-# ---------------------------------------------------------------------------------------------- loading
+# ---------------------------------------------------------------------------------------------------- loading
 FORMATS = {
     "openvla": {
         "backbone": "openvla",

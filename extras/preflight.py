@@ -66,7 +66,7 @@ def print_config(argv: list[str], numbers: list[str]) -> None:
     print("shared: " + " ".join(f"{key}={value}" for key, value in shared.items()), flush=True)
 
 
-# ----------------------------------------------------------------------------------------------- the machine
+# ------------------------------------------------------------------------------------------------ the machine
 def short_hash(*parts: bytes) -> str:
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 

@@ -118,7 +118,7 @@ def as_number(value: str | int | float, kind: type) -> int | float | None:
     return kind(number)
 
 
-# -------------------------------------------------------------------------------------------------- YAML
+# ------------------------------------------------------------------------------------------------------- YAML
 def read_yaml(path: Path, above: tuple[str, ...] = ()) -> dict:
     """A config file, laid over the file of its folder that it names as `base`. above: the files that led
     here.
@@ -157,7 +157,7 @@ def laid_over(below: dict, above: dict) -> dict:
     return merged
 
 
-# ------------------------------------------------------------------------------------------------ config
+# ----------------------------------------------------------------------------------------------------- config
 def shared_keys(kind: type = PlaceConfig) -> dict:
     """Name -> type of the keys that stages share: those of all the bases that stages' Configs are made of."""
     hints = typing.get_type_hints(kind, include_extras=True)

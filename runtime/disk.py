@@ -61,7 +61,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# -------------------------------------------------------------------------------------------------- JSON
+# ------------------------------------------------------------------------------------------------------- JSON
 def write_json(path: Path, data) -> None:
     write_atomic(path, json.dumps(data, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
@@ -125,7 +125,7 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     write_atomic(path, "".join(map(json_line, rows)))
 
 
-# ----------------------------------------------------------------------------------------------- tensors
+# ---------------------------------------------------------------------------------------------------- tensors
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     with replacing(path) as temporary:

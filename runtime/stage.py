@@ -44,7 +44,7 @@ FULL += (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
 PROCESSES = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
 
 
-# ------------------------------------------------------------------------------------- from the command line
+# -------------------------------------------------------------------------------------- from the command line
 def start(main: Callable, cls: type, dry_run: Callable | None = None, after: Callable | None = None) -> None:
     """Run a stage from the command line.
 
@@ -109,7 +109,7 @@ def print_plan(script: Path, cfg, dry_run: Callable | None) -> None:
         dry_run(cfg, cfg.section)
 
 
-# -------------------------------------------------------------------------------------------- the open stage
+# --------------------------------------------------------------------------------------------- the open stage
 @dataclass
 class Run:
     """The open folder of a stage, and what its training loop needs around the method."""
@@ -283,7 +283,7 @@ def open_folder(script: Path, cfg) -> Run | None:
     return Run(cfg, folder, identity, lock)
 
 
-# -------------------------------------------------------------------------------------------------- identity
+# --------------------------------------------------------------------------------------------------- identity
 def identity_of(script: Path, cfg) -> dict:
     """Everything that the results of a stage depend on, and its fingerprint."""
     identity = {
@@ -370,7 +370,7 @@ def difference(old: dict, new: dict) -> str:
     return "; ".join(words[:6])
 
 
-# ---------------------------------------------------------------------------------------------------- inputs
+# ----------------------------------------------------------------------------------------------------- inputs
 def input_name(path: Path, run: Path) -> str:
     """What an identity calls an input."""
     return str(path.relative_to(run) if path.is_relative_to(run) else path)
@@ -425,7 +425,7 @@ def checkpoint_files(path: str) -> list[Path]:
     return files
 
 
-# ------------------------------------------------------------------------------------------------- the facts
+# -------------------------------------------------------------------------------------------------- the facts
 def command() -> str:
     """The command that runs this process, as a user would type it."""
     script = Path(sys.argv[0])

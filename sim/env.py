@@ -53,7 +53,7 @@ class Diverged(RuntimeError):
 CRASHES = (Diverged, np.linalg.LinAlgError)  # what a step may raise when the simulation breaks down
 
 
-# ------------------------------------------------------------------------------------------ LIBERO's files
+# --------------------------------------------------------------------------------------------- LIBERO's files
 def package_folder(name: str) -> Path:
     """The folder of an installed package, found without importing it."""
     spec = importlib.util.find_spec(name)
@@ -146,7 +146,7 @@ def init_state_array(suite: str, task_id: int) -> np.ndarray:
     return states
 
 
-# ---------------------------------------------------------------------------------------------------- task
+# ------------------------------------------------------------------------------------------------------- task
 @dataclass(frozen=True)
 class Snapshot:
     """Everything that a continuation depends on, as plain picklable arrays."""
@@ -205,7 +205,7 @@ class TaskEnv:
         self._see(self.data.qpos)
         self._fresh = self.save()  # the state in which the standard protocol calls set_init_state
 
-    # ------------------------------------------------------------------------------------------- dynamics
+    # ----------------------------------------------------------------------------------------------- dynamics
     def _see(self, qpos: np.ndarray) -> None:
         """Keep what `proprio` and `frame` show until the next step."""
         self._seen = {
@@ -312,7 +312,7 @@ class TaskEnv:
         self.env._check_success()
         self.env._post_process()
 
-    # ---------------------------------------------------------------------------------------- observation
+    # -------------------------------------------------------------------------------------------- observation
     def _posed(self):
         """mjData in the poses that robosuite's observables saw last. Never touches the simulation."""
         self._view.qpos[:] = self._seen["poses"]

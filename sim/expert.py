@@ -35,7 +35,7 @@ SLIDE = 2  # mujoco's mjJNT_SLIDE
 SUPPORTS = {"floor", "main_table", "kitchen_table", "living_room_table", "study_table", "coffee_table"}
 
 
-# -------------------------------------------------------------------------------------------------- expert
+# ----------------------------------------------------------------------------------------------------- expert
 class MissedGrasp(Exception):
     """The object did not come along when the hand was lifted."""
 
@@ -141,7 +141,7 @@ class Expert:
         return np.append(self.last, gripper)
 
 
-# ---------------------------------------------------------------------------------------------- primitives
+# ------------------------------------------------------------------------------------------------- primitives
 def move_to(
     e: Expert, position, rotation, gripper, tolerance=0.025, turn_tolerance=np.inf, speed=1.0, patience=80
 ) -> Actions:
@@ -423,7 +423,7 @@ def pick_handle(e: Expert, target: str, tilt=45, lift=0.07) -> Actions:
     yield from lift_up(e, target, rotation, lift)
 
 
-# --------------------------------------------------------------------------------------------------- tasks
+# ------------------------------------------------------------------------------------------------------ tasks
 BOWL = "akita_black_bowl_1"
 YELLOW_MUG = "white_yellow_mug_1"
 BOTTLE = "wine_bottle_1"

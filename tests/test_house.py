@@ -151,7 +151,7 @@ def test_common_is_small():
     assert (KIT / "common.py").read_text().count("\n") <= 450
 
 
-# ------------------------------------------------------------------------------ what a stage's main shows
+# ---------------------------------------------------------------------------------- what a stage's main shows
 def main_of(script: str) -> str:
     text = (KIT / script).read_text()
     (node,) = [n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef) and n.name == "main"]

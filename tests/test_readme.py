@@ -36,7 +36,7 @@ def test_the_readme_is_short():
     assert README.count("\n") <= 200 and len(README.split()) <= 2500
 
 
-# ---------------------------------------------------------------------------------------- formulas and lines
+# ----------------------------------------------------------------------------------------- formulas and lines
 def source_of(text: str, name: str) -> str:
     """Source of a function, or of `Class.method`."""
     node = ast.parse(text)
@@ -75,7 +75,7 @@ def test_line_counts_are_right_within_a_tenth():
     assert not {name: pair for name, pair in counted.items() if abs(pair[0] - pair[1]) > 0.1 * pair[1]}
 
 
-# ---------------------------------------------------------------------------------------- files and headings
+# ----------------------------------------------------------------------------------------- files and headings
 def headings(page: Path) -> set[str]:
     """The anchors that GitHub gives a page's headings."""
     titles = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
@@ -102,7 +102,7 @@ def test_files_and_folders_that_the_pages_name_are_there():
         assert not [name for name in named if not (HERE / room / name).is_file()]
 
 
-# -------------------------------------------------------------------------------------------------- commands
+# --------------------------------------------------------------------------------------------------- commands
 def config_classes(script: str) -> list[type]:
     """The Config of a script such as 03_dpo.py; for the preflight, which has none, those of all stages."""
     module = importlib.import_module(script.removesuffix(".py"))

@@ -399,7 +399,7 @@ def test_the_target_changes_places_with_one_other_object(env, goal):
     assert np.isnan(target_places(goal, 0)).all()  # it begins with a stove
 
 
-# ----------------------------------------------------------------------------------------------- preflight
+# -------------------------------------------------------------------------------------------------- preflight
 def test_environment_checks_pass_here_and_notice_planted_faults(env, monkeypatch):
     for check in (preflight.check_frame, preflight.check_orientation, preflight.check_gripper):
         assert check(env)[0], check(env)
@@ -468,7 +468,7 @@ def test_no_gl_is_one_line_with_the_remedy(env, monkeypatch):
     assert "\n" not in str(error.value)
 
 
-# ---------------------------------------------------------------------------------------- worker processes
+# ------------------------------------------------------------------------------------------- worker processes
 SCRIPT = """
 import os, sys, time
 from pathlib import Path

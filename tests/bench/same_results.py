@@ -81,7 +81,7 @@ NUMBER = re.compile(r"\d+(?:\.\d+)?")
 TIMED_ROWS = {"ms", "CPU s", "prefix_share", "denoise_share"}  # units and metrics of table rows
 
 
-# ------------------------------------------------------------------------------------------------ running
+# ---------------------------------------------------------------------------------------------------- running
 def git(folder: Path, *arguments: str) -> str:
     command = ["git", "-C", folder, *arguments]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -132,7 +132,7 @@ def run(tree: Path, name: str) -> None:
     print(f"{tree.name} {name}: {begun.splitlines()[1]}", flush=True)
 
 
-# ---------------------------------------------------------------------------------------------- comparing
+# -------------------------------------------------------------------------------------------------- comparing
 def content(path: Path):
     """What a file holds, as nested dicts and lists of numbers, texts and tensors."""
     if path.suffix == ".safetensors":
