@@ -358,9 +358,7 @@ class TaskEnv:
         model.site_rgba[:, 3], model.geom_group[:] = alpha, group
         for flag in (mj.mjtRndFlag.mjRND_SHADOW, mj.mjtRndFlag.mjRND_REFLECTION):  # a mirror draws all twice
             renderer.scene.flags[flag] = self.render_mode == "default"
-        return np.ascontiguousarray(
-            renderer.render()[:, ::-1]
-        )  # mujoco's image is upright, LIBERO's mirrored
+        return np.ascontiguousarray(renderer.render()[:, ::-1])  # upright, but LIBERO's is mirrored
 
     def _make_renderer(self) -> None:
         model, mj = self.model, self._mj
