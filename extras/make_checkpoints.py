@@ -1,10 +1,11 @@
-"""Make checkpoints/try/ from a run of configs/tiny.yaml with both backbones: every stage without training.
+"""Make checkpoints/ from a run of configs/tiny.yaml: every stage without training.
 
     python -m extras.make_checkpoints runs/tiny
 
-For each backbone: the policy that DPO starts from, in bfloat16; 20 of its pairs; both trained adapters,
-unchanged. For both: two demonstrations of task 0; and margins.json, the margins of the pairs (before beta)
-under the run's own float32 weights, for tests/test_try.py.
+Of each backbone in the run, in try/: the policy that DPO starts from, in bfloat16; 20 of its pairs; both trained
+adapters, unchanged. For both: two demonstrations of task 0; and margins.json, the margins of the pairs (before
+beta) under the run's own float32 weights, for tests/test_try.py. Of pi05 also tiny_libero_object/, the final
+policy. What the run lacks stays as it is.
 """
 
 import importlib
@@ -57,11 +58,12 @@ def main(run: Path) -> None:
         not (run / demos).is_file(),
         f"{run / demos} is not there; give the folder of a finished run, such as runs/tiny",
     )
-    shutil.rmtree(TRY, ignore_errors=True)
     demonstrations(run / demos, TRY / demos)
-    dpo, margins = importlib.import_module("03_dpo"), {}
-    for backbone, (at, weights) in STARTS.items():
+    dpo, margins = importlib.import_module("03_dpo"), disk.read_json(TRY / "margins.json")
+    for backbone in [name for name in STARTS if (run / name).is_dir()]:
+        at, weights = STARTS[backbone]
         folder, target = run / backbone / "seed42", TRY / backbone
+        shutil.rmtree(target, ignore_errors=True)
         # pairs that are evenly spread over the file, and so over tasks
         source = folder / f"prefs-branch{at}"
         pairs, rows = disk.load_tensors(source / "pairs.safetensors"), disk.read_jsonl(source / "pairs.jsonl")
@@ -83,6 +85,9 @@ def main(run: Path) -> None:
             ]
         backbones.load_policy(folder / "sft", weights).to(torch.bfloat16).save(target / "sft")
     disk.write_json(TRY / "margins.json", margins)
+    if (run / "pi05").is_dir():
+        final = backbones.load_policy(run / "pi05" / "seed42" / "sft").to(torch.bfloat16)
+        final.save(TRY.with_name("tiny_libero_object"))
 
 
 if __name__ == "__main__":
