@@ -2,10 +2,10 @@
 
     python -m extras.make_checkpoints runs/tiny
 
-Of each backbone in the run, in try/: the policy that DPO starts from, in bfloat16; 20 of its pairs; both trained
-adapters, unchanged. For both: two demonstrations of task 0; and margins.json, the margins of the pairs (before
-beta) under the run's own float32 weights, for tests/test_try.py. Of pi05 also tiny_libero_object/, the final
-policy. What the run lacks stays as it is.
+Of each backbone in the run, in try/: the policy that DPO starts from, in bfloat16; 20 of its pairs; both
+trained adapters, unchanged. For both: two demonstrations of task 0; and margins.json, the margins of the
+pairs (before beta) under the run's own float32 weights, for tests/test_try.py. Of pi05 also
+tiny_libero_object/, the final policy. What the run lacks stays as it is.
 """
 
 import importlib
