@@ -8,9 +8,9 @@ try     python 01_sft.py configs/try.yaml name=mine (after the same with 00_demo
 
 The loss is flow matching, or next-token cross-entropy: the backbone's own `sft_loss`. An observation is
 encoded once and scored with several draws of (t, eps), because on a small model the encoder is the expensive
-part. `early` draws a share of every batch from the first looks of the episodes. Only there does the image alone
-say where the object is; later the hand is on its way, and the robot's state tells as much. `until` ends the
-training at a snapshot, on the schedule of `steps`.
+part. `early` draws a share of every batch from the first looks of the episodes. Only there does the image
+alone say where the object is; later the hand is on its way, and the robot's state tells as much. `until` ends
+the training at a snapshot, on the schedule of `steps`.
 Differs from the paper: it publishes no SFT stage. Here `train: full` learns everything, from scratch or from
 `init_from`. `train: lora | dora` trains an adapter and merges it, so that stage 03's reference is one set of
 weights.
