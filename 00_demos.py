@@ -3,7 +3,7 @@
 reads   nothing but LIBERO itself (init states 0-19); or, with `source`, a folder of LIBERO's official HDF5
         files
 writes  <run>/data/<suite>/task_NN.hdf5 in LIBERO's own layout, and demos.json (what was kept, per task)
-cost    about 3 s per demonstration and core at 64 px; 200 demonstrations are 85 MB
+cost    about 1 s per demonstration and core at 64 px; 200 demonstrations are 85 MB
 try     python 00_demos.py configs/smoke.yaml name=mine
 
 The expert sees the simulator's state (poses and collision geometry) and acts through the same 7 numbers as

@@ -3,7 +3,7 @@
 reads   <run>/data/<suite>/task_NN.hdf5 (00)
 writes  <run>/<backbone>/seed<k>/sft/: model.safetensors config.json norm_stats.json tokenizer.json,
         the snapshots model-<step>.safetensors, metrics.jsonl, done.json
-cost    configs/tiny.yaml: 17 minutes on one core
+cost    configs/tiny.yaml: 9 minutes on two cores
 try     python 01_sft.py configs/try.yaml name=mine (after the same with 00_demos.py)
 
 The loss is flow matching, or next-token cross-entropy: the backbone's own `sft_loss`. An observation is

@@ -4,7 +4,7 @@ reads   <run>/<backbone>/seed<k>/sft/ (01) and, for policy=dpo, .../dpo-<adapter
 writes  <run>/<backbone>/seed<k>/eval-<policy>[-val]/: episodes.jsonl (a line per episode), summary.json,
         videos/, done.json; and results.{json,md} beside these folders: all evaluations so far in one table,
         paired with the SFT policy
-cost    2 to 5 s per episode and core
+cost    1 to 3 s per episode and core
 try     python 04_eval.py configs/try.yaml name=mine policy=dpo
 
 An episode is identified by (suite, task, init state, seed). These alone determine the policy's noise at each

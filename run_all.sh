@@ -2,7 +2,7 @@
 # The whole method, one stage after the other.
 #
 #   bash run_all.sh [CONFIG] [STAGES] [key=value ...]
-#   bash run_all.sh                                       configs/tiny.yaml: about an hour on two cores, no GPU
+#   bash run_all.sh                                       configs/tiny.yaml: half an hour on two cores, no GPU
 #   bash run_all.sh configs/smoke.yaml                    the same in a few minutes, to see that everything works
 #   bash run_all.sh configs/tiny.yaml "03 04" dpo.beta=2  only DPO and the evaluations, with another beta
 #   bash run_all.sh configs/tiny.yaml adapters=dora       without the LoRA variant
@@ -65,7 +65,7 @@ stage() { # number, script and its arguments
   "$PYTHON" "$1" "${arguments[@]}"
 }
 
-# A wrong key shows now, not in an hour. Before a new run also: is this simulator everyone's simulator? Once.
+# A wrong key shows now, not in half an hour. Before a new run also: is this simulator everyone's simulator? Once.
 for backbone in ${BACKBONES:-""}; do
   flag=--config-only
   if [[ " $STAGES " == *" 00 "* && ! -d runs/$(basename "$CONFIG" .yaml) && $backbone == "${BACKBONES##* }" ]]; then
