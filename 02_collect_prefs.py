@@ -5,7 +5,7 @@ writes  <run>/<backbone>/seed<k>/prefs-<pairs>[-at<start>]/: pairs.safetensors (
         pairs.jsonl (one line each: where the pair is from), tried.safetensors and tried.jsonl (the same of
         every play-out's first chunk and its outcome, for losses that need no pairs), units.jsonl (every
         attempt, also without a pair), done.json
-cost    a play-out takes 1 to 3 s on one core; configs/tiny.yaml: 7 minutes for 115 pairs
+cost    a play-out takes 1 to 3 s on one core; configs/tiny.yaml: 8 minutes for 110 pairs
 try     python 02_collect_prefs.py configs/try.yaml name=mine
 
 A pair is one observation, a chosen and a rejected chunk, and a mask of the actions executed in both.
