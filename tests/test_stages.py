@@ -449,7 +449,7 @@ def test_an_adapter_of_another_depth_is_refused(mine, given, tmp_path):
 
     adapted(**deep(given))[1].save_pretrained(str(tmp_path))
     common.load_adapter(tiny_policy(**deep(given)), tmp_path)
-    with pytest.raises(UserError, match=r"adapter of another policy: only one of the two has .*layers\.1"):
+    with pytest.raises(UserError, match=r"adapter of another policy: only one has .*layers\.1"):
         common.load_adapter(tiny_policy(**deep(mine)), tmp_path)
 
 
