@@ -212,16 +212,14 @@ def right_place(policy, data: dict, cfg: Config) -> dict:
     and not for that in the other. A policy that does not look gets one half. Empty where no target moves.
     """
     first = ((data["step"] == 0) & data["places"].isfinite().all(-1).all(-1)).nonzero()[:, 0]
-    if not len(first):
-        return {}
     right = []
-    for rows in first.repeat_interleave(4).split(64):
+    for rows in first.repeat_interleave(4).split(64) if len(first) else ():
         obs, _ = batch_of(data, rows, cfg.blank_images)
         noise = policy.noise(len(rows), common.stream(0, "first look", len(right)))
         chunk = policy.sample_actions(policy.encode(obs), noise).cpu()
         actions = policy.unnormalise(chunk)[:, : common.ActingConfig.execute]
         right.append(backbones.heads_right(actions, obs["state"][:, :3], data["places"][rows]))
-    return {"right_place": torch.cat(right).float().mean().item()}
+    return {"right_place": torch.cat(right).float().mean().item()} if right else {}
 
 
 def main(cfg: Config, run: stage.Run) -> dict:

@@ -114,9 +114,8 @@ def read_jsonl(path: Path, needs: str = "") -> list[dict]:
     for number, row in enumerate(rows, 1):
         refuse(
             not isinstance(row, dict) or not set(needs.split()) <= row.keys(),
-            f"{path} is damaged ("
-            f"line {number} is no object with {needs or 'keys'}"
-            f"); remove its folder and run its stage again",
+            f"{path} is damaged (line {number} is no object with {needs or 'keys'}); "
+            "remove its folder and run its stage again",
         )
     return rows
 
