@@ -36,9 +36,7 @@ class Config(common.PolicyConfig):
     by_torchrun: ClassVar = True
     train: Literal["full", "lora", "dora"] = "full"  # all weights, or an adapter
     steps: Count = 3000  # of the learning rate's schedule
-    until: int = (
-        0  # stop at this step of it: a run that starts DPO from a snapshot needs no more. 0 = at the end
-    )
+    until: int = 0  # stop at this step of it, e.g. at the snapshot that DPO starts from; 0 = at the end
     batch_size: Count = 32  # observations
     draws: Count = 4  # (t, eps) draws per encoded observation
     lr: float = 1e-3  # peak; cosine to 1 % of it
