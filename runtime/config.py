@@ -12,17 +12,20 @@ the keys that it inherits are shared, and stand at the top level. The type of a 
 """
 
 import dataclasses
+import inspect
 import json
 import math
 import re
+import sys
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import yaml
 
-from runtime.errors import UserError, did_you_mean, one_line, one_of, refuse
+from runtime.errors import UserError, did_you_mean, one_line, one_of, reading, refuse
 
 HERE = Path(__file__).resolve().parents[1]  # the kit's folder
 STAGES = {  # section of the YAML -> what to run, behind `python`
@@ -42,6 +45,7 @@ BACKBONES = ("openvla", "pi05")  # each a section of the YAML and a module of ba
 LARGEST = 2**62  # what a seed can hold
 Count = Annotated[int, 1]
 Positive = Annotated[float, 1e-9]
+Place = Annotated[str, ""]  # a file or folder: see `located`
 
 
 @dataclass
@@ -57,7 +61,7 @@ class PlaceConfig:
     )  # the files that they name count, not their values
 
     name: Annotated[str, r"(?!\.+$)[^/]*"] = ""  # the YAML's file name; names the run folder
-    root: str = "runs"
+    root: Place = "runs"
     stages: str = ""  # that run_all.sh runs where its command line names none; empty = its default
     adapters: str = ""  # the same: which adapters it trains and evaluates
     workers: Count = 2  # simulator processes
@@ -110,7 +114,8 @@ def as_number(value: str | int | float, kind: type) -> int | float | None:
     if kind is int and isinstance(value, int):  # as it is: a float has no room for large ones
         return value
     try:
-        number = float(value)
+        based = isinstance(value, str) and re.match(r"\s*[-+]?0[xob]", value, re.IGNORECASE)  # 0x1F
+        number = int(value, 0) if based else float(value)
     except (ValueError, OverflowError):
         return None
     if not math.isfinite(number) or (kind is int and number != int(number)):
@@ -126,7 +131,9 @@ def read_yaml(path: Path, above: tuple[str, ...] = ()) -> dict:
     if not path.is_file():
         near = did_you_mean(path.stem, [p.stem for p in (HERE / "configs").glob("*.yaml")])
         raise UserError(f"no config file {path}; {near}")
-    data = parse_yaml(path.read_bytes(), str(path)) or {}
+    with reading(path, "write it anew"):
+        content = path.read_bytes()
+    data = parse_yaml(content, str(path)) or {}
     refuse(not isinstance(data, dict), f"{path} must hold `key: value` lines")
     base = data.pop("base", None)
     if base is None:
@@ -138,10 +145,35 @@ def read_yaml(path: Path, above: tuple[str, ...] = ()) -> dict:
     return laid_over(read_yaml(path.parent / base, (*above, path.name)), data)
 
 
+class Loader(yaml.SafeLoader):
+    """YAML without two of its traps: a key that stands twice, and numbers that are not what they seem (010 is
+    8 to YAML, 1:30 is 90). These stay text, so that a key's type decides.
+    """
+
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.composer.ComposerError(None, None, f"key {key!r} stands twice", node.start_mark)
+        return node
+
+    def construct_yaml_int(self, node):
+        plain = re.fullmatch(r"[-+]?(0|[1-9][0-9_]*|0[xb].*)", node.value)
+        return super().construct_yaml_int(node) if plain else node.value
+
+    def construct_yaml_float(self, node):
+        return node.value if ":" in node.value else super().construct_yaml_float(node)
+
+
+for kind in ("int", "float"):
+    Loader.add_constructor(f"tag:yaml.org,2002:{kind}", getattr(Loader, f"construct_yaml_{kind}"))
+
+
 def parse_yaml(text: str | bytes, where: str):
     """The plain data of a YAML text; nothing in it is executed."""
     try:
-        data = yaml.safe_load(text)
+        data = yaml.load(text, Loader)
         json.dumps(data, sort_keys=True, allow_nan=False)  # what it cannot hold, a date say, is no config
         return data
     except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
@@ -183,10 +215,14 @@ def load_config(cls: type, argv: list[str]):
     Raises:
         UserError: an unknown key, a wrong type, a value out of range.
     """
-    usage = f"usage: python {STAGES[cls.section]} configs/NAME.yaml [key=value ...] [--dry-run]"
-    refuse(not argv or "=" in argv[0] or argv[0].startswith("-"), usage)
+    usage = f"usage: python {STAGES.get(cls.section, '')} configs/NAME.yaml [key=value ...] [--dry-run]"
+    if {"-h", "--help"} & {*argv}:
+        print(usage, *keys_with_comments(cls), sep="\n")
+        sys.exit()
+    refuse(not argv or "=" in argv[0] or argv[0].startswith("-"), f"{usage}; --help lists the keys")
     path = Path(argv[0])
-    data = {"name": path.stem} | read_yaml(path)
+    path = path if path.is_file() else HERE / path
+    data = {"name": path.stem, "root": cls.root} | read_yaml(path)
     overrides = [parsed(item) for item in argv[1:]]
     for section, key, value in overrides:
         if not section and key == "backbone":
@@ -210,6 +246,8 @@ def load_config(cls: type, argv: list[str]):
     ]
     values = {}
     for key, value, where, known in given:
+        if cls is PlaceConfig and key not in hints:  # of a stage: run_all.sh asks for the other keys
+            continue
         if key not in known:
             raise UserError(f"{where}: unknown key {key!r}; {did_you_mean(key, known)}")
         refuse(
@@ -218,9 +256,29 @@ def load_config(cls: type, argv: list[str]):
         )
         kind = hints.get(key) or shared[key]
         checked = typed({} if value is None and kind is dict else value, kind, key)
+        if kind == Place:
+            checked = located(checked, key, Path.cwd() if where == "command line" else HERE)
         if key in hints:
             values[key] = checked
     return cls(**values)
+
+
+def located(place: str, key: str, base: Path) -> str:
+    """A file or folder that a config names. ~ is the home folder. What is relative begins in the kit's folder
+    if a YAML names it, and in the working directory if the command line does.
+    """
+    try:
+        path = Path(place).expanduser()
+    except RuntimeError as error:  # no such user, or nobody knows where home is
+        raise UserError(f"{key}={place}: {error}; write the path out") from error
+    return str(path) if not place or Path.cwd() == HERE else str(base / path)
+
+
+def keys_with_comments(cls: type) -> Iterator[str]:
+    """The lines of the source that declare the keys of a stage: its own first, then those that it shares."""
+    for each in filter(dataclasses.is_dataclass, cls.__mro__):
+        yield f"\n{each.section or 'shared'}:"
+        yield from re.findall(r"^    [a-z]\w*: (?!ClassVar).*", inspect.getsource(each), re.MULTILINE)
 
 
 def parsed(item: str) -> tuple[str, str, object]:
@@ -233,3 +291,13 @@ def parsed(item: str) -> tuple[str, str, object]:
     if dot:
         one_of(f"{item!r}: stage", section, STAGES)
     return section, key, parse_yaml(text, f"{item!r}, after the equals sign,") if text else ""
+
+
+def answer() -> None:
+    """For run_all.sh: what a config says of a run, a line each."""
+    try:
+        cfg = load_config(PlaceConfig, sys.argv[1:])
+        print(cfg.stages or "00 01 02 03 04 08", cfg.adapters or "lora dora", cfg.run_dir, sep="\n")
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)

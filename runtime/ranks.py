@@ -15,6 +15,7 @@ command goes on. The ranks talk through gloo on CPUs and nccl on GPUs.
 import atexit
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -28,15 +29,29 @@ import torch.distributed as dist
 # threads would then outlive `part` and abort the process.
 import torch.distributed.nn.functional
 
-from runtime.errors import UserError, one_line
+from runtime.errors import UserError, one_line, refuse
+
+MEET = timedelta(minutes=3)  # how long processes wait for one another at their start
+
+
+def number(variable: str, least: int = 0, below: int = 2**16) -> int:
+    """An environment variable that a launcher sets. A cluster or a shell may have set another value."""
+    text = os.environ.get(variable, "")
+    right = text.strip().isdecimal() and least <= int(text) < below
+    refuse(
+        not right,
+        f"the environment's {variable}={text!r} is no number from {least} to {below - 1}; "
+        "start several processes with torchrun, which sets it, or unset WORLD_SIZE to run one process",
+    )
+    return int(text)
 
 
 def size() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return number("WORLD_SIZE", 1) if os.environ.get("WORLD_SIZE", "").strip() else 1
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", 0))
+    return number("RANK", 0, size()) if size() > 1 else 0  # alone: whatever a cluster has set
 
 
 def first() -> bool:
@@ -45,7 +60,12 @@ def first() -> bool:
 
 def place(device: str) -> str:
     """The device on which this process, or a worker that it started, puts its policy."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
+    return f"cuda:{local_rank()}" if device == "cuda" else device
+
+
+def local_rank() -> int:
+    """The number of this process's GPU."""
+    return number("LOCAL_RANK", 0, torch.cuda.device_count()) if size() > 1 else 0
 
 
 def launch(processes: int) -> None:
@@ -55,18 +75,39 @@ def launch(processes: int) -> None:
         port = free.getsockname()[1]
     group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ.update(group, RANK="0", LOCAL_RANK="0")
-    for number in map(str, range(1, processes)):
-        env = os.environ | {"RANK": number, "LOCAL_RANK": number}
-        atexit.register(subprocess.Popen([sys.executable, *sys.argv], env=env).kill)
+    with ctrl_c_here():
+        for each in map(str, range(1, processes)):
+            env = os.environ | {"RANK": each, "LOCAL_RANK": each}
+            atexit.register(subprocess.Popen([sys.executable, *sys.argv], env=env).kill)
+
+
+@contextlib.contextmanager
+def ctrl_c_here() -> Iterator[None]:
+    """Processes that start in this block never see Ctrl-C: this one does, and ends them."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which they inherit
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def join(device: str) -> None:
     """Meet the other ranks, once per process. On "cuda" every rank has a GPU of its own."""
     if size() > 1 and not dist.is_initialized():
+        where = f"{os.environ.get('MASTER_ADDR', '')}:{number('MASTER_PORT', 1)}"
         if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = "nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=7))  # a rank's episodes may take hours longer
+            torch.cuda.set_device(local_rank())
+        try:  # not for longer than MEET: a cluster may have set WORLD_SIZE for a process that is alone
+            store, me, n = next(dist.rendezvous("env://", rank(), size(), timeout=MEET))
+        except (RuntimeError, ValueError, OSError) as error:
+            raise UserError(
+                f"RANK={rank()} of WORLD_SIZE={size()} did not meet the others at "
+                f"MASTER_ADDR:MASTER_PORT={where} ({one_line(error)}); "
+                "start them with torchrun, or unset WORLD_SIZE to run one process"
+            ) from error
+        backend, week = "nccl" if device == "cuda" else "gloo", timedelta(days=7)
+        store.set_timeout(week)  # a rank's episodes may take hours longer
+        dist.init_process_group(backend, store=store, rank=me, world_size=n, timeout=week)
 
 
 @contextlib.contextmanager
