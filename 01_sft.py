@@ -244,12 +244,13 @@ def main(cfg: Config, run: stage.Run) -> dict:
         # 2. the loss: the error of the velocity, or of the next token, averaged over draws and actions
         policy.train()
         loss = policy.sft_loss(policy.encode(obs), chunk, draws)
+        run.check(loss, step)
 
         # 3. one step of the optimiser, and of the average that will be saved
         loss.backward()
         run.average_gradients(parameters)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip)
-        run.check(step, loss=loss, gradient=grad_norm)
+        run.check(grad_norm, step, "gradient")
         lr = run.set_learning_rate(optimizer, step)
         optimizer.step()
         optimizer.zero_grad()

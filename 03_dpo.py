@@ -239,12 +239,13 @@ def main(cfg: Config, run: stage.Run) -> dict:
         # 3. DPO's contrast, and an anchor that keeps chosen chunks likely (the paper: sft_coef = 0)
         loss, rewards = dpo_loss(pi_w, pi_l, ref_w, ref_l, beta)
         total = cfg.contrast * loss - cfg.sft_coef * beta * pi_w.mean()
+        run.check(total, step)
 
         # 4. one step of the optimiser, and the log
         total.backward()
         run.average_gradients(trained)
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, cfg.grad_clip)
-        run.check(step, loss=total, gradient=grad_norm)
+        run.check(grad_norm, step, "gradient")
         lr = run.set_learning_rate(optimizer, step)
         optimizer.step()
         optimizer.zero_grad()

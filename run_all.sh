@@ -44,10 +44,17 @@ if [[ -z ${PYTHON:-} ]]; then
   fi
 fi
 
-# what the config says of the run, in Python's reading
-ask='from runtime.config import answer; answer()' one=""
-[[ $BACKBONES == *" "* || -z $BACKBONES ]] || one=backbone=$BACKBONES
-answer=$("$PYTHON" -c "$ask" "$CONFIG" ${STAGES:+stages="$STAGES"} ${ADAPTERS:+adapters="$ADAPTERS"} $one ${OVERRIDES[@]+"${OVERRIDES[@]}"})
+# what the config says of the run, as Python reads it
+ask='
+import sys
+from runtime import PlaceConfig, UserError, load_config
+try:
+    cfg = load_config(PlaceConfig, sys.argv[1:])
+    print(cfg.stages or "00 01 02 03 04 08", cfg.adapters or "lora dora", cfg.run_dir, sep="\n")
+except (UserError, OSError) as error:
+    sys.exit(print(f"error: {error}", file=sys.stderr) or 2)'
+answer=$("$PYTHON" -c "$ask" "$CONFIG" ${STAGES:+stages="$STAGES"} ${ADAPTERS:+adapters="$ADAPTERS"} \
+  ${BACKBONES:+backbone="${BACKBONES##* }"} ${OVERRIDES[@]+"${OVERRIDES[@]}"})
 { read -r STAGES; read -r named; read -r RUN; } <<<"$answer"
 ADAPTERS=${ADAPTERS-$named}
 for adapter in $ADAPTERS; do

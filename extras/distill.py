@@ -106,11 +106,12 @@ def main(cfg: Config, run: stage.Run) -> dict:
 
         # 2. one step of the student against all steps of the teacher
         loss = distance(student, teacher, prefix, noise, cfg.denoise_steps)
+        run.check(loss, step)
 
         # 3. one step of the optimiser, and the log
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(student.expert.parameters(), 1.0)
-        run.check(step, loss=loss, gradient=grad_norm)
+        run.check(grad_norm, step, "gradient")
         run.set_learning_rate(optimizer, step)
         optimizer.step()
         optimizer.zero_grad()

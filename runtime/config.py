@@ -15,17 +15,17 @@ import dataclasses
 import inspect
 import json
 import math
+import os
 import re
 import sys
 import typing
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import yaml
 
-from runtime.errors import UserError, did_you_mean, one_line, one_of, reading, refuse
+from runtime.errors import UserError, did_you_mean, one_line, one_of, refuse
 
 HERE = Path(__file__).resolve().parents[1]  # the kit's folder
 STAGES = {  # section of the YAML -> what to run, behind `python`
@@ -131,9 +131,7 @@ def read_yaml(path: Path, above: tuple[str, ...] = ()) -> dict:
     if not path.is_file():
         near = did_you_mean(path.stem, [p.stem for p in (HERE / "configs").glob("*.yaml")])
         raise UserError(f"no config file {path}; {near}")
-    with reading(path, "write it anew"):
-        content = path.read_bytes()
-    data = parse_yaml(content, str(path)) or {}
+    data = parse_yaml(path.read_bytes(), str(path)) or {}
     refuse(not isinstance(data, dict), f"{path} must hold `key: value` lines")
     base = data.pop("base", None)
     if base is None:
@@ -145,29 +143,20 @@ def read_yaml(path: Path, above: tuple[str, ...] = ()) -> dict:
     return laid_over(read_yaml(path.parent / base, (*above, path.name)), data)
 
 
-class Loader(yaml.SafeLoader):
-    """YAML without two of its traps: a key that stands twice, and numbers that are not what they seem (010 is
-    8 to YAML, 1:30 is 90). These stay text, so that a key's type decides.
-    """
-
+class Loader(yaml.SafeLoader):  # YAML without two traps: numbers that are not what they seem, and this:
     def compose_mapping_node(self, anchor):
         node = super().compose_mapping_node(anchor)
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.composer.ComposerError(None, None, f"key {key!r} stands twice", node.start_mark)
+        twice = ", ".join({key for key in keys if keys.count(key) > 1})
+        refuse(twice, f"line {node.start_mark.line + 1} and below: the key {twice} stands twice; remove one")
         return node
 
-    def construct_yaml_int(self, node):
-        plain = re.fullmatch(r"[-+]?(0|[1-9][0-9_]*|0[xb].*)", node.value)
-        return super().construct_yaml_int(node) if plain else node.value
 
-    def construct_yaml_float(self, node):
-        return node.value if ":" in node.value else super().construct_yaml_float(node)
-
-
-for kind in ("int", "float"):
-    Loader.add_constructor(f"tag:yaml.org,2002:{kind}", getattr(Loader, f"construct_yaml_{kind}"))
+NO_NUMBER = re.compile(r"[-+]?(0[0-9_]+|[0-9_]+:[0-9_:.]+)$")  # 010 is 8 to YAML, 1:30 is 90; here it is text
+Loader.yaml_implicit_resolvers = {
+    first: [("tag:yaml.org,2002:str", NO_NUMBER), *others]
+    for first, others in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def parse_yaml(text: str | bytes, where: str):
@@ -217,7 +206,8 @@ def load_config(cls: type, argv: list[str]):
     """
     usage = f"usage: python {STAGES.get(cls.section, '')} configs/NAME.yaml [key=value ...] [--dry-run]"
     if {"-h", "--help"} & {*argv}:
-        print(usage, *keys_with_comments(cls), sep="\n")
+        shown = [inspect.getsource(each) for each in cls.__mro__ if dataclasses.is_dataclass(each)]
+        print(usage, *re.findall(r"^    [a-z]\w*: (?!ClassVar).*", "".join(shown), re.MULTILINE), sep="\n")
         sys.exit()
     refuse(not argv or "=" in argv[0] or argv[0].startswith("-"), f"{usage}; --help lists the keys")
     path = Path(argv[0])
@@ -256,29 +246,20 @@ def load_config(cls: type, argv: list[str]):
         )
         kind = hints.get(key) or shared[key]
         checked = typed({} if value is None and kind is dict else value, kind, key)
-        if kind == Place:
-            checked = located(checked, key, Path.cwd() if where == "command line" else HERE)
+        if kind == Place and checked:
+            checked = located(checked, Path.cwd() if where == "command line" else HERE)
         if key in hints:
             values[key] = checked
     return cls(**values)
 
 
-def located(place: str, key: str, base: Path) -> str:
+def located(place: str, base: Path) -> str:
     """A file or folder that a config names. ~ is the home folder. What is relative begins in the kit's folder
     if a YAML names it, and in the working directory if the command line does.
     """
-    try:
-        path = Path(place).expanduser()
-    except RuntimeError as error:  # no such user, or nobody knows where home is
-        raise UserError(f"{key}={place}: {error}; write the path out") from error
-    return str(path) if not place or Path.cwd() == HERE else str(base / path)
-
-
-def keys_with_comments(cls: type) -> Iterator[str]:
-    """The lines of the source that declare the keys of a stage: its own first, then those that it shares."""
-    for each in filter(dataclasses.is_dataclass, cls.__mro__):
-        yield f"\n{each.section or 'shared'}:"
-        yield from re.findall(r"^    [a-z]\w*: (?!ClassVar).*", inspect.getsource(each), re.MULTILINE)
+    place = os.path.expanduser(place)
+    refuse(place.startswith("~"), f"nobody knows whose home folder {place} means; write the path out")
+    return place if Path.cwd() == HERE else str(base / place)
 
 
 def parsed(item: str) -> tuple[str, str, object]:
@@ -291,13 +272,3 @@ def parsed(item: str) -> tuple[str, str, object]:
     if dot:
         one_of(f"{item!r}: stage", section, STAGES)
     return section, key, parse_yaml(text, f"{item!r}, after the equals sign,") if text else ""
-
-
-def answer() -> None:
-    """For run_all.sh: what a config says of a run, a line each."""
-    try:
-        cfg = load_config(PlaceConfig, sys.argv[1:])
-        print(cfg.stages or "00 01 02 03 04 08", cfg.adapters or "lora dora", cfg.run_dir, sep="\n")
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)

@@ -8,17 +8,83 @@ import errno
 import fcntl
 import hashlib
 import json
-import math
 import os
+import pickle
+import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from runtime.errors import UserError, reading, refuse, writing
+from runtime.errors import UserError, one_line, refuse
+
+# -------------------------------------------------------------------------------------------- what goes wrong
+# An error of the operating system, by its number -> what to do about it. Reading and writing differ.
+ANYWHERE = {
+    errno.ESTALE: "the network disk has lost sight of it: mount it again",
+    errno.EIO: "the disk fails: look into the system's log (dmesg)",
+    errno.EMFILE: "too many files are open: raise `ulimit -n`",
+    errno.ENFILE: "too many files are open on this machine: end other programs",
+    errno.ENAMETOOLONG: "the name is too long: shorten name= or root=",
+    errno.ELOOP: "a link there leads back to itself: mend it",
+    errno.ENOTDIR: "a file stands where a folder is needed: move it away, or choose another place (root=)",
+    errno.EISDIR: "a folder stands where a file is needed: move it away, or choose another place (root=)",
+    errno.EAGAIN: "another program has locked it: end that one",
+    errno.EBUSY: "another program uses it: end that one",
+    errno.EPIPE: "the program that read the output (behind a `|`) has ended: write into a file instead",
+    **dict.fromkeys(
+        (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP),
+        "this disk can lock no file: mount it with locks (Lustre: -o flock), or choose another root=",
+    ),
+}
+READING = ANYWHERE | {
+    errno.ENOENT: "it is not there: name another place, or make it first",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "let this user read it (chmod, chown)"),
+}
+WRITING = ANYWHERE | {
+    errno.ENOENT: "no file or folder can be made there: choose another root=",
+    errno.EEXIST: "something else has its name: move that away, or choose another root=",
+    errno.EROFS: "the disk is mounted read-only: choose another root=",
+    errno.EFBIG: "the file is larger than the disk or `ulimit -f` allows: make room for it, raise the limit",
+    errno.EINVAL: "the disk does not take such a file or name: choose another root= or name=",
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room, or choose another root="),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "let this user write there, or choose another root="),
+}
+UNREADABLE = (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, EOFError)
+
+
+def remedy(error: BaseException, remedies: dict[int, str], otherwise: str) -> str:
+    """What to do about an error of the operating system, which a library may have put into words."""
+    said = re.search(r"(?:os error|errno)[ =]+(\d+)", str(error), re.IGNORECASE)
+    return remedies.get(getattr(error, "errno", None) or int(said[1] if said else 0), otherwise)
+
+
+@contextlib.contextmanager
+def reading(path: Path, otherwise: str) -> Iterator[None]:
+    """Turn what goes wrong while `path` is read into one line. otherwise: what to do about a damaged file."""
+    try:
+        yield
+    except (*UNREADABLE, SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        what = remedy(error, READING, otherwise)
+        why = f"{'is damaged' if what == otherwise else 'cannot be read'} ({one_line(error)})"
+        raise UserError(f"{path} {why}; {what}") from error
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what goes wrong while a library writes, a full disk above all, into a UserError about `path`."""
+    try:
+        yield
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # h5py raises RuntimeError, and torch
+        what = f"{remedy(error, WRITING, 'make room, or choose another root=')}; then repeat the command"
+        raise UserError(f"{path} cannot be written ({one_line(error)}); {what}") from error
 
 
 @contextlib.contextmanager
@@ -57,18 +123,10 @@ def json_text(path: Path, data, indent: int | None = None) -> str:
     """JSON of what `path` shall hold; UserError that names a number that JSON can't hold."""
     try:
         return json.dumps(data, indent=indent, sort_keys=True, allow_nan=False) + "\n"
-    except ValueError:
-        lost = ", ".join(not_finite(data)) or "a value"
-    raise UserError(f"{path}: {lost} is not finite; look at the weights and the data that it comes from")
-
-
-def not_finite(data, name: str = "") -> Iterator[str]:
-    """Where in lists and dicts a number is NaN or infinite, e.g. points.0.p50_ms."""
-    if isinstance(data, dict | list | tuple):
-        for key, value in data.items() if isinstance(data, dict) else enumerate(data):
-            yield from not_finite(value, f"{name}.{key}".strip("."))
-    elif isinstance(data, float) and not math.isfinite(data):
-        yield name
+    except ValueError as error:
+        lost = re.search(r'"([^"]*)": (?:\[[^]]*)?(?:NaN|-?Infinity)', json.dumps(data))
+        why = f"{lost[1] if lost else 'a value'} is not finite; look at the weights and the data behind it"
+        raise UserError(f"{path}: {why}") from error
 
 
 def write_json(path: Path, data) -> None:

@@ -31,15 +31,13 @@ import torch.distributed.nn.functional
 
 from runtime.errors import UserError, one_line, refuse
 
-MEET = timedelta(minutes=3)  # how long processes wait for one another at their start
+MEET, WEEK = timedelta(minutes=3), timedelta(days=7)  # how long ranks wait at their start, and later
 
 
-def number(variable: str, least: int = 0, below: int = 2**16) -> int:
-    """An environment variable that a launcher sets. A cluster or a shell may have set another value."""
-    text = os.environ.get(variable, "")
-    right = text.strip().isdecimal() and least <= int(text) < below
+def number(variable: str, least: int = 0, below: int = 2**16) -> int:  # that a launcher has set
+    text = os.environ.get(variable, "").strip()
     refuse(
-        not right,
+        not (text.isdecimal() and least <= int(text) < below),
         f"the environment's {variable}={text!r} is no number from {least} to {below - 1}; "
         "start several processes with torchrun, which sets it, or unset WORLD_SIZE to run one process",
     )
@@ -60,12 +58,8 @@ def first() -> bool:
 
 def place(device: str) -> str:
     """The device on which this process, or a worker that it started, puts its policy."""
-    return f"cuda:{local_rank()}" if device == "cuda" else device
-
-
-def local_rank() -> int:
-    """The number of this process's GPU."""
-    return number("LOCAL_RANK", 0, torch.cuda.device_count()) if size() > 1 else 0
+    own = number("LOCAL_RANK", 0, torch.cuda.device_count()) if size() > 1 and device == "cuda" else 0
+    return f"cuda:{own}" if device == "cuda" else device
 
 
 def launch(processes: int) -> None:
@@ -82,44 +76,36 @@ def launch(processes: int) -> None:
 
 
 @contextlib.contextmanager
-def ctrl_c_here() -> Iterator[None]:
-    """Processes that start in this block never see Ctrl-C: this one does, and ends them."""
+def ctrl_c_here() -> Iterator[None]:  # processes that start in this block never see it: this one ends them
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which they inherit
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
-def join(device: str) -> None:
-    """Meet the other ranks, once per process. On "cuda" every rank has a GPU of its own."""
-    if size() > 1 and not dist.is_initialized():
-        where = f"{os.environ.get('MASTER_ADDR', '')}:{number('MASTER_PORT', 1)}"
-        if device == "cuda":
-            torch.cuda.set_device(local_rank())
-        try:  # not for longer than MEET: a cluster may have set WORLD_SIZE for a process that is alone
-            store, me, n = next(dist.rendezvous("env://", rank(), size(), timeout=MEET))
-        except (RuntimeError, ValueError, OSError) as error:
-            raise UserError(
-                f"RANK={rank()} of WORLD_SIZE={size()} did not meet the others at "
-                f"MASTER_ADDR:MASTER_PORT={where} ({one_line(error)}); "
-                "start them with torchrun, or unset WORLD_SIZE to run one process"
-            ) from error
-        backend, week = "nccl" if device == "cuda" else "gloo", timedelta(days=7)
-        store.set_timeout(week)  # a rank's episodes may take hours longer
-        dist.init_process_group(backend, store=store, rank=me, world_size=n, timeout=week)
+    yield
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 @contextlib.contextmanager
-def meeting() -> Iterator[None]:
-    """One line in place of a traceback when another rank has ended while this one waits for it."""
+def meeting(remedy: str = "run the same command again, it goes on") -> Iterator[None]:
+    """One line in place of a traceback when another rank does not come, or has ended while this one waits."""
     try:
         yield
-    except RuntimeError as error:  # of gloo and nccl alike
+    except (RuntimeError, ValueError) as error:  # of gloo and nccl alike
         raise UserError(
-            f"rank {rank()} of {size()} lost another one, see what that one said ({one_line(error)})"
-            f"; run the same command again, it goes on"
+            f"RANK={rank()} of WORLD_SIZE={size()} lost the others, or never met them; see what they said "
+            f"({one_line(error)}); {remedy}"
         ) from error
+
+
+@meeting("start all of them with torchrun, or unset WORLD_SIZE to run one process")
+def join(device: str) -> None:
+    """Meet the other ranks, once per process. On "cuda" every rank has a GPU of its own."""
+    if size() > 1 and not dist.is_initialized():
+        number("MASTER_PORT", 1)
+        if device == "cuda":
+            torch.cuda.set_device(place(device))
+        # the others come within MEET, or not at all: a cluster may have set WORLD_SIZE for a single process
+        store = next(dist.rendezvous("env://", rank(), size(), timeout=MEET))[0]
+        store.set_timeout(WEEK)  # from here on: a rank's episodes may take hours longer
+        backend = "nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, None, WEEK, size(), rank(), store)
 
 
 @meeting()

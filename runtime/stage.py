@@ -16,6 +16,7 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
+import math
 import os
 import platform
 import re
@@ -33,7 +34,7 @@ import torch
 
 from runtime import disk, ranks
 from runtime.config import BACKBONES, HERE, STAGES, load_config
-from runtime.errors import READING, WRITING, UserError, refuse, remedy
+from runtime.errors import UserError, refuse
 from runtime.seeds import learning_rate
 from runtime.workers import progress
 
@@ -70,7 +71,8 @@ def command_line(call: Callable[[], None]) -> None:
             raise
         place = Path(error.filename if isinstance(error.filename, str) else "/")
         unread = not os.access(place if os.path.lexists(place) else place.parent, os.R_OK)
-        line = f"{' '.join(str(error).split())}; {remedy(error, READING if unread else WRITING, 'mend it')}"
+        remedies = disk.READING if unread else disk.WRITING
+        line = f"{' '.join(str(error).split())}; {disk.remedy(error, remedies, 'mend it')}"
     except KeyboardInterrupt:
         sys.exit(130)
     print(f"error: {line}", file=sys.stderr)
@@ -157,13 +159,11 @@ class Run:
             group["lr"] = learning_rate(step, self.cfg)
         return learning_rate(step, self.cfg)
 
-    def check(self, step: int, **values: torch.Tensor) -> None:
-        """UserError unless all values are finite. Before the first update no learning rate is to blame."""
-        for name, value in values.items():
-            blame = f"lower {self.cfg.section}.lr, or look at the data"
-            if step == 0:
-                blame = "no weight has moved yet, so look at the weights, the statistics and the data"
-            refuse(not value.isfinite(), f"the {name} is {value.item()} at step {step}: {blame}")
+    def check(self, value: float | torch.Tensor, step: int, name: str = "loss") -> None:
+        """UserError unless it is finite. Before the first update no learning rate is to blame."""
+        later = f"lower {self.cfg.section}.lr, or look at the data"
+        blame = later if step else "no weight has moved yet: look at the weights, statistics and data"
+        refuse(not math.isfinite(value), f"the {name} is {float(value)} at step {step}: {blame}")
 
     def logs(self, step: int) -> bool:
         """Whether this step is one to log: every `log_every`-th and the last."""
@@ -172,7 +172,8 @@ class Run:
     def log(self, step: int, **values: float) -> None:
         """Add a line to metrics.jsonl: means over the processes."""
         values = ranks.mean(values)
-        self.check(step, **{key: torch.tensor(value) for key, value in values.items()})
+        for name, value in values.items():
+            self.check(value, step, name)
         if self.first:
             disk.append_jsonl(self.dir / "metrics.jsonl", {"step": step + 1} | values)
         self.bar.set_postfix(
@@ -246,7 +247,13 @@ def open_folder(script: Path, cfg) -> Run | None:
             there, or the folder holds results of another identity and `overwrite` is off.
     """
     name, folder, identity = script.stem, cfg.folder, identity_of(script, cfg)
-    lock = locked(folder)
+    with disk.writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(folder.with_name(f".{folder.name}.lock"), "w")  # noqa: SIM115 (held until the stage ends)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed when its owner ends, however
+        except BlockingIOError:
+            raise UserError(f"another process is at work in {folder}; wait for it, or stop it") from None
     markers = [path for path in (folder / "done.json", folder / "started.json") if path.is_file()]
     if markers:
         old = read_identity(markers[0])
@@ -287,18 +294,6 @@ def open_folder(script: Path, cfg) -> Run | None:
         folder.mkdir()
     disk.write_json(folder / "started.json", identity)
     return Run(cfg, folder, identity, lock)
-
-
-def locked(folder: Path) -> IO:
-    """The open lock of a stage's folder. The system frees it when its owner ends, however it ends."""
-    with disk.writing(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(folder.with_name(f".{folder.name}.lock"), "w")  # noqa: SIM115 (held until the stage ends)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is at work in {folder}; wait for it, or stop it") from None
-    return lock
 
 
 # --------------------------------------------------------------------------------------------------- identity
@@ -394,8 +389,7 @@ def input_name(path: Path, run: Path) -> str:
     return str(path.relative_to(run) if path.is_relative_to(run) else in_kit(str(path)))
 
 
-def in_kit(value):
-    """A path within the kit is the same from every working directory, and wherever the kit lies."""
+def in_kit(value):  # a path in the kit is the same from every working directory
     return value.removeprefix(f"{HERE}/") if isinstance(value, str) else value
 
 

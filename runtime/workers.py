@@ -1,15 +1,17 @@
 """Jobs in parallel processes: nothing left running, errors with their cause."""
 
 import contextlib
+import io
 import multiprocessing
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 
 import torch
+from tqdm import tqdm
 
 from runtime import ranks
 from runtime.errors import UserError
@@ -17,47 +19,18 @@ from runtime.errors import UserError
 LINE_S = 60  # seconds between two lines where there is no terminal
 
 
-class Lines:
-    """What tqdm writes a bar to where there is no terminal: each state of it becomes a line of its own."""
-
-    def write(self, text: str) -> None:
-        if text.strip():
-            print(text.strip(), flush=True)
-
-    def flush(self) -> None:
-        """Nothing is kept."""
+class Line(tqdm):  # a bar without a terminal: each state of it is a line of its own
+    def display(self, *_) -> None:
+        print(self, flush=True)
 
 
 def progress(iterable=None, **kwargs):
     """tqdm on the first rank: a bar on a terminal, and elsewhere a line a minute."""
-    from tqdm import tqdm
-
-    if not (sys.stdout and sys.stdout.isatty() and sys.stderr.isatty()):
-        text = "{desc}: {n_fmt} of {total_fmt} in {elapsed}, {remaining} left, {rate_fmt}{postfix}"
-        kwargs |= {"file": Lines(), "mininterval": LINE_S, "miniters": 0, "delay": LINE_S, "bar_format": text}
-    return tqdm(iterable, disable=not ranks.first(), dynamic_ncols=True, **kwargs)
-
-
-@contextlib.contextmanager
-def watched(title: str, count: Callable[[], int], total: int, figure: Callable[[], str]) -> Iterator[None]:
-    """Show every second how far the block is, from a thread: a job may take minutes."""
-    bar, over = progress(total=total, initial=count(), desc=title), threading.Event()
-
-    def watch() -> None:
-        while not over.wait(1):
-            with contextlib.suppress(UserError):  # it comes up again when the block ends
-                bar.set_postfix_str(figure(), refresh=False)
-                bar.update(count() - bar.n)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-        bar.update(count() - bar.n)
-        bar.close()
+    if sys.stdout and sys.stdout.isatty() and sys.stderr.isatty():
+        return tqdm(iterable, disable=not ranks.first(), dynamic_ncols=True, **kwargs)
+    text = "{desc}: {n_fmt} of {total_fmt} in {elapsed}, {remaining} left, {rate_fmt}{postfix}"
+    kwargs |= {"file": io.StringIO(), "mininterval": LINE_S, "miniters": 0, "delay": LINE_S}
+    return Line(iterable, disable=not ranks.first(), bar_format=text, **kwargs)
 
 
 def run(
@@ -82,12 +55,25 @@ def run(
         Exception: a job's own, with the worker's traceback as its cause.
     """
     torch.set_num_threads(1)
-    with watched(title, count, total, figure):
+    bar, over = progress(total=total, initial=count(), desc=title), threading.Event()
+
+    def watch() -> None:  # in a thread of its own: a job may take minutes
+        while not over.wait(1):
+            with contextlib.suppress(UserError):  # of a damaged file: the stage comes upon it too
+                bar.set_postfix_str(figure(), refresh=False)
+                bar.update(count() - bar.n)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
         if workers == 1 or len(jobs) < 2:
             for job in jobs:
                 function(job)
         else:
             run_in_processes(function, jobs, workers)
+        bar.update(count() - bar.n)
+    finally:
+        over.set()
+        bar.close()
 
 
 def run_in_processes(function: Callable, jobs: Sequence, workers: int) -> None:
