@@ -89,7 +89,7 @@ def meeting(remedy: str = "run the same command again, it goes on") -> Iterator[
         yield
     except (RuntimeError, ValueError) as error:  # of gloo and nccl alike
         raise UserError(
-            f"RANK={rank()} of WORLD_SIZE={size()} lost the others, or never met them; see what they said "
+            f"RANK={os.environ.get('RANK')} of WORLD_SIZE={size()} lost the others, or never met them "
             f"({one_line(error)}); {remedy}"
         ) from error
 

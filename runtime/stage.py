@@ -163,7 +163,8 @@ class Run:
         """UserError unless it is finite. Before the first update no learning rate is to blame."""
         later = f"lower {self.cfg.section}.lr, or look at the data"
         blame = later if step else "no weight has moved yet: look at the weights, statistics and data"
-        refuse(not math.isfinite(value), f"the {name} is {float(value)} at step {step}: {blame}")
+        number = torch.as_tensor(value).item()
+        refuse(not math.isfinite(number), f"the {name} is {number} at step {step}: {blame}")
 
     def logs(self, step: int) -> bool:
         """Whether this step is one to log: every `log_every`-th and the last."""
