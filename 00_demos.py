@@ -33,7 +33,7 @@ import h5py
 import numpy as np
 
 import common
-from runtime import Count, UserError, disk, one_line, refuse, stage, workers
+from runtime import Count, Place, UserError, disk, one_line, refuse, stage, workers
 from sim.env import CRASHES, TaskEnv, instruction, tasks
 from sim.expert import TASKS, Expert, MissedGrasp, target_places
 
@@ -49,7 +49,7 @@ class Config(common.SceneConfig):
     waypoint_jitter: float = 0.012  # waypoints move by up to this many metres along each axis
     tail: int = 4  # steps recorded after the first success
     max_tries: Count = 3  # tries per demonstration; after that it is left out, and counted
-    source: str = ""  # folder of files to use instead, LIBERO's own (*_demo.hdf5) or another run's
+    source: Place = ""  # folder of files to use instead, LIBERO's own (*_demo.hdf5) or another run's
 
     folder = property(lambda self: self.data_dir)
 

@@ -219,6 +219,7 @@ def collect(job: Job) -> None:
     if pairs >= job.quota or playouts >= job.budget:
         return
     cfg, policy = job.cfg, backbones.load_sft(job.cfg).freeze()
+    made_with = common.origin(policy, policy.adapter_targets)
     env = TaskEnv(job.suite, job.task, cfg.image_size, cfg.render)
     env.max_steps = min(cfg.max_steps or env.max_steps, env.max_steps)
     states, unit = common.init_states("prefs", cfg.n_init), len(rows)
@@ -241,7 +242,7 @@ def collect(job: Job) -> None:
         for kind in filter(rows.get, rows):
             parts = [tensors for tensors, _ in rows[kind]]
             stacked = {key: torch.stack([part[key] for part in parts]) for key in parts[0]}
-            disk.save_tensors(part_file(job.folder, row, kind), stacked)
+            disk.save_tensors(part_file(job.folder, row, kind), stacked, made_with)
         disk.append_jsonl(job.folder / "units.jsonl", row)
         pairs += len(row["pairs"])
         playouts += row["playouts"]
@@ -274,9 +275,10 @@ def assemble(folder: Path) -> None:
     refuse(not any(row["pairs"] for row in rows), f"{none}; raise prefs.max_playouts")
     disk.write_rows(folder / "units.jsonl", rows)
     for kind in ("tried", "pairs"):
-        parts = [disk.load_tensors(part_file(folder, row, kind)) for row in rows if row[kind]]
+        files = [part_file(folder, row, kind) for row in rows if row[kind]]
+        parts = [disk.load_tensors(file) for file in files]
         tensors = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-        disk.save_tensors(folder / f"{kind}.safetensors", tensors)
+        disk.save_tensors(folder / f"{kind}.safetensors", tensors, disk.facts_of(files[0]))
         where = ("suite", "task", "unit", "init_state")
         lines = [{key: row[key] for key in where} | facts for row in rows for facts in row[kind]]
         disk.write_rows(folder / f"{kind}.jsonl", lines)

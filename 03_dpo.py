@@ -26,7 +26,6 @@ all epochs. The reference is the same weights with the adapter switched off. An 
 Left out: IPO and other losses, label smoothing, reward models.
 """
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +38,7 @@ import torch.nn.functional as F
 import backbones
 import common
 from runtime import Count, Positive, disk, ranks, refuse, regex, stage
+from runtime.config import as_number
 
 
 @dataclass
@@ -85,9 +85,8 @@ class Config(common.AdapterConfig):
             f"dpo.draws={self.draws} must be even for surrogate=antithetic: noises come in pairs",
         )
         regex("dpo.targets", self.targets)
-        number = re.fullmatch(r"[0-9]+\.?[0-9]*(e-?[0-9]+)?", self.beta)
         refuse(
-            self.beta != "auto" and not (number and 0 < float(self.beta) < 1e9),
+            self.beta != "auto" and not 0 < (as_number(self.beta, float) or 0) < 1e9,
             f'dpo.beta must be "auto" or a positive number, not {self.beta!r}',
         )
 
@@ -179,7 +178,10 @@ def auto_beta(policy, pairs: dict, draw: Callable, score: Callable, cfg: Config)
             shared = common.select(draws, rows)
             ref_w, ref_l = score(*batch_of(pairs, index[rows]), shared, ("beta", int(rows[0])))
             log_ratios.append(ref_w - ref_l)
-    return 1.0 / max(torch.cat(log_ratios).std(correction=0).item(), 1e-6)
+    spread = torch.cat(log_ratios).std(correction=0).item()
+    why = f"the reference's log-probabilities of chosen and rejected chunks differ by {spread:.3g}"
+    refuse(not 1e-5 < spread < 1e9, f"{why}, for all pairs alike; look at the weights, statistics and pairs")
+    return 1.0 / spread
 
 
 # ------------------------------------------------------------------------------------------------------- data
@@ -210,16 +212,19 @@ def batch_of(pairs: dict, index: torch.Tensor) -> tuple:
 def main(cfg: Config, run: stage.Run) -> dict:
     policy = backbones.load_sft(cfg)  # in evaluation mode throughout: no dropout in any log-probability
     pairs = load_pairs(cfg, policy)
-    adapted = common.attach_adapter(
-        policy, cfg.adapter, cfg.rank, cfg.alpha, cfg.targets or policy.adapter_targets, cfg.seed
-    )
+    targets = cfg.targets or policy.adapter_targets
+    made_with = common.origin(policy, targets)  # the adapter's file tells it, see common.same_origin
+    adapted = common.attach_adapter(policy, cfg.adapter, cfg.rank, cfg.alpha, targets, cfg.seed)
     policy.recompute = cfg.recompute
     trained = torch.nn.ParameterList(p for p in policy.parameters() if p.requires_grad)
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
     draw, score = scorer(policy, cfg)
-    beta = auto_beta(policy, pairs, draw, score, cfg) if cfg.beta == "auto" else float(cfg.beta)
-    beta = run.agree(beta)
-    n, k = len(pairs["mask"]), sum(p.numel() for p in trained)
+    n, beta = len(pairs["mask"]), as_number(cfg.beta, float)  # None: auto
+    fitting = run.agree(auto_beta(policy, pairs, draw, score, cfg)) if n > 1 or not beta else beta
+    beta = beta or fitting
+    far = f"dpo.beta={beta:.3g} is far from the {fitting:.3g} at which these pairs' margins are of order 1"
+    refuse(not 1e-5 < beta / fitting < 1e5, f"{far}: take dpo.beta=auto, or a number nearer to it")
+    k = sum(p.numel() for p in trained)
     print(f"[03_dpo] {n} pairs, {cfg.adapter} with {k:,} parameters, beta {beta:.4g}", flush=True)
     pairs["obs"] = begin(policy, pairs, cfg)
 
@@ -253,8 +258,8 @@ def main(cfg: Config, run: stage.Run) -> dict:
             run.log(step, **metrics(loss, rewards, pi_w, pi_l), grad_norm=grad_norm.item(), lr=lr)
 
     if run.first:
-        warn_about_scale(disk.read_jsonl(run.dir / "metrics.jsonl"))
-        save_adapter(adapted, run.dir)
+        warn_about_scale(disk.read_jsonl(run.dir / "metrics.jsonl"), cfg.beta)
+        save_adapter(adapted, run.dir, made_with)
     return {"beta": beta, "trainable": k, "pairs": n}
 
 
@@ -266,24 +271,31 @@ def metrics(loss: torch.Tensor, rewards: dict, pi_w: torch.Tensor, pi_l: torch.T
     return row | {"logps/chosen": pi_w.mean().item(), "logps/rejected": pi_l.mean().item()}
 
 
-def save_adapter(adapted, folder: Path) -> None:
-    """The adapter in peft's own format, without peft's empty model card."""
+def save_adapter(adapted, folder: Path, made_with: dict[str, str] | None = None) -> None:
+    """The adapter in peft's own format; its file's header says which policy it was trained on."""
+    from peft import get_peft_model_state_dict
+
+    tensors = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    disk.save_tensors(folder / "adapter_model.safetensors", tensors, made_with)
     with disk.writing(folder):
-        adapted.save_pretrained(str(folder))
-    (folder / "README.md").unlink(missing_ok=True)
+        adapted.peft_config["default"].save_pretrained(str(folder))
 
 
-def warn_about_scale(rows: list[dict]) -> None:
+def warn_about_scale(rows: list[dict], beta: str = "") -> None:
     """DPO learns where its margins are of order 1. Far below, the reference hardly enters the gradient."""
+    other_beta = "" if beta == "auto" else ", or take dpo.beta=auto"
     late = max(abs(row["rewards/margins"]) + row["rewards/margin_std"] for row in rows[len(rows) // 2 :])
     if late < 0.05:
         print(
-            f"[03_dpo] warning: margins stayed below 0.05 (largest {late:.3g}): try more beta or steps",
+            f"[03_dpo] warning: margins stayed below 0.05 (largest {late:.3g}): raise dpo.steps or dpo.lr"
+            f"{other_beta}",
             flush=True,
         )
     if late > 20:
         print(
-            f"[03_dpo] warning: margins saturated (largest {late:.3g}): lower beta, lr or steps", flush=True
+            f"[03_dpo] warning: margins saturated (largest {late:.3g}): lower dpo.lr or dpo.steps"
+            f"{other_beta}",
+            flush=True,
         )
 
 

@@ -252,12 +252,10 @@ def gradients(job: tuple) -> None:
     state "start": the adapter as in DPO's first step, an identity (B = 0), so policy = reference.
     state "end": the adapter as trained.
     """
-    from peft import PeftModel
-
     cfg, file, pairs, adapter, state, betas = job
     policy, obs, chunks = inputs_of(cfg, pairs)
     stream, cosine = partial(common.stream, cfg.seed), partial(F.cosine_similarity, dim=0)
-    PeftModel.from_pretrained(policy, str(adapter), is_trainable=True).eval()
+    common.load_adapter(policy, adapter, trainable=True)
     for name, p in policy.named_parameters():
         if state == "start" and "lora_B" in name:
             p.data.zero_()
@@ -367,7 +365,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
         "exact": measures["sft|exact"],
     }
     # beta: auto
-    betas = {name: 1 / (x[:, 0] - x[:, 1]).std(correction=0).item() for name, x in scores.items()}
+    betas = {name: 1 / max((x[:, 0] - x[:, 1]).std(correction=0).item(), 1e-6) for name, x in scores.items()}
     steps = [
         (cfg, parts / f"gradient-{state}-{b}.jsonl", block, policies[name], state, betas)
         for name in sorted((name for name in policies if name.startswith("dpo-lora")), key=len)[:1]

@@ -32,15 +32,15 @@ from report import audit, episodes
 from report.chapters import Experiment, write_audit, write_report
 from report.page import fill_in
 from report.tables import grouped, script
-from runtime import BACKBONES, disk, load_config, refuse, stage
+from runtime import BACKBONES, Place, disk, load_config, refuse, stage
 
 
 @dataclass
 class Config(common.PolicyConfig):
     section: ClassVar = "report"
-    results: str = ""  # folder of committed results to report on, instead of the run
-    audit: str = ""  # folder of episodes to audit, instead of a report
-    readme: str = ""  # Markdown file, or folder of them, whose marked tables are renewed
+    results: Place = ""  # folder of committed results to report on, instead of the run
+    audit: Place = ""  # folder of episodes to audit, instead of a report
+    readme: Place = ""  # Markdown file, or folder of them, whose marked tables are renewed
 
 
 PAIRED = ["paired_with", "diff_vs_sft", "gained", "lost", "p_vs_sft", "paired_n", "deff"]  # of a comparison
@@ -152,8 +152,6 @@ def completed(row: dict) -> dict:
 
 
 def main(cfg: Config) -> None:
-    if cfg.dry_run:
-        return
     top = Path(cfg.results) if cfg.results and not cfg.audit else cfg.run_dir
     refuse(
         cfg.readme and not Path(cfg.readme).exists(), f"readme={cfg.readme}: there is no such file or folder"
@@ -163,7 +161,10 @@ def main(cfg: Config) -> None:
         f"no table.json at or below {top}; name a folder of results, or leave results= out",
     )
     folder = top / "report"
-    folder.mkdir(parents=True, exist_ok=True)
+    if cfg.dry_run:
+        return print(f"[08_report] reads what there is of {cfg.audit or top}; writes {folder} {cfg.readme}")
+    with disk.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     if cfg.audit:
         sys.exit(0 if write_audit(Path(cfg.audit), folder) else 1)
     if cfg.results:
@@ -176,7 +177,7 @@ def main(cfg: Config) -> None:
     readme = Path(cfg.readme)
     if cfg.readme:
         for path in [readme] if readme.is_file() else sorted(readme.rglob("*.md")):
-            disk.write_atomic(path, fill_in(path.read_text(), tables))
+            disk.write_atomic(path, fill_in(path.read_text(encoding="utf-8"), tables))
 
 
 if __name__ == "__main__":

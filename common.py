@@ -4,8 +4,11 @@ Code belongs here if two stages use it and a silent difference between copies wo
 Losses, pair selection and training loops stay in their stage. Importing this module is cheap.
 """
 
+import functools
+import hashlib
 import json
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,10 +17,10 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
-from runtime import Count, PlaceConfig, UserError, disk, one_line, one_of, refuse, regex, stage
+from runtime import Count, Place, PlaceConfig, UserError, disk, one_line, one_of, refuse, regex, stage
 from runtime.seeds import entropy, np_stream, own_rows, select, shuffled, stream  # noqa: F401 (for stages)
 
 # ----------------------------------------------------------------------------------------------------- LIBERO
@@ -98,7 +101,7 @@ def read_demos(path: Path, task: int) -> Iterator[Demo]:
     import h5py
 
     try:
-        with h5py.File(path, "r") as file:
+        with h5py.File(path, "r", locking=False) as file:
             text = json.loads(file["data"].attrs["problem_info"])["language_instruction"]
             instruction = text if isinstance(text, str) else " ".join(text)
             for name in sorted(file["data"], key=lambda n: int(n.rpartition("_")[2])):
@@ -123,8 +126,9 @@ def read_demos(path: Path, task: int) -> Iterator[Demo]:
                 places = np.asarray(group.attrs.get("target_places", np.full((2, 3), np.nan)), np.float32)
                 yield Demo(task, number, init_state, instruction, actions, state, steps, *images, places)
     except H5PY_ERRORS as error:
-        why = f"not a complete LIBERO HDF5 file ({one_line(error)})"
-        raise UserError(f"{path} is {why}; record it again with 00_demos.py") from error
+        what = disk.remedy(error, disk.READING, "record it again with 00_demos.py")
+        why = "is not a complete LIBERO HDF5 file" if what not in disk.READING.values() else "cannot be read"
+        raise UserError(f"{path} {why} ({one_line(error)}); {what}") from error
 
 
 def demonstrations(cfg, holdout: int) -> Iterator[tuple[str, bool, Demo]]:
@@ -179,6 +183,12 @@ def read_pairs(folder: Path, policy=None) -> dict:
     if policy is not None:
         their = f"the pairs have chunks of {h[0]} actions, the policy of {policy.horizon}"
         refuse(h != (policy.horizon,), f"{their}: they are another policy's, see pairs_from")
+        same_origin(policy, path)
+    equal = ((pairs["chosen"] == pairs["rejected"]).all(-1) | ~pairs["mask"]).all(-1)  # (N,)
+    many = f"{path}: in {int(equal.sum())} of {n} pairs the two chunks do not differ where they were executed"
+    refuse(equal.all(), f"{many}, so there is nothing to learn; collect other pairs")
+    if equal.any():
+        warn(f"{many}; they teach nothing, so leave them out")
     return pairs
 
 
@@ -289,8 +299,7 @@ def attach_adapter(policy, kind: str, rank: int, alpha: int, targets: str, seed:
 
     import dora
 
-    matches = [layer for layer, _ in policy.named_modules() if regex("targets", targets).fullmatch(layer)]
-    refuse(not matches, f"the regex {targets!r} matches no layer of the policy")
+    adapted_layers(policy, targets)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, use_dora=kind == "dora")
     if kind == "dora":
         config._register_custom_module({torch.nn.Linear: dora.DoraLinear})
@@ -299,21 +308,65 @@ def attach_adapter(policy, kind: str, rank: int, alpha: int, targets: str, seed:
         return get_peft_model(policy, config)
 
 
-def load_adapter(policy, folder: Path):
-    """The policy, in evaluation mode, with the adapter of `folder` (peft's own format) merged in."""
+def adapted_layers(policy, targets: str) -> list:
+    """(name, layer) of those that the regex matches, by name."""
+    layers = [(n, m) for n, m in policy.named_modules() if regex("targets", targets).fullmatch(n)]
+    refuse(not layers, f"the regex {targets!r} matches no layer of the policy")
+    return sorted(layers, key=lambda layer: layer[0])
+
+
+def origin(policy, targets: str) -> dict[str, str]:
+    """What an adapter, or pairs, belong to: hashes of the adapted layers' weights and of the statistics.
+
+    They are the same in other files, shards and precisions: the weights count rounded to bfloat16.
+    """
+    digest = hashlib.sha256()
+    for name, layer in adapted_layers(policy, targets):
+        weight = layer.weight.detach().to("cpu", torch.bfloat16).contiguous()
+        digest.update(f"{name} {tuple(weight.shape)} ".encode() + weight.view(torch.uint8).numpy().tobytes())
+    statistics = hashlib.sha256(json.dumps(policy.norm_stats, sort_keys=True, default=list).encode())
+    return {"targets": targets, "base": digest.hexdigest(), "statistics": statistics.hexdigest()}
+
+
+def same_origin(policy, path: Path) -> None:
+    """UserError unless an adapter, or pairs, were made with these weights and statistics, as their file says.
+
+    One that says nothing of it is taken, with a warning; so are pairs of other weights, in the same units.
+    """
+    theirs = disk.facts_of(path)
+    if "targets" not in theirs:
+        return warn(f"{path} does not say which policy it was made with: nobody can tell if it fits this one")
+    ours, made = origin(policy, theirs["targets"]), f"{path} was made with other"
+    refuse(ours["statistics"] != theirs["statistics"], f"{made} statistics; take the policy it was made with")
+    if ours["base"] != theirs["base"] and path.name == "pairs.safetensors":
+        return warn(f"{made} weights: DPO expects pairs of the policy that it trains; 02 collects them")
+    other = f"{made} weights than these; set checkpoint= and start= to its own policy, with nothing merged in"
+    refuse(ours["base"] != theirs["base"], other)
+
+
+@functools.cache
+def warn(text: str) -> None:  # once per process
+    print(f"warning: {text}", flush=True)
+
+
+def load_adapter(policy, folder: Path, trainable: bool = False):
+    """The policy, in evaluation mode, with an adapter in peft's own format: merged, or trainable."""
     from peft import PeftModel, get_peft_model_state_dict
 
     path = folder / "adapter_model.safetensors"
     refuse(not path.is_file(), f"{folder} holds no adapter_model.safetensors; run 03_dpo.py first")
+    tensors = disk.load_tensors(path)
+    bad = ", ".join(key for key, tensor in tensors.items() if not tensor.isfinite().all())
+    refuse(bad, f"{path} has values that are not finite ({bad[:90]}); train it again")
+    same_origin(policy, path)
     try:
         with warnings.catch_warnings(action="ignore"):  # of missing keys, which are an error below
-            adapted = PeftModel.from_pretrained(policy, str(folder))
+            adapted = PeftModel.from_pretrained(policy, str(folder), is_trainable=trainable)
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{folder} holds no adapter of this policy: {one_line(error)}; rerun 03") from error
-    with safe_open(path, "pt") as file:
-        other = set(file.keys()) ^ set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    other = {*tensors} ^ {*get_peft_model_state_dict(adapted, save_embedding_layers=False)}
     refuse(other, f"{folder} holds an adapter of another policy: only one has {', '.join(sorted(other)[:1])}")
-    return adapted.merge_and_unload().eval()
+    return (adapted if trainable else adapted.merge_and_unload()).eval()
 
 
 # ------------------------------------------------------------------------------------------------ config keys
@@ -323,7 +376,7 @@ class RunConfig(PlaceConfig):
     of them count in its identity, but for those of PlaceConfig."""
 
     suites: list[Literal[tuple(MAX_STEPS)]] = field(default_factory=lambda: ["libero_object"])
-    tasks: list[int] = field(default_factory=list)  # task numbers within a suite; empty = all ten
+    tasks: list[int] = field(default_factory=list)  # task numbers within a suite; empty = all
 
     def __post_init__(self):
         twice = len({*self.suites}) < len(self.suites) or len({*self.tasks}) < len(self.tasks)
@@ -348,7 +401,7 @@ class PolicyConfig(RunConfig):
 
     backbone: Literal["pi05", "openvla"] = "pi05"
     model: dict = field(default_factory=dict)  # sizes and knobs of the backbone, see backbones/
-    init_from: str = ""  # folder of a checkpoint that 01 starts from; empty = from scratch
+    init_from: Place = ""  # folder of a checkpoint that 01 starts from; empty = from scratch
     device: Literal["cpu", "cuda"] = "cpu"  # with torchrun a GPU per process
     dtype: Literal["float32", "bfloat16"] = "float32"  # of large weights; log-probabilities stay float32
     seed: int = 42  # of training, and of the policy's noise
@@ -358,7 +411,8 @@ class PolicyConfig(RunConfig):
         super().__post_init__()
         refuse(
             self.device == "cuda" and not self.dry_run and not torch.cuda.is_available(),
-            "device=cuda, but PyTorch sees no GPU; use device=cpu, or install a CUDA build",
+            "device=cuda, but PyTorch sees no GPU; use device=cpu, or install a CUDA build"
+            f" (CUDA_VISIBLE_DEVICES is {os.environ.get('CUDA_VISIBLE_DEVICES')!r})",
         )
 
     seed_dir = property(lambda self: self.run_dir / self.backbone / f"seed{self.seed}")
@@ -368,7 +422,7 @@ class PolicyConfig(RunConfig):
 class StartConfig(PolicyConfig):
     """Keys of stages that start from an SFT policy."""
 
-    checkpoint: str = ""  # folder of weights that 02 to 07 start from; empty = 01's
+    checkpoint: Place = ""  # folder of weights that 02 to 07 start from; empty = 01's
     start: Annotated[str, "final|[0-9]+"] = "final"  # which of 01's weights: the last, or a snapshot's step
     start_seed: int = 0  # seed of the SFT policy and pairs, for more DPO seeds on the same ones; 0 = `seed`
 
@@ -395,7 +449,7 @@ class PairsConfig(StartConfig):
     """Keys of stages that make or use preference pairs."""
 
     pairs: Literal["branch", "episode", "whole"] = "branch"  # how 02 makes them
-    pairs_from: str = ""  # folder of preference pairs that 03 and 07 take; empty = 02's
+    pairs_from: Place = ""  # folder of preference pairs that 03 and 07 take; empty = 02's
 
     def variant(self, *words: str) -> str:
         """Name of a folder whose contents depend on `pairs` and `start`."""
@@ -426,7 +480,7 @@ class AdapterConfig(PairsConfig):
     """Keys of stages that train or use an adapter."""
 
     adapter: Literal["lora", "dora"] = "lora"
-    adapters_from: str = ""  # folder with lora/ and dora/, adapters that 04 and 07 take; empty = 03's
+    adapters_from: Place = ""  # folder with lora/ and dora/, adapters that 04 and 07 take; empty = 03's
     surrogate: Literal[tuple(SURROGATES)] = "paper"  # what DPO takes for log p of a flow policy
 
     @property

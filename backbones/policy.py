@@ -74,7 +74,7 @@ def read_tokenizer(path: Path, remedy: str = "get it again"):
     from tokenizers import Tokenizer
 
     try:
-        return Tokenizer.from_str(path.read_text())
+        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # tokenizers raises nothing more special
         raise UserError(f"{path} is no tokenizer ({one_line(error)}); {remedy}") from error
 
@@ -93,6 +93,10 @@ def checked_stats(stats: dict, where: str) -> dict:
                 [isinstance(v, int | float) and abs(v) < float("inf") for v in values] != [True] * n,
                 f"{where}: {name} of the {kind} must be {n} finite numbers; get the checkpoint again",
             )
+        for low, high in (("q01", "q99"), ("min", "max"), ("mask", "std")):  # std is not negative
+            lows = named.get(low, []) if low != "mask" else [0] * n
+            wrong = any(a > b for a, b in zip(lows, named.get(high, []), strict=False))
+            refuse(wrong, f"{where}: {high} of the {kind} is too small; get the checkpoint again")
     return stats
 
 
@@ -282,6 +286,8 @@ class Policy(nn.Module):
                         f"{path}: {key} has shape {tuple(tensor.shape)}, the config gives"
                         f" {own.get(key, 'no such key')}; it is another model's, or `model:` contradicts it"
                     )
+                sound = not tensor.is_floating_point() or tensor.isfinite().all()
+                refuse(not sound, f"{path}: {key} has values that are not finite; get the checkpoint again")
             missing -= tensors.keys()
             self.load_state_dict(tensors, strict=False, assign=assign)
         lacks = ", ".join(sorted(missing)[:1])

@@ -1,6 +1,7 @@
 """Make checkpoints/ from a run of configs/tiny.yaml: every stage without training.
 
     python -m extras.make_checkpoints runs/tiny
+    python -m extras.make_checkpoints sign        only adds to pairs and adapters which policy they belong to
 
 Of each backbone in the run, in try/: the policy that DPO starts from, in bfloat16; 20 of its pairs; both
 trained adapters, unchanged. For both: two demonstrations of task 0; and margins.json, the margins of the
@@ -52,6 +53,15 @@ def differences(policy, pairs: dict, dpo) -> torch.Tensor:
     return chosen - rejected
 
 
+def sign() -> None:
+    """Let the pairs and adapters in checkpoints/ that say nothing of it say which policy they belong to."""
+    for path in [p for p in TRY.parent.rglob("*.safetensors") if p.name != "model.safetensors"]:
+        folder = path.parent.parent
+        policy = backbones.load_policy(folder / "sft" if (folder / "sft").is_dir() else folder)
+        if not disk.facts_of(path).get("base"):
+            disk.save_tensors(path, disk.load_tensors(path), common.origin(policy, policy.adapter_targets))
+
+
 def main(run: Path) -> None:
     demos = "data/libero_object/task_00.hdf5"
     refuse(
@@ -69,7 +79,8 @@ def main(run: Path) -> None:
         pairs, rows = disk.load_tensors(source / "pairs.safetensors"), disk.read_jsonl(source / "pairs.jsonl")
         index = torch.linspace(0, len(rows) - 1, PAIRS).round().long()
         (target / "prefs").mkdir(parents=True)
-        disk.save_tensors(target / "prefs" / "pairs.safetensors", common.select(pairs, index))
+        few, facts = common.select(pairs, index), disk.facts_of(source / "pairs.safetensors")
+        disk.save_tensors(target / "prefs" / "pairs.safetensors", few, facts)
         disk.write_rows(target / "prefs" / "pairs.jsonl", common.select(rows, index))
         policy = backbones.load_policy(folder / "sft", weights)
         pairs = dpo.load_pairs(dpo.Config(pairs_from=str(target / "prefs")), policy)
@@ -91,4 +102,4 @@ def main(run: Path) -> None:
 
 
 if __name__ == "__main__":
-    stage.command_line(lambda: main(Path(*sys.argv[1:2])))
+    stage.command_line(sign if sys.argv[1:] == ["sign"] else lambda: main(Path(*sys.argv[1:2])))

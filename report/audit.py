@@ -44,7 +44,7 @@ def policy_of(path: Path, folder: Path) -> str:
 def read_lines(path: Path) -> tuple[list[dict], int]:
     """The objects of a JSONL file, and the number of lines that are no objects."""
     rows = []
-    for line in filter(str.strip, path.read_text(errors="replace").splitlines()):
+    for line in filter(str.strip, path.read_text(encoding="utf-8", errors="replace").splitlines()):
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -183,7 +183,7 @@ def summaries(folder: Path, cells: dict) -> Iterator[Finding]:
     for path in sorted(folder.rglob("*.json")):
         where = str(path.relative_to(folder))
         try:
-            data = json.loads(path.read_text())
+            data = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             yield Finding("unreadable", where, "not JSON")
             continue

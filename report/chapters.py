@@ -141,7 +141,9 @@ def write_report(name: str, experiments: list[Experiment], folder: Path, alone: 
         "public-logs": claims.logs_table(logs),
     }
     # the six main results
-    card = re.search(r"<!-- card -->(.*?)<!-- /card -->", (HERE / "README.md").read_text(), re.DOTALL)[1]
+    card = re.search(
+        r"<!-- card -->(.*?)<!-- /card -->", (HERE / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )[1]
     blocks = [
         f"# CrossVLA kit: {name}",
         f"What this kit finds about [{paper['title']}](https://arxiv.org/abs/{paper['arxiv']}).",

@@ -15,7 +15,7 @@ TESTS = {"==": operator.eq, ">": operator.gt, "<": operator.lt, ">=": operator.g
 
 
 def read_paper(path: Path = HERE / "configs" / "paper.yaml") -> dict:
-    return yaml.safe_load(path.read_text())
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 def logged(logs: dict, policy: str, suites: list[str]) -> tuple[int, int]:

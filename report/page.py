@@ -51,7 +51,7 @@ def as_html(text: str, folder: Path, alone: bool) -> str:
     links = [f'<a href="#{name}">{words}</a>' for name, words in re.findall(r'<h2 id="(.*?)">(.*?)<', body)]
     title = re.search(r"<h1>(.*?)</h1>", body)[1]
     body = body.replace("</h1>", f"</h1>\n<nav>{''.join(links)}</nav>", 1)
-    template = Path(__file__).with_name("template.html").read_text()
+    template = Path(__file__).with_name("template.html").read_text(encoding="utf-8")
     return string.Template(template).substitute(title=title, body=body)
 
 

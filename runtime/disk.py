@@ -180,10 +180,10 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 # ---------------------------------------------------------------------------------------------------- tensors
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], facts: dict[str, str] | None = None) -> None:
-    """facts: texts that the file's header shall hold, see `facts_of`."""
+    """facts: what the file's header shall say, see `facts_of`: one text, since the library mixes up several."""
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     with replacing(path) as temporary:
-        save_file(tensors, temporary, {"format": "pt"} | facts if facts else None)
+        save_file(tensors, temporary, {"facts": json.dumps(facts, sort_keys=True)} if facts else None)
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -192,9 +192,9 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def facts_of(path: Path) -> dict[str, str]:
-    """The texts in the header of a file of tensors."""
+    """What the header of a file of tensors says."""
     with reading(path, AGAIN), safe_open(path, "pt") as file:
-        return file.metadata() or {}
+        return json.loads((file.metadata() or {}).get("facts", "{}"))
 
 
 def save_checkpoint(path: Path, state: dict) -> None:

@@ -90,7 +90,7 @@ def libraries() -> types.SimpleNamespace:
         config = tempfile.TemporaryDirectory(prefix="libero-config-")
     atexit.register(config.cleanup)
     lines = yaml.safe_dump({key: str(path) for key, path in paths.items()})
-    (Path(config.name) / "config.yaml").write_text(lines)
+    (Path(config.name) / "config.yaml").write_text(lines, encoding="utf-8")
     os.environ["LIBERO_CONFIG_PATH"] = config.name
     os.environ.setdefault("MPLCONFIGDIR", config.name)  # LIBERO imports matplotlib
     if not (os.access(package_folder("robosuite"), os.W_OK) and os.access(__file__, os.W_OK)):
@@ -375,7 +375,8 @@ class TaskEnv:
         if self.render_mode == "fast":
             meshes.simplify(model)
         model.vis.quality.offsamples = 0 if self.render_mode == "fast" else 4
-        mj.Renderer._gl_context = mj.Renderer._mjr_context = None  # or one that fails says more at its end
+        # or one that fails says more at its end
+        mj.GLContext._context = mj.Renderer._gl_context = mj.Renderer._mjr_context = None
         try:
             self._renderer = mj.Renderer(model, self.image_size, self.image_size)
         except Exception as error:  # PyOpenGL's and mujoco's errors have no common base
