@@ -14,6 +14,8 @@ import shutil
 import sys
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # also without -m
+
 import h5py
 import torch
 

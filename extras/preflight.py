@@ -18,6 +18,8 @@ from fnmatch import filter as matching
 from functools import partial
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # also without -m
+
 import numpy as np
 
 import common
@@ -190,6 +192,8 @@ CHECKS = {
 
 
 def main() -> None:
+    if {"-h", "--help"} & {*sys.argv}:
+        return print(__doc__)
     argv = [word for word in sys.argv[1:] if word != "--config-only"]
     numbers = argv.pop(1).split() if len(argv) > 1 and "=" not in argv[1] else []
     checks = CHECKS
