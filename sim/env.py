@@ -102,6 +102,7 @@ def libraries() -> types.SimpleNamespace:
     try:
         with contextlib.redirect_stdout(io.StringIO()), mock.patch.dict(os.environ):
             os.environ.pop("CUDA_VISIBLE_DEVICES", "")  # robosuite's renderer heeds it; ours does not
+            os.environ["HOME"] = os.environ.get("HOME") or config.name  # a container's user may have none
             import mujoco
             from libero.libero import benchmark
             from libero.libero.envs.env_wrapper import ControlEnv
