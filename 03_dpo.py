@@ -188,6 +188,11 @@ def auto_beta(policy, pairs: dict, draw: Callable, score: Callable, cfg: Config)
 def load_pairs(cfg: Config, policy) -> dict:
     """The pairs' tensors, and `obs`: their observations."""
     pairs = common.read_pairs(cfg.pairs_dir, policy)
+    equal = ((pairs["chosen"] == pairs["rejected"]).all(-1) | ~pairs["mask"]).all(-1)  # (N,)
+    many = f"in {int(equal.sum())} of {len(equal)} pairs the executed chunks do not differ; leave those out"
+    refuse(equal.all(), f"{cfg.pairs_dir}: {many}, collect others")
+    if equal.any():
+        common.warn(f"{cfg.pairs_dir}: {many}")
     if cfg.whole_chunk:
         pairs["mask"] = torch.ones_like(pairs["mask"])
     obs = {key: pairs[key] for key in (*common.CAMERAS, "state", "instruction")}

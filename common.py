@@ -4,8 +4,6 @@ Code belongs here if two stages use it and a silent difference between copies wo
 Losses, pair selection and training loops stay in their stage. Importing this module is cheap.
 """
 
-import functools
-import hashlib
 import json
 import math
 import os
@@ -21,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from runtime import Count, Place, PlaceConfig, UserError, disk, one_line, one_of, refuse, regex, stage
+from runtime.origin import origin, same_origin, warn  # noqa: F401 (for stages)
 from runtime.seeds import entropy, np_stream, own_rows, select, shuffled, stream  # noqa: F401 (for stages)
 
 # ----------------------------------------------------------------------------------------------------- LIBERO
@@ -127,8 +126,7 @@ def read_demos(path: Path, task: int) -> Iterator[Demo]:
                 yield Demo(task, number, init_state, instruction, actions, state, steps, *images, places)
     except H5PY_ERRORS as error:
         what = disk.remedy(error, disk.READING, "record it again with 00_demos.py")
-        why = "is not a complete LIBERO HDF5 file" if what not in disk.READING.values() else "cannot be read"
-        raise UserError(f"{path} {why} ({one_line(error)}); {what}") from error
+        raise UserError(f"{path} is not a complete LIBERO HDF5 file ({one_line(error)}); {what}") from error
 
 
 def demonstrations(cfg, holdout: int) -> Iterator[tuple[str, bool, Demo]]:
@@ -184,11 +182,6 @@ def read_pairs(folder: Path, policy=None) -> dict:
         their = f"the pairs have chunks of {h[0]} actions, the policy of {policy.horizon}"
         refuse(h != (policy.horizon,), f"{their}: they are another policy's, see pairs_from")
         same_origin(policy, path)
-    equal = ((pairs["chosen"] == pairs["rejected"]).all(-1) | ~pairs["mask"]).all(-1)  # (N,)
-    many = f"{path}: in {int(equal.sum())} of {n} pairs the two chunks do not differ where they were executed"
-    refuse(equal.all(), f"{many}, so there is nothing to learn; collect other pairs")
-    if equal.any():
-        warn(f"{many}; they teach nothing, so leave them out")
     return pairs
 
 
@@ -299,54 +292,14 @@ def attach_adapter(policy, kind: str, rank: int, alpha: int, targets: str, seed:
 
     import dora
 
-    adapted_layers(policy, targets)
+    matches = [layer for layer, _ in policy.named_modules() if regex("targets", targets).fullmatch(layer)]
+    refuse(not matches, f"the regex {targets!r} matches no layer of the policy")
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, use_dora=kind == "dora")
     if kind == "dora":
         config._register_custom_module({torch.nn.Linear: dora.DoraLinear})
     with torch.random.fork_rng():  # peft draws A from the global generator
         torch.manual_seed(entropy(seed, ("adapter", kind)) >> 1)
         return get_peft_model(policy, config)
-
-
-def adapted_layers(policy, targets: str) -> list:
-    """(name, layer) of those that the regex matches, by name."""
-    layers = [(n, m) for n, m in policy.named_modules() if regex("targets", targets).fullmatch(n)]
-    refuse(not layers, f"the regex {targets!r} matches no layer of the policy")
-    return sorted(layers, key=lambda layer: layer[0])
-
-
-def origin(policy, targets: str) -> dict[str, str]:
-    """What an adapter, or pairs, belong to: hashes of the adapted layers' weights and of the statistics.
-
-    They are the same in other files, shards and precisions: the weights count rounded to bfloat16.
-    """
-    digest = hashlib.sha256()
-    for name, layer in adapted_layers(policy, targets):
-        weight = layer.weight.detach().to("cpu", torch.bfloat16).contiguous()
-        digest.update(f"{name} {tuple(weight.shape)} ".encode() + weight.view(torch.uint8).numpy().tobytes())
-    statistics = hashlib.sha256(json.dumps(policy.norm_stats, sort_keys=True, default=list).encode())
-    return {"targets": targets, "base": digest.hexdigest(), "statistics": statistics.hexdigest()}
-
-
-def same_origin(policy, path: Path) -> None:
-    """UserError unless an adapter, or pairs, were made with these weights and statistics, as their file says.
-
-    One that says nothing of it is taken, with a warning; so are pairs of other weights, in the same units.
-    """
-    theirs = disk.facts_of(path)
-    if "targets" not in theirs:
-        return warn(f"{path} does not say which policy it was made with: nobody can tell if it fits this one")
-    ours, made = origin(policy, theirs["targets"]), f"{path} was made with other"
-    refuse(ours["statistics"] != theirs["statistics"], f"{made} statistics; take the policy it was made with")
-    if ours["base"] != theirs["base"] and path.name == "pairs.safetensors":
-        return warn(f"{made} weights: DPO expects pairs of the policy that it trains; 02 collects them")
-    other = f"{made} weights than these; set checkpoint= and start= to its own policy, with nothing merged in"
-    refuse(ours["base"] != theirs["base"], other)
-
-
-@functools.cache
-def warn(text: str) -> None:  # once per process
-    print(f"warning: {text}", flush=True)
 
 
 def load_adapter(policy, folder: Path, trainable: bool = False):
@@ -356,8 +309,6 @@ def load_adapter(policy, folder: Path, trainable: bool = False):
     path = folder / "adapter_model.safetensors"
     refuse(not path.is_file(), f"{folder} holds no adapter_model.safetensors; run 03_dpo.py first")
     tensors = disk.load_tensors(path)
-    bad = ", ".join(key for key, tensor in tensors.items() if not tensor.isfinite().all())
-    refuse(bad, f"{path} has values that are not finite ({bad[:90]}); train it again")
     same_origin(policy, path)
     try:
         with warnings.catch_warnings(action="ignore"):  # of missing keys, which are an error below
@@ -409,11 +360,9 @@ class PolicyConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        refuse(
-            self.device == "cuda" and not self.dry_run and not torch.cuda.is_available(),
-            "device=cuda, but PyTorch sees no GPU; use device=cpu, or install a CUDA build"
-            f" (CUDA_VISIBLE_DEVICES is {os.environ.get('CUDA_VISIBLE_DEVICES')!r})",
-        )
+        seen = f"with CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')} PyTorch sees no GPU"
+        missing = self.device == "cuda" and not self.dry_run and not torch.cuda.is_available()
+        refuse(missing, f"device=cuda, but {seen}; use device=cpu, or install a CUDA build")
 
     seed_dir = property(lambda self: self.run_dir / self.backbone / f"seed{self.seed}")
 

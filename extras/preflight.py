@@ -192,8 +192,6 @@ CHECKS = {
 
 
 def main() -> None:
-    if {"-h", "--help"} & {*sys.argv}:
-        return print(__doc__)
     argv = [word for word in sys.argv[1:] if word != "--config-only"]
     numbers = argv.pop(1).split() if len(argv) > 1 and "=" not in argv[1] else []
     checks = CHECKS

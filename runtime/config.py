@@ -147,8 +147,8 @@ class Loader(yaml.SafeLoader):  # YAML without two traps: numbers that are not w
     def compose_mapping_node(self, anchor):
         node = super().compose_mapping_node(anchor)
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = ", ".join({key for key in keys if keys.count(key) > 1})
-        refuse(twice, f"line {node.start_mark.line + 1} and below: the key {twice} stands twice; remove one")
+        if twice := {key for key in keys if keys.count(key) > 1}:
+            raise ValueError(f"{', '.join(twice)} stands twice, at or below line {node.start_mark.line + 1}")
         return node
 
 

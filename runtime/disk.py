@@ -188,7 +188,12 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], facts: dict[str, 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     with reading(path, AGAIN), safe_open(path, "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    lost = [key for key, x in tensors.items() if x.is_floating_point() and not x.isfinite().all()]
+    refuse(
+        lost, f"{path}: {', '.join(lost[:1])} has values that are not finite; make it again, or get it again"
+    )
+    return tensors
 
 
 def facts_of(path: Path) -> dict[str, str]:

@@ -20,7 +20,7 @@ LINE_S = 60  # seconds between two lines where there is no terminal
 
 
 class Line(tqdm):  # a bar without a terminal: each state of it is a line of its own
-    def display(self, *_) -> None:
+    def display(self, *_, **__) -> None:
         print(self, flush=True)
 
 

@@ -1,0 +1,46 @@
+"""Which weights and statistics an adapter, or pairs, were made with: told by their file, and compared."""
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+
+from runtime import disk
+from runtime.errors import refuse, regex
+
+
+def origin(policy, targets: str) -> dict[str, str]:
+    """What an adapter, or pairs, belong to: hashes of the adapted layers' weights and of the statistics.
+
+    They are the same in other files, shards and precisions: the weights count rounded to bfloat16.
+    """
+    digest = hashlib.sha256()
+    matches = {n: m for n, m in policy.named_modules() if regex("targets", targets).fullmatch(n)}
+    for name, layer in sorted(matches.items()):
+        weight = layer.weight.detach().to("cpu", torch.bfloat16).contiguous()
+        digest.update(f"{name} {tuple(weight.shape)} ".encode() + weight.view(torch.uint8).numpy().tobytes())
+    statistics = hashlib.sha256(json.dumps(policy.norm_stats, sort_keys=True, default=list).encode())
+    return {"targets": targets, "base": digest.hexdigest(), "statistics": statistics.hexdigest()}
+
+
+def same_origin(policy, path: Path) -> None:
+    """UserError unless an adapter, or pairs, were made with these weights and statistics, as their file says.
+
+    One that says nothing of it is taken, with a warning; so are pairs of other weights, in the same units.
+    """
+    theirs = disk.facts_of(path)
+    if "targets" not in theirs:
+        return warn(f"{path} does not say which policy it was made with: nobody can tell if it fits this one")
+    ours, made = origin(policy, theirs["targets"]), f"{path} was made with other"
+    refuse(ours["statistics"] != theirs["statistics"], f"{made} statistics; take the policy it was made with")
+    if ours["base"] != theirs["base"] and path.name == "pairs.safetensors":
+        return warn(f"{made} weights: DPO expects pairs of the policy that it trains; 02 collects them")
+    other = f"{made} weights than these; set checkpoint= and start= to its own policy, with nothing merged in"
+    refuse(ours["base"] != theirs["base"], other)
+
+
+@functools.cache
+def warn(text: str) -> None:  # once per process
+    print(f"warning: {text}", flush=True)
