@@ -278,12 +278,11 @@ def metrics(loss: torch.Tensor, rewards: dict, pi_w: torch.Tensor, pi_l: torch.T
 
 def save_adapter(adapted, folder: Path, made_with: dict[str, str] | None = None) -> None:
     """The adapter in peft's own format; its file's header says which policy it was trained on."""
-    from peft import get_peft_model_state_dict
-
-    tensors = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    disk.save_tensors(folder / "adapter_model.safetensors", tensors, made_with)
     with disk.writing(folder):
-        adapted.peft_config["default"].save_pretrained(str(folder))
+        adapted.save_pretrained(str(folder))
+    path = folder / "adapter_model.safetensors"
+    disk.save_tensors(path, disk.load_tensors(path), made_with)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
 
 
 def warn_about_scale(rows: list[dict], beta: str = "") -> None:
