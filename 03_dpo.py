@@ -64,6 +64,7 @@ class Config(common.AdapterConfig):
     alpha: Count = 64
     targets: str = ""  # regex of the adapted linear layers; empty = the backbone's q, k, v, o projections
     recompute: bool = False  # compute the layers' activations again, not keep them: less memory, more time
+    holdout: int = 0  # attempts of each task, its last ones, whose pairs only measure what was learned
     log_every: Count = 10
     checkpoint_every: Count = 50
     threads: Count = 1
@@ -183,13 +184,24 @@ def auto_beta(policy, pairs: dict, draw: Callable, score: Callable, cfg: Config)
 
 
 # ------------------------------------------------------------------------------------------------------- data
-def load_pairs(cfg: Config, policy) -> dict:
-    """The pairs' tensors, and `obs`: their observations."""
+def load_pairs(cfg: Config, policy) -> tuple[dict, dict]:
+    """The pairs to train on, and those of each task's last `holdout` attempts: their tensors, and `obs`."""
     pairs = common.read_pairs(cfg.pairs_dir, policy)
     if cfg.whole_chunk:
         pairs["mask"] = torch.ones_like(pairs["mask"])
     obs = {key: pairs[key] for key in (*common.CAMERAS, "state", "instruction")}
-    return pairs | {"obs": common.blank_images(obs) if cfg.blank_images else obs}
+    pairs["obs"] = common.blank_images(obs) if cfg.blank_images else obs
+    units, held = {}, torch.zeros(len(pairs["mask"]), dtype=torch.bool)
+    if cfg.holdout:
+        rows = disk.read_jsonl(cfg.pairs_dir / "pairs.jsonl", "suite task unit")
+        for row in rows:
+            units.setdefault((row["suite"], row["task"]), set()).add(row["unit"])
+        last = {task: sorted(numbers)[-cfg.holdout :] for task, numbers in units.items()}
+        held = torch.tensor([row["unit"] in last[row["suite"], row["task"]] for row in rows])
+        refuse(
+            bool(held.all()), f"dpo.holdout={cfg.holdout} leaves none of the {len(rows)} pairs to train on"
+        )
+    return tuple(common.select(pairs, part.nonzero()[:, 0]) for part in (~held, held))
 
 
 def begin(policy, pairs: dict, cfg: Config):
@@ -206,10 +218,29 @@ def batch_of(pairs: dict, index: torch.Tensor) -> tuple:
     return tuple(common.select(pairs[key], index) for key in ("obs", "chosen", "rejected", "mask"))
 
 
+@torch.no_grad()
+def delivered(policy, pairs: dict) -> dict:
+    """What training moved on pairs that it never saw: log-ratio of chosen minus that of rejected, in nats.
+
+    A log-ratio is log p of the policy minus log p of the reference: the lower bound (64 draws, shared) of a
+    flow policy, the exact value of an autoregressive one.
+    """
+    n = len(pairs["mask"])
+    batch, draws = (
+        batch_of(pairs, torch.arange(n)),
+        policy.draws(n, 64, common.stream(0, "held out"), "logsnr"),
+    )
+    with policy.reference():
+        ref_w, ref_l = log_probs(policy, *batch, draws, "logsnr")
+    pi_w, pi_l = log_probs(policy, *batch, draws, "logsnr")
+    moved = (pi_w - ref_w) - (pi_l - ref_l)
+    return {"nats": moved.mean().item(), "std": moved.std(correction=0).item(), "pairs": n}
+
+
 # --------------------------------------------------------------------------------------------------- training
 def main(cfg: Config, run: stage.Run) -> dict:
     policy = backbones.load_sft(cfg)  # in evaluation mode throughout: no dropout in any log-probability
-    pairs = load_pairs(cfg, policy)
+    pairs, held = load_pairs(cfg, policy)
     adapted = common.attach_adapter(
         policy, cfg.adapter, cfg.rank, cfg.alpha, cfg.targets or policy.adapter_targets, cfg.seed
     )
@@ -254,7 +285,8 @@ def main(cfg: Config, run: stage.Run) -> dict:
     if run.first:
         warn_about_scale(disk.read_jsonl(run.dir / "metrics.jsonl"))
         save_adapter(adapted, run.dir)
-    return {"beta": beta, "trainable": k, "pairs": n}
+    facts = {"beta": beta, "trainable": k, "pairs": n}
+    return facts | ({"delivered": delivered(policy, held)} if cfg.holdout else {})
 
 
 def metrics(loss: torch.Tensor, rewards: dict, pi_w: torch.Tensor, pi_l: torch.Tensor) -> dict[str, float]:

@@ -42,7 +42,7 @@ def test_an_adapter_on_its_policy_gives_the_margins_of_the_training_run(backbone
 
     cfg = config(dpo, f"backbone={backbone}", f"adapter={adapter}")
     policy = backbones.load_sft(cfg)
-    pairs = dpo.load_pairs(cfg, policy)
+    pairs, _ = dpo.load_pairs(cfg, policy)
     PeftModel.from_pretrained(policy, str(cfg.adapter_dir)).eval()
     draws = policy.draws(20, 4, common.stream(0, "try"), "stratified")
     batch = dpo.batch_of(pairs, torch.arange(20))

@@ -1,0 +1,115 @@
+"""A block of the look experiment (results/look/plan.md): one training seed, its pairs, and every arm.
+
+    python -m extras.blocks SEED [ARM ...]        without arms: A to F
+
+reads   configs/blocks.yaml, results/look/plan.md
+writes  runs/blocks/ and runs/blocks_<arm>/, by the stages themselves; results/look/blocks/seed<k>.csv, a line
+        per episode, and seed<k>.json: what each arm trained on, and how far it moved the held-out pairs
+cost    an hour and a half on two idle cores for six arms; stopped at any moment, the same command goes on
+
+All arms start from one snapshot and train on one set of pairs, and each plays the same 400 episodes. The last
+attempt of each layout that gave a pair is kept from all arms, to measure what they learned.
+"""
+
+import csv
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from runtime import HERE, disk, one_of, refuse, stage
+
+CONFIG, OUT = "configs/blocks.yaml", HERE / "results" / "look"
+START = 2250  # the snapshot of 01 that all arms start from, chosen on validation states
+# the paper's; its beta of 0.1 multiplies a mean over 8 x 7 numbers, ours a sum
+PAPER = "dpo.beta=0.0017857 dpo.batch_size=1 dpo.steps=500 dpo.lr=5e-5 dpo.warmup=100"
+ARMS = {  # arm -> what 03 is given beside the config; A is the snapshot itself
+    "A": "",
+    "B": f"dpo.sft_coef=0 {PAPER}",  # the paper's dose and loss
+    "C": "dpo.sft_coef=0.25 dpo.contrast=0",  # the anchor alone
+    "D": "dpo.sft_coef=0.25",  # contrast and anchor
+    "E": "dpo.sft_coef=2",  # mostly anchor, the kit's default
+    "F": "dpo.sft_coef=0.25 dpo.contrast=0",  # filtered behaviour cloning
+    "D-dora": "dpo.sft_coef=0.25 adapter=dora",
+    "D-elbo": "dpo.sft_coef=0.25 surrogate=elbo",
+    "D-exact": "dpo.sft_coef=0.25 surrogate=exact",
+}
+FIELDS = ("suite", "task", "init_state", "success", "steps", "crash", "right_place")
+
+
+def run(script: str, *settings: str) -> None:
+    command = [sys.executable, script, CONFIG, *settings, "overwrite=true"]
+    print("\n$ python", *command[1:], flush=True)
+    code = subprocess.run(command, cwd=HERE).returncode
+    refuse(code, f"{script} stopped with code {code}; mend it, and give the same command again")
+
+
+def successes(prefs: Path, folder: Path) -> None:
+    """Pairs that clone what worked: chosen and rejected are the first chunk of a successful play-out. Behind
+    them stand the true pairs of each layout's last attempt with one, which 03 holds out.
+    """
+    rows, tries = (disk.read_jsonl(prefs / f"{kind}.jsonl") for kind in ("pairs", "tried"))
+    pairs, tried = (disk.load_tensors(prefs / f"{kind}.safetensors") for kind in ("pairs", "tried"))
+    last = {(row["suite"], row["task"]): row["unit"] for row in rows}  # rows are in the order of attempts
+    held = [i for i, row in enumerate(rows) if row["unit"] == last[row["suite"], row["task"]]]
+    before = [row["unit"] < last.get((row["suite"], row["task"]), 0) for row in tries]
+    won = [i for i, row in enumerate(tries) if row["success"] and before[i]]
+    tried |= {"chosen": tried["chunk"], "rejected": tried["chunk"]}
+    keys = ("agentview", "wrist", "state", "chosen", "rejected", "mask")
+    folder.mkdir(parents=True, exist_ok=True)
+    both = {key: torch.cat([tried[key][won], pairs[key][held]]) for key in keys}
+    disk.save_tensors(folder / "pairs.safetensors", both)
+    disk.write_rows(folder / "pairs.jsonl", [tries[i] for i in won] + [rows[i] for i in held])
+
+
+def collect(seed: int) -> None:
+    """Write what a block has played on held-out states, and what its arms trained on."""
+    table, record = io.StringIO(), {"plan": disk.sha256(OUT / "plan.md"), "commit": stage.git_commit()}
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(("arm", "noise_seed", *FIELDS))
+    for arm in ARMS:
+        folder = HERE / "runs" / ("blocks" if arm == "A" else f"blocks_{arm}") / "pi05" / f"seed{seed}"
+        for path in sorted(folder.glob("dpo-*/done.json")):
+            record[arm] = {key: disk.read_json(path)[key] for key in ("beta", "pairs", "delivered")}
+        for path in sorted(folder.glob("eval-*/episodes.jsonl")):
+            rows = [row for row in disk.read_jsonl(path) if row["init_state"] >= 40]  # not validation states
+            writer.writerows(
+                (arm, row["seed"], *(row[key] if key != "success" else int(row[key]) for key in FIELDS))
+                for row in rows
+            )
+    disk.write_atomic(OUT / "blocks" / f"seed{seed}.csv", table.getvalue())
+    disk.write_json(OUT / "blocks" / f"seed{seed}.json", record)
+
+
+def main(seed: str, *arms: str) -> None:
+    refuse(not seed.isdecimal(), f"the training seed must be a whole number, not {seed!r}")
+    for arm in arms:
+        one_of("arm", arm, list(ARMS))
+    own, at = f"seed={seed}", f"start={START}"
+    block = Path("runs/blocks/pi05", f"seed{seed}")
+    prefs = block / f"prefs-branch-at{START}"
+    run("00_demos.py")
+    run("01_sft.py", own)
+    run("02_collect_prefs.py", own, at)
+    successes(HERE / prefs, HERE / block / "successes")
+    for arm in arms or list(ARMS)[:6]:
+        given, policy = [own, at], "policy=sft"
+        if arm != "A":
+            pairs = block / "successes" if arm == "F" else prefs
+            given += [
+                f"name=blocks_{arm}",
+                f"checkpoint={block}/sft",
+                f"pairs_from={pairs}",
+                *ARMS[arm].split(),
+            ]
+            policy = "policy=dpo"
+            run("03_dpo.py", *given)
+        for noise in (0, 1000 + int(seed)):
+            run("04_eval.py", *given, policy, f"eval.noise_seed={noise}")
+        collect(int(seed))
+
+
+if __name__ == "__main__":
+    stage.command_line(lambda: main(*(sys.argv[1:] or [""])))

@@ -1,0 +1,91 @@
+"""The blocks of the look experiment (extras/blocks.py): F's data, and what is written of a block."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+from extras import blocks
+from runtime import disk
+from runtime.errors import UserError
+
+KEYS = ("agentview", "wrist", "state", "mask")
+
+
+def tensors(first: int, n: int, *chunks: str) -> dict:
+    values = torch.arange(first, first + n, dtype=torch.float32)[:, None]
+    return {key: values.clone() for key in (*KEYS, *chunks)}
+
+
+@pytest.fixture
+def prefs(tmp_path):
+    """Two tasks. Pairs come from attempts 0 and 2 of task 0, and from attempt 1 of task 1."""
+    pairs = [(0, 0), (0, 2), (0, 2), (1, 1)]
+    tried = [
+        (0, 0, True),
+        (0, 0, False),
+        (0, 1, True),
+        (0, 2, True),
+        (0, 3, True),
+        (1, 0, True),
+        (1, 1, True),
+    ]
+    names = {"suite": "libero_object", "instruction": "look"}
+    disk.write_rows(tmp_path / "pairs.jsonl", [names | {"task": t, "unit": u} for t, u in pairs])
+    rows = [names | {"task": t, "unit": u, "success": s} for t, u, s in tried]
+    disk.write_rows(tmp_path / "tried.jsonl", rows)
+    disk.save_tensors(tmp_path / "pairs.safetensors", tensors(100, 4, "chosen", "rejected"))
+    disk.save_tensors(tmp_path / "tried.safetensors", tensors(0, 7, "chunk"))
+    return tmp_path
+
+
+def test_cloning_takes_the_successes_before_the_attempt_held_out(prefs, tmp_path):
+    blocks.successes(prefs, tmp_path / "f")
+    made, rows = (
+        disk.load_tensors(tmp_path / "f/pairs.safetensors"),
+        disk.read_jsonl(tmp_path / "f/pairs.jsonl"),
+    )
+    # successes of attempts 0 and 1 of task 0, and 0 of task 1; then the pairs of the last attempts with one
+    assert made["chosen"][:, 0].tolist() == [0, 2, 5, 101, 102, 103]
+    assert torch.equal(made["chosen"][:3], made["rejected"][:3])
+    assert [(row["task"], row["unit"]) for row in rows] == [(0, 0), (0, 1), (1, 0), (0, 2), (0, 2), (1, 1)]
+
+
+def test_a_block_writes_every_held_out_episode_of_its_arms(tmp_path, monkeypatch):
+    monkeypatch.setattr(blocks, "HERE", tmp_path)
+    monkeypatch.setattr(blocks, "OUT", tmp_path / "out")
+    (tmp_path / "out/blocks").mkdir(parents=True)
+    (tmp_path / "out/plan.md").write_text("plan", encoding="utf-8")
+    facts = {"beta": 2.0, "pairs": 9, "delivered": {"nats": 1.0}}
+    for arm, folder in (("A", "blocks"), ("D", "blocks_D")):
+        seed_dir = tmp_path / "runs" / folder / "pi05" / "seed7"
+        row = {
+            "suite": "libero_object",
+            "task": 0,
+            "success": True,
+            "steps": 9,
+            "crash": "",
+            "right_place": 0.5,
+        }
+        for name, seed, init in (("eval-x", 7, 40), ("eval-x-noise1007", 1007, 41), ("eval-x-val", 7, 35)):
+            (seed_dir / name).mkdir(parents=True)
+            disk.write_rows(seed_dir / name / "episodes.jsonl", [row | {"seed": seed, "init_state": init}])
+        if arm == "D":
+            (seed_dir / "dpo-lora").mkdir()
+            disk.write_json(seed_dir / "dpo-lora/done.json", facts | {"more": 1})
+    blocks.collect(7)
+    with open(tmp_path / "out/blocks/seed7.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["arm"], r["noise_seed"], r["init_state"]) for r in rows] == [
+        ("A", "7", "40"), ("A", "1007", "41"), ("D", "7", "40"), ("D", "1007", "41"),
+    ]  # fmt: skip
+    assert {r["success"] for r in rows} == {"1"}
+    record = json.loads((tmp_path / "out/blocks/seed7.json").read_text(encoding="utf-8"))
+    assert record["D"] == facts and "A" not in record
+
+
+@pytest.mark.parametrize("words", [[""], ["x"], ["7", "G"]])
+def test_bad_words_are_named(words):
+    with pytest.raises(UserError):
+        blocks.main(*words)
