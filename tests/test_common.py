@@ -208,8 +208,8 @@ def test_what_the_places_of_a_task_share_is_no_agreement_of_seeds():
     assert np.mean([stats.design_effect(v, places) for v in values]) > 1.3, "without the tasks"
 
 
-def test_cluster_bootstrap_is_wider_than_wilson_when_tasks_differ():
+def test_an_interval_over_tasks_is_wider_than_wilson_when_tasks_differ():
     values, clusters = np.repeat([1.0, 0.0], 50), np.repeat(np.arange(10), 10)
-    low, high = stats.cluster_bootstrap(values, clusters)
+    low, high = stats.over_clusters(values, clusters)
     wl, wh = stats.wilson(50, 100)
     assert low < wl - 0.1 and high > wh + 0.1  # ten tasks say less than a hundred episodes
