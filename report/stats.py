@@ -113,9 +113,11 @@ def over_clusters(values: np.ndarray, clusters: np.ndarray) -> tuple[float, floa
 def t_power(shift: float, df: float = np.inf) -> float:
     """Power of a two-sided t test at 5 %. shift: the true effect in standard errors.  df: inf for a z test."""
     if np.isinf(df):
-        return float(special.ndtr(abs(shift) - Z) + special.ndtr(-abs(shift) - Z))
-    critical = special.stdtrit(df, 0.975)
-    return float(1 - special.nctdtr(df, shift, critical) + special.nctdtr(df, shift, -critical))
+        critical = Z
+    else:  # over quantiles of the estimated standard error
+        quantiles = special.gammaincinv(df / 2, (np.arange(2000) + 0.5) / 2000)
+        critical = special.stdtrit(df, 0.975) * np.sqrt(2 * quantiles / df)
+    return float(np.mean(special.ndtr(shift - critical) + special.ndtr(-shift - critical)))
 
 
 def paired_power(effect: float, n: int, discordance: float, deff: float = 1.0) -> float:
@@ -144,3 +146,8 @@ def detectable(power: Callable[[float], float], target: float = 0.8) -> float:
 def tost(value: float, error: float, df: float, delta: float) -> float:
     """p of two one-sided tests: that the truth lies within +-delta (Schuirmann, 1987). error: standard error."""
     return float(special.stdtr(df, (abs(value) - delta) / error))
+
+
+def t_test(value: float, error: float, df: float) -> float:
+    """Two-sided p of a value with this standard error."""
+    return float(2 * special.stdtr(df, -abs(value) / error))

@@ -62,7 +62,10 @@ def test_power_of_t_against_published_values():
     """Cohen (1988), tables 2.3: two groups of 64 at d = 0.5, 26 at 0.8 and 393 at 0.2 have a power of 80 %."""
     for d, n in ((0.5, 64), (0.8, 26), (0.2, 393)):
         assert stats.t_power(d * np.sqrt(n / 2), 2 * n - 2) == pytest.approx(0.80, abs=0.01)
-    assert stats.t_power(0, 5) == pytest.approx(0.05) and stats.t_power(0) == pytest.approx(0.05)
+    assert stats.t_power(0, 5) == pytest.approx(0.05, abs=1e-4) and stats.t_power(0) == pytest.approx(0.05)
+    assert stats.t_power(500, 2) > 0.99 and stats.t_power(1e6) == 1, "far beyond"
+    theirs = 1 - scipys.nct.cdf(scipys.t.ppf(0.975, 2), 2, 5) + scipys.nct.cdf(-scipys.t.ppf(0.975, 2), 2, 5)
+    assert stats.t_power(5, 2) == pytest.approx(theirs, abs=1e-4)
     assert stats.t_power(-3.0, 8) == pytest.approx(stats.t_power(3.0, 8))
 
 
