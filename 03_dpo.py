@@ -81,8 +81,8 @@ class Config(common.AdapterConfig):
             "surrogate=exact takes second derivatives: use adapter=lora and dpo.recompute=false",
         )
         refuse(
-            self.surrogate == "antithetic" and self.draws % 2,
-            f"dpo.draws={self.draws} must be even for surrogate=antithetic: noises come in pairs",
+            self.surrogate == "mirrored" and self.draws % 2,
+            f"dpo.draws={self.draws} must be even for surrogate=mirrored: noises come in pairs",
         )
         regex("dpo.targets", self.targets)
         number = re.fullmatch(r"[0-9]+\.?[0-9]*(e-?[0-9]+)?", self.beta)
@@ -184,8 +184,12 @@ def auto_beta(policy, pairs: dict, draw: Callable, score: Callable, cfg: Config)
 
 # ------------------------------------------------------------------------------------------------------- data
 def load_pairs(cfg: Config, policy) -> dict:
-    """The pairs' tensors, and `obs`: their observations."""
+    """The tensors of the pairs to train on, and `obs`: their observations."""
     pairs = common.read_pairs(cfg.pairs_dir, policy)
+    if cfg.held_out:
+        index = (pairs["attempt"] % cfg.held_out).nonzero()[:, 0]
+        refuse(not len(index), f"held_out={cfg.held_out} leaves no pair to train on")
+        pairs = common.select(pairs, index)
     if cfg.whole_chunk:
         pairs["mask"] = torch.ones_like(pairs["mask"])
     obs = {key: pairs[key] for key in (*common.CAMERAS, "state", "instruction")}

@@ -133,7 +133,10 @@ def findings_list(findings: list[audit.Finding]) -> str:
 def write_report(name: str, experiments: list[Experiment], folder: Path, alone: bool) -> dict[str, str]:
     """Write the report into `folder`; returns its tables by name. alone: as for as_html."""
     paper = claims.read_paper()
-    logs, every = paper["logs"], {c["id"]: claims.judged(c, paper) for c in [*paper["claims"], *paper["also"]]}
+    logs, every = (
+        paper["logs"],
+        {c["id"]: claims.judged(c, paper) for c in [*paper["claims"], *paper["also"]]},
+    )
     rows = [every[claim["id"]] for claim in paper["claims"]]
     named = {
         "card": claims.card(paper["card"], every),
@@ -142,7 +145,7 @@ def write_report(name: str, experiments: list[Experiment], folder: Path, alone: 
         "details": claims.details(rows),
         "also": claims.also_table([every[claim["id"]] for claim in paper["also"]]),
         "blocks": claims.contrasts_table(paper["blocks"]),
-        "limitations": "\n".join(map("- Line {0[0]}: \"{0[1]}\"".format, paper["limitations"])),
+        "limitations": "\n".join(map('- Line {0[0]}: "{0[1]}"'.format, paper["limitations"])),
         "public-logs": claims.logs_table(logs),
     }
     blocks = [

@@ -6,10 +6,12 @@ compares the claim's own number with the data. results/claims.md states the rule
 """
 
 import csv
+import json
 import math
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ import yaml
 
 from report import audit, episodes, stats
 from report.page import PILLS
-from report.tables import grouped, joined, listing, number, p_value, percent, points, short, table
+from report.tables import joined, listing, number, p_value, percent, points, short, table
 from runtime import HERE, disk, refuse
 
 RESULTS = HERE / "results"
@@ -40,24 +42,26 @@ def logged(logs: dict, policy: str, suites: list[str]) -> tuple[int, int]:
 def paired_logs(entry: dict, logs: dict) -> np.ndarray | None:
     """Gained, lost and n of the paired episodes that the logs have of a claim, if any."""
     counts = logs["paired"].get(entry.get("new"), {})
-    return np.sum([counts[suite] for suite in entry["suites"]], axis=0) if counts and "base" in entry else None
+    return (
+        np.sum([counts[suite] for suite in entry["suites"]], axis=0) if counts and "base" in entry else None
+    )
 
 
 def log_text(entry: dict, logs: dict) -> str:
     """What the public logs say about a claim: counts, their difference, and the words in its entry."""
-    parts = [entry["text"]] if "text" in entry else []
+    parts = []
+    if "new" in entry:
+        policies = entry["new"], entry.get("base", entry["new"])
+        new, base = (logged(logs, policy, entry["suites"]) for policy in policies)
+        parts.append("{}/{}".format(*new))
+        if "base" in entry:
+            gap = f"{100 * (new[0] / new[1] - base[0] / base[1]):+.1f} points"
+            parts = [f"{gap} ({parts[0]} against {base[0]}/{base[1]})"]
     if (pairs := paired_logs(entry, logs)) is not None:
         gained, lost, n = map(int, pairs)
         interval = points((gained - lost) / n, stats.paired_interval(gained, lost, n))
-        parts.insert(0, f"paired on {n} episodes: {interval}, {gained} gained and {lost} lost")
-    if "new" in entry:
-        won, n = logged(logs, entry["new"], entry["suites"])
-        counts = f"{won}/{n}"
-        if "base" in entry:
-            base_won, base_n = logged(logs, entry["base"], entry["suites"])
-            counts = f"{100 * (won / n - base_won / base_n):+.1f} points ({counts} against {base_won}/{base_n})"
-        parts.insert(0, counts)
-    return "; ".join(parts)
+        parts.append(f"paired on {n} episodes: {interval}, {gained} gained and {lost} lost")
+    return "; ".join([*parts, *filter(None, [entry.get("text")])])
 
 
 # ----------------------------------------------------------------------------------------- what was found here
@@ -87,30 +91,23 @@ def effect(trainings: Trainings) -> Found:
         interval, mean = stats.t_interval(gains), float(np.mean(gains))
         text = f"{points(mean, interval)} over {len(gains)} trainings, {wins}"
         return Found(mean, interval, text, error, df, lambda d: stats.t_power(d / error, df))
-    refuse(len({seed for seed, _ in trainings}) > 1, "episodes of two folders and fewer than three trainings")
-    own, base = ([row for sides in trainings.values() for row in sides[i]] for i in range(2))
-    test = episodes.paired(own, base)
-    (low, high), share = stats.difference_interval(test), (test["gained"] + test["lost"]) / test["paired_n"]
-    text = f"{points(test['diff_vs_sft'], (low, high))} for this training, {wins}, p = {p_value(test['p_vs_sft'])}"
-
-    def power(d: float) -> float:
-        return stats.paired_power(d, test["paired_n"], share, test["deff"])
-
-    return Found(test["diff_vs_sft"], (low, high), text, (high - low) / 2 / stats.Z, math.inf, power)
+    test = episodes.paired(*([row for sides in trainings.values() for row in sides[i]] for i in range(2)))
+    (low, high), diff, n = stats.difference_interval(test), test["diff_vs_sft"], test["paired_n"]
+    text = f"{points(diff, (low, high))} for this training, {wins}, p = {p_value(test['p_vs_sft'])}"
+    seen = {"n": n, "discordance": (test["gained"] + test["lost"]) / n, "deff": test["deff"]}
+    power = partial(stats.paired_power, **seen)
+    return Found(diff, (low, high), text, (high - low) / 2 / stats.Z, math.inf, power)
 
 
-def trainings_of(ours: dict) -> Trainings | None:
-    """The episodes of `new` and `base`, files or lists of them, by file and seed; None if one is not there."""
-    files = [[RESULTS / name for name in np.atleast_1d(ours[side])] for side in ("new", "base")]
-    found = {}
-    for i, pair in enumerate(zip(*files, strict=True)):
-        if not all(path.is_file() for path in pair):
-            return None
-        for side, path in enumerate(pair):
-            rows = [r for r in audit.episodes_of(path) if r["suite"] in ours.get("suites", [r["suite"]])]
-            for (seed,), of_seed in grouped(rows, "seed").items():
-                found.setdefault((i, seed), ([], []))[side].extend(of_seed)
-    return {key: sides for key, sides in found.items() if all(sides)}
+def trainings_of(ours: dict, new: str = "new", base: str = "base") -> Trainings:
+    """The episodes of two of the files (or lists of files) that a claim names, by training: file and seed."""
+    found = defaultdict(lambda: ([], []))
+    for side, name in enumerate((new, base)):
+        for i, file in enumerate(np.atleast_1d(ours[name])):
+            for row in audit.episodes_of(RESULTS / file):
+                if row["suite"] in ours.get("suites", [row["suite"]]):
+                    found[i, row["seed"]][side].append(row | {"seed": (i, row["seed"])})
+    return {training: sides for training, sides in found.items() if all(sides)}
 
 
 def look_up(ours: dict) -> dict | None:
@@ -129,22 +126,19 @@ def look_up(ours: dict) -> dict | None:
     return fits[0]
 
 
-def figure(row: dict, key: str) -> Found:
-    """One number of a row, with the row's interval."""
+def find(ours: dict) -> Found | None:
+    """What this kit has about a claim: an effect, or a row's figure. None where a file is not there."""
+    row = look_up(ours) if "file" in ours else None
+    if "new" in ours:
+        trainings = trainings_of(ours)
+        return replace(effect(trainings), row=row) if trainings else None
+    if row is None:
+        return None
+    key = ours.get("key", "value")
     interval = tuple(row["ci95"]) if row.get("ci95") and key == "value" else None
     bounds = "({:.4g} to {:.4g})".format(*interval) if interval else ""
     text = " ".join(filter(None, (number(row[key]), bounds, row.get("unit") or row.get("metric", key))))
     return Found(row[key], interval, text, row=row)
-
-
-def find(ours: dict) -> Found | None:
-    """What this kit has about a claim; None where a file is not there, or nothing is named."""
-    row = look_up(ours) if "file" in ours else None
-    if "new" in ours:
-        trainings = trainings_of(ours)
-        found = effect(trainings) if trainings else None
-        return found and Found(**(vars(found) | {"row": row}))
-    return figure(row, ours.get("key", "value")) if row else None
 
 
 # -------------------------------------------------------------------------------------------------- the setting
@@ -154,7 +148,11 @@ def dpo_facts(config: dict, pairs: float) -> dict:
     kept = ("backbone", "adapter", "suites", "pairs", "lr", "beta", "sft_coef")
     own = {key: config[key] for key in kept}
     own["beta"] = config["beta"] if config["beta"] == "auto" else float(config["beta"])
-    return own | {"contrast": config.get("contrast", 1.0), "pairs seen": seen, "visits to a pair": seen / pairs}
+    return own | {
+        "contrast": config.get("contrast", 1.0),
+        "pairs seen": seen,
+        "visits to a pair": seen / pairs,
+    }
 
 
 def paper_facts(claim: dict, paper: dict) -> dict:
@@ -181,28 +179,24 @@ def our_facts(claim: dict, found: Found) -> dict:
 
 def alike(one, other) -> bool:
     """Equal in kind, and within a factor of two."""
-    if isinstance(one, str) or isinstance(other, str):
+    if isinstance(one, str | list) or isinstance(other, str | list):
         return one == other
-    if isinstance(one, list):
-        return sorted(one) == sorted(other)
     return one == other or (one * other > 0 and 1 / FACTOR <= one / other <= FACTOR)
 
 
-def setting(claim: dict, stated: dict, own: dict) -> tuple[str, list[str], str]:
+def setting(claim: dict, stated: dict, own: dict) -> tuple[str, str, str]:
     """(same, analogue, different or by construction; in what it differs; scale)."""
     absent = [key for key in stated if key not in own]
     refuse(absent, f"{claim['id']}: the results do not record {joined(absent)}")
     small = "parameters" in stated and own["parameters"] * FACTOR < stated["parameters"]
     other = [key for key in stated if key != "parameters" and not alike(own[key], stated[key])]
-    text = [f"{key} {said(own[key])} (paper: {said(stated[key])})" for key in other]
+    text = "; ".join(f"{key} {said(own[key])} (paper: {said(stated[key])})" for key in other)
     label = "different" if other else "analogue" if small else "same"
     return "by construction" if claim["kind"] == "identity" else label, text, "toy" if small else ""
 
 
 def said(value) -> str:
-    if isinstance(value, list):
-        return short(" ".join(value))
-    return value if isinstance(value, str) else f"{value:.3g}"
+    return f"{value:.4g}" if isinstance(value, int | float) else short(" ".join(np.atleast_1d(value)))
 
 
 # -------------------------------------------------------------------------------------------------- the verdict
@@ -226,61 +220,61 @@ def verdict(claim: dict, found: Found, works: bool = True, given: bool = True) -
     kind, claimed, delta = claim["kind"], claim.get("effect"), claim.get("delta", DELTA)
     low, high = found.interval or (found.value, found.value)
     if kind in ("share", "identity"):  # a number, within the claim's own band
-        ours = low >= claimed - claim.get("band", 0) and high <= claimed + claim.get("band", 0)
-        apart = high < claimed - claim.get("band", 0) or low > claimed + claim.get("band", 0)
+        below, above = claimed - claim.get("band", 0), claimed + claim.get("band", 0)
+        ours, apart = below <= low and high <= above, high < below or low > above
     elif kind == "equivalent":
         ours = stats.tost(found.value, found.error, found.df, delta) < 0.05
         apart = low > delta or high < -delta
     elif kind == "non-inferior":
         ours, apart = works and low > -delta, high < -delta
-    elif found.interval is None:  # one number says nothing about another training
-        return "inconclusive"
-    else:
+    else:  # a gain or a loss; one number without an interval says nothing about another training
         low, high = (low, high) if kind == "gain" else (-high, -low)
-        ours = low > claim.get("chance", 0)
-        excluded = claimed is not None and high < min(delta, claimed / 2)
-        apart = excluded and given and found.power is not None and found.power(claimed) >= 0.8
+        ours = found.interval is not None and low > claim.get("chance", 0)
+        seen = claimed is not None and found.power is not None and found.power(claimed) >= 0.8
+        apart = seen and given and high < min(delta, claimed / 2)
     return "supported" if ours else "contradicted" if apart else "inconclusive"
+
+
+WORDS = ("id", "section", "line", "quote", "claim", "paper", "note", "command")
+BLANK = dict.fromkeys(("here", "differs", "scale", "detectable", "power", "would", "given", "d33"), "")
 
 
 def judged(claim: dict, paper: dict) -> dict:
     """A claim as a row of text: what the paper says, its logs, our result, setting and verdict."""
-    found = find(claim["ours"]) if "ours" in claim else None
-    row = {key: claim.get(key, "") for key in ("id", "section", "line", "quote", "claim", "paper", "note", "command")}
-    row |= {"logs": log_text(claim.get("logs", {}), paper["logs"]), "setting": "not run", "verdict": "not run"}
-    row |= {"here": "", "differs": "", "scale": "", "detectable": "", "power": "", "would": "", "given": ""}
+    found, ours, logs = find(claim.get("ours", {})), claim.get("ours", {}), claim.get("logs", {})
+    row = {key: claim.get(key, "") for key in WORDS} | BLANK | {"logs": log_text(logs, paper["logs"])}
     if found is None:
-        return row
+        return row | {"setting": "not run", "verdict": "not run"}
     works = given = True
     if claim.get("dpo"):
         margin, given = delivered(claim, paper)
         theirs = f"the authors' logs end at {paper['settings']['logs.margin'][0]} or more"
         row["given"] = f"mean margin {margin:.2g}, {'delivered' if given else 'not delivered'} ({theirs})"
     if claim["kind"] == "non-inferior":
-        arms = [trainings_of(claim["ours"] | {"new": claim["ours"][a], "base": claim["ours"]["start"]}) for a in ("new", "base")]
-        works = any(effect(arm).interval[0] > 0 for arm in arms)
+        arms = [effect(trainings_of(ours, arm, "start")) for arm in ("new", "base")]
+        works = any(arm.interval[0] > 0 for arm in arms)
     beside = [f"{words} {number(look_up(each)['value'])}" for words, each in claim.get("beside", {}).items()]
-    row |= {"here": "; ".join([found.text, *beside]), "verdict": verdict(claim, found, works, given)}
+    row |= {"here": "; ".join([found.text, *beside]), "setting": ""}
+    row["verdict"] = row["would"] = verdict(claim, found, works, given)
+    if "folder" in ours:
+        facts = setting(claim, paper_facts(claim, paper), our_facts(claim, found))
+        row |= dict(zip(("setting", "differs", "scale"), facts, strict=True))
+    different = row["setting"] == "different"
+    row |= {"verdict": "not judged"} if different else {"would": ""}
     if found.power:
         row["detectable"] = f"{100 * stats.detectable(found.power):.1f}"
         row["power"] = f"{found.power(claim['effect']):.0%}" if claim.get("effect") else ""
-    if "folder" in claim["ours"]:
-        row["setting"], differs, row["scale"] = setting(claim, paper_facts(claim, paper), our_facts(claim, found))
-        row["differs"] = "; ".join(differs)
-    if row["setting"] == "different":
-        row |= {"would": row["verdict"], "verdict": "not judged"}
-    pairs = paired_logs(claim.get("logs", {}), paper["logs"])
-    if pairs is not None and found.power:
+    if (pairs := paired_logs(logs, paper["logs"])) is not None:
         gained, lost, n = map(int, pairs)
         d33 = stats.detectable(lambda d: stats.paired_power(d, n, (gained + lost) / n), 1 / 3)
         seen = "excludes" if found.interval[1] < d33 else "does not exclude"
-        row["d33"] = f"{100 * d33:.1f} points" + f"; this interval {seen} it" * (row["setting"] != "different")
+        row["d33"] = f"{100 * d33:.1f} points" + ("" if different else f"; this interval {seen} it")
     return row
 
 
 # ------------------------------------------------------------------------------------- an experiment in blocks
-def read_blocks(folder: Path) -> tuple[dict[str, dict], dict[str, list[float]]]:
-    """Episodes by arm and block (one training each), and the nats that each arm's training delivered.
+def read_blocks(folder: Path) -> tuple[dict, dict]:
+    """Episodes by arm and block (one training each), and the nats that each arm's trainings delivered.
 
     folder: *.jsonl or *.csv with block, arm, task, layout, init, noise and success in each line, or with
     block, arm and nats: the mean difference of log-ratios, without beta, on held-out pairs of the block.
@@ -288,59 +282,59 @@ def read_blocks(folder: Path) -> tuple[dict[str, dict], dict[str, list[float]]]:
     Raises:
         UserError: an episode is there twice.
     """
-    arms, nats = defaultdict(lambda: defaultdict(dict)), defaultdict(list)
+    arms, nats = defaultdict(lambda: defaultdict(list)), defaultdict(list)
     for path in sorted([*folder.glob("*.jsonl"), *folder.glob("*.csv")]):
-        is_csv = path.suffix == ".csv"
-        lines = csv.DictReader(path.read_text().splitlines()) if is_csv else audit.read_lines(path)[0]
-        for line in lines:
+        text = path.read_text().splitlines()
+        for line in csv.DictReader(text) if path.suffix == ".csv" else map(json.loads, text):
             if "nats" in line:
                 nats[line["arm"]].append(float(line["nats"]))
                 continue
-            place = {"suite": line["layout"], "task": int(line["task"]), "init_state": int(line["init"])}
+            row = {"suite": line["layout"], "task": int(line["task"]), "init_state": int(line["init"])}
             won = str(line["success"]).lower() in ("true", "1")
-            row = place | {"seed": int(line["noise"]), "success": won, "crash": line.get("crash") or ""}
-            of_block, key = arms[line["arm"]][int(line["block"])], (*place.values(), row["seed"])
-            refuse(key in of_block, f"{path}: arm {line['arm']}, block {line['block']}: {key} is there twice")
-            of_block[key] = row
-    return {arm: {b: list(rows.values()) for b, rows in blocks.items()} for arm, blocks in arms.items()}, nats
+            row |= {"seed": int(line["noise"]), "success": won, "crash": line.get("crash") or ""}
+            arms[line["arm"]][int(line["block"])].append(row)
+    for arm, blocks in arms.items():
+        for block, rows in blocks.items():
+            keys = {(episodes.place_of(row), row["seed"]) for row in rows}
+            refuse(len(keys) < len(rows), f"{folder}: arm {arm}, block {block}: an episode is there twice")
+    return arms, nats
 
 
 def contrasts(plan: dict) -> list[dict]:
-    """The plan's comparisons of arms, each over the blocks that both have; Holm covers its primaries."""
-    arms, nats = read_blocks(RESULTS / plan["folder"])
-    rows = []
-    for kind in ("primary", "exploratory"):
-        for new, base in plan.get(kind, []):
-            blocks = sorted(arms.get(new, {}).keys() & arms.get(base, {}).keys())
-            short_of = f"{plan['folder']}: {new} and {base} share {len(blocks)} blocks; {ENOUGH} are needed"
-            refuse(kind == "primary" and len(blocks) < ENOUGH, short_of)
-            if len(blocks) >= ENOUGH:
-                found = effect({(0, b): (arms[new][b], arms[base][b]) for b in blocks})
-                p = stats.t_test(found.value, found.error, found.df)
-                rows.append({"new": new, "base": base, "kind": kind, "blocks": len(blocks), "found": found, "p": p})
-    corrected = iter(stats.holm([row["p"] for row in rows if row["kind"] == "primary"]))
-    for row in rows:
-        row["p_holm"] = next(corrected) if row["kind"] == "primary" else None
-        sure = row["p_holm"] is not None and row["p_holm"] < 0.05
-        row["verdict"] = ("gain" if row["found"].value > 0 else "loss") if sure else "inconclusive"
-        row["nats"] = nats.get(row["new"], [])
+    """The plan's comparisons of arms, each over the blocks that both have; Holm covers its primary ones."""
+    (arms, nats), rows = read_blocks(RESULTS / plan["folder"]), []
+    for new, base in [*plan["primary"], *plan["exploratory"]]:
+        blocks = sorted(arms[new].keys() & arms[base].keys())
+        if len(blocks) >= ENOUGH:
+            found = effect({block: (arms[new][block], arms[base][block]) for block in blocks})
+            row = {"new": new, "base": base, "found": found, "blocks": len(blocks), "nats": nats[new]}
+            rows.append(row | {"p": stats.t_test(found.value, found.error, found.df), "p_holm": None})
+    primary = [row for row in rows if [row["new"], row["base"]] in plan["primary"]]
+    for row, p in zip(primary, stats.holm([row["p"] for row in primary]), strict=True):
+        row["p_holm"] = p
     return rows
 
 
+def outcome(row: dict) -> str:
+    """Of a comparison of arms: nothing but a primary one concludes anything."""
+    sure = row["p_holm"] is not None and row["p_holm"] < 0.05
+    return ("gain" if row["found"].value > 0 else "loss") if sure else "inconclusive"
+
+
 def contrasts_table(plan: dict) -> str:
-    if not any((RESULTS / plan["folder"]).glob("*")):
+    if not (RESULTS / plan["folder"]).is_dir():
         return "Not run yet."
     return listing(
         contrasts(plan),
         {
-            "comparison": "{new} - {base}, {kind}",
+            "comparison": "{new} - {base}",
             "blocks": "{blocks}",
             "effect (95 %)": lambda row: points(row["found"].value, row["found"].interval),
             "p": lambda row: p_value(row["p"]),
-            "p (Holm)": lambda row: p_value(row["p_holm"]) if row["p_holm"] is not None else "",
-            "detectable": lambda row: f"{100 * stats.detectable(row['found'].power):.1f}",
+            "p (Holm)": lambda row: "exploratory" if row["p_holm"] is None else p_value(row["p_holm"]),
+            "detectable, points": lambda row: f"{100 * stats.detectable(row['found'].power):.1f}",
             "delivered, nats": lambda row: f"{np.mean(row['nats']):.3g}" if row["nats"] else "",
-            "outcome": "{verdict}",
+            "outcome": outcome,
         },
     )
 
@@ -369,23 +363,24 @@ def claims_table(claims: list[dict]) -> str:
     )
 
 
+DETAILS = {
+    "logs": "Its public logs",
+    "setting": "Setting",
+    "differs": "It differs in",
+    "would": "If it did not differ",
+    "given": "Treatment",
+    "d33": "Effect that the authors' paired episodes had a third of a chance to show",
+    "note": "Note",
+}
+
+
 def details(claims: list[dict]) -> str:
     """Each claim in the paper's words, and all that its row of the table rests on."""
-    lines = {
-        "Its public logs": "logs",
-        "Setting": "setting",
-        "It differs in": "differs",
-        "If that did not count": "would",
-        "Treatment": "given",
-        "What a third of the power of the authors' paired episodes could see": "d33",
-        "Note": "note",
-    }
     parts = []
     for row in claims:
-        said = [f"- {words}: {row[key]}." for words, key in lines.items() if row.get(key)]
-        where = f"section {row['section']}, line {row['line']}"
-        command = f"- `{row['command']}`" if row["command"] else ""
-        parts.append("\n".join([f"**{row['id']}** ({where})\n", f"> {row['quote']}\n", *said, command]).rstrip())
+        lines = [f"- {words}: {row[key]}." for key, words in DETAILS.items() if row[key]]
+        lines += [f"- `{row['command']}`"] * bool(row["command"])
+        parts += ["**{id}** (section {section}, line {line})\n\n> {quote}".format_map(row), "\n".join(lines)]
     return "\n\n".join(parts)
 
 
@@ -396,18 +391,16 @@ def also_table(claims: list[dict]) -> str:
 
 def card(entries: list[dict], rows: dict[str, dict]) -> str:
     """The results at a glance. entries: a question, its scope and its price, and the row that answers it."""
-
-    def outcome(row: dict) -> str:
-        return " ".join(filter(None, [row["setting"] if row["setting"] == "different" else "", row["verdict"]]))
-    lines = [entry | rows[entry["row"]] for entry in entries]
     return listing(
-        lines,
+        [rows[entry["row"]] | entry for entry in entries],
         {
             "question": "{question}",
             "paper": "{paper}",
-            "scope, scale": lambda row: f"{row['scope']}; {row['scale']}" if row["scale"] else row["scope"],
+            "scope": lambda row: f"{row['scope']}{', toy' * bool(row['scale'])}",
             "compute": "{compute}",
-            "outcome": lambda row: f"{outcome(row)}: {row['here']}",
+            "outcome": lambda row: (
+                f"{'different setting, ' * bool(row['would'])}{row['verdict']}: {row['here']}"
+            ),
         },
     )
 

@@ -103,8 +103,8 @@ def test_beta_draws_have_the_moments_of_openpi(scheme):
     assert ((below <= median) & (above >= median)).all() == (scheme == "beta")
 
 
-def test_antithetic_draws_are_a_noise_and_its_mirror_image_at_the_same_time():
-    draws = common.make_draws(3, 5, 7, 4, common.stream(0, "a"), "antithetic")
+def test_mirrored_draws_are_a_noise_and_its_mirror_image_at_the_same_time():
+    draws = common.make_draws(3, 5, 7, 4, common.stream(0, "a"), "mirrored")
     assert torch.equal(draws.eps[:2], -draws.eps[2:]) and torch.equal(draws.t[:2], draws.t[2:])
     assert draws.t[:2, 0].tolist() == [0.25, 0.75]
 

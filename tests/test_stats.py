@@ -17,7 +17,9 @@ def test_a_t_interval_is_scipys():
     assert stats.t_interval(values, 0.9) == pytest.approx(
         tuple(scipys.ttest_1samp(values, 0).confidence_interval(0.9))
     )
-    assert stats.t_interval(values) == pytest.approx((0.0270, 0.2090), abs=2e-4)  # by hand: 11.8 +- 2.776 x 3.28
+    assert stats.t_interval(values) == pytest.approx(
+        (0.0270, 0.2090), abs=2e-4
+    )  # by hand: 11.8 +- 2.776 x 3.28
 
 
 def simulated(tasks: int, each: int, trials: int = 4000):
@@ -55,7 +57,9 @@ def test_an_interval_over_attempts_of_unequal_size_covers_as_often_as_it_says():
 def test_an_interval_over_equal_clusters_is_that_of_their_means():
     values = simulated(7, 5, 1)[0]
     means = values.reshape(7, 5).mean(1)
-    assert stats.over_clusters(values, np.repeat(list("gfedcba"), 5)) == pytest.approx(stats.t_interval(means))
+    assert stats.over_clusters(values, np.repeat(list("gfedcba"), 5)) == pytest.approx(
+        stats.t_interval(means)
+    )
 
 
 def test_power_of_t_against_published_values():
@@ -90,9 +94,15 @@ def test_power_of_paired_episodes():
     assert power(0.08, 100, 0.22) == pytest.approx(0.40, abs=0.005)
     assert power(0.027, 100, 0.20) == pytest.approx(0.09, abs=0.005)
     assert stats.detectable(lambda d: power(d, 100, 0.38)) == pytest.approx(0.17, abs=0.005)
-    for n, d, discordance, deff in ((2280, 0.03, 0.22, 1.18), (940, 0.05, 0.30, 1.0), (420, 0.05, 0.107, 1.25)):
+    for n, d, discordance, deff in (
+        (2280, 0.03, 0.22, 1.18),
+        (940, 0.05, 0.30, 1.0),
+        (420, 0.05, 0.107, 1.25),
+    ):
         found = stats.detectable(lambda e, n=n, D=discordance, f=deff: power(e, n, D, f))
-        assert found == pytest.approx(d, rel=0.1)  # N per arm = deff (1.96 sqrt D + 0.84 sqrt(D - d^2))^2 / d^2
+        assert found == pytest.approx(
+            d, rel=0.1
+        )  # N per arm = deff (1.96 sqrt D + 0.84 sqrt(D - d^2))^2 / d^2
 
 
 def test_power_of_paired_episodes_by_simulation():
@@ -105,7 +115,9 @@ def test_power_of_paired_episodes_by_simulation():
 
 def test_what_no_experiment_can_see_is_1():
     assert stats.detectable(lambda d: stats.paired_power(d, 3, 0.5)) == pytest.approx(1)
-    assert stats.detectable(lambda d: stats.paired_power(d, 100, 0.0)) < 0.1, "nobody differs: a few would show"
+    assert stats.detectable(lambda d: stats.paired_power(d, 100, 0.0)) < 0.1, (
+        "nobody differs: a few would show"
+    )
 
 
 def test_equivalence_against_a_published_example():
