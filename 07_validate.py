@@ -3,7 +3,7 @@
 reads   <run>/<backbone>/seed<k>/sft/ (01), prefs-<pairs>/ (02), every finished dpo-*-<pairs>/ of the same
         pairs and start (03)
 writes  <run>/<backbone>/seed<k>/validate-<pairs>[-at<start>]/: measures.safetensors (exact values and
-        estimates of every chunk under every policy), own.safetensors, gradients.jsonl, done.json;
+        estimates of every chunk under every policy), gradients.jsonl, done.json;
         beside the folder its tables, validate-<pairs>[-at<start>].{json,md}
 cost    an estimate takes a pass of the action expert per draw, the exact value 2 x ode_steps x (1 +
         dimensions of a chunk), the density of the Euler map half of that
@@ -74,7 +74,6 @@ class Config(common.ActingConfig, common.AdapterConfig):
     n_pairs: Annotated[int, 2] = 200  # pairs looked at, evenly spread; all where there are fewer
     max_draws: Annotated[int, 4] = 64  # ... and in the plots 1, 2, 4, ... up to this
     ode_steps: Count = 20  # midpoint steps of the exact likelihood
-    own_chunks: Annotated[int, 2] = 8  # observations for the study of the exact likelihood itself
     gradient_batches: int = 2  # of 8 pairs, spread over all tasks, in each of two states of the DPO training
     gradient_probes: Annotated[int, 2] = 8  # of the exact gradient; half of them are compared with the rest
 
@@ -202,6 +201,7 @@ def measure(job: tuple) -> None:
     tensors = {"exact": exact(policy, prefix, chunks, cfg.ode_steps)}
     if adapter is None:
         tensors |= {"euler": acting(cfg, policy, prefix, obs), "attempt": obs["attempt"]}
+        tensors["dims"] = torch.full((len(chunks),), policy.horizon * policy.cfg.flow_dim)
     for name in ("paper", "mirrored", "elbo", "independent"):
         seen = obs if name == "independent" else prefix
         for k in cfg.draw_counts[name == "mirrored" :]:  # mirror images come in pairs
@@ -224,49 +224,6 @@ def measure(job: tuple) -> None:
                 tensors[f"paper-elbo/{k}"] = -(common.time_weight(t, "elbo") * errors).mean(1)
                 tensors["by_time"] = -errors.mean(0)  # (K, n, 2) of the largest K, which comes last
     disk.save_tensors(file, tensors)
-
-
-@torch.no_grad()
-def own_chunks(job: tuple) -> None:
-    """Worker: what the policy's own samples tell, whose noise is known.
-
-    That is the density of the Euler map, and how steps, probes and precision move the exact likelihood.
-    """
-    cfg, file, pairs = job
-    policy, obs, chunks = inputs_of(cfg, pairs)
-    prefix = policy.encode(obs)
-    velocity = likelihood.velocity_of(policy, prefix)
-    own, euler = likelihood.euler_sample(
-        velocity, policy.noise(len(chunks), common.stream(cfg.seed, "own")), cfg.denoise_steps
-    )
-    probes = likelihood.make_probes(
-        len(chunks), 16, own.shape[1:], common.stream(cfg.seed, "own probes")
-    ).split(1, 1)
-    policy64, prefix64, own64 = likelihood.in_float64(policy, prefix, own)
-
-    def log_p(trace: likelihood.Divergence, steps: int = cfg.ode_steps) -> Tensor:
-        return likelihood.ode_log_prob(velocity, own, trace, likelihood.time_grid(steps))
-
-    disk.save_tensors(
-        file,
-        {
-            "chunk": own,
-            "euler": euler,
-            "exact": log_p(likelihood.exact_trace),
-            **{f"probe/{i}": log_p(likelihood.hutchinson(probe)) for i, probe in enumerate(probes)},
-            **{f"steps/{k}": log_p(likelihood.hutchinson(probes[0]), k) for k in (5, 10, 20, 40, 80)},
-            "float64": likelihood.ode_log_prob(
-                likelihood.velocity_of(policy64, prefix64),
-                own64,
-                likelihood.hutchinson(probes[0].double()),
-                likelihood.time_grid(cfg.ode_steps),
-            ),
-            **{  # as 03 sees the pairs: both chunks share one probe
-                f"pair/{k}/{i}": exact(policy, prefix, chunks, k, common.stream(cfg.seed, "pair probes", i))
-                for k, i in [(5, 0), (20, 0), (40, 0), *((10, i) for i in range(8))]
-            },
-        },
-    )
 
 
 # ----------------------------------------------------------------------------------------------- the gradient
@@ -374,11 +331,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
             for key in tensors[0]
         }
 
-    # 2. what the policy's own samples tell
-    few = [i * len(every) // cfg.own_chunks for i in range(min(cfg.own_chunks, len(every)))]
-    do_missing(own_chunks, [(cfg, parts / "own.safetensors", few)], cfg, "own chunks")
-
-    # 3. gradients of DPO's loss under LoRA, on the paper's surrogate where there are several, over pairs of
+    # 2. gradients of DPO's loss under LoRA, on the paper's surrogate where there are several, over pairs of
     # all tasks: every stride-th one
     stride = max(1, len(every) // BLOCK)
     spread = [list(every[b::stride])[:BLOCK] for b in range(min(stride, cfg.gradient_batches))]
@@ -397,7 +350,6 @@ def main(cfg: Config, run: stage.Run) -> dict:
     do_missing(gradients, steps, cfg, "gradients")
 
     disk.save_tensors(run.dir / "measures.safetensors", measures)
-    disk.save_tensors(run.dir / "own.safetensors", disk.load_tensors(parts / "own.safetensors"))
     disk.write_rows(run.dir / "gradients.jsonl", [row for job in steps for row in disk.read_jsonl(job[1])])
     shutil.rmtree(parts)
     return {"policies": list(policies)}

@@ -158,7 +158,7 @@ def demonstrations(cfg, holdout: int) -> Iterator[tuple[str, bool, Demo]]:
 
 
 def read_pairs(folder: Path, policy=None) -> dict:
-    """The pairs of 02: its tensors, `instruction` (a list of N strings), and `attempt` (N,), which counts attempts.
+    """The pairs of 02: its tensors, `instruction` (N strings), and `attempt` (N,), the number of each.
 
     Raises:
         UserError: something is missing, not finite or of another shape, the policy's chunk length included.

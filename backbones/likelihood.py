@@ -17,8 +17,6 @@ for the tiny policy. Where a published checkpoint pads its actions to 32 dimensi
 the padded chunk. All is computed in the chunk's precision.
 """
 
-import copy
-import dataclasses
 import math
 from collections.abc import Callable
 
@@ -33,11 +31,6 @@ Divergence = Callable[[Velocity, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 def velocity_of(policy, prefix) -> Velocity:
     return lambda x, t: policy.velocity(prefix, x, t[None])
-
-
-def in_float64(policy, prefix, chunk: Tensor) -> tuple:  # copies of all three
-    prefix = dataclasses.replace(prefix, keys=prefix.keys.double(), values=prefix.values.double())
-    return copy.deepcopy(policy).double(), prefix, chunk.double()
 
 
 # -------------------------------------------------------------------------------------------------- the trace
@@ -125,9 +118,7 @@ def ode_log_prob(
     return log_normal(x[-1]) + integral[-1]
 
 
-def pair_log_probs(
-    policy, prefix, chosen: Tensor, rejected: Tensor, probes: Tensor | None, steps: int, float64: bool = False
-):
+def pair_log_probs(policy, prefix, chosen: Tensor, rejected: Tensor, probes: Tensor | None, steps: int):
     """log p (B,), (B,) of both chunks (B, H, 7) of each pair, behind B prefixes.
 
     probes: Hutchinson's (B, P, H, D), the same for both chunks; None: the exact trace, without gradients.
@@ -135,8 +126,6 @@ def pair_log_probs(
     b = len(chosen)
     prefix = prefix.select(torch.arange(b).repeat(2))
     chunks = policy.pad(torch.cat([chosen, rejected])).to(prefix.keys.device)
-    if float64:
-        policy, prefix, chunks = in_float64(policy, prefix, chunks)
     trace = exact_trace if probes is None else hutchinson(probes.repeat(2, 1, 1, 1).to(chunks))
     scores = ode_log_prob(velocity_of(policy, prefix), chunks, trace, time_grid(steps)).float()
     return scores[:b], scores[b:]

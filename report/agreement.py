@@ -10,7 +10,6 @@ from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 import common
@@ -40,10 +39,9 @@ def resampled(attempt: np.ndarray, n: int, purpose: str) -> np.ndarray:
 
 
 def correlations(x: np.ndarray, y: np.ndarray, attempt: np.ndarray) -> dict:
-    """Pearson, Spearman and Kendall (tau-b): name -> (value, low, high).
+    """Pearson and Spearman: name -> (value, low, high).
 
-    attempt: what each point belongs to. A resample gives each point a count c; ranks and orders stay those of
-    the whole sample.
+    attempt: what each point belongs to. Resamples give each point a count c and leave its rank.
     """
     from scipy.stats import rankdata
 
@@ -53,24 +51,15 @@ def correlations(x: np.ndarray, y: np.ndarray, attempt: np.ndarray) -> dict:
         x, y = (v - (c @ v / c.sum(1))[:, None] for v in (x, y))
         return (c * x * y).sum(1) / np.sqrt((c * x * x).sum(1) * (c * y * y).sum(1))
 
-    before_x, before_y = (np.sign(v[:, None] - v[None]) for v in (x, y))
-
-    def total(m: np.ndarray) -> np.ndarray:  # over ordered pairs of points
-        return ((c @ m) * c).sum(1)
-
     with np.errstate(invalid="ignore"):  # a resample may hold one point alone
-        values = {
-            "pearson": pearson(x, y),
-            "spearman": pearson(rankdata(x), rankdata(y)),
-            "kendall": total(before_x * before_y) / np.sqrt(total(before_x**2) * total(before_y**2)),
-        }
+        values = {"pearson": pearson(x, y), "spearman": pearson(rankdata(x), rankdata(y))}
     return {name: (float(v[0]), *np.nanquantile(v[1:], (0.025, 0.975))) for name, v in values.items()}
 
 
 def right_signs(estimates: Tensor, truth: Tensor, attempt: np.ndarray) -> tuple[float, float, float]:
     """How often estimates (R, N) have the sign of the truth (N,), with its interval."""
     right = (estimates.sign() == truth.sign()).double().flatten().numpy()
-    return float(right.mean()), *stats.over_clusters(right, np.tile(attempt, len(estimates)))
+    return float(right.mean()), *np.clip(stats.over_clusters(right, np.tile(attempt, len(estimates))), 0, 1)
 
 
 def compare(estimates: Tensor, truth: Tensor, attempt: np.ndarray, shared: Tensor | None = None) -> dict:
@@ -110,9 +99,14 @@ def references(policy: str, measures: dict[str, dict]) -> dict[str, dict | None]
     return {"difference": None} if policy == "sft" else {"difference": None, "margin": measures["sft"]}
 
 
-def measured_on(cfg, attempt: np.ndarray, what: str) -> np.ndarray:
-    """Which pairs count for a quantity: for margins those that DPO was not trained on, where there are any."""
-    return attempt % cfg.held_out == 0 if cfg.held_out and what == "margin" else np.full(len(attempt), True)
+def exactly(cfg, measures: dict, policy: str, what: str, ref: dict | None, attempt: np.ndarray) -> tuple:
+    """The exact difference or margin of the pairs that count for it, and which those are.
+
+    For margins they are the pairs that DPO was not trained on, where there are any.
+    """
+    some = cfg.held_out and what == "margin"
+    kept = attempt % cfg.held_out == 0 if some else np.full(len(attempt), True)
+    return quantity(measures[policy]["exact"][None], ref and ref["exact"][None], True)[0][kept], kept
 
 
 def base_rates(cfg, measures: dict[str, dict], attempt: np.ndarray) -> Iterator[dict]:
@@ -120,22 +114,24 @@ def base_rates(cfg, measures: dict[str, dict], attempt: np.ndarray) -> Iterator[
 
     And the exact difference or margin itself, in nats: of a margin, the treatment that DPO has delivered.
     """
-    for policy, tensors in measures.items():
+    for policy in measures:
         for what, ref in references(policy, measures).items():
-            kept = measured_on(cfg, attempt, what)
-            exact = quantity(tensors["exact"][None], ref and ref["exact"][None], True)[0][kept].double()
-            positive = (exact > 0).float().mean().item()
-            about = {"policy": policy, "surrogate": "exact", "quantity": what, "n": len(exact)}
-            interval = stats.over_clusters((exact > 0).numpy(), attempt[kept])
-            yield about | {"metric": "positive", "value": positive, "unit": "share", "ci95": list(interval)}
-            yield about | {"metric": "blind guess", "value": max(positive, 1 - positive), "unit": "share"}
-            interval = stats.over_clusters(exact.numpy(), attempt[kept])
-            yield about | {
-                "metric": "mean",
-                "value": exact.mean().item(),
-                "unit": "nats",
-                "ci95": list(interval),
+            exact, kept = exactly(cfg, measures, policy, what, ref, attempt)
+            share = (exact > 0).double().mean().item()
+            guesses = {"positive": (exact > 0).double(), "mean": exact.double()}
+            rows = {
+                key: (x.mean().item(), stats.over_clusters(x.numpy(), attempt[kept]))
+                for key, x in guesses.items()
             }
+            for metric, (value, bounds) in (rows | {"blind guess": (max(share, 1 - share), None)}).items():
+                about = {"policy": policy, "surrogate": "exact", "quantity": what, "n": len(exact)}
+                unit = "nats" if metric == "mean" else "share"
+                yield about | {
+                    "metric": metric,
+                    "value": value,
+                    "unit": unit,
+                    "ci95": bounds and list(bounds),
+                }
 
 
 def estimator_rows(cfg, measures: dict[str, dict], dims: int, attempt: np.ndarray) -> Iterator[dict]:
@@ -153,11 +149,10 @@ def estimator_rows(cfg, measures: dict[str, dict], dims: int, attempt: np.ndarra
                 results.append(({"shared": True, "quantity": "log p", "n": 2 * n}, correlations(*flat)))
             shareds = [False] if name == "independent" else [True, False]
             for shared, (what, ref) in itertools.product(shareds, references(policy, measures).items()):
-                kept = measured_on(cfg, attempt, what)
+                exact, kept = exactly(cfg, measures, policy, what, ref, attempt)
                 value, together = (
                     quantity(estimates, ref and ref[key], each)[:, kept] for each in (shared, True)
                 )
-                exact = quantity(truth[None], ref and ref["exact"][None], True)[0][kept]
                 metrics = compare(value, exact, attempt[kept], None if shared else together)
                 if tabled:
                     metrics |= correlations(value[0].numpy(), exact.numpy(), attempt[kept])
@@ -211,8 +206,7 @@ def levers(cfg, measures: dict[str, dict], attempt: np.ndarray) -> Iterator[dict
         for (name, (key, shared)), (what, ref) in itertools.product(
             tried.items(), references(policy, measures).items()
         ):
-            kept = measured_on(cfg, attempt, what)
-            exact = quantity(tensors["exact"][None], ref and ref["exact"][None], True)[0][kept]
+            exact, kept = exactly(cfg, measures, policy, what, ref, attempt)
             own, together = (quantity(tensors[key], ref and ref[key], s)[:, kept] for s in (shared, True))
             value, *bounds = compare(own, exact, attempt[kept], None if shared else together)["noise"]
             row = {
@@ -223,51 +217,6 @@ def levers(cfg, measures: dict[str, dict], attempt: np.ndarray) -> Iterator[dict
                 "n": len(exact),
             }
             yield row | {"value": value, "ci95": None if bounds[0] is None else list(map(float, bounds))}
-
-
-def flow_facts(own: dict, pairs: Tensor) -> Iterator[dict]:
-    """Facts about the exact likelihood itself, in nats: Euler's density, steps, probes, precision.
-
-    own: measurements of a few chunks.  pairs: the exact log p (N, 2) of all pairs' chunks.
-    """
-    probes = torch.stack([own[f"probe/{i}"] for i in range(16)])
-    # chosen less rejected
-    between = {key: x[:, 0] - x[:, 1] for key, x in own.items() if key.startswith("pair/")}
-    shared = torch.stack([between[f"pair/10/{i}"] for i in range(8)])
-    ratio = "a pair's difference, variance of one shared probe over that between pairs"
-
-    def rms(x: Tensor) -> Tensor:
-        return x.square().mean().sqrt()
-
-    facts = {
-        "mean log p of own chunks, ODE": own["exact"].mean(),
-        "mean log p of own chunks, Euler map": own["euler"].mean(),
-        "Euler map less ODE, spread over chunks": (own["euler"] - own["exact"]).std(),
-        **{
-            f"error of {steps} midpoint steps, root mean square": rms(own[f"steps/{steps}"] - own["steps/80"])
-            for steps in (5, 10, 20, 40)
-        },
-        "float32 less float64, largest": (own["probe/0"].double() - own["float64"]).abs().max(),
-        "Hutchinson, standard deviation of one probe": probes.var(0).mean().sqrt(),
-        "Hutchinson, mean of 16 probes less exact trace": (probes.mean(0) - own["exact"]).mean(),
-        **{
-            f"a pair's difference, error of {steps} midpoint steps, root mean square": rms(
-                between[f"pair/{steps}/0"] - between["pair/40/0"]
-            )
-            for steps in (5, 10, 20)
-        },
-        "a pair's difference, standard deviation of one shared probe": shared.var(0).mean().sqrt(),
-        ratio: shared.var(0).mean() / (pairs[:, 0] - pairs[:, 1]).var(),
-    }
-    for metric, value in facts.items():
-        yield {
-            "policy": "sft",
-            "surrogate": "exact",
-            "metric": metric,
-            "value": float(value),
-            "unit": "" if metric == ratio else "nats",
-            "n": len(own["exact"]),
-        }
 
 
 # ----------------------------------------------------------------------------------------------------- tables
@@ -310,9 +259,7 @@ def estimator_tables(rows: list[dict], guesses: list[dict], cfg) -> str:
 def acting_table(rows: list[dict]) -> str:
     lines = [row for row in rows if row["metric"] in ("spearman", "sign agreement")]
     if not lines:
-        return (
-            "not measured: the noise behind the chunks is not known (branch pairs of this policy have it)\n"
-        )
+        return "not measured: the noise behind the chunks is not known (that of branch pairs is)\n"
     heads = {"spearman": "rank correlation", "sign agreement": "right sign"}
     return pivot(lines, ["surrogate", "draws"], "metric", heads, lambda same: with_interval(same[0])) + "\n"
 
@@ -340,21 +287,17 @@ def report(cfg, folder: Path) -> None:
     """Write <folder>.json and .md beside a finished folder of 07."""
     measures: dict[str, dict] = {"sft": {}}
     stored = disk.load_tensors(folder / "measures.safetensors")
-    attempt = stored.pop("sft|attempt").numpy()
+    attempt, dims = stored.pop("sft|attempt").numpy(), int(stored.pop("sft|dims")[0])
     for key in sorted(stored, key=lambda key: key.partition("|")[0]):
         policy, _, name = key.partition("|")
         measures.setdefault(policy, {})[name] = stored[key]
-    cosines, own = disk.read_jsonl(folder / "gradients.jsonl"), disk.load_tensors(folder / "own.safetensors")
-    timing = disk.read_json(folder / "timing.json")
-    rows = list(estimator_rows(cfg, measures, own["chunk"][0].numel(), attempt))
-    guesses, facts = (
+    cosines, timing = disk.read_jsonl(folder / "gradients.jsonl"), disk.read_json(folder / "timing.json")
+    rows = list(estimator_rows(cfg, measures, dims, attempt))
+    guesses, acts = (
         list(base_rates(cfg, measures, attempt)),
-        list(flow_facts(own, measures["sft"]["exact"])),
-    )
-    acts, pulled = (
         list(against_what_acts(cfg, measures["sft"], attempt)),
-        list(levers(cfg, measures, attempt)),
     )
+    pulled = list(levers(cfg, measures, attempt))
     about = {
         "suite": " ".join(cfg.suites),
         "backbone": cfg.backbone,
@@ -369,10 +312,7 @@ def report(cfg, folder: Path) -> None:
     ]
     disk.write_json(
         folder.with_suffix(".json"),
-        [
-            about | row
-            for row in (*rows, *guesses, *facts, *acts, *pulled, *map(dict.__or__, cosines, gradients))
-        ],
+        [about | row for row in (*rows, *guesses, *acts, *pulled, *map(dict.__or__, cosines, gradients))],
     )
     columns = {"policy": "{policy}", "quantity": "{quantity}", "draws": "{lever}", "noise": with_interval}
     text = "\n".join(
@@ -384,12 +324,12 @@ def report(cfg, folder: Path) -> None:
             acting_table(acts),
             "## VRPO's three levers (arXiv 2505.19223)\n",
             listing(pulled, columns),
-            "\n## The exact likelihood itself\n",
+            "\n## The exact values themselves\n",
             *(
                 "- {policy}, {quantity}, {metric}: {value:.3f} {unit} (n = {n})".format(**row)
                 for row in guesses
             ),
-            *("- {metric}: {value:.4g} {unit} (n = {n})".format(**row) for row in [*facts, *acts[:1]]),
+            *("- {metric}: {value:.4g} {unit} (n = {n})".format(**row) for row in acts[:1]),
             "\n## Cosine between the DPO gradients of an estimator and of the exact likelihood\n",
             gradient_table(cosines),
             f"`{timing['command']}` at {timing['commit']}",

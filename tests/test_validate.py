@@ -55,6 +55,11 @@ def some_pairs(n: int) -> dict:
     return pairs | {"instruction": [INSTRUCTIONS[i % 3] for i in range(n)]}
 
 
+def in_float64(policy, prefix, chunk: torch.Tensor) -> tuple:  # copies of all three
+    prefix = dataclasses.replace(prefix, keys=prefix.keys.double(), values=prefix.values.double())
+    return copy.deepcopy(policy).double(), prefix, chunk.double()
+
+
 def observations(pairs: dict) -> dict:
     return {key: pairs[key] for key in ("agentview", "wrist", "state", "instruction")}
 
@@ -185,9 +190,7 @@ def test_hutchinson_with_a_full_basis_is_the_exact_trace_and_with_signs_is_unbia
 
 
 def test_euler_density_against_the_determinant_of_the_whole_map(policy):
-    _, prefix, noise = likelihood.in_float64(
-        policy, prefix_of(policy, 2), policy.noise(2, common.stream(0, "noise"))
-    )
+    _, prefix, noise = in_float64(policy, prefix_of(policy, 2), policy.noise(2, common.stream(0, "noise")))
     double = copy.deepcopy(policy).double()
     chunk, log_p = likelihood.euler_sample(likelihood.velocity_of(double, prefix), noise, steps=5)
     torch.testing.assert_close(
@@ -211,7 +214,7 @@ def test_euler_density_against_the_determinant_of_the_whole_map(policy):
 
 def test_float64_and_float32_agree(policy):
     prefix, chunk = prefix_of(policy, 2), torch.randn(2, 4, 7)
-    double, prefix64, chunk64 = likelihood.in_float64(policy, prefix, chunk)
+    double, prefix64, chunk64 = in_float64(policy, prefix, chunk)
     grid = likelihood.time_grid(4)
     single = likelihood.ode_log_prob(
         likelihood.velocity_of(policy, prefix), chunk, likelihood.exact_trace, grid
@@ -243,7 +246,7 @@ def test_margin_is_exactly_zero_at_the_reference_for_all_that_share_their_noise(
 
 
 def test_gradient_of_the_exact_log_prob_against_finite_differences(policy):
-    double, prefix, chunk = likelihood.in_float64(policy, prefix_of(policy, 2), torch.randn(2, 4, 7))
+    double, prefix, chunk = in_float64(policy, prefix_of(policy, 2), torch.randn(2, 4, 7))
     probes = likelihood.make_probes(2, 1, (4, 7), common.stream(0, "probes")).double()
 
     def log_p() -> torch.Tensor:
@@ -299,8 +302,6 @@ def test_refusals():
     ):
         with pytest.raises(UserError, match=r"surrogate"):
             load_config(dpo.Config, ["configs/micro.yaml", *bad.split()])
-    with pytest.raises(UserError, match="own_chunks"):  # of one chunk there is no spread
-        load_config(validate.Config, ["configs/micro.yaml", "validate.own_chunks=1"])
 
 
 # --------------------------------------------------------------------------------------------------- stage 07
@@ -342,9 +343,7 @@ def test_metrics_of_an_estimator_that_is_right_but_for_scale_and_noise():
     assert low < expected < high and value == pytest.approx(expected, rel=0.1)
     x, y = estimates[0].double().numpy(), truth.double().numpy()
     for name, (value, low, high) in agreement.correlations(x, y, np.arange(400)).items():
-        theirs = {"pearson": stats.pearsonr, "spearman": stats.spearmanr, "kendall": stats.kendalltau}[name](
-            x, y
-        ).statistic
+        theirs = {"pearson": stats.pearsonr, "spearman": stats.spearmanr}[name](x, y).statistic
         assert low < value < high and value == pytest.approx(theirs, abs=1e-9)
     value, low, high = found["sign agreement"]
     assert low < value < high and value == pytest.approx(
@@ -431,7 +430,7 @@ def test_dpo_on_the_exact_likelihood_resumes_where_it_was(run, tmp_path, monkeyp
 
 
 def test_stage_07_from_end_to_end_killed_and_resumed(run, monkeypatch, capsys):
-    sizes = {"max_draws": 4, "ode_steps": 2, "own_chunks": 2, "gradient_batches": 1, "gradient_probes": 2}
+    sizes = {"max_draws": 4, "ode_steps": 2, "gradient_batches": 1, "gradient_probes": 2}
     cfg = validate.Config(name=run.name, root=run.root, pairs=run.pairs, workers=1, n_pairs=4, **sizes)
     folder, save, saved = cfg.folder, disk.save_tensors, []
 
@@ -448,7 +447,7 @@ def test_stage_07_from_end_to_end_killed_and_resumed(run, monkeypatch, capsys):
     validate.validate(cfg)
     assert len(saved) == 1 and not (folder / "parts").exists()
     first = disk.read_json(folder / "done.json")["outputs"]
-    assert set(first) == {"measures.safetensors", "own.safetensors", "gradients.jsonl"}
+    assert set(first) == {"measures.safetensors", "gradients.jsonl"}
     validate.validate(dataclasses.replace(cfg, overwrite=True))
     assert "already done" in capsys.readouterr().out
     (folder / "done.json").unlink()
@@ -479,11 +478,6 @@ def test_stage_07_from_end_to_end_killed_and_resumed(run, monkeypatch, capsys):
     assert {r["state"] for r in cosine} == {"start", "end"} and all(
         -1.001 <= r["value"] <= 1.001 for r in cosine
     )
-    own = disk.load_tensors(folder / "own.safetensors")
-    probes = np.stack([(own[f"pair/10/{i}"][:, 0] - own[f"pair/10/{i}"][:, 1]).numpy() for i in range(8)])
-    spread = (measures["sft|exact"][:, 0] - measures["sft|exact"][:, 1]).numpy().var(ddof=1)
-    (shared,) = [r["value"] for r in rows if "one shared probe over" in r.get("metric", "")]
-    assert shared == pytest.approx(probes.var(0, ddof=1).mean() / spread, rel=1e-4)
     text = folder.with_suffix(".md").read_text()
     assert "| paper | 4 | yes |" in text and "| one time, 4 noises |" in text
     assert "| always positive |" in text and "| the better constant guess |" in text
