@@ -19,7 +19,7 @@ import yaml
 
 from report import audit, episodes, stats
 from report.page import PILLS
-from report.tables import joined, listing, number, p_value, percent, points, short, table
+from report.tables import joined, listing, number, p_value, percent, points, table
 from runtime import HERE, disk, refuse
 
 RESULTS = HERE / "results"
@@ -196,7 +196,7 @@ def setting(claim: dict, stated: dict, own: dict) -> tuple[str, str, str]:
 
 
 def said(value) -> str:
-    return f"{value:.4g}" if isinstance(value, int | float) else short(" ".join(np.atleast_1d(value)))
+    return f"{value:.4g}" if isinstance(value, int | float) else ", ".join(np.atleast_1d(value))
 
 
 # -------------------------------------------------------------------------------------------------- the verdict
@@ -399,7 +399,7 @@ def card(entries: list[dict], rows: dict[str, dict]) -> str:
             "scope": lambda row: f"{row['scope']}{', toy' * bool(row['scale'])}",
             "compute": "{compute}",
             "outcome": lambda row: (
-                f"{'different setting, ' * bool(row['would'])}{row['verdict']}: {row['here']}"
+                f"{'different setting, ' * bool(row['would'])}{row['verdict']}: {row['here'].partition('; ')[0]}"
             ),
         },
     )
