@@ -154,8 +154,8 @@ def write_report(name: str, experiments: list[Experiment], folder: Path, alone: 
         "## At a glance",
         named["card"],
         "## The paper's claims",
-        f"{named['verdicts']} *Here* means this kit's committed results. *Setting* says how near they are to the "
-        "claim's. Where it is different, the claim is not judged. results/claims.md has the rule.",
+        f"{named['verdicts']} *Here* means this kit's committed results. *Setting* says how near they are to "
+        "the claim's. Where it is different, the claim is not judged. results/claims.md has the rule.",
         named["claims"],
         "## Claim by claim",
         named["details"],

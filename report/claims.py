@@ -32,7 +32,7 @@ def read_paper(path: Path = HERE / "configs" / "paper.yaml") -> dict:
     return yaml.safe_load(path.read_text())
 
 
-# ------------------------------------------------------------------------------------------- the public logs
+# -------------------------------------------------------------------------------------------- the public logs
 def logged(logs: dict, policy: str, suites: list[str]) -> tuple[int, int]:
     """Successes and episodes of a policy in the public logs, over suites and seeds."""
     cells = [cell for suite in suites for cell in logs["counts"][policy][suite].values()]
@@ -64,7 +64,7 @@ def log_text(entry: dict, logs: dict) -> str:
     return "; ".join([*parts, *filter(None, [entry.get("text")])])
 
 
-# ----------------------------------------------------------------------------------------- what was found here
+# ---------------------------------------------------------------------------------------- what was found here
 @dataclass
 class Found:
     """A figure, or an effect on success rates, and what its experiment could have seen."""
@@ -141,7 +141,7 @@ def find(ours: dict) -> Found | None:
     return Found(row[key], interval, text, row=row)
 
 
-# -------------------------------------------------------------------------------------------------- the setting
+# ------------------------------------------------------------------------------------------------ the setting
 def dpo_facts(config: dict, pairs: float) -> dict:
     """What a training with DPO is, from its config and the number of its pairs."""
     seen = config["steps"] * config["batch_size"]
@@ -199,7 +199,7 @@ def said(value) -> str:
     return f"{value:.4g}" if isinstance(value, int | float) else ", ".join(np.atleast_1d(value))
 
 
-# -------------------------------------------------------------------------------------------------- the verdict
+# ------------------------------------------------------------------------------------------------ the verdict
 def delivered(claim: dict, paper: dict) -> tuple[float, bool]:
     """DPO's margin in the second half of the training, and whether the authors' own logs end near it."""
     ours, margins = claim["ours"], []
@@ -272,7 +272,7 @@ def judged(claim: dict, paper: dict) -> dict:
     return row
 
 
-# ------------------------------------------------------------------------------------- an experiment in blocks
+# ------------------------------------------------------------------------------------ an experiment in blocks
 def read_blocks(folder: Path) -> tuple[dict, dict]:
     """Episodes by arm and block (one training each), and the nats that each arm's trainings delivered.
 
@@ -339,7 +339,7 @@ def contrasts_table(plan: dict) -> str:
     )
 
 
-# ------------------------------------------------------------------------------------------------------- tables
+# ----------------------------------------------------------------------------------------------------- tables
 def tally(claims: list[dict]) -> str:
     verdicts = [claim["verdict"] for claim in claims]
     counts = [f"{verdict} {verdicts.count(verdict)}" for verdict in PILLS if verdict in verdicts]
@@ -399,7 +399,8 @@ def card(entries: list[dict], rows: dict[str, dict]) -> str:
             "scope": lambda row: f"{row['scope']}{', toy' * bool(row['scale'])}",
             "compute": "{compute}",
             "outcome": lambda row: (
-                f"{'different setting, ' * bool(row['would'])}{row['verdict']}: {row['here'].partition('; ')[0]}"
+                f"{'different setting, ' * bool(row['would'])}{row['verdict']}: "
+                + row["here"].partition("; ")[0]
             ),
         },
     )

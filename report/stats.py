@@ -109,9 +109,9 @@ def over_clusters(values: np.ndarray, clusters: np.ndarray) -> tuple[float, floa
     return t_interval(mean + (np.bincount(cluster, values) - mean * counts) / counts.mean())
 
 
-# ------------------------------------------------------------- what an experiment can see, and what it excludes
+# ----------------------------------------------------------- what an experiment can see, and what it excludes
 def t_power(shift: float, df: float = np.inf) -> float:
-    """Power of a two-sided t test at 5 %. shift: the true effect in standard errors.  df: inf for a z test."""
+    """Power of a two-sided t test at 5 %. shift: the true effect in standard errors.  df: inf: a z test."""
     if np.isinf(df):
         critical = Z
     else:  # over quantiles of the estimated standard error
@@ -133,8 +133,8 @@ def paired_power(effect: float, n: int, discordance: float, deff: float = 1.0) -
 def detectable(power: Callable[[float], float], target: float = 0.8) -> float:
     """The smallest effect, up to 1, that is found with the target's power; 1 where none is.
 
-    target = 1/3 gives d33 of a replication (Simonsohn, Psychol. Sci. 26, 2015): an interval below it says that
-    the first study could hardly have seen an effect so small.
+    target = 1/3 gives d33 of a replication (Simonsohn, Psychol. Sci. 26, 2015): an interval below it says
+    that the first study could hardly have seen an effect so small.
     """
     low, high = 0.0, 1.0
     for _ in range(40):
@@ -144,7 +144,7 @@ def detectable(power: Callable[[float], float], target: float = 0.8) -> float:
 
 
 def tost(value: float, error: float, df: float, delta: float) -> float:
-    """p of two one-sided tests: that the truth lies within +-delta (Schuirmann, 1987). error: standard error."""
+    """p of two one-sided tests: that the truth lies within +-delta (Schuirmann, 1987). error: standard."""
     return float(special.stdtr(df, (abs(value) - delta) / error))
 
 
