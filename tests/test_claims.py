@@ -86,7 +86,8 @@ def test_numbers_of_the_statistician():
         if (row.get("metric"), row.get("quantity"), row.get("policy")) == ("spearman", "log p", "sft")
         and (row["surrogate"], row["draws"]) == ("paper", 64)
     ]
-    assert f"{spearman:.2f}" == "0.73" and "0.74" not in (HERE / "results/validate/README.md").read_text()
+    text = (HERE / "results/validate/README.md").read_text()
+    assert f"| ... more draws | 64 | {spearman:.2f} (0.67 to 0.79) |" in text and f"{spearman:.2f}" == "0.73"
     anchor = [
         disk.read_jsonl(HERE / f"results/tiny_4suite/{place}.jsonl")
         for place in ("anchor_alone/episodes/eval-dpo-lora-branch", "anchor_alone/episodes/eval-sft")
