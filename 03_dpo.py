@@ -64,7 +64,6 @@ class Config(common.AdapterConfig):
     alpha: Count = 64
     targets: str = ""  # regex of the adapted linear layers; empty = the backbone's q, k, v, o projections
     recompute: bool = False  # compute the layers' activations again, not keep them: less memory, more time
-    holdout: int = 0  # attempts of each task, its last ones, whose pairs only measure what was learned
     log_every: Count = 10
     checkpoint_every: Count = 50
     threads: Count = 1
@@ -82,8 +81,8 @@ class Config(common.AdapterConfig):
             "surrogate=exact takes second derivatives: use adapter=lora and dpo.recompute=false",
         )
         refuse(
-            self.surrogate == "antithetic" and self.draws % 2,
-            f"dpo.draws={self.draws} must be even for surrogate=antithetic: noises come in pairs",
+            self.surrogate == "mirrored" and self.draws % 2,
+            f"dpo.draws={self.draws} must be even for surrogate=mirrored: noises come in pairs",
         )
         regex("dpo.targets", self.targets)
         number = re.fullmatch(r"[0-9]+\.?[0-9]*(e-?[0-9]+)?", self.beta)
@@ -185,22 +184,16 @@ def auto_beta(policy, pairs: dict, draw: Callable, score: Callable, cfg: Config)
 
 # ------------------------------------------------------------------------------------------------------- data
 def load_pairs(cfg: Config, policy) -> tuple[dict, dict]:
-    """The pairs to train on, and those of each task's last `holdout` attempts: their tensors, and `obs`."""
+    """The pairs to train on, and those of every `held_out`-th attempt: their tensors, and `obs`."""
     pairs = common.read_pairs(cfg.pairs_dir, policy)
     if cfg.whole_chunk:
         pairs["mask"] = torch.ones_like(pairs["mask"])
     obs = {key: pairs[key] for key in (*common.CAMERAS, "state", "instruction")}
     pairs["obs"] = common.blank_images(obs) if cfg.blank_images else obs
-    units, held = {}, torch.zeros(len(pairs["mask"]), dtype=torch.bool)
-    if cfg.holdout:
-        rows = disk.read_jsonl(cfg.pairs_dir / "pairs.jsonl", "suite task unit")
-        for row in rows:
-            units.setdefault((row["suite"], row["task"]), set()).add(row["unit"])
-        last = {task: sorted(numbers)[-cfg.holdout :] for task, numbers in units.items()}
-        held = torch.tensor([row["unit"] in last[row["suite"], row["task"]] for row in rows])
-        refuse(
-            bool(held.all()), f"dpo.holdout={cfg.holdout} leaves none of the {len(rows)} pairs to train on"
-        )
+    held = (
+        pairs["attempt"] % cfg.held_out == 0 if cfg.held_out else torch.zeros(len(obs["state"]), dtype=bool)
+    )
+    refuse(bool(held.all()), f"held_out={cfg.held_out} leaves no pair to train on")
     return tuple(common.select(pairs, part.nonzero()[:, 0]) for part in (~held, held))
 
 
@@ -286,7 +279,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
         warn_about_scale(disk.read_jsonl(run.dir / "metrics.jsonl"))
         save_adapter(adapted, run.dir)
     facts = {"beta": beta, "trainable": k, "pairs": n}
-    return facts | ({"delivered": delivered(policy, held)} if cfg.holdout else {})
+    return facts | ({"delivered": delivered(policy, held)} if cfg.held_out else {})
 
 
 def metrics(loss: torch.Tensor, rewards: dict, pi_w: torch.Tensor, pi_l: torch.Tensor) -> dict[str, float]:

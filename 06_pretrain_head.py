@@ -453,7 +453,7 @@ def recall_rows(frames: Frames, heads: dict, cfg: Config) -> list[dict]:
                 "metric": f"recall@{k}",
                 "features": name,
                 "value": recall.mean(),
-                "ci95": stats.cluster_bootstrap(recall, frames.episode[asked][of], n=2000),
+                "ci95": stats.over_clusters(recall, frames.episode[asked][of]),
             }
             rows.append(row)
             if name == "proprioception":  # chance once, as the last row
@@ -493,7 +493,7 @@ def progress_rows(frames: Frames, heads: dict, cfg: Config) -> list[dict]:
                 "metric": metric,
                 "features": name,
                 "value": float(np.mean(values)),
-                "ci95": stats.cluster_bootstrap(np.array(values), episodes, n=2000),
+                "ci95": stats.over_clusters(np.array(values), episodes),
             }
             for metric, unit, values in (
                 ("rising", "share", rising),

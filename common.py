@@ -158,7 +158,7 @@ def demonstrations(cfg, holdout: int) -> Iterator[tuple[str, bool, Demo]]:
 
 
 def read_pairs(folder: Path, policy=None) -> dict:
-    """The preference pairs of 02: the tensors of pairs.safetensors, and `instruction`, a list of N strings.
+    """The pairs of 02: its tensors, `instruction` (N strings), and `attempt` (N,), the number of each.
 
     Raises:
         UserError: something is missing, not finite or of another shape, the policy's chunk length included.
@@ -170,6 +170,9 @@ def read_pairs(folder: Path, policy=None) -> dict:
     refuse(absent, f"{path} lacks {', '.join(absent)}; {again}")
     rows = disk.read_jsonl(folder / "pairs.jsonl", "instruction")
     pairs["instruction"] = [row["instruction"] for row in rows]
+    source = [(row.get("suite"), row.get("task"), row.get("unit", i)) for i, row in enumerate(rows)]
+    number = {key: i for i, key in enumerate(dict.fromkeys(source))}
+    pairs["attempt"] = torch.tensor([number[key] for key in source])
     n, h, size = len(rows), pairs["mask"].shape[1:2], pairs["agentview"].shape[1:2]
     image, chunk = (n, *size, *size, 3), (n, *h, 7)
     for key, shape in zip(keys, (image, image, (n, 8), chunk, chunk, (n, *h)), strict=True):
@@ -188,7 +191,7 @@ LOG_SNR = math.log(99)  # scheme "logsnr": |log((1-t) / t)| <= LOG_SNR, so t lie
 
 SURROGATES = {  # what stands for log p(a | o) of a flow policy -> the scheme of its draws (t, eps)
     "paper": "stratified",  # its text: T = 4 times, a noise for each; the four terms of the loss share them
-    "antithetic": "antithetic",  # at each of T/2 times a noise and its mirror image
+    "mirrored": "mirrored",  # at each of T/2 times a noise and its mirror image
     "elbo": "logsnr",  # the evidence lower bound, in nats up to a constant
     "independent": "iid",  # the paper's code: fresh draws, and augmented images, in each of the four terms
     "exact": "",  # no surrogate: the likelihood itself (backbones/likelihood.py)
@@ -225,13 +228,13 @@ def make_draws(batch: int, horizon: int, dim: int, k: int, generator: torch.Gene
     """K draws (t, eps) for each of `batch` chunks. scheme:
 
     "stratified": t at the midpoints of k equal strata, the paper's {0.125, 0.375, 0.625, 0.875} for k = 4.
-    "antithetic": k/2 stratified times, each with a noise and its mirror image.
+    "mirrored": k/2 stratified times, each with a noise and its mirror image.
     "iid": t ~ Beta(1.5, 1) * 0.999 + 0.001, openpi's training distribution (models_pytorch/pi0_pytorch.py).
     "beta": the same, stratified over the k draws of a chunk, which leaves its marginal as it is.
     "logsnr": log((1-t)/t) at the midpoints of k strata; goes with the weight of that name.
     """
-    one_of("scheme of draws", scheme, ("stratified", "antithetic", "iid", "beta", "logsnr"))
-    if scheme == "antithetic":
+    one_of("scheme of draws", scheme, ("stratified", "mirrored", "iid", "beta", "logsnr"))
+    if scheme == "mirrored":
         half = make_draws(batch, horizon, dim, k // 2, generator, "stratified")
         return Draws(half.t.repeat(2, 1), torch.cat([half.eps, -half.eps]))
     strata = torch.arange(k)[:, None].expand(k, batch)
@@ -428,6 +431,7 @@ class AdapterConfig(PairsConfig):
     adapter: Literal["lora", "dora"] = "lora"
     adapters_from: str = ""  # folder with lora/ and dora/, adapters that 04 and 07 take; empty = 03's
     surrogate: Literal[tuple(SURROGATES)] = "paper"  # what DPO takes for log p of a flow policy
+    held_out: int = 0  # 03 leaves the pairs of every so-manieth attempt to 07, which measures margins on them
 
     @property
     def made_adapter(self) -> Path:

@@ -7,8 +7,8 @@ writes  runs/blocks/ and runs/blocks_<arm>/, by the stages themselves; results/l
         per episode, and seed<k>.json: what each arm trained on, and how far it moved the held-out pairs
 cost    an hour and a half on two idle cores for six arms; stopped at any moment, the same command goes on
 
-All arms start from one snapshot and train on one set of pairs, and each plays the same 400 episodes. The last
-attempt of each layout that gave a pair is kept from all arms, to measure what they learned.
+All arms start from one snapshot and train on one set of pairs, and each plays the same 400 episodes. Every
+fifth attempt with a pair is kept from all arms, to measure what they learned.
 """
 
 import csv
@@ -17,13 +17,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
-
 from runtime import HERE, disk, one_of, refuse, stage
 
 CONFIG, OUT = "configs/blocks.yaml", HERE / "results" / "look"
-START = 2250  # the snapshot of 01 that all arms start from, chosen on validation states
+START = 2000  # the snapshot of 01 that all arms start from, chosen on validation states
 # the paper's; its beta of 0.1 multiplies a mean over 8 x 7 numbers, ours a sum
+HELD_OUT = 5  # as in the config
 PAPER = "dpo.beta=0.0017857 dpo.batch_size=1 dpo.steps=500 dpo.lr=5e-5 dpo.warmup=100"
 ARMS = {  # arm -> what 03 is given beside the config; A is the snapshot itself
     "A": "",
@@ -31,7 +30,7 @@ ARMS = {  # arm -> what 03 is given beside the config; A is the snapshot itself
     "C": "dpo.sft_coef=0.25 dpo.contrast=0",  # the anchor alone
     "D": "dpo.sft_coef=0.25",  # contrast and anchor
     "E": "dpo.sft_coef=2",  # mostly anchor, the kit's default
-    "F": "dpo.sft_coef=0.25 dpo.contrast=0",  # filtered behaviour cloning
+    "F": "dpo.sft_coef=0.25 dpo.contrast=0 held_out=0",  # filtered behaviour cloning
     "D-dora": "dpo.sft_coef=0.25 adapter=dora",
     "D-elbo": "dpo.sft_coef=0.25 surrogate=elbo",
     "D-exact": "dpo.sft_coef=0.25 surrogate=exact",
@@ -46,22 +45,23 @@ def run(script: str, *settings: str) -> None:
     refuse(code, f"{script} stopped with code {code}; mend it, and give the same command again")
 
 
-def successes(prefs: Path, folder: Path) -> None:
-    """Pairs that clone what worked: chosen and rejected are the first chunk of a successful play-out. Behind
-    them stand the true pairs of each layout's last attempt with one, which 03 holds out.
+def successes(prefs: Path, folder: Path, held_out: int) -> None:
+    """Pairs that clone what worked: chosen and rejected are the first chunk of a successful play-out.
+    Attempts whose pairs 03 holds out are left out here too.
     """
-    rows, tries = (disk.read_jsonl(prefs / f"{kind}.jsonl") for kind in ("pairs", "tried"))
-    pairs, tried = (disk.load_tensors(prefs / f"{kind}.safetensors") for kind in ("pairs", "tried"))
-    last = {(row["suite"], row["task"]): row["unit"] for row in rows}  # rows are in the order of attempts
-    held = [i for i, row in enumerate(rows) if row["unit"] == last[row["suite"], row["task"]]]
-    before = [row["unit"] < last.get((row["suite"], row["task"]), 0) for row in tries]
-    won = [i for i, row in enumerate(tries) if row["success"] and before[i]]
+    names = [(row["suite"], row["task"], row["unit"]) for row in disk.read_jsonl(prefs / "pairs.jsonl")]
+    held = list(dict.fromkeys(names))[::held_out]  # as common.read_pairs counts attempts
+    rows, tried = disk.read_jsonl(prefs / "tried.jsonl"), disk.load_tensors(prefs / "tried.safetensors")
+    won = [
+        i
+        for i, row in enumerate(rows)
+        if row["success"] and (row["suite"], row["task"], row["unit"]) not in held
+    ]
     tried |= {"chosen": tried["chunk"], "rejected": tried["chunk"]}
     keys = ("agentview", "wrist", "state", "chosen", "rejected", "mask")
     folder.mkdir(parents=True, exist_ok=True)
-    both = {key: torch.cat([tried[key][won], pairs[key][held]]) for key in keys}
-    disk.save_tensors(folder / "pairs.safetensors", both)
-    disk.write_rows(folder / "pairs.jsonl", [tries[i] for i in won] + [rows[i] for i in held])
+    disk.save_tensors(folder / "pairs.safetensors", {key: tried[key][won] for key in keys})
+    disk.write_rows(folder / "pairs.jsonl", [rows[i] for i in won])
 
 
 def collect(seed: int) -> None:
@@ -72,7 +72,8 @@ def collect(seed: int) -> None:
     for arm in ARMS:
         folder = HERE / "runs" / ("blocks" if arm == "A" else f"blocks_{arm}") / "pi05" / f"seed{seed}"
         for path in sorted(folder.glob("dpo-*/done.json")):
-            record[arm] = {key: disk.read_json(path)[key] for key in ("beta", "pairs", "delivered")}
+            facts = disk.read_json(path)
+            record[arm] = {key: facts[key] for key in ("beta", "pairs", "delivered") if key in facts}
         for path in sorted(folder.glob("eval-*/episodes.jsonl")):
             rows = [row for row in disk.read_jsonl(path) if row["init_state"] >= 40]  # not validation states
             writer.writerows(
@@ -93,7 +94,7 @@ def main(seed: str, *arms: str) -> None:
     run("00_demos.py")
     run("01_sft.py", own)
     run("02_collect_prefs.py", own, at)
-    successes(HERE / prefs, HERE / block / "successes")
+    successes(HERE / prefs, HERE / block / "successes", HELD_OUT)
     for arm in arms or list(ARMS)[:6]:
         given, policy = [own, at], "policy=sft"
         if arm != "A":

@@ -18,38 +18,22 @@ def tensors(first: int, n: int, *chunks: str) -> dict:
     return {key: values.clone() for key in (*KEYS, *chunks)}
 
 
-@pytest.fixture
-def prefs(tmp_path):
-    """Two tasks. Pairs come from attempts 0 and 2 of task 0, and from attempt 1 of task 1."""
+def test_cloning_takes_the_successes_of_attempts_that_are_not_held_out(tmp_path):
+    """Attempts with pairs: (0, 0), (0, 2), (1, 1). With held_out=2, the first and third are held."""
     pairs = [(0, 0), (0, 2), (0, 2), (1, 1)]
-    tried = [
-        (0, 0, True),
-        (0, 0, False),
-        (0, 1, True),
-        (0, 2, True),
-        (0, 3, True),
-        (1, 0, True),
-        (1, 1, True),
-    ]
+    tried = [(0, 0, True), (0, 1, True), (0, 2, False), (0, 2, True), (1, 0, True), (1, 1, True)]
     names = {"suite": "libero_object", "instruction": "look"}
     disk.write_rows(tmp_path / "pairs.jsonl", [names | {"task": t, "unit": u} for t, u in pairs])
     rows = [names | {"task": t, "unit": u, "success": s} for t, u, s in tried]
     disk.write_rows(tmp_path / "tried.jsonl", rows)
-    disk.save_tensors(tmp_path / "pairs.safetensors", tensors(100, 4, "chosen", "rejected"))
-    disk.save_tensors(tmp_path / "tried.safetensors", tensors(0, 7, "chunk"))
-    return tmp_path
-
-
-def test_cloning_takes_the_successes_before_the_attempt_held_out(prefs, tmp_path):
-    blocks.successes(prefs, tmp_path / "f")
+    disk.save_tensors(tmp_path / "tried.safetensors", tensors(0, 6, "chunk"))
+    blocks.successes(tmp_path, tmp_path / "f", 2)
     made, rows = (
         disk.load_tensors(tmp_path / "f/pairs.safetensors"),
         disk.read_jsonl(tmp_path / "f/pairs.jsonl"),
     )
-    # successes of attempts 0 and 1 of task 0, and 0 of task 1; then the pairs of the last attempts with one
-    assert made["chosen"][:, 0].tolist() == [0, 2, 5, 101, 102, 103]
-    assert torch.equal(made["chosen"][:3], made["rejected"][:3])
-    assert [(row["task"], row["unit"]) for row in rows] == [(0, 0), (0, 1), (1, 0), (0, 2), (0, 2), (1, 1)]
+    assert made["chosen"][:, 0].tolist() == made["rejected"][:, 0].tolist() == [1, 3, 4]
+    assert [(row["task"], row["unit"]) for row in rows] == [(0, 1), (0, 2), (1, 0)]
 
 
 def test_a_block_writes_every_held_out_episode_of_its_arms(tmp_path, monkeypatch):

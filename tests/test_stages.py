@@ -506,21 +506,21 @@ def test_pairing_uses_the_same_episodes_only():
 
 
 # --------------------------------------------------------------------------------------------- pairs held out
-def test_the_last_attempts_of_each_task_are_held_out_of_training(tmp_path):
-    cfg = dpo.Config(pairs_from=str(TRY / "prefs"), holdout=1)
+def test_every_second_attempt_is_held_out_of_training():
+    cfg = dpo.Config(pairs_from=str(TRY / "prefs"), held_out=2)
     policy = backbones.load_policy(HERE / "checkpoints/tiny_libero_object")
     rows = disk.read_jsonl(TRY / "prefs" / "pairs.jsonl")
-    last = {row["task"]: max(r["unit"] for r in rows if r["task"] == row["task"]) for row in rows}
-    is_held = [row["unit"] == last[row["task"]] for row in rows]
+    attempts = list(dict.fromkeys((row["task"], row["unit"]) for row in rows))
+    is_held = [(row["task"], row["unit"]) in attempts[::2] for row in rows]
     pairs, held = dpo.load_pairs(cfg, policy)
-    everything, none = dpo.load_pairs(replace(cfg, holdout=0), policy)
+    everything, none = dpo.load_pairs(replace(cfg, held_out=0), policy)
     assert len(none["mask"]) == 0 and 0 < len(held["mask"]) < len(rows)
     for part, wanted in ((pairs, False), (held, True)):
         index = [i for i, h in enumerate(is_held) if h == wanted]
         assert torch.equal(part["chosen"], everything["chosen"][index])
         assert torch.equal(part["obs"]["agentview"], everything["obs"]["agentview"][index])
-    with pytest.raises(UserError, match="leaves none of the"):
-        dpo.load_pairs(replace(cfg, holdout=100), policy)
+    with pytest.raises(UserError, match="leaves no pair"):
+        dpo.load_pairs(replace(cfg, held_out=1), policy)
 
 
 def test_what_is_delivered_is_zero_before_training_and_grows_on_the_pairs_trained_on():
