@@ -250,6 +250,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
         loss.backward()
         run.average_gradients(parameters)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip)
+        run.check(grad_norm, step, "gradient")
         lr = run.set_learning_rate(optimizer, step)
         optimizer.step()
         optimizer.zero_grad()

@@ -269,6 +269,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
         total.backward()
         run.average_gradients(trained)
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, cfg.grad_clip)
+        run.check(grad_norm, step, "gradient")
         lr = run.set_learning_rate(optimizer, step)
         optimizer.step()
         optimizer.zero_grad()

@@ -203,7 +203,8 @@ RESULTS = {  # heading -> cell. over tasks: their t interval. p: exact McNemar o
 def main(cfg: Config, run: stage.Run) -> dict:
     jobs = [(cfg, run.dir, suite, task) for suite, task in tasks(cfg)]
     total, title = len(jobs) * cfg.n_init, f"eval {cfg.policy_name}"
-    workers.run(evaluate, ranks.share(jobs), cfg.workers, title, lambda: len(episodes.played(run.dir)), total)
+    so_far = (lambda: len(episodes.played(run.dir))), total, (lambda: episodes.solved(run.dir))
+    workers.run(evaluate, ranks.share(jobs), cfg.workers, title, *so_far)
     return episodes.finish(run, policy=cfg.policy_name)
 
 

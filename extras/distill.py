@@ -111,6 +111,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
         # 3. one step of the optimiser, and the log
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(student.expert.parameters(), 1.0)
+        run.check(grad_norm, step, "gradient")
         run.set_learning_rate(optimizer, step)
         optimizer.step()
         optimizer.zero_grad()
