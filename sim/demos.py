@@ -25,7 +25,7 @@ from common import INIT_GROUPS
 from runtime import UserError, one_line, refuse
 
 H5PY_ERRORS = (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError)
-IN_MEMORY = 2**29  # bytes of a camera's images that a stage reads all at once; more stay on disk
+IN_MEMORY = 4 * 10**8  # bytes of a camera's images that a stage reads all at once; more stay on disk
 ENDING = "_demo.hdf5"  # of LIBERO's names, and of all who follow them
 
 
@@ -63,19 +63,15 @@ class Films:
 
     def select(self, index: torch.Tensor) -> torch.Tensor:
         films = np.searchsorted(self.ends, index, side="right")
-        frames = [self.films[k][i - self.ends[k]] for k, i in zip(films, index.tolist(), strict=True)]
-        return torch.from_numpy(np.stack(frames))
+        rows = [self.films[k][i - self.ends[k]] for k, i in zip(films, index.tolist(), strict=True)]
+        return torch.from_numpy(np.stack(rows))
 
 
 def frames(films: list[Film]) -> torch.Tensor | Films:
     """The frames (N, S, S, 3) of many demonstrations: a tensor, or Films where they exceed IN_MEMORY."""
-    ends, size = np.cumsum([len(film.rows) for film in films]), films[0].size
-    if ends[-1] * size**2 * 3 > IN_MEMORY:
+    if sum(len(film.rows) * film.size**2 * 3 for film in films) > IN_MEMORY:
         return Films(films)
-    images = np.empty((ends[-1], size, size, 3), np.uint8)
-    for film, end in zip(films, ends, strict=True):
-        images[end - len(film.rows) : end] = film[:]
-    return torch.from_numpy(images)
+    return torch.from_numpy(np.concatenate([film[:] for film in films]))
 
 
 @dataclass
@@ -110,33 +106,23 @@ def acting(actions: np.ndarray) -> np.ndarray:
 
 
 def check_meaning(whose: str, actions: np.ndarray, state: np.ndarray) -> None:
-    """UserError unless the actions are those of LIBERO's controller: in [-1, 1]; of the gripper -1 opens."""
+    """UserError unless all is finite and the actions are LIBERO's: in [-1, 1], of the gripper -1 to open."""
+    finite = np.isfinite(actions).all() and np.isfinite(state).all()
+    refuse(not finite, f"{whose} values that are not finite; get it again, or record it with 00_demos.py")
+    refuse(
+        np.abs(actions).max() > 1 + 1e-6, f"{whose} actions beyond [-1, 1], LIBERO's range: scale them back"
+    )
     grip, gap = actions[:, 6], state[:, 6] - state[:, 7]  # metres between the fingers
-    most = np.abs(actions).max()
     refuse(
-        most > 1 + 1e-6, f"{whose} actions up to {most:.3g}, where LIBERO's lie in [-1, 1]: scale them back"
+        0 <= grip.min() < grip.max(),
+        f"{whose} no gripper command below 0: LIBERO's is -1 to open, 1 to close",
     )
-    wrong = f"{grip.min():.3g} to {grip.max():.3g}: LIBERO's is -1 to open and 1 to close; convert it"
-    refuse(0 <= grip.min() < grip.max(), f"{whose} a gripper command of {wrong}")
-    metres = gap.min() > -0.01 and gap.max() < 0.1
+    closes = (
+        (np.diff(gap) * grip[:-1]).sum() < 0.01 or gap.min() < -0.01 or gap.max() > 0.1
+    )  # no metres: unknown
     refuse(
-        metres and (np.diff(gap) * grip[:-1]).sum() > 0.01,
-        f"{whose} fingers that open when told to close: LIBERO's command is -1 to open; change its sign",
+        not closes, f"{whose} fingers that open at 1, which closes them in LIBERO; change the command's sign"
     )
-
-
-def stands_after(group: h5py.Group, official: bool) -> bool:
-    """Whether the observations of a demonstration stand after their actions.
-
-    The simulator's states stand before. So the arm's joints tell; in a file without both, its origin does.
-    """
-    if "states" not in group or "joint_states" not in group["obs"]:
-        return official
-    joints, states = (
-        group["obs/joint_states"][()],
-        group["states"][:, 1:8],
-    )  # behind the time: the arm's joints
-    return np.abs(joints[:-1] - states[1:]).sum() < np.abs(joints[:-1] - states[:-1]).sum()
 
 
 def read_demos(path: Path, task: int) -> Iterator[Demo]:
@@ -176,7 +162,10 @@ def read_demos(path: Path, task: int) -> Iterator[Demo]:
             refuse(not as_usual, f"{bad} unexpected shapes; is this a LIBERO demonstration file?")
             rows, no_ops, state = np.arange(len(steps)), 0, state.astype(np.float32)
             if "image_steps" not in obs:
-                late = int(stands_after(group, official="problem_info" in data.attrs))
+                late = int("problem_info" in data.attrs)  # after its action, unless the arm's joints tell
+                if "states" in group and "joint_states" in obs:  # states: time, the arm's joints, ...; before
+                    joints, states = obs["joint_states"][:-1], group["states"][:, 1:8]
+                    late = int(np.abs(joints - states[1:]).sum() < np.abs(joints - states[:-1]).sum())
                 actions, state = actions[late:], state[: len(state) - late]
                 rows = acting(actions)
                 refuse(not len(rows), f"{bad} no step in which the robot moves; leave it out")

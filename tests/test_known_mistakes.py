@@ -284,7 +284,7 @@ def test_what_is_held_out_and_what_belongs_together(tmp_path):
     train, val, _ = sft.load_data(cfg, 4)
     assert len(train["chunk"]) == 3 * 4 and len(val["chunk"]) == 4 and len(train["all_actions"]) == 3 * 13
     held = list(read_demos(cfg.data_dir / "libero_object" / "task_00.hdf5", 0))[3]
-    assert held.init_state == 2 and np.array_equal(val["agentview"], held.agentview)
+    assert held.init_state == 2 and np.array_equal(val["agentview"], held.agentview[:])
     for part in (train, val):  # an image's state and first action are those of its own step
         step = torch.tensor([0, 4, 8, 12]).repeat(len(part["chunk"]) // 4) / 100
         close(part["state"][:, 0], step)
