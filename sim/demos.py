@@ -62,7 +62,7 @@ class Films:
         self.films, self.ends = films, np.cumsum([len(film.rows) for film in films])
 
     def select(self, index: torch.Tensor) -> torch.Tensor:
-        films = np.searchsorted(self.ends, index, side="right")
+        films = np.searchsorted(self.ends, index.numpy(), side="right")
         rows = [self.films[k][i - self.ends[k]] for k, i in zip(films, index.tolist(), strict=True)]
         return torch.from_numpy(np.stack(rows))
 
