@@ -19,7 +19,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from operator import itemgetter
 from pathlib import Path
 
@@ -93,17 +93,12 @@ def read_numbers(folder: Path, columns: dict, total: int) -> dict[int, tuple[int
 # ----------------------------------------------------------------------------------------------------- images
 def clip(path: Path, start: float, steps: int, fps: float) -> np.ndarray:
     """The frames (steps, S, S, 3) of a video from `start` seconds on."""
-    frames = {}
     with av.open(str(path)) as video:
-        stream = video.streams.video[0]
-        video.seek(int(start / stream.time_base), stream=stream)  # to a key frame at or before it
-        for frame in video.decode(stream):
-            step = round((frame.time - start) * fps)
-            if 0 <= step < steps:
-                frames[step] = frame.to_ndarray(format="rgb24")
-            if step >= steps - 1:
-                break
-    refuse(len(frames) != steps, f"{path} lacks frames from {start:.2f} s on; download it again")
+        video.seek(int(start * av.time_base))  # to a key frame at or before it
+        end = start + (steps - 0.5) / fps
+        shown = itertools.takewhile(lambda frame: frame.time < end, video.decode(video=0))
+        frames = {round((frame.time - start) * fps): frame.to_ndarray(format="rgb24") for frame in shown}
+    refuse(set(range(steps)) - set(frames), f"{path} lacks frames from {start:.2f} s on; download it again")
     return np.stack([frames[step] for step in range(steps)])
 
 
@@ -132,22 +127,20 @@ def pngs(folder: Path, info: dict, key: str, episodes: dict[int, int]) -> Iterat
 # ------------------------------------------------------------------------------------------------------- main
 def write(folder: Path, episodes: dict, of: dict[int, str], films: list[Iterator], size: int) -> None:
     """The files of all tasks. of: episode -> file."""
-    files, names = {}, ("ee_pos", "ee_ori", "gripper_states", "agentview_rgb", "eye_in_hand_rgb")
-    with ExitStack() as stack:
-        for number, *views in zip(workers.progress(of, unit="episode"), *films, strict=True):
-            _, actions, state = episodes[number]
-            seen, image = [view.shape for view in views], (len(actions), size, size, 3)
-            refuse(seen != [image] * 2, f"episode {number} has images of shapes {seen}, not {image}")
-            if of[number] not in files:
-                (folder / of[number]).parent.mkdir(exist_ok=True)
-                file = stack.enter_context(h5py.File(folder / of[number], "w"))
-                files[of[number]] = file.create_group("data")
-                files[of[number]].attrs["macros_image_convention"] = "opengl"  # upside down
-            demo = files[of[number]].create_group(f"demo_{len(files[of[number]])}")
-            demo["actions"] = actions
-            rows = [*np.split(state, [3, 6], axis=1), *(view[:, ::-1, ::-1] for view in views)]
+    names = ("actions", "obs/ee_pos", "obs/ee_ori", "obs/gripper_states")
+    names += ("obs/agentview_rgb", "obs/eye_in_hand_rgb")
+    for number, *views in zip(workers.progress(of, unit="episode"), *films, strict=True):
+        _, actions, state = episodes[number]
+        seen, image = [view.shape for view in views], (len(actions), size, size, 3)
+        refuse(seen != [image] * 2, f"episode {number} has images of shapes {seen}, not {image}")
+        (folder / of[number]).parent.mkdir(parents=True, exist_ok=True)
+        with h5py.File(folder / of[number], "a") as file:
+            data = file.require_group("data")
+            data.attrs["macros_image_convention"] = "opengl"  # upside down
+            rows = (actions, *np.split(state, [3, 6], axis=1), *(view[:, ::-1, ::-1] for view in views))
+            demo = data.create_group(f"demo_{len(data)}")
             for name, row in zip(names, rows, strict=True):
-                demo[f"obs/{name}"] = row
+                demo[name] = row
 
 
 def convert(source: Path, target: Path, tasks: dict[str, list[str]]) -> str:
@@ -170,15 +163,11 @@ def convert(source: Path, target: Path, tasks: dict[str, list[str]]) -> str:
         need > free,
         f"{target} will take {need / 1e9:.1f} GB, but {free / 1e9:.1f} are free; name fewer suites",
     )
-    films = []
-    for key in (columns[camera] for camera in common.CAMERAS):
-        read = videos if info["features"][key]["dtype"] == "video" else pngs
-        films.append(read(source, info, key, steps))
+    videos_of = {key: info["features"][key]["dtype"] == "video" for key in map(columns.get, common.CAMERAS)}
+    films = [(videos if video else pngs)(source, info, key, steps) for key, video in videos_of.items()]
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
-        whole = Path(temporary, "whole")
-        whole.mkdir()
-        write(whole, episodes, of, films, size)
-        whole.rename(target)
+        write(Path(temporary, "whole"), episodes, of, films, size)
+        Path(temporary, "whole").rename(target)
     suites = sorted({file.partition("/")[0] for file in of.values()})
     made = (
         f"{len(of)} episodes of {len({*of.values()})} tasks are in {target}; if tasks are missing, use tasks="

@@ -98,11 +98,9 @@ def sentence(stem: str) -> str:
 
 def acting(actions: np.ndarray) -> np.ndarray:
     """The steps that do something: the hand moves, or the gripper is told another thing than before."""
-    still, kept = np.linalg.norm(actions[:, :6], axis=1) < 1e-4, []
-    for step, grip in enumerate(actions[:, 6]):
-        if not still[step] or (kept and grip != actions[kept[-1], 6]):
-            kept.append(step)
-    return np.array(kept, int)
+    moves, grip = np.linalg.norm(actions[:, :6], axis=1) >= 1e-4, actions[:, 6]
+    acts = moves | (np.diff(grip, prepend=grip[:1]) != 0)
+    return np.flatnonzero(acts & np.logical_or.accumulate(moves))  # nothing before the first movement
 
 
 def check_meaning(whose: str, actions: np.ndarray, state: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""LeRobotDatasets, by way of extras/from_lerobot.py: files of lerobot's own writer, and what is wrong with some.
+"""LeRobotDatasets, by way of extras/from_lerobot.py: lerobot's own files, and spoilt ones.
 
 Needs the extra: pip install -e '.[lerobot-data]'
 """
