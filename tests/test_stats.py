@@ -143,3 +143,7 @@ def test_equivalence_at_the_bound_is_found_in_one_case_of_twenty():
     values = g.normal(0.03, 0.02, (20_000, 12))
     found = [stats.tost(v.mean(), v.std(ddof=1) / np.sqrt(12), 11, 0.03) < 0.05 for v in values]
     assert np.mean(found) == pytest.approx(0.05, abs=0.005)
+
+
+def test_one_cluster_gives_a_range_that_json_can_hold():
+    assert stats.over_clusters(np.array([0.0, 1.0, 1.0]), np.zeros(3, int)) == (0.0, 1.0)
