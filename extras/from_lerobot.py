@@ -171,9 +171,7 @@ def convert(source: Path, target: Path, tasks: dict[str, list[str]]) -> str:
         write(Path(temporary, "whole"), episodes, of, films, size)
         Path(temporary, "whole").rename(target)
     suites = sorted({file.partition("/")[0] for file in of.values()})
-    made = (
-        f"{len(of)} episodes of {len({*of.values()})} tasks are in {target}. Next:"
-    )
+    made = f"{len(of)} episodes of {len({*of.values()})} tasks are in {target}. Next:"
     adopt = f"demos.source={target} suites=[{','.join(suites)}] image_size={size}"
     return f"{made}\npython 00_demos.py CONFIG {adopt}"
 
