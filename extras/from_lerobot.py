@@ -116,7 +116,9 @@ def videos(folder: Path, info: dict, key: str, episodes: dict[int, int]) -> Iter
 
 def pngs(folder: Path, info: dict, key: str, episodes: dict[int, int]) -> Iterator[np.ndarray]:
     """The same of a dataset with images in parquet, a few of which are in memory at a time."""
-    files = map(pq.ParquetFile, sorted(folder.glob("data/*/*.parquet")))
+    paths = sorted(folder.glob("data/*/*.parquet"))
+    little = {"buffer_size": 2**20, "pre_buffer": False}  # else it holds whole row groups
+    files = (pq.ParquetFile(path, **little) for path in paths)
     batches = (batch for file in files for batch in file.iter_batches(16, columns=["episode_index", key]))
     rows = (row for batch in batches for row in zip(*(c.to_pylist() for c in batch), strict=True))
     for number, cells in itertools.groupby(rows, itemgetter(0)):
@@ -169,9 +171,7 @@ def convert(source: Path, target: Path, tasks: dict[str, list[str]]) -> str:
         write(Path(temporary, "whole"), episodes, of, films, size)
         Path(temporary, "whole").rename(target)
     suites = sorted({file.partition("/")[0] for file in of.values()})
-    made = (
-        f"{len(of)} episodes of {len({*of.values()})} tasks are in {target}; if tasks are missing, use tasks="
-    )
+    made = f"{len(of)} episodes of {len({*of.values()})} tasks are in {target}. Next:"
     adopt = f"demos.source={target} suites=[{','.join(suites)}] image_size={size}"
     return f"{made}\npython 00_demos.py CONFIG {adopt}"
 
