@@ -105,8 +105,8 @@ def over_clusters(values: np.ndarray, clusters: np.ndarray) -> tuple[float, floa
     often as it says (tests/test_stats.py), where a percentile bootstrap over ten tasks covers 90.5 %. One
     cluster tells nothing of others: then it is the range of the values.
     """
-    names, cluster = np.unique(clusters, return_inverse=True)
-    if len(names) == 1:
+    _, cluster = np.unique(clusters, return_inverse=True)
+    if not np.any(cluster):
         return float(np.min(values)), float(np.max(values))
     counts, mean = np.bincount(cluster), np.mean(values)
     return t_interval(mean + (np.bincount(cluster, values) - mean * counts) / counts.mean())
