@@ -190,9 +190,9 @@ def load_pairs(cfg: Config, policy) -> tuple[dict, dict]:
         pairs["mask"] = torch.ones_like(pairs["mask"])
     obs = {key: pairs[key] for key in (*common.CAMERAS, "state", "instruction")}
     pairs["obs"] = common.blank_images(obs) if cfg.blank_images else obs
-    held = (
-        pairs["attempt"] % cfg.held_out == 0 if cfg.held_out else torch.zeros(len(obs["state"]), dtype=bool)
-    )
+    held = torch.zeros(len(pairs["mask"]), dtype=torch.bool)
+    if cfg.held_out:
+        held = pairs["attempt"] % cfg.held_out == 0
     refuse(bool(held.all()), f"held_out={cfg.held_out} leaves no pair to train on")
     return tuple(common.select(pairs, part.nonzero()[:, 0]) for part in (~held, held))
 
@@ -219,10 +219,8 @@ def delivered(policy, pairs: dict) -> dict:
     flow policy, the exact value of an autoregressive one.
     """
     n = len(pairs["mask"])
-    batch, draws = (
-        batch_of(pairs, torch.arange(n)),
-        policy.draws(n, 64, common.stream(0, "held out"), "logsnr"),
-    )
+    batch = batch_of(pairs, torch.arange(n))
+    draws = policy.draws(n, 64, common.stream(0, "held out"), "logsnr")
     with policy.reference():
         ref_w, ref_l = log_probs(policy, *batch, draws, "logsnr")
     pi_w, pi_l = log_probs(policy, *batch, draws, "logsnr")

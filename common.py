@@ -69,7 +69,7 @@ def random_shift(images: Tensor, pixels: int, generator: torch.Generator) -> Ten
 
 # ------------------------------------------------------------------------------------------------------ pairs
 def read_pairs(folder: Path, policy=None) -> dict:
-    """The pairs of 02: its tensors, `instruction` (N strings), and `attempt` (N,), the number of each.
+    """02's pairs: their tensors, `instruction` (N strings) and `attempt` (N,), which attempt found each pair.
 
     Raises:
         UserError: something is missing, not finite or of another shape, the policy's chunk length included.
@@ -342,7 +342,7 @@ class AdapterConfig(PairsConfig):
     adapter: Literal["lora", "dora"] = "lora"
     adapters_from: str = ""  # folder with lora/ and dora/, adapters that 04 and 07 take; empty = 03's
     surrogate: Literal[tuple(SURROGATES)] = "paper"  # what DPO takes for log p of a flow policy
-    held_out: int = 0  # 03 leaves the pairs of every so-manieth attempt to 07, which measures margins on them
+    held_out: int = 0  # N: the pairs of every N-th attempt are only measured, not trained on; 0 = none
 
     @property
     def made_adapter(self) -> Path:

@@ -17,12 +17,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import common
 from runtime import HERE, disk, one_of, refuse, stage
+from runtime.config import read_yaml
 
 CONFIG, OUT = "configs/blocks.yaml", HERE / "results" / "look"
 START = 2000  # the snapshot of 01 that all arms start from, chosen on validation states
 # the paper's; its beta of 0.1 multiplies a mean over 8 x 7 numbers, ours a sum
-HELD_OUT = 5  # as in the config
 PAPER = "dpo.beta=0.0017857 dpo.batch_size=1 dpo.steps=500 dpo.lr=5e-5 dpo.warmup=100"
 ARMS = {  # arm -> what 03 is given beside the config; A is the snapshot itself
     "A": "",
@@ -35,7 +36,7 @@ ARMS = {  # arm -> what 03 is given beside the config; A is the snapshot itself
     "D-elbo": "dpo.sft_coef=0.25 surrogate=elbo",
     "D-exact": "dpo.sft_coef=0.25 surrogate=exact",
 }
-FIELDS = ("suite", "task", "init_state", "success", "steps", "crash", "right_place")
+FIELDS = ("seed", "suite", "task", "init_state", "success", "steps", "crash", "right_place")
 
 
 def run(script: str, *settings: str) -> None:
@@ -66,35 +67,34 @@ def successes(prefs: Path, folder: Path, held_out: int) -> None:
 
 def collect(seed: int) -> None:
     """Write what a block has played on held-out states, and what its arms trained on."""
-    table, record = io.StringIO(), {"plan": disk.sha256(OUT / "plan.md"), "commit": stage.git_commit()}
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(("arm", "noise_seed", *FIELDS))
+    about = {"block": seed, "plan": disk.sha256(OUT / "plan.md"), "commit": stage.git_commit()}
+    table, trained = io.StringIO(), {}
+    writer = csv.DictWriter(table, ("block", "arm", *FIELDS), extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
     for arm in ARMS:
         folder = HERE / "runs" / ("blocks" if arm == "A" else f"blocks_{arm}") / "pi05" / f"seed{seed}"
-        for path in sorted(folder.glob("dpo-*/done.json")):
+        for path in folder.glob("dpo-*/done.json"):
             facts = disk.read_json(path)
-            record[arm] = {key: facts[key] for key in ("beta", "pairs", "delivered") if key in facts}
+            trained[arm] = {key: facts[key] for key in ("beta", "pairs", "delivered") if key in facts}
         for path in sorted(folder.glob("eval-*/episodes.jsonl")):
-            rows = [row for row in disk.read_jsonl(path) if row["init_state"] >= 40]  # not validation states
-            writer.writerows(
-                (arm, row["seed"], *(row[key] if key != "success" else int(row[key]) for key in FIELDS))
-                for row in rows
-            )
+            for row in disk.read_jsonl(path):
+                if row["init_state"] in common.INIT_GROUPS["test"]:
+                    writer.writerow(row | {"block": seed, "arm": arm, "success": int(row["success"])})
     disk.write_atomic(OUT / "blocks" / f"seed{seed}.csv", table.getvalue())
-    disk.write_json(OUT / "blocks" / f"seed{seed}.json", record)
+    disk.write_json(OUT / "blocks" / f"seed{seed}.json", about | {"arms": trained})
 
 
 def main(seed: str, *arms: str) -> None:
     refuse(not seed.isdecimal(), f"the training seed must be a whole number, not {seed!r}")
     for arm in arms:
         one_of("arm", arm, list(ARMS))
-    own, at = f"seed={seed}", f"start={START}"
+    own, at, held_out = f"seed={seed}", f"start={START}", read_yaml(HERE / CONFIG)["held_out"]
     block = Path("runs/blocks/pi05", f"seed{seed}")
     prefs = block / f"prefs-branch-at{START}"
     run("00_demos.py")
     run("01_sft.py", own)
     run("02_collect_prefs.py", own, at)
-    successes(HERE / prefs, HERE / block / "successes", HELD_OUT)
+    successes(HERE / prefs, HERE / block / "successes", held_out)
     for arm in arms or list(ARMS)[:6]:
         given, policy = [own, at], "policy=sft"
         if arm != "A":

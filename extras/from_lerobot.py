@@ -105,7 +105,7 @@ def clip(path: Path, start: float, steps: int, fps: float) -> np.ndarray:
 def videos(folder: Path, info: dict, key: str, episodes: dict[int, int]) -> Iterator[np.ndarray]:
     """The frames (T, S, S, 3) of a camera, episode by episode. episodes: number -> T."""
     names, where = [f"videos/{key}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")], {}
-    for path in folder.glob("meta/episodes/*/*.parquet"):  # v3.0; before, each episode has a file of its own
+    for path in folder.glob("meta/episodes/*/*.parquet"):  # v3.0; older formats keep one file per episode
         rows = pq.read_table(path, columns=["episode_index", *names]).to_pylist()
         where |= {row["episode_index"]: [row[name] for name in names] for row in rows}
     for number, steps in episodes.items():

@@ -6,7 +6,6 @@ compares the claim's own number with the data. results/claims.md states the rule
 """
 
 import csv
-import json
 import math
 from collections import defaultdict
 from collections.abc import Callable
@@ -276,23 +275,20 @@ def judged(claim: dict, paper: dict) -> dict:
 def read_blocks(folder: Path) -> tuple[dict, dict]:
     """Episodes by arm and block (one training each), and the nats that each arm's trainings delivered.
 
-    folder: *.jsonl or *.csv with block, arm, task, layout, init, noise and success in each line, or with
-    block, arm and nats: the mean difference of log-ratios, without beta, on held-out pairs of the block.
+    folder: what extras/blocks.py writes. Nats are the mean difference of log-ratios, without beta, on
+    held-out pairs of the block.
 
     Raises:
         UserError: an episode is there twice.
     """
     arms, nats = defaultdict(lambda: defaultdict(list)), defaultdict(list)
-    for path in sorted([*folder.glob("*.jsonl"), *folder.glob("*.csv")]):
-        text = path.read_text().splitlines()
-        for line in csv.DictReader(text) if path.suffix == ".csv" else map(json.loads, text):
-            if "nats" in line:
-                nats[line["arm"]].append(float(line["nats"]))
-                continue
-            row = {"suite": line["layout"], "task": int(line["task"]), "init_state": int(line["init"])}
-            won = str(line["success"]).lower() in ("true", "1")
-            row |= {"seed": int(line["noise"]), "success": won, "crash": line.get("crash") or ""}
-            arms[line["arm"]][int(line["block"])].append(row)
+    for path in sorted(folder.glob("*.csv")):
+        for line in csv.DictReader(path.read_text(encoding="utf-8").splitlines()):
+            numbers = {key: int(line[key]) for key in ("task", "init_state", "seed")}
+            row = {"suite": line["suite"], "success": line["success"] == "1", "crash": line["crash"]}
+            arms[line["arm"]][int(line["block"])].append(row | numbers)
+        for arm, facts in disk.read_json(path.with_suffix(".json"))["arms"].items():
+            nats[arm] += [facts["delivered"]["nats"]] if "delivered" in facts else []
     for arm, blocks in arms.items():
         for block, rows in blocks.items():
             keys = {(episodes.place_of(row), row["seed"]) for row in rows}
@@ -301,38 +297,59 @@ def read_blocks(folder: Path) -> tuple[dict, dict]:
 
 
 def contrasts(plan: dict) -> list[dict]:
-    """The plan's comparisons of arms, each over the blocks that both have; Holm covers its primary ones."""
+    """The plan's comparisons of arms, each over the blocks that both have; Holm covers its primary ones.
+
+    No test is made before the plan's number of blocks is there. Until then only the spread of the effects is
+    used, for what the whole experiment could detect.
+    """
     (arms, nats), rows = read_blocks(RESULTS / plan["folder"]), []
     for new, base in [*plan["primary"], *plan["exploratory"]]:
         blocks = sorted(arms[new].keys() & arms[base].keys())
-        if len(blocks) >= ENOUGH:
-            found = effect({block: (arms[new][block], arms[base][block]) for block in blocks})
-            row = {"new": new, "base": base, "found": found, "blocks": len(blocks), "nats": nats[new]}
-            rows.append(row | {"p": stats.t_test(found.value, found.error, found.df), "p_holm": None})
+        if len(blocks) < ENOUGH:
+            continue
+        found = effect({block: (arms[new][block], arms[base][block]) for block in blocks})
+        whole = found.error * np.sqrt(len(blocks) / plan["blocks"])  # the standard error of all blocks
+        power = partial(lambda d, error: stats.t_power(d / error, plan["blocks"] - 1), error=whole)
+        row = {"new": new, "base": base, "blocks": len(blocks), "detectable": stats.detectable(power)}
+        complete = len(blocks) >= plan["blocks"]
+        p = stats.t_test(found.value, found.error, found.df) if complete else None
+        rows.append(row | {"found": found if complete else None, "nats": nats[new], "p": p, "p_holm": None})
     primary = [row for row in rows if [row["new"], row["base"]] in plan["primary"]]
-    for row, p in zip(primary, stats.holm([row["p"] for row in primary]), strict=True):
-        row["p_holm"] = p
+    if len(primary) == len(plan["primary"]) and all(row["found"] for row in primary):
+        for row, p in zip(primary, stats.holm([row["p"] for row in primary]), strict=True):
+            row["p_holm"] = p
     return rows
 
 
 def outcome(row: dict) -> str:
-    """Of a comparison of arms: nothing but a primary one concludes anything."""
-    sure = row["p_holm"] is not None and row["p_holm"] < 0.05
-    return ("gain" if row["found"].value > 0 else "loss") if sure else "inconclusive"
+    """Of a comparison of arms, in the plan's words. Only a primary one concludes anything."""
+    if row["p_holm"] is None:
+        return "exploratory" if row["found"] else "not complete"
+    found = row["found"]
+    if row["p_holm"] < 0.05:
+        return "supported" if found.value > 0 else "harmful"
+    return (
+        "no effect of interest"
+        if stats.tost(found.value, found.error, found.df, DELTA) < 0.05
+        else "inconclusive"
+    )
 
 
 def contrasts_table(plan: dict) -> str:
-    if not (RESULTS / plan["folder"]).is_dir():
-        return "Not run yet."
+    rows = contrasts(plan)
+    if not rows:
+        return f"Not run yet: fewer than {ENOUGH} of {plan['blocks']} blocks."
     return listing(
-        contrasts(plan),
+        rows,
         {
             "comparison": "{new} - {base}",
-            "blocks": "{blocks}",
-            "effect (95 %)": lambda row: points(row["found"].value, row["found"].interval),
-            "p": lambda row: p_value(row["p"]),
-            "p (Holm)": lambda row: "exploratory" if row["p_holm"] is None else p_value(row["p_holm"]),
-            "detectable, points": lambda row: f"{100 * stats.detectable(row['found'].power):.1f}",
+            "blocks": lambda row: f"{row['blocks']} of {plan['blocks']}",
+            "effect (95 %)": lambda row: (
+                points(row["found"].value, row["found"].interval) if row["found"] else ""
+            ),
+            "p": lambda row: "" if row["p"] is None else p_value(row["p"]),
+            "p (Holm)": lambda row: "" if row["p_holm"] is None else p_value(row["p_holm"]),
+            "detectable, points": lambda row: f"{100 * row['detectable']:.1f}",
             "delivered, nats": lambda row: f"{np.mean(row['nats']):.3g}" if row["nats"] else "",
             "outcome": outcome,
         },
@@ -375,7 +392,7 @@ DETAILS = {
 
 
 def details(claims: list[dict]) -> str:
-    """Each claim in the paper's words, and all that its row of the table rests on."""
+    """Each claim in the paper's words, with everything that its row in the table is based on."""
     parts = []
     for row in claims:
         lines = [f"- {words}: {row[key]}." for key, words in DETAILS.items() if row[key]]

@@ -1,12 +1,12 @@
 """The blocks of the look experiment (extras/blocks.py): F's data, and what is written of a block."""
 
-import csv
 import json
 
 import pytest
 import torch
 
 from extras import blocks
+from report import claims
 from runtime import disk
 from runtime.errors import UserError
 
@@ -59,14 +59,15 @@ def test_a_block_writes_every_held_out_episode_of_its_arms(tmp_path, monkeypatch
             (seed_dir / "dpo-lora").mkdir()
             disk.write_json(seed_dir / "dpo-lora/done.json", facts | {"more": 1})
     blocks.collect(7)
-    with open(tmp_path / "out/blocks/seed7.csv", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert [(r["arm"], r["noise_seed"], r["init_state"]) for r in rows] == [
-        ("A", "7", "40"), ("A", "1007", "41"), ("D", "7", "40"), ("D", "1007", "41"),
-    ]  # fmt: skip
-    assert {r["success"] for r in rows} == {"1"}
+    arms, nats = claims.read_blocks(tmp_path / "out/blocks")  # what the report makes of it
+    assert {arm: list(of_arm) for arm, of_arm in arms.items()} == {"A": [7], "D": [7]} and nats["D"] == [1.0]
+    for arm in "AD":
+        assert [(r["seed"], r["init_state"], r["success"]) for r in arms[arm][7]] == [
+            (7, 40, True),
+            (1007, 41, True),
+        ]
     record = json.loads((tmp_path / "out/blocks/seed7.json").read_text(encoding="utf-8"))
-    assert record["D"] == facts and "A" not in record
+    assert record["arms"] == {"D": facts} and record["plan"] == disk.sha256(tmp_path / "out/plan.md")
 
 
 @pytest.mark.parametrize("words", [[""], ["x"], ["7", "G"]])
