@@ -81,8 +81,8 @@ class Config(common.AdapterConfig):
             "surrogate=exact takes second derivatives: use adapter=lora and dpo.recompute=false",
         )
         refuse(
-            self.surrogate == "antithetic" and self.draws % 2,
-            f"dpo.draws={self.draws} must be even for surrogate=antithetic: noises come in pairs",
+            self.surrogate == "mirrored" and self.draws % 2,
+            f"dpo.draws={self.draws} must be even for surrogate=mirrored: noises come in pairs",
         )
         regex("dpo.targets", self.targets)
         refuse(
@@ -163,14 +163,16 @@ def scorer(policy, cfg: Config) -> tuple[Callable, Callable]:
     return draw, shared
 
 
-def auto_beta(policy, pairs: dict, draw: Callable, score: Callable, cfg: Config) -> float:
-    """1 / std of log p_ref(chosen) - log p_ref(rejected), of 64 to 127 evenly spread pairs (all if fewer).
+def choose_beta(policy, pairs: dict, draw: Callable, score: Callable, cfg: Config) -> float:
+    """dpo.beta. "auto" is 1 / std of log p_ref(chosen) - log p_ref(rejected), known before training.
 
-    It scales the margins to order 1, where DPO's sigmoid is neither flat nor saturated. Known before
-    training.
+    It scales the margins to order 1, where DPO's sigmoid is neither flat nor saturated. A number that is five
+    orders of magnitude away from it is refused. 64 to 127 evenly spread pairs count (all if fewer).
     """
-    n = len(pairs["mask"])
-    refuse(n < 2, "dpo.beta=auto needs two pairs or more; give it a number")
+    n, given = len(pairs["mask"]), as_number(cfg.beta, float)
+    refuse(n < 2 and not given, "dpo.beta=auto needs two pairs or more; give it a number")
+    if n < 2:
+        return given
     index = torch.arange(0, n, max(1, n // 64))
     draws, log_ratios = draw(len(index), common.stream(cfg.seed, "beta")), []
     with policy.reference():
@@ -179,24 +181,26 @@ def auto_beta(policy, pairs: dict, draw: Callable, score: Callable, cfg: Config)
             ref_w, ref_l = score(*batch_of(pairs, index[rows]), shared, ("beta", int(rows[0])))
             log_ratios.append(ref_w - ref_l)
     spread = torch.cat(log_ratios).std(correction=0).item()
-    why = f"the reference's log-probabilities of chosen and rejected chunks differ by {spread:.3g}"
-    refuse(not 1e-5 < spread < 1e9, f"{why}, for all pairs alike; look at the weights, statistics and pairs")
-    return 1.0 / spread
+    why = f"log p_ref(chosen) - log p_ref(rejected) has a standard deviation of {spread:.3g} over the pairs"
+    refuse(not 1e-5 < spread < 1e9, f"{why}; look at the weights, statistics and pairs")
+    beta = given or 1.0 / spread
+    refuse(not 1e-5 < beta * spread < 1e5, f"{why}, too far from dpo.beta={beta:.3g}: take dpo.beta=auto")
+    return beta
 
 
 # ------------------------------------------------------------------------------------------------------- data
-def load_pairs(cfg: Config, policy) -> dict:
-    """The pairs' tensors, and `obs`: their observations."""
+def load_pairs(cfg: Config, policy) -> tuple[dict, dict]:
+    """The pairs to train on, and those of every `held_out`-th attempt: their tensors, and `obs`."""
     pairs = common.read_pairs(cfg.pairs_dir, policy)
-    equal = ((pairs["chosen"] == pairs["rejected"]).all(-1) | ~pairs["mask"]).all(-1)  # (N,)
-    many = f"in {int(equal.sum())} of {len(equal)} pairs the executed chunks do not differ; leave those out"
-    refuse(equal.all(), f"{cfg.pairs_dir}: {many}, collect others")
-    if equal.any():
-        common.warn(f"{cfg.pairs_dir}: {many}")
     if cfg.whole_chunk:
         pairs["mask"] = torch.ones_like(pairs["mask"])
     obs = {key: pairs[key] for key in (*common.CAMERAS, "state", "instruction")}
-    return pairs | {"obs": common.blank_images(obs) if cfg.blank_images else obs}
+    pairs["obs"] = common.blank_images(obs) if cfg.blank_images else obs
+    held = torch.zeros(len(pairs["mask"]), dtype=torch.bool)
+    if cfg.held_out:
+        held = pairs["attempt"] % cfg.held_out == 0
+    refuse(bool(held.all()), f"held_out={cfg.held_out} leaves no pair to train on")
+    return tuple(common.select(pairs, part.nonzero()[:, 0]) for part in (~held, held))
 
 
 def begin(policy, pairs: dict, cfg: Config):
@@ -213,23 +217,36 @@ def batch_of(pairs: dict, index: torch.Tensor) -> tuple:
     return tuple(common.select(pairs[key], index) for key in ("obs", "chosen", "rejected", "mask"))
 
 
+@torch.no_grad()
+def delivered(policy, pairs: dict) -> dict:
+    """What training moved on pairs that it never saw: log-ratio of chosen minus that of rejected, in nats.
+
+    A log-ratio is log p of the policy minus log p of the reference: the lower bound (64 draws, shared) of a
+    flow policy, the exact value of an autoregressive one.
+    """
+    n = len(pairs["mask"])
+    batch = batch_of(pairs, torch.arange(n))
+    draws = policy.draws(n, 64, common.stream(0, "held out"), "logsnr")
+    with policy.reference():
+        ref_w, ref_l = log_probs(policy, *batch, draws, "logsnr")
+    pi_w, pi_l = log_probs(policy, *batch, draws, "logsnr")
+    moved = (pi_w - ref_w) - (pi_l - ref_l)
+    return {"nats": moved.mean().item(), "std": moved.std(correction=0).item(), "pairs": n}
+
+
 # --------------------------------------------------------------------------------------------------- training
 def main(cfg: Config, run: stage.Run) -> dict:
     policy = backbones.load_sft(cfg)  # in evaluation mode throughout: no dropout in any log-probability
-    pairs = load_pairs(cfg, policy)
-    targets = cfg.targets or policy.adapter_targets
-    made_with = common.origin(policy, targets)  # the adapter's file tells it, see common.same_origin
-    adapted = common.attach_adapter(policy, cfg.adapter, cfg.rank, cfg.alpha, targets, cfg.seed)
+    pairs, held = load_pairs(cfg, policy)
+    adapted = common.attach_adapter(
+        policy, cfg.adapter, cfg.rank, cfg.alpha, cfg.targets or policy.adapter_targets, cfg.seed
+    )
     policy.recompute = cfg.recompute
     trained = torch.nn.ParameterList(p for p in policy.parameters() if p.requires_grad)
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
     draw, score = scorer(policy, cfg)
-    n, beta = len(pairs["mask"]), as_number(cfg.beta, float)  # None: auto
-    fitting = run.agree(auto_beta(policy, pairs, draw, score, cfg)) if n > 1 or not beta else beta
-    beta = beta or fitting
-    far = f"dpo.beta={beta:.3g} is far from the {fitting:.3g} at which these pairs' margins are of order 1"
-    refuse(not 1e-5 < beta / fitting < 1e5, f"{far}: take dpo.beta=auto, or a number nearer to it")
-    k = sum(p.numel() for p in trained)
+    beta = run.agree(choose_beta(policy, pairs, draw, score, cfg))
+    n, k = len(pairs["mask"]), sum(p.numel() for p in trained)
     print(f"[03_dpo] {n} pairs, {cfg.adapter} with {k:,} parameters, beta {beta:.4g}", flush=True)
     pairs["obs"] = begin(policy, pairs, cfg)
 
@@ -264,8 +281,9 @@ def main(cfg: Config, run: stage.Run) -> dict:
 
     if run.first:
         warn_about_scale(disk.read_jsonl(run.dir / "metrics.jsonl"), cfg.beta)
-        save_adapter(adapted, run.dir, made_with)
-    return {"beta": beta, "trainable": k, "pairs": n}
+        common.save_adapter(adapted, run.dir)
+    facts = {"beta": beta, "trainable": k, "pairs": n}
+    return facts | ({"delivered": delivered(policy, held)} if cfg.held_out else {})
 
 
 def metrics(loss: torch.Tensor, rewards: dict, pi_w: torch.Tensor, pi_l: torch.Tensor) -> dict[str, float]:
@@ -276,31 +294,14 @@ def metrics(loss: torch.Tensor, rewards: dict, pi_w: torch.Tensor, pi_l: torch.T
     return row | {"logps/chosen": pi_w.mean().item(), "logps/rejected": pi_l.mean().item()}
 
 
-def save_adapter(adapted, folder: Path, made_with: dict[str, str] | None = None) -> None:
-    """The adapter in peft's own format; its file's header says which policy it was trained on."""
-    with disk.writing(folder):
-        adapted.save_pretrained(str(folder))
-    path = folder / "adapter_model.safetensors"
-    disk.save_tensors(path, disk.load_tensors(path), made_with)
-    (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
-
-
-def warn_about_scale(rows: list[dict], beta: str = "") -> None:
+def warn_about_scale(rows: list[dict], beta: str) -> None:
     """DPO learns where its margins are of order 1. Far below, the reference hardly enters the gradient."""
-    other_beta = "" if beta == "auto" else ", or take dpo.beta=auto"
+    other = "" if beta == "auto" else ", or take dpo.beta=auto"
     late = max(abs(row["rewards/margins"]) + row["rewards/margin_std"] for row in rows[len(rows) // 2 :])
     if late < 0.05:
-        print(
-            f"[03_dpo] warning: margins stayed below 0.05 (largest {late:.3g}): raise dpo.steps or dpo.lr"
-            f"{other_beta}",
-            flush=True,
-        )
+        common.warn(f"margins stayed below 0.05 (largest {late:.3g}): raise dpo.steps or dpo.lr{other}")
     if late > 20:
-        print(
-            f"[03_dpo] warning: margins saturated (largest {late:.3g}): lower dpo.lr or dpo.steps"
-            f"{other_beta}",
-            flush=True,
-        )
+        common.warn(f"margins saturated (largest {late:.3g}): lower dpo.lr or dpo.steps{other}")
 
 
 if __name__ == "__main__":

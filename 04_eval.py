@@ -185,7 +185,7 @@ def results_table(cfg: Config) -> list[dict]:
     return rows
 
 
-RESULTS = {  # heading -> cell. over tasks: a bootstrap of whole tasks. p: exact McNemar on the same episodes
+RESULTS = {  # heading -> cell. over tasks: their t interval. p: exact McNemar on the same episodes
     # right place: of the chunks sampled at first looks, those that head for the target's place in this layout
     "policy": "{name}",
     "suite": lambda row: row["suite"].replace(" ", ", "),

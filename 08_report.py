@@ -177,7 +177,7 @@ def main(cfg: Config) -> None:
     readme = Path(cfg.readme)
     if cfg.readme:
         for path in [readme] if readme.is_file() else sorted(readme.rglob("*.md")):
-            disk.write_atomic(path, fill_in(path.read_text(encoding="utf-8"), tables))
+            disk.write_atomic(path, fill_in(disk.read_text(path), tables))
 
 
 if __name__ == "__main__":

@@ -182,21 +182,11 @@ def free_memory(device: str) -> int:
         ("memory.max", "memory.current"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
     ):
-        if (groups / limit).is_file() and (
-            most := (groups / limit).read_text(encoding="utf-8").strip()
-        ).isdigit():
-            counts = dict(
-                map(
-                    str.split,
-                    (groups / limit).with_name("memory.stat").read_text(encoding="utf-8").splitlines(),
-                )
-            )
+        if (groups / limit).is_file() and (most := (groups / limit).read_text().strip()).isdigit():
+            counts = dict(map(str.split, (groups / limit).with_name("memory.stat").read_text().splitlines()))
             # the cache of files is freed when memory is needed
             free = min(
-                free,
-                int(most)
-                - int((groups / used).read_text(encoding="utf-8"))
-                + int(counts.get("inactive_file", 0)),
+                free, int(most) - int((groups / used).read_text()) + int(counts.get("inactive_file", 0))
             )
     return free
 

@@ -74,7 +74,7 @@ def read_tokenizer(path: Path, remedy: str = "get it again"):
     from tokenizers import Tokenizer
 
     try:
-        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        return Tokenizer.from_str(disk.read_text(path))
     except Exception as error:  # tokenizers raises nothing more special
         raise UserError(f"{path} is no tokenizer ({one_line(error)}); {remedy}") from error
 
@@ -93,10 +93,10 @@ def checked_stats(stats: dict, where: str) -> dict:
                 [isinstance(v, int | float) and abs(v) < float("inf") for v in values] != [True] * n,
                 f"{where}: {name} of the {kind} must be {n} finite numbers; get the checkpoint again",
             )
-        for low, high in (("q01", "q99"), ("min", "max"), ("mask", "std")):  # std is not negative
-            lows = named.get(low, []) if low != "mask" else [0] * n
-            wrong = any(a > b for a, b in zip(lows, named.get(high, []), strict=False))
-            refuse(wrong, f"{where}: {high} of the {kind} is too small; get the checkpoint again")
+        bounds = {"zero": [0] * n} | named
+        for low, high in (("q01", "q99"), ("min", "max"), ("zero", "std")):
+            wrong = any(a > b for a, b in zip(bounds.get(low, ()), bounds.get(high, ()), strict=False))
+            refuse(wrong, f"{where}: {high} of the {kind} lies below {low}; get the checkpoint again")
     return stats
 
 

@@ -1,7 +1,6 @@
 """Make checkpoints/ from a run of configs/tiny.yaml: every stage without training.
 
     python -m extras.make_checkpoints runs/tiny
-    python -m extras.make_checkpoints sign        only adds to pairs and adapters which policy they belong to
 
 Of each backbone in the run, in try/: the policy that DPO starts from, in bfloat16; 20 of its pairs; both
 trained adapters, unchanged. For both: two demonstrations of task 0; and margins.json, the margins of the
@@ -13,8 +12,6 @@ import importlib
 import shutil
 import sys
 from pathlib import Path
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # also without -m
 
 import h5py
 import torch
@@ -55,15 +52,6 @@ def differences(policy, pairs: dict, dpo) -> torch.Tensor:
     return chosen - rejected
 
 
-def sign() -> None:
-    """Let the pairs and adapters in checkpoints/ that say nothing of it say which policy they belong to."""
-    for path in [p for p in TRY.parent.rglob("*.safetensors") if p.name != "model.safetensors"]:
-        folder = path.parent.parent
-        policy = backbones.load_policy(folder / "sft" if (folder / "sft").is_dir() else folder)
-        if not disk.facts_of(path).get("base"):
-            disk.save_tensors(path, disk.load_tensors(path), common.origin(policy, policy.adapter_targets))
-
-
 def main(run: Path) -> None:
     demos = "data/libero_object/task_00.hdf5"
     refuse(
@@ -85,7 +73,7 @@ def main(run: Path) -> None:
         disk.save_tensors(target / "prefs" / "pairs.safetensors", few, facts)
         disk.write_rows(target / "prefs" / "pairs.jsonl", common.select(rows, index))
         policy = backbones.load_policy(folder / "sft", weights)
-        pairs = dpo.load_pairs(dpo.Config(pairs_from=str(target / "prefs")), policy)
+        pairs, _ = dpo.load_pairs(dpo.Config(pairs_from=str(target / "prefs")), policy)
         reference = differences(policy, pairs, dpo)
         for adapter in ("lora", "dora"):
             made = folder / f"dpo-{adapter}-branch{at}"
@@ -104,4 +92,4 @@ def main(run: Path) -> None:
 
 
 if __name__ == "__main__":
-    stage.command_line(sign if sys.argv[1:] == ["sign"] else lambda: main(Path(*sys.argv[1:2])))
+    stage.command_line(lambda: main(Path(*sys.argv[1:2])))

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from report import stats
 from report.episodes import matched, paired, place_of, summarise
-from runtime.errors import refuse
+from runtime import disk, refuse
 
 FEW = 100  # with fewer episodes an interval is wider than 20 points at a success rate of one half
 NOISE = r"^eval-|libero_(spatial|object|goal|10|90|long10)|\d+x\d+|multiseed|seed\d+"  # not the policy's name
@@ -44,7 +44,7 @@ def policy_of(path: Path, folder: Path) -> str:
 def read_lines(path: Path) -> tuple[list[dict], int]:
     """The objects of a JSONL file, and the number of lines that are no objects."""
     rows = []
-    for line in filter(str.strip, path.read_text(encoding="utf-8", errors="replace").splitlines()):
+    for line in filter(str.strip, path.read_bytes().decode(errors="replace").splitlines()):
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -183,7 +183,7 @@ def summaries(folder: Path, cells: dict) -> Iterator[Finding]:
     for path in sorted(folder.rglob("*.json")):
         where = str(path.relative_to(folder))
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = json.loads(disk.read_text(path))
         except ValueError:
             yield Finding("unreadable", where, "not JSON")
             continue

@@ -93,7 +93,8 @@ def summarise(rows: list[dict]) -> dict:
     ci95_tasks = (0.0, 1.0)
     if len(of_task) > 1:
         clusters = np.repeat(np.arange(len(of_task)), list(map(len, of_task.values())))
-        ci95_tasks = stats.cluster_bootstrap(np.concatenate(list(of_task.values())).astype(float), clusters)
+        low, high = stats.over_clusters(np.concatenate(list(of_task.values())).astype(float), clusters)
+        ci95_tasks = max(0.0, low), min(1.0, high)
     return {
         "n": len(valid),
         "successes": wins,

@@ -8,13 +8,14 @@ from urllib.parse import unquote
 
 from markdown_it import MarkdownIt
 
-from runtime.errors import UserError, did_you_mean, refuse
+from runtime import UserError, did_you_mean, disk, refuse
 
 PILLS = {  # verdict -> its CSS class
-    "holds here": "holds",
-    "does not hold here": "not",
-    "not testable here": "untestable",
-    "not run here": "pending",
+    "supported": "holds",
+    "contradicted": "not",
+    "inconclusive": "pending",
+    "not judged": "untestable",
+    "not run": "untestable",
 }
 LARGEST = 400_000  # bytes of another stage's picture that a page may contain
 
@@ -51,7 +52,7 @@ def as_html(text: str, folder: Path, alone: bool) -> str:
     links = [f'<a href="#{name}">{words}</a>' for name, words in re.findall(r'<h2 id="(.*?)">(.*?)<', body)]
     title = re.search(r"<h1>(.*?)</h1>", body)[1]
     body = body.replace("</h1>", f"</h1>\n<nav>{''.join(links)}</nav>", 1)
-    template = Path(__file__).with_name("template.html").read_text(encoding="utf-8")
+    template = disk.read_text(Path(__file__).with_name("template.html"))
     return string.Template(template).substitute(title=title, body=body)
 
 

@@ -19,7 +19,17 @@ from runtime.config import (
     load_config,
     typed,
 )
-from runtime.errors import UserError, did_you_mean, one_line, one_of, refuse, regex
+from runtime.errors import UserError, did_you_mean, one_line, one_of, refuse, regex, warn
 
 __all__ = ["BACKBONES", "HERE", "STAGES", "Count", "Place", "PlaceConfig", "Positive", "UserError"]
-__all__ += ["did_you_mean", "laid_over", "load_config", "one_line", "one_of", "refuse", "regex", "typed"]
+__all__ += [
+    "did_you_mean",
+    "laid_over",
+    "load_config",
+    "one_line",
+    "one_of",
+    "refuse",
+    "regex",
+    "typed",
+    "warn",
+]

@@ -110,6 +110,11 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
+def read_text(path: Path) -> str:
+    """The only reader of text files: UTF-8, whatever the locale."""
+    return path.read_text(encoding="utf-8")
+
+
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -135,7 +140,7 @@ def write_json(path: Path, data) -> None:
 
 def read_json(path: Path):
     with reading(path, AGAIN):
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
 
 
 def append_jsonl(path: Path, row: dict) -> None:
@@ -165,7 +170,7 @@ def read_jsonl(path: Path, needs: str = "") -> list[dict]:
     if not path.is_file():
         return []
     with reading(path, AGAIN):
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+        rows = [json.loads(line) for line in read_text(path).split("\n")[:-1]]
     for number, row in enumerate(rows, 1):
         refuse(
             not isinstance(row, dict) or not set(needs.split()) <= row.keys(),
@@ -190,9 +195,7 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     with reading(path, AGAIN), safe_open(path, "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     lost = [key for key, x in tensors.items() if x.is_floating_point() and not x.isfinite().all()]
-    refuse(
-        lost, f"{path}: {', '.join(lost[:1])} has values that are not finite; make it again, or get it again"
-    )
+    refuse(lost, f"{path}: {min(lost, default='')} has values that are not finite; make or get it again")
     return tensors
 
 

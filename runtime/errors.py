@@ -1,6 +1,7 @@
 """Errors that are for the user: one line that says what is wrong and what to do."""
 
 import difflib
+import functools
 import re
 
 
@@ -15,6 +16,12 @@ def refuse(applies: object, text: str) -> None:
     """UserError with this text if the first argument is true."""
     if applies:
         raise UserError(text)
+
+
+@functools.cache
+def warn(text: str) -> None:
+    """Say it once per process."""
+    print(f"warning: {text}", flush=True)
 
 
 def one_line(error: BaseException) -> str:

@@ -1,6 +1,5 @@
 """Which weights and statistics an adapter, or pairs, were made with: told by their file, and compared."""
 
-import functools
 import hashlib
 import json
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import torch
 
 from runtime import disk
-from runtime.errors import refuse, regex
+from runtime.errors import refuse, regex, warn
 
 
 def origin(policy, targets: str) -> dict[str, str]:
@@ -39,8 +38,3 @@ def same_origin(policy, path: Path) -> None:
         return warn(f"{made} weights: DPO expects pairs of the policy that it trains; 02 collects them")
     other = f"{made} weights than these; set checkpoint= and start= to its own policy, with nothing merged in"
     refuse(ours["base"] != theirs["base"], other)
-
-
-@functools.cache
-def warn(text: str) -> None:  # once per process
-    print(f"warning: {text}", flush=True)

@@ -96,7 +96,7 @@ def meeting(remedy: str = "run the same command again, it goes on") -> Iterator[
 
 @meeting("start all of them with torchrun, or unset WORLD_SIZE to run one process")
 def join(device: str) -> None:
-    """Meet the other ranks, once per process. On "cuda" every rank has a GPU of its own."""
+    """Connect this rank to the others, once per process. With device "cuda", each rank uses its own GPU."""
     if size() > 1 and not dist.is_initialized():
         number("MASTER_PORT", 1)
         if device == "cuda":

@@ -332,7 +332,7 @@ def code_of(script: Path, cfg) -> list[Path]:
 def imports(path: Path) -> list[Path]:
     """The kit's files that a file imports, wherever in it the import stands."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(path.read_bytes())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -355,7 +355,7 @@ def hash_of_code(text: str) -> str:
 
 
 def source_hash(path: Path) -> str:
-    return hash_of_code(path.read_text(encoding="utf-8"))
+    return hash_of_code(disk.read_text(path))
 
 
 def read_identity(path: Path) -> dict:

@@ -19,8 +19,8 @@ from runtime.errors import UserError
 LINE_S = 60  # seconds between two lines where there is no terminal
 
 
-class Line(tqdm):  # a bar without a terminal: each state of it is a line of its own
-    def display(self, *_, **__) -> None:
+class Line(tqdm):  # for output that is no terminal: it prints each update as a new line
+    def display(self, *_) -> None:
         print(self, flush=True)
 
 

@@ -90,7 +90,7 @@ def libraries() -> types.SimpleNamespace:
         config = tempfile.TemporaryDirectory(prefix="libero-config-")
     atexit.register(config.cleanup)
     lines = yaml.safe_dump({key: str(path) for key, path in paths.items()})
-    (Path(config.name) / "config.yaml").write_text(lines, encoding="utf-8")
+    (Path(config.name) / "config.yaml").write_text(lines)
     os.environ["LIBERO_CONFIG_PATH"] = config.name
     os.environ.setdefault("MPLCONFIGDIR", config.name)  # LIBERO imports matplotlib
     if not (os.access(package_folder("robosuite"), os.W_OK) and os.access(__file__, os.W_OK)):

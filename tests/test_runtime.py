@@ -29,6 +29,7 @@ from report import episodes
 from runtime import disk, stage, workers
 from runtime.config import HERE, STAGES, Count, load_config
 from runtime.errors import UserError
+from sim.demos import demonstrations
 from sim.env import tasks
 
 MICRO = str(HERE / "configs" / "micro.yaml")
@@ -140,7 +141,7 @@ def keys_read(code) -> set[str]:
 def test_a_stage_has_every_key_that_it_reads(section):
     module = module_of(section)
     keys = keys_read(module)
-    for helper in (backbones.load_sft, backbones.propose, common.demonstrations, tasks):
+    for helper in (backbones.load_sft, backbones.propose, demonstrations, tasks):
         if f"{helper.__name__}(" in inspect.getsource(module):
             keys |= keys_read(helper)
     assert keys and not keys - set(dir(module.Config()))
