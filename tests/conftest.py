@@ -1,4 +1,13 @@
-"""With two processes (tests/run.sh), the file that takes longest has to begin first."""
+"""What holds for all tests: the file that takes longest begins first, and each test sees its own warnings."""
+
+import pytest
+
+from runtime import warn
+
+
+@pytest.fixture(autouse=True)
+def each_warning_anew():
+    warn.cache_clear()
 
 
 def pytest_collection_modifyitems(items):

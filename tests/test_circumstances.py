@@ -466,8 +466,8 @@ def test_text_files_have_one_reader_which_takes_them_for_utf_8():
     allowed = {"runtime/disk.py", "backbones/memory.py", "sim/env.py"}
     product = [p for p in (*HERE.glob("*.py"), *HERE.glob("*/*.py")) if p.parent.name != "tests"]
     for path in product:
-        calls = re.findall(r"\.(?:read|write)_text\(|\bopen\([^()]*\)", path.read_text(encoding="utf-8"))
-        text = [c for c in calls if c.strip(".") not in ("disk.read_text(",) and '"rb"' not in c]
+        calls = r"(?<!disk)\.(?:read|write)_text\(|(?<![.\w])open\((?!.*(?:[rwa+]b\"|\.lock))"
+        text = re.findall(calls, path.read_text(encoding="utf-8"))
         assert str(path.relative_to(HERE)) in allowed or not text, f"{path}: {text}"
 
 
