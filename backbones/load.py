@@ -80,7 +80,7 @@ def load_policy(
     )
     name, config = saved_config(folder)
     policy = build(name, config | (model or {}))
-    policy.load_weights([(folder / weights, disk.load_tensors(folder / weights))])
+    policy.load_weights([(folder / weights, disk.load_weights(folder / weights))])
     policy.norm_stats = checked_stats(read_object(folder / "norm_stats.json"), f"{folder}/norm_stats.json")
     if (folder / "tokenizer.json").is_file():
         policy.tokenizer = read_tokenizer(folder / "tokenizer.json")
