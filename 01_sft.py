@@ -55,7 +55,7 @@ class Config(common.PolicyConfig):
     log_every: Count = 50
     checkpoint_every: Count = 200
     recompute: bool = False  # compute the layers' activations again, not keep them: less memory, more time
-    threads: Count = 1  # of torch; part of the result's last bits. For a tiny model a second one gains little
+    threads: Annotated[int, 1, 256] = 1  # of torch; part of the result's last bits
 
     processes: Count = 1  # that share each batch; part of the last bits too
 
@@ -147,10 +147,8 @@ def make_policy(cfg: Config) -> tuple:
     words.
     """
     if cfg.init_from:
-        policy = backbones.load_policy(cfg.init_from, model=cfg.model, suites=cfg.suites)
-        refuse(
-            policy.backbone != cfg.backbone,
-            f"{cfg.init_from} is a checkpoint of {policy.backbone}; set backbone={policy.backbone}",
+        policy = backbones.load_policy(
+            cfg.init_from, "model.safetensors", cfg.model, cfg.suites, cfg.backbone
         )
         train, val, _ = load_data(cfg, policy.horizon)
     else:

@@ -30,7 +30,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +66,7 @@ class Config(common.AdapterConfig):
     recompute: bool = False  # compute the layers' activations again, not keep them: less memory, more time
     log_every: Count = 10
     checkpoint_every: Count = 50
-    threads: Count = 1
+    threads: Annotated[int, 1, 256] = 1
 
     folder = property(lambda self: self.made_adapter)
 
@@ -296,6 +296,9 @@ def metrics(loss: torch.Tensor, rewards: dict, pi_w: torch.Tensor, pi_l: torch.T
 
 def warn_about_scale(rows: list[dict], beta: str) -> None:
     """DPO learns where its margins are of order 1. Far below, the reference hardly enters the gradient."""
+    lost = min(row["rewards/chosen"] for row in rows[len(rows) // 2 :])
+    if lost < -20:
+        common.warn(f"the policy has unlearned the chosen chunks (rewards/chosen {lost:.3g}): lower dpo.lr")
     other = "" if beta == "auto" else ", or take dpo.beta=auto"
     late = max(abs(row["rewards/margins"]) + row["rewards/margin_std"] for row in rows[len(rows) // 2 :])
     if late < 0.05:

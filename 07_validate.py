@@ -106,10 +106,10 @@ class Config(common.ActingConfig, common.AdapterConfig):
 # ------------------------------------------------------------------------------------------------------- data
 # Workers get jobs: (cfg, the file to write, numbers of the pairs, folder of a DPO policy or None for the SFT
 # policy). A job of `gradients` has a state, "start" or "end", and the betas of DPO by estimator, too.
-def load_pairs(cfg: Config) -> dict:
+def load_pairs(cfg: Config, policy=None) -> dict:
     """Up to n_pairs pairs, evenly spread: observations, `chunks` (N, 2, H, 7), the chosen ones first, where
     they are from, and the attempt of each."""
-    pairs = common.read_pairs(cfg.pairs_dir)
+    pairs = common.read_pairs(cfg.pairs_dir, policy)
     n = len(pairs["mask"])
     kept = {key: pairs[key] for key in (*common.CAMERAS, "state", "instruction", "attempt")}
     kept["chunks"] = torch.stack([pairs["chosen"], pairs["rejected"]], dim=1)
@@ -124,7 +124,7 @@ def load_pairs(cfg: Config) -> dict:
 def inputs_of(cfg: Config, pairs: list[int], adapter: Path | None = None) -> tuple:
     """A policy, and the observations and chunks (n, 2, H, 7) of some pairs."""
     policy = backbones.load_sft(cfg)
-    obs = common.select(load_pairs(cfg), torch.tensor(pairs))
+    obs = common.select(load_pairs(cfg, policy), torch.tensor(pairs))
     return common.load_adapter(policy, adapter) if adapter else policy, obs, obs["chunks"]
 
 

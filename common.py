@@ -211,8 +211,10 @@ def attach_adapter(policy, kind: str, rank: int, alpha: int, targets: str, seed:
 
     import dora
 
-    matches = [layer for layer, _ in policy.named_modules() if regex("targets", targets).fullmatch(layer)]
+    matches = {n: layer for n, layer in policy.named_modules() if regex("targets", targets).fullmatch(n)}
     refuse(not matches, f"the regex {targets!r} matches no layer of the policy")
+    other = [name for name, layer in matches.items() if not isinstance(layer, torch.nn.Linear)]
+    refuse(other, f"the regex {targets!r} matches {min(other, default='')!r}, which is no linear layer")
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, use_dora=kind == "dora")
     if kind == "dora":
         config._register_custom_module({torch.nn.Linear: dora.DoraLinear})
@@ -291,7 +293,7 @@ class PolicyConfig(RunConfig):
         seen = os.environ.get("CUDA_VISIBLE_DEVICES", "unset")
         refuse(
             self.device == "cuda" and not self.dry_run and not torch.cuda.is_available(),
-            f"device=cuda, but PyTorch sees no GPU (CUDA_VISIBLE_DEVICES is {seen});"
+            f"device=cuda, but PyTorch sees no GPU (CUDA_VISIBLE_DEVICES is {seen!r});"
             " use device=cpu, or install a CUDA build",
         )
 

@@ -25,7 +25,7 @@ for argument in "$@"; do
     stages=*) STAGES=${argument#*=} ;;
     backbones=both) BACKBONES="pi05 openvla" ;;
     backbones=*) BACKBONES=${argument#*=} ;;
-    *=*) OVERRIDES+=("$argument") ;;
+    *=* | --dry-run) OVERRIDES+=("$argument") ;;
     *.yaml | *.yml) CONFIG=$argument ;;
     *) STAGES=$argument ;;
   esac

@@ -41,11 +41,7 @@ def load_sft(cfg) -> Policy:
     """
     folder = Path(cfg.checkpoint or cfg.start_dir / "sft")
     weights = "model.safetensors" if cfg.start == "final" else f"model-{cfg.start}.safetensors"
-    policy = load_policy(folder, weights, cfg.model if cfg.checkpoint else None, cfg.suites)
-    refuse(
-        policy.backbone != cfg.backbone,
-        f"{folder} is a checkpoint of {policy.backbone}; set backbone={policy.backbone}",
-    )
+    policy = load_policy(folder, weights, cfg.model if cfg.checkpoint else None, cfg.suites, cfg.backbone)
     return policy.cast(cfg.dtype).to(ranks.place(cfg.device)).eval()
 
 

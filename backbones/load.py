@@ -59,18 +59,20 @@ def load_policy(
     weights: str = "model.safetensors",
     model: dict | None = None,
     suites: Sequence[str] = (),
+    backbone: str = "",
 ) -> Policy:
     """The policy that `policy.save(folder)` wrote, or a published one, in evaluation mode.
 
     weights: another file of the folder, e.g. a snapshot of the training.
     model: keys that override the checkpoint's own.
     suites: whose statistics to take where a published checkpoint has several.
+    backbone: which one it has to be.
     """
     folder = Path(folder)
     if not is_own(folder) and weights == "model.safetensors":
         from backbones import published
 
-        return published.load(folder, build, model or {}, list(suites)).eval()
+        return published.load(folder, build, model or {}, list(suites), backbone).eval()
     missing = [file for file in ("config.json", "norm_stats.json", weights) if not (folder / file).is_file()]
     refuse(
         missing,
@@ -79,6 +81,7 @@ def load_policy(
         " sft.snapshots",
     )
     name, config = saved_config(folder)
+    refuse(backbone not in ("", name), f"{folder} is a checkpoint of {name}; set backbone={name}")
     policy = build(name, config | (model or {}))
     policy.load_weights([(folder / weights, disk.load_weights(folder / weights))])
     policy.norm_stats = checked_stats(read_object(folder / "norm_stats.json"), f"{folder}/norm_stats.json")

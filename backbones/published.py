@@ -383,8 +383,8 @@ def model_of(path: Path) -> dict:
         return c.format["model"](c)
 
 
-def load(path: Path, build: Callable, model: dict, suites: list[str]) -> Policy:
-    """The policy of a published checkpoint. load.py has `build`, and says what `model` and `suites` are.
+def load(path: Path, build: Callable, model: dict, suites: list[str], backbone: str) -> Policy:
+    """The policy of a published checkpoint. load.py has `build`, and says what the rest is.
 
     Raises:
         UserError: names the first key or file that is missing, damaged or another model's.
@@ -392,6 +392,7 @@ def load(path: Path, build: Callable, model: dict, suites: list[str]) -> Policy:
     with reading(path):
         c = open_checkpoint(path)
         name = c.format["backbone"]
+        refuse(backbone not in ("", name), f"{path} is a checkpoint of {name}; set backbone={name}")
         with torch.device("meta"):
             policy = build(name, laid_over(c.format["model"](c), model))
         policy.load_weights(

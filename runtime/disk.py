@@ -26,6 +26,7 @@ from runtime.errors import UserError, one_line, refuse
 ANYWHERE = {
     errno.ESTALE: "the network disk has lost sight of it: mount it again",
     errno.EIO: "the disk fails: look into the system's log (dmesg)",
+    errno.ENOMEM: "memory has run out: end other programs, or set workers=1",
     errno.EMFILE: "too many files are open: raise `ulimit -n`",
     errno.ENFILE: "too many files are open on this machine: end other programs",
     errno.ENAMETOOLONG: "the name is too long: shorten name= or root=",
@@ -59,7 +60,8 @@ UNREADABLE = (OSError, RuntimeError, LookupError, TypeError, ValueError, Attribu
 def remedy(error: BaseException, remedies: dict[int, str], otherwise: str) -> str:
     """What to do about an error of the operating system, which a library may have put into words."""
     said = re.search(r"(?:os error|errno)[ =]+(\d+)", str(error), re.IGNORECASE)
-    return remedies.get(getattr(error, "errno", None) or int(said[1] if said else 0), otherwise)
+    absent = isinstance(error, FileNotFoundError) and errno.ENOENT  # safetensors gives no number
+    return remedies.get(getattr(error, "errno", None) or absent or int(said[1] if said else 0), otherwise)
 
 
 @contextlib.contextmanager

@@ -16,9 +16,10 @@ def origin(policy, targets: str) -> dict[str, str]:
     They are the same in other files, shards and precisions: the weights count rounded to bfloat16.
     """
     digest = hashlib.sha256()
-    matches = {n: m for n, m in policy.named_modules() if regex("targets", targets).fullmatch(n)}
-    for name, layer in sorted(matches.items()):
-        weight = layer.weight.detach().to("cpu", torch.bfloat16).contiguous()
+    linear = [(name, m) for name, m in policy.named_modules() if isinstance(m, torch.nn.Linear)]
+    layers = {n.removesuffix(".base_layer"): m for n, m in linear if "lora_" not in n}  # below an adapter too
+    for name in sorted(n for n in layers if regex("targets", targets).fullmatch(n)):
+        weight = layers[name].weight.detach().to("cpu", torch.bfloat16).contiguous()
         digest.update(f"{name} {tuple(weight.shape)} ".encode() + weight.view(torch.uint8).numpy().tobytes())
     statistics = hashlib.sha256(json.dumps(policy.norm_stats, sort_keys=True, default=list).encode())
     return {"targets": targets, "base": digest.hexdigest(), "statistics": statistics.hexdigest()}

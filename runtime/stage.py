@@ -34,7 +34,7 @@ import torch
 
 from runtime import disk, ranks
 from runtime.config import BACKBONES, HERE, STAGES, load_config
-from runtime.errors import UserError, refuse
+from runtime.errors import UserError, one_line, refuse
 from runtime.seeds import learning_rate
 from runtime.workers import progress
 
@@ -73,6 +73,11 @@ def command_line(call: Callable[[], None]) -> None:
         unread = not os.access(place if os.path.lexists(place) else place.parent, os.R_OK)
         remedies = disk.READING if unread else disk.WRITING
         line = f"{' '.join(str(error).split())}; {disk.remedy(error, remedies, 'mend it')}"
+    except (MemoryError, RuntimeError, ValueError) as error:  # torch's are RuntimeErrors, mujoco's the last
+        lack = isinstance(error, MemoryError) or re.search("(allocate|out of) memory", str(error))
+        if not lack:
+            raise
+        line = f"memory has run out ({one_line(error)}); lower batch_size or workers, or see --dry-run"
     except KeyboardInterrupt:
         sys.exit(130)
     print(f"error: {line}", file=sys.stderr)
@@ -437,8 +442,8 @@ def checkpoint_files(path: str) -> list[Path]:
         UserError: it is not there, or holds no weights.
     """
     folder = Path(path)
-    refuse(not folder.exists(), f"no checkpoint {path}; give the folder that holds its .safetensors")
-    files = sorted(folder.rglob("*")) if folder.is_dir() else [folder]
+    refuse(not folder.is_dir(), f"no folder {path}; give the one that holds the .safetensors")
+    files = sorted(folder.rglob("*"))
     if (folder / "done.json").is_file():  # a stage's own folder: what it made, and not how long it took
         files = [folder / name for name in sorted(read_identity(folder / "done.json").get("outputs", ()))]
     files = [p for p in files if p.suffix in (".json", ".jsonl", ".safetensors") and p.is_file()]

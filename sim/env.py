@@ -383,6 +383,9 @@ class TaskEnv:
         except Exception as error:  # PyOpenGL's and mujoco's errors have no common base
             device = os.environ.get("MUJOCO_EGL_DEVICE_ID")
             other = f"unset MUJOCO_EGL_DEVICE_ID, which is {device!r}, or take MUJOCO_GL=osmesa"
+            other = (
+                other if device is not None else "install libegl-mesa0, or libosmesa6 with MUJOCO_GL=osmesa"
+            )
             raise UserError(f"cannot render ({one_line(error)}); {gl_remedy(error, other)}") from error
         atexit.register(self.close)  # runs before EGL is shut down
         self._option = mj.MjvOption()
