@@ -290,10 +290,10 @@ class PolicyConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        seen = os.environ.get("CUDA_VISIBLE_DEVICES", "unset")
         refuse(
             self.device == "cuda" and not self.dry_run and not torch.cuda.is_available(),
-            f"device=cuda, but PyTorch sees no GPU (CUDA_VISIBLE_DEVICES is {seen!r});"
+            f"device=cuda, but PyTorch sees no GPU (CUDA_VISIBLE_DEVICES is"
+            f" {os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')!r});"
             " use device=cpu, or install a CUDA build",
         )
 

@@ -18,6 +18,7 @@ import contextlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
+from operator import gt
 from pathlib import Path
 from typing import Annotated, Self, get_type_hints
 
@@ -93,10 +94,9 @@ def checked_stats(stats: dict, where: str) -> dict:
                 [isinstance(v, int | float) and abs(v) < float("inf") for v in values] != [True] * n,
                 f"{where}: {name} of the {kind} must be {n} finite numbers; get the checkpoint again",
             )
-        bounds = {"zero": [0] * n} | named
-        for low, high in (("q01", "q99"), ("min", "max"), ("zero", "std")):
-            wrong = any(a > b for a, b in zip(bounds.get(low, ()), bounds.get(high, ()), strict=False))
-            refuse(wrong, f"{where}: {high} of the {kind} lies below {low}; get the checkpoint again")
+        low, high = ([*named.get(a, ()), *named.get(b, ())] for a, b in (("q01", "min"), ("q99", "max")))
+        wrong = min(named.get("std", [0])) < 0 or (len(low) == len(high) and any(map(gt, low, high)))
+        refuse(wrong, f"{where}: a range of the {kind} is upside down; get the checkpoint again")
     return stats
 
 

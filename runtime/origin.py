@@ -16,10 +16,10 @@ def origin(policy, targets: str) -> dict[str, str]:
     They are the same in other files, shards and precisions: the weights count rounded to bfloat16.
     """
     digest = hashlib.sha256()
-    linear = [(name, m) for name, m in policy.named_modules() if isinstance(m, torch.nn.Linear)]
-    layers = {n.removesuffix(".base_layer"): m for n, m in linear if "lora_" not in n}  # below an adapter too
-    for name in sorted(n for n in layers if regex("targets", targets).fullmatch(n)):
-        weight = layers[name].weight.detach().to("cpu", torch.bfloat16).contiguous()
+    modules = {n.removesuffix(".base_layer"): m for n, m in policy.named_modules()}  # below an adapter too
+    adapted = regex("targets", targets).fullmatch
+    for name, layer in sorted((n, m) for n, m in modules.items() if "lora_" not in n and adapted(n)):
+        weight = layer.weight.detach().to("cpu", torch.bfloat16).contiguous()
         digest.update(f"{name} {tuple(weight.shape)} ".encode() + weight.view(torch.uint8).numpy().tobytes())
     statistics = hashlib.sha256(json.dumps(policy.norm_stats, sort_keys=True, default=list).encode())
     return {"targets": targets, "base": digest.hexdigest(), "statistics": statistics.hexdigest()}
@@ -31,11 +31,11 @@ def same_origin(policy, path: Path) -> None:
     One that says nothing of it is taken, with a warning; so are pairs of other weights, in the same units.
     """
     theirs = disk.facts_of(path)
-    if "targets" not in theirs:
+    if not theirs:
         return warn(f"{path} does not say which policy it was made with: nobody can tell if it fits this one")
     ours, made = origin(policy, theirs["targets"]), f"{path} was made with other"
     refuse(ours["statistics"] != theirs["statistics"], f"{made} statistics; take the policy it was made with")
-    if ours["base"] != theirs["base"] and path.name == "pairs.safetensors":
-        return warn(f"{made} weights: DPO expects pairs of the policy that it trains; 02 collects them")
-    other = f"{made} weights than these; set checkpoint= and start= to its own policy, with nothing merged in"
-    refuse(ours["base"] != theirs["base"], other)
+    if ours["base"] != theirs["base"]:
+        its = "set checkpoint= and start= to its own policy, with nothing merged in"
+        refuse(path.name != "pairs.safetensors", f"{made} weights than these; {its}")
+        warn(f"{made} weights: DPO expects pairs of the policy that it trains; 02 collects them")

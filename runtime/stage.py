@@ -442,7 +442,7 @@ def checkpoint_files(path: str) -> list[Path]:
         UserError: it is not there, or holds no weights.
     """
     folder = Path(path)
-    refuse(not folder.is_dir(), f"no folder {path}; give the one that holds the .safetensors")
+    refuse(not folder.is_dir(), f"no folder {path}, in which .safetensors should lie")
     files = sorted(folder.rglob("*"))
     if (folder / "done.json").is_file():  # a stage's own folder: what it made, and not how long it took
         files = [folder / name for name in sorted(read_identity(folder / "done.json").get("outputs", ()))]

@@ -139,6 +139,46 @@ def test_a_renderers_device_that_is_none_is_one_line():
     assert "unset MUJOCO_EGL_DEVICE_ID, which is ''" in result.stderr
 
 
+def test_a_renderer_without_a_driver_is_not_told_to_unset_what_is_not_set():
+    result = look(__EGL_VENDOR_LIBRARY_FILENAMES="/none", MUJOCO_GL="egl")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "MUJOCO_EGL_DEVICE_ID" not in result.stderr and "libegl-mesa0" in result.stderr
+
+
+def test_a_notebooks_backend_for_plots_does_not_matter():
+    code = "from report import plots; plots.canvas(1, 1); from sim.env import libraries; libraries()"
+    env = os.environ | {"MPLBACKEND": "module://matplotlib_inline.of_nobody"}
+    result = subprocess.run([sys.executable, "-c", code], cwd=HERE, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+OUT = [
+    MemoryError(),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+]
+OUT += [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")]
+OUT += [ValueError("Error: engine error: Could not allocate memory")]  # mujoco's
+
+
+@pytest.mark.parametrize("error", OUT, ids=lambda error: type(error).__name__)
+def test_memory_that_runs_out_is_one_line(error, capsys):
+    def call():
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        stage.command_line(call)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.count("\n") == 1 and "batch_size" in said
+
+
+def test_another_error_of_a_library_keeps_its_traceback():
+    def call():
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError):
+        stage.command_line(call)
+
+
 # --------------------------------------------------------------------------------------- the system's errors
 WRITE = {errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EACCES: "let this user write"}
 WRITE |= {errno.EROFS: "read-only", errno.ENAMETOOLONG: "shorten", errno.ESTALE: "mount it again"}
@@ -172,6 +212,16 @@ def test_a_librarys_words_tell_the_error_too():
     text = RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
     assert "make room" in disk.remedy(text, disk.WRITING, "?")
     assert disk.remedy(RuntimeError("a truncated file"), disk.READING, "?") == "?"
+
+
+def test_a_file_that_is_not_there_is_not_damaged(tmp_path):
+    """safetensors raises FileNotFoundError without a number."""
+    assert "damaged" not in one_line(lambda: disk.load_tensors(tmp_path / "x.safetensors"), "it is not there")
+
+
+def test_a_file_in_place_of_its_folder_is_one_line():
+    file = TRY / "sft" / "model.safetensors"
+    one_line(lambda: stage.checkpoint_files(str(file)), "no folder", str(file))
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
@@ -302,6 +352,12 @@ def test_run_all_reads_a_config_as_the_stages_do(text, stub, tmp_path):
     ]
 
 
+def test_run_all_hands_a_dry_run_on(stub, tmp_path):
+    said = run_all(stub, tmp_path, "configs/try.yaml", "03 08", "--dry-run").stdout
+    ran = [line for line in said.splitlines() if "$ python 0" in line]
+    assert len(ran) == 2 and all(line.endswith(" --dry-run") for line in ran)
+
+
 def test_run_all_refuses_what_python_refuses(stub, tmp_path):
     (tmp_path / "x.yaml").write_text("stages: 03\nstages: 04")
     for arguments, word in (
@@ -374,6 +430,18 @@ def test_a_gradient_that_overflows_stops_the_training_and_nothing_of_it_is_logge
     one_line(lambda: run_stage("03_dpo", *given), "the gradient is inf at step", "lower dpo.lr")
     (log,) = tmp_path.rglob("metrics.jsonl")
     assert all(math.isfinite(value) for row in disk.read_jsonl(log) for value in row.values())
+
+
+def test_a_policy_that_has_unlearned_what_it_could_is_warned_of(capsys):
+    row = {"rewards/margins": 1.0, "rewards/margin_std": 1.0}
+    dpo.warn_about_scale([row | {"rewards/chosen": -5.0}], "auto")
+    assert capsys.readouterr().out == ""
+    dpo.warn_about_scale([row | {"rewards/chosen": -60.0}], "auto")
+    assert "lower dpo.lr" in capsys.readouterr().out
+
+
+def test_absurdly_many_threads_are_refused():
+    one_line(lambda: load(dpo.Config, CONFIG, "dpo.threads=99999"), "threads", "at most")
 
 
 def test_before_the_first_update_no_learning_rate_is_blamed():
@@ -450,6 +518,33 @@ def test_a_trained_adapter_says_what_it_was_trained_on(tmp_path, policy):
     run_stage("03_dpo", CONFIG, f"root={tmp_path}", "dpo.steps=1", "dpo.beta=1", "dpo.batch_size=2")
     (path,) = tmp_path.rglob("adapter_model.safetensors")
     assert disk.facts_of(path) == origin_of(policy)
+
+
+@pytest.mark.parametrize("targets", [".*q_proj.*", ".*q_proj"])
+def test_targets_that_could_match_parts_of_an_adapter_make_the_same_origin(targets, policy, tmp_path):
+    adapted = common.attach_adapter(backbones.load_policy(TRY / "sft"), "lora", 2, 2, targets, 0)
+    common.save_adapter(adapted, tmp_path)
+    assert disk.facts_of(tmp_path / "adapter_model.safetensors") == common.origin(policy, targets)
+
+
+def test_targets_that_are_no_linear_layers_are_refused():
+    policy = backbones.load_policy(TRY / "sft")
+    one_line(lambda: common.attach_adapter(policy, "lora", 2, 2, ".*", 0), "'.*'", "no linear layer")
+
+
+@pytest.mark.parametrize("key", ["bos", "vlm"])
+def test_a_checkpoint_of_the_other_backbone_is_named_before_its_keys(key):
+    load = backbones.load_policy
+    for there, other in (("pi05", "openvla"), ("openvla", "pi05")):
+        folder = TRY.parent / there / "sft"
+        one_line(lambda f=folder, o=other: load(f, model={key: 1}, backbone=o), f"set backbone={there}")
+
+
+def test_pairs_of_other_statistics_are_refused_by_07_too():
+    validate = importlib.import_module("07_validate")
+    four = HERE / "checkpoints" / "tiny_4suite" / "prefs"
+    cfg = load(validate.Config, CONFIG, f"pairs_from={four}")
+    one_line(lambda: validate.inputs_of(cfg, [0]), "other statistics")
 
 
 def test_pairs_of_other_statistics_are_refused_and_those_of_other_weights_warned_of(capsys, policy):
@@ -544,7 +639,7 @@ def test_elsewhere_than_on_linux_one_line_names_the_way():
     assert "Linux, not on win32" in result.stderr and "WSL2" in result.stderr
 
 
-@pytest.mark.parametrize("script", ["01_sft.py", "extras/cells.py"])
+@pytest.mark.parametrize("script", ["01_sft.py", "04_eval.py"])
 def test_help_lists_the_keys_of_a_stage(script):
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     result = subprocess.run(
@@ -557,7 +652,7 @@ def test_help_lists_the_keys_of_a_stage(script):
 
 def test_a_warning_about_beta_does_not_name_what_is_set_already(capsys):
     for late in (0.0, 100.0):
-        rows = [{"rewards/margins": late, "rewards/margin_std": 0.0}]
+        rows = [{"rewards/margins": late, "rewards/margin_std": 0.0, "rewards/chosen": 0.0}]
         dpo.warn_about_scale(rows, "auto")
         assert "warning" in (said := capsys.readouterr().out) and "beta" not in said
         dpo.warn_about_scale(rows, "3")
