@@ -212,9 +212,11 @@ def attach_adapter(policy, kind: str, rank: int, alpha: int, targets: str, seed:
     import dora
 
     matches = {n: layer for n, layer in policy.named_modules() if regex("targets", targets).fullmatch(n)}
-    refuse(not matches, f"the regex {targets!r} matches no layer of the policy")
     other = [name for name, layer in matches.items() if not isinstance(layer, torch.nn.Linear)]
-    refuse(other, f"the regex {targets!r} matches {min(other, default='')!r}, which is no linear layer")
+    refuse(
+        other or not matches,
+        f"the regex {targets!r} matches {max(other, default='no layer')}; it must match linear layers alone",
+    )
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, use_dora=kind == "dora")
     if kind == "dora":
         config._register_custom_module({torch.nn.Linear: dora.DoraLinear})

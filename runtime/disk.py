@@ -112,8 +112,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
-def read_text(path: Path) -> str:
-    """The only reader of text files: UTF-8, whatever the locale."""
+def read_text(path: Path) -> str:  # UTF-8, whatever the locale: nothing else reads text files
     return path.read_text(encoding="utf-8")
 
 

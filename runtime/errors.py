@@ -19,8 +19,7 @@ def refuse(applies: object, text: str) -> None:
 
 
 @functools.cache
-def warn(text: str) -> None:
-    """Say it once per process."""
+def warn(text: str) -> None:  # once per process
     print(f"warning: {text}", flush=True)
 
 

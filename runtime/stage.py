@@ -74,8 +74,7 @@ def command_line(call: Callable[[], None]) -> None:
         remedies = disk.READING if unread else disk.WRITING
         line = f"{' '.join(str(error).split())}; {disk.remedy(error, remedies, 'mend it')}"
     except (MemoryError, RuntimeError, ValueError) as error:  # torch's are RuntimeErrors, mujoco's the last
-        lack = isinstance(error, MemoryError) or re.search("(allocate|out of) memory", str(error))
-        if not lack:
+        if not isinstance(error, MemoryError) and not re.search("(allocate|out of) memory", str(error)):
             raise
         line = f"memory has run out ({one_line(error)}); lower batch_size or workers, or see --dry-run"
     except KeyboardInterrupt:
@@ -442,7 +441,7 @@ def checkpoint_files(path: str) -> list[Path]:
         UserError: it is not there, or holds no weights.
     """
     folder = Path(path)
-    refuse(not folder.is_dir(), f"no folder {path}, in which .safetensors should lie")
+    refuse(not folder.is_dir(), f"no checkpoint {path}: there is no such folder")
     files = sorted(folder.rglob("*"))
     if (folder / "done.json").is_file():  # a stage's own folder: what it made, and not how long it took
         files = [folder / name for name in sorted(read_identity(folder / "done.json").get("outputs", ()))]

@@ -221,7 +221,7 @@ def test_a_file_that_is_not_there_is_not_damaged(tmp_path):
 
 def test_a_file_in_place_of_its_folder_is_one_line():
     file = TRY / "sft" / "model.safetensors"
-    one_line(lambda: stage.checkpoint_files(str(file)), "no folder", str(file))
+    one_line(lambda: stage.checkpoint_files(str(file)), "no such folder", str(file))
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
@@ -529,7 +529,7 @@ def test_targets_that_could_match_parts_of_an_adapter_make_the_same_origin(targe
 
 def test_targets_that_are_no_linear_layers_are_refused():
     policy = backbones.load_policy(TRY / "sft")
-    one_line(lambda: common.attach_adapter(policy, "lora", 2, 2, ".*", 0), "'.*'", "no linear layer")
+    one_line(lambda: common.attach_adapter(policy, "lora", 2, 2, ".*", 0), "'.*'", "linear layers alone")
 
 
 @pytest.mark.parametrize("key", ["bos", "vlm"])
