@@ -18,7 +18,6 @@ import contextlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
-from operator import gt
 from pathlib import Path
 from typing import Annotated, Self, get_type_hints
 
@@ -95,8 +94,10 @@ def checked_stats(stats: dict, where: str) -> dict:
                 f"{where}: {name} of the {kind} must be {n} finite numbers; get the checkpoint again",
             )
         low, high = ([*named.get(a, ()), *named.get(b, ())] for a, b in (("q01", "min"), ("q99", "max")))
-        wrong = min(named.get("std", [0])) < 0 or (len(low) == len(high) and any(map(gt, low, high)))
-        refuse(wrong, f"{where}: a range of the {kind} is upside down; get the checkpoint again")
+        refuse(
+            min(named.get("std", [0])) < 0 or any(a > b for a, b in zip(low, high, strict=False)),
+            f"{where}: a range of the {kind} is upside down; get the checkpoint again",
+        )
     return stats
 
 

@@ -382,11 +382,13 @@ class TaskEnv:
             self._renderer = mj.Renderer(model, self.image_size, self.image_size)
         except Exception as error:  # PyOpenGL's and mujoco's errors have no common base
             device = os.environ.get("MUJOCO_EGL_DEVICE_ID")
-            other = f"unset MUJOCO_EGL_DEVICE_ID, which is {device!r}, or take MUJOCO_GL=osmesa"
             other = (
-                other if device is not None else "install libegl-mesa0, or libosmesa6 with MUJOCO_GL=osmesa"
+                "install libegl-mesa0"
+                if device is None
+                else f"unset MUJOCO_EGL_DEVICE_ID, which is {device!r}"
             )
-            raise UserError(f"cannot render ({one_line(error)}); {gl_remedy(error, other)}") from error
+            what = gl_remedy(error, f"{other}, or take MUJOCO_GL=osmesa")
+            raise UserError(f"cannot render ({one_line(error)}); {what}") from error
         atexit.register(self.close)  # runs before EGL is shut down
         self._option = mj.MjvOption()
         self._option.geomgroup[0] = 0  # collision geoms; robosuite hides them too
