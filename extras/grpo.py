@@ -14,8 +14,8 @@ try     python -m extras.grpo configs/try.yaml name=mine grpo.steps=1 grpo.group
 4. Ratio of new to old policy: rho = exp( (log p_new - log p_old) / n ), n numbers in the executed actions.
 5. Loss: - mean of min( rho A, clip(rho, 1 - 0.2, 1 + 0.28) A ), one pass over all chunks.
 
-log p of action tokens is exact. For flow matching it is the surrogate with the draws (t, eps) shared by old and new
-policy, as in FPO (arXiv 2507.21053). Group size, limits of the return, clip range and one pass are those of
+log p of action tokens is exact. A flow policy has the surrogate, with draws (t, eps) that old and new policy
+share, as in FPO (arXiv 2507.21053). Group size, limits of the return, clip range and one pass are those of
 SimpleVLA-RL (arXiv 2509.09674) and of TorchRL's sota-implementations/vla_grpo (commit 1367811). Both train
 with lr 5e-6, 512 episodes a round and temperature 1.6.
 Differs from both: the ratio is per chunk, as in GSPO (arXiv 2507.18071), not per token. Tokens are scored at

@@ -15,8 +15,8 @@ proximal  the contrast of DPO plus a term that keeps both rewards small, FlowPRO
 simpo     no reference: log p of chosen and rejected per number, with a target margin (arXiv 2405.14734).
 kto       unpaired: a chunk's reward against the mean reward of chunks that answer other observations
           (arXiv 2402.01306). Both groups weigh the same, however many chunks each has.
-nft       unpaired, for flow policies, without a likelihood: is the chunk nearer to the policy's velocity, or
-          to its mirror image at the reference's? (DiffusionNFT, arXiv 2509.16117, as a softplus in RLinf 0.3.)
+nft       unpaired, for flow policies, without a likelihood: is the chunk nearer to the policy's velocity or
+          to its mirror image at the reference's? (DiffusionNFT, arXiv 2509.16117; softplus as in RLinf).
 Left out: ORPO (arXiv 2403.07691). Its odds p / (1 - p) need p < 1, and a density has no such bound.
 """
 
@@ -132,7 +132,8 @@ def flow_errors(policy, obs, chunk: Tensor, draws, mask: Tensor) -> tuple[Tensor
 
     def mirror(index, x_t, t):
         with policy.reference():
-            return 2 * policy.velocity(ref_prefix.select(index), x_t, t) - velocities[0]
+            v_ref = policy.velocity(ref_prefix.select(index), x_t, t)
+        return 2 * v_ref - velocities[0]
 
     errors = [common.flow_matching_error(v, policy.pad(chunk), draws, mask).mean(0) for v in (own, mirror)]
     return errors[0], errors[1]
@@ -171,7 +172,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
         elif cfg.loss == "nft":
             loss = nft(*flow_errors(policy, obs, chosen, draws, mask), good, beta)
         elif cfg.loss == "simpo":
-            loss = simpo(pi_w, pi_l, mask.sum(1) * common.ACTION_DIM, beta)
+            loss = simpo(pi_w, pi_l, mask.sum(1).float() * common.ACTION_DIM, beta)
         else:
             loss = proximal(pi_w, pi_l, ref_w, ref_l, beta)
         anchor = (pi_w * good).sum() / len(index)
