@@ -54,7 +54,7 @@ class Config(common.AdapterConfig):
     probes: Count = 1  # exact: Hutchinson probes per pair
     shift: int = 4  # independent: random shift of the images, pixels, as in 01
     beta: str = "auto"  # a number, or "auto": 1 / std of log p_ref(chosen) - log p_ref(rejected)
-    loss: Literal["dpo", "ipo", "hinge"] = "dpo"  # of the margin, see LOSSES; the paper's is dpo
+    loss: Literal["dpo", "ipo", "hinge"] = "dpo"  # of the margin, see dpo_loss; the paper's is dpo
     contrast: float = 1.0  # weight of this loss; 0 = train on the anchor only
     sft_coef: float = 1.0  # weight of the anchor, which keeps chosen chunks likely; the paper: 0
     lr: float = 5e-5  # peak; cosine to 1 % of it
@@ -97,23 +97,20 @@ class Config(common.AdapterConfig):
 
 
 # ------------------------------------------------------------------------------------------------- the method
-LOSSES = {  # of the margin
-    "dpo": lambda margin: -F.logsigmoid(margin),  # arXiv 2305.18290 Eq. 7
-    "ipo": lambda margin: (margin - 0.5).square(),  # arXiv 2310.12036 Eq. 17, times beta^2
-    "hinge": lambda margin: F.relu(1 - margin),  # arXiv 2309.06657, "hinge-norm"
-}
-
-
-def dpo_loss(pi_w, pi_l, ref_w, ref_l, beta: float, loss: str = "dpo") -> tuple[torch.Tensor, dict]:
+def dpo_loss(pi_w, pi_l, ref_w, ref_l, beta: float, kind: str = "dpo") -> tuple[torch.Tensor, dict]:
     """DPO on the log-probabilities (B,) of chosen (w) and rejected (l) chunks under policy and reference.
 
-    L = - log sigmoid( beta [ (log pi_w - log ref_w) - (log pi_l - log ref_l) ] ), or another loss of this
-    margin.
+    L = - log sigmoid( beta [ (log pi_w - log ref_w) - (log pi_l - log ref_l) ] ), arXiv 2305.18290 Eq. 7.
+    kind: "dpo", or another loss of this margin.
     """
     reward_w, reward_l = beta * (pi_w - ref_w), beta * (pi_l - ref_l)  # the implicit rewards
     margin = reward_w - reward_l
-    mean = LOSSES[loss](margin).mean()
-    return mean, {"rewards/chosen": reward_w, "rewards/rejected": reward_l, "rewards/margins": margin}
+    loss = -F.logsigmoid(margin)
+    if kind == "ipo":  # arXiv 2310.12036 Eq. 17, times beta^2
+        loss = (margin - 0.5).square()
+    if kind == "hinge":  # arXiv 2309.06657, "hinge-norm"
+        loss = F.relu(1 - margin)
+    return loss.mean(), {"rewards/chosen": reward_w, "rewards/rejected": reward_l, "rewards/margins": margin}
 
 
 def log_probs(
