@@ -27,7 +27,42 @@ PAIR = 3  # the pair that most pictures show
 TIMES = [i / 20 for i in range(1, 20)]
 
 
-def sees(pairs: dict) -> str:
+PAGE = """# A tour to look at
+
+`python extras/tour.py` draws this page from the policies in checkpoints/try.
+
+![What the policy sees](tour/sees.png)
+
+**What the policy sees.** Two cameras of 64 pixels, the arm's state and a sentence: *{sentence}*.
+From this it proposes its next ten actions, a *chunk*. Here are two of the twenty pairs.
+
+![Noise becomes action](tour/chunk.png)
+
+**Noise becomes action.** Twelve chunks for one observation. Each line is the hand's path, seen from above: the
+sum of the moves that a chunk proposes. At t = 1 the chunks are noise. Ten Euler steps along the velocity make
+them actions.
+
+![The surrogate's error by t](tour/error.png)
+
+**The surrogate's error by t.** The surrogate for log p is minus this error, averaged over t. These are means over
+20 pairs and 32 noises each. Before DPO the policy finds both chunks alike. After DPO its error is larger on the
+rejected ones. (These pairs were among those that the adapter was trained on.)
+
+![One pair, ten steps, three losses](tour/margin.png)
+
+**One pair, ten steps, three losses.** The margin of pair {pair} while eight pairs are trained on: how much likelier
+its chosen chunk has become than the rejected one, against the reference and times beta. It begins at exactly 0,
+because the policy is the reference then. IPO aims at a margin of 1/2 and comes back to it. The hinge lets go of a
+pair at 1. DPO never stops.
+
+![An episode](tour/episode.gif)
+
+**An episode** of task 0 after DPO, from held-out init state {init}, the first one from 40 on that the policy solves.
+It looks {looks} times, eight actions apart, and needs {steps} control steps.
+"""
+
+
+def sees(pairs: dict) -> None:
     figure, axes = canvas(7, 2.1, 1, 4)
     for i, number in enumerate((PAIR, PAIR + 8)):
         for j, camera in enumerate(common.CAMERAS):
@@ -41,7 +76,7 @@ def sees(pairs: dict) -> str:
 
 
 @torch.no_grad()
-def becomes(policy, pairs: dict) -> str:
+def becomes(policy, pairs: dict) -> None:
     obs, steps = common.select(pairs["obs"], torch.tensor([PAIR])), 10
     prefix = policy.encode(obs).select(torch.zeros(12, dtype=torch.long))
     x = policy.noise(12, common.stream(0, "tour"))
@@ -56,36 +91,33 @@ def becomes(policy, pairs: dict) -> str:
             x = x - policy.velocity(prefix, x, torch.tensor([1 - step / steps])) / steps
     axes[0].set_ylabel("y")
     save(figure, OUT / "chunk.png")
-    return (
-        "Twelve chunks for one observation, drawn as the path of the hand (sums of the proposed moves, seen from"
-        " above). At t = 1 they are noise. Ten Euler steps along the velocity v make them actions; where the"
-        " policy is unsure, the paths still fan out at t = 0."
-    )
 
 
 @torch.no_grad()
-def errors(policy, pairs: dict) -> str:
-    n, draws = len(pairs["mask"]), 16
-    prefix = policy.encode(pairs["obs"])
-    means = {"chosen": [], "rejected": []}
-    for t in TIMES:
-        shared = policy.draws(n, draws, common.stream(0, "tour errors", str(t)), "stratified")
-        shared.t = torch.full_like(shared.t, t)
-        for name, values in means.items():
-            values.append(-policy.log_prob(prefix, pairs[name], shared, pairs["mask"]).mean().item())
-    figure, ax = canvas(5, 2.5)
-    for (name, values), colour in zip(means.items(), ("lora", "dora"), strict=True):
-        ax.plot(TIMES, values, color=COLOURS[colour], label=name)
-    ax.set(xlabel="t (0 is the action, 1 is noise)", ylabel="squared velocity error")
-    ax.legend()
+def errors(policy, after, pairs: dict) -> None:
+    n, draws, chunks = len(pairs["mask"]), 32, ("chosen", "rejected")
+    found = {"before DPO": policy, "after DPO": after}
+    for name, each in found.items():
+        prefix, rows = each.encode(pairs["obs"]), []
+        for t in TIMES:
+            shared = each.draws(n, draws, common.stream(0, "tour errors", str(t)), "stratified")
+            shared.t = torch.full_like(shared.t, t)
+            scores = [each.log_prob(prefix, pairs[chunk], shared, pairs["mask"]) for chunk in chunks]
+            rows.append([-score.mean().item() for score in scores])
+        found[name] = torch.tensor(rows).T  # (2, times)
+    figure, axes = canvas(7, 2.4, 1, 2)
+    for chunk, values, colour in zip(chunks, found["before DPO"], ("lora", "dora"), strict=True):
+        axes[0].plot(TIMES, values, color=COLOURS[colour], label=chunk)
+    for (name, values), colour in zip(found.items(), ("sft", "other"), strict=True):
+        axes[1].plot(TIMES, values[1] - values[0], color=COLOURS[colour], label=name)
+    axes[0].set(xlabel="t", title="squared velocity error, before DPO")
+    axes[1].set(xlabel="t", title="rejected minus chosen")
+    for ax in axes:
+        ax.legend()
     save(figure, OUT / "error.png")
-    return (
-        f"The surrogate for log p is minus this error, averaged over t. The mean over {n} pairs and {draws} noises"
-        " each. Near t = 1 both chunks have drowned in noise. What tells them apart stands at small t."
-    )
 
 
-def margins(pairs: dict) -> str:
+def margins(pairs: dict) -> None:
     figure, ax = canvas(5, 2.5)
     for kind, colour in zip(("dpo", "ipo", "hinge"), ("lora", "dora", "other"), strict=True):
         policy = backbones.load_policy(TRY / "sft").eval()
@@ -109,42 +141,33 @@ def margins(pairs: dict) -> str:
     ax.set(xlabel="DPO step", ylabel="margin")
     ax.legend()
     save(figure, OUT / "margin.png")
-    return (
-        f"The margin of pair {PAIR} while eight pairs are trained on: beta times how much likelier the chosen chunk"
-        " has become than the rejected one, against the reference. Before the first step it is exactly 0, because"
-        " the policy is the reference. All three losses raise it; they differ in when they stop."
-    )
 
 
-def episode() -> str:
+def episode() -> dict:
     cfg = load_config(evaluation.Config, ["configs/try.yaml", "policy=dpo"])
-    policy, frames = evaluation.load_policy(cfg), []
-    with evaluation.contextlib.closing(evaluation.TaskEnv("libero_object", 0, 64, "fast")) as env:
-        row = evaluation.play(env, policy, cfg, 40, frames)
+    policy, env = evaluation.load_policy(cfg), evaluation.TaskEnv("libero_object", 0, 64, "fast")
+    for init in common.init_states("test"):
+        frames = []
+        row = evaluation.play(env, policy, cfg, init, frames)
+        if row["success"]:
+            break
+    env.close()
     (OUT / "episode.gif").unlink(missing_ok=True)
-    evaluation.save_gif(OUT / "episode.gif", frames)
-    outcome = "solves" if row["success"] else "does not solve"
-    return (
-        f"The policy after DPO, on held-out init state 40 of task 0. It looks {len(frames)} times, eight actions"
-        f" apart, and {outcome} the task in {row['steps']} steps."
-    )
+    evaluation.save_gif(OUT / "episode.gif", frames[::2])
+    return {"init": init, "looks": len(frames), "steps": row["steps"]}
 
 
 def main() -> None:
     OUT.mkdir(parents=True, exist_ok=True)
     policy = backbones.load_policy(TRY / "sft").eval()
+    after = common.load_adapter(backbones.load_policy(TRY / "sft"), TRY / "lora")
     pairs = dpo.load_pairs(dpo.Config(pairs_from=str(TRY / "prefs")), policy)[0]
-    parts = [
-        ("What the policy sees", sees(pairs), "sees.png"),
-        ("Noise becomes action", becomes(policy, pairs), "chunk.png"),
-        ("The surrogate's error by t", errors(policy, pairs), "error.png"),
-        ("One pair, ten steps, three losses", margins(pairs), "margin.png"),
-        ("An episode", episode(), "episode.gif"),
-    ]
-    text = "# A tour to look at\n\n`python extras/tour.py` draws this page from the small policies in checkpoints/try.\n"
-    for title, words, picture in parts:
-        text += f"\n## {title}\n\n{words}\n\n![{title}](tour/{picture})\n"
-    disk.write_atomic(HERE / "docs" / "tour.md", text)
+    sees(pairs)
+    becomes(policy, pairs)
+    errors(policy, after, pairs)
+    margins(pairs)
+    page = PAGE.format(pair=PAIR, sentence=pairs["instruction"][PAIR], **episode())
+    disk.write_atomic(HERE / "docs" / "tour.md", page)
 
 
 if __name__ == "__main__":
