@@ -2,7 +2,8 @@
 
     python extras/tour.py
 
-reads   checkpoints/try/pi05/: the policy that DPO starts from, 20 pairs, a trained LoRA adapter
+reads   extras/tour_page.md, the text; checkpoints/try/pi05/: the policy that DPO starts from, 20 pairs, and a
+        LoRA adapter that was trained on them and 90 others
 writes  docs/tour.md, docs/tour/: four PNGs and a GIF
 """
 
@@ -27,41 +28,6 @@ PAIR = 3  # the pair that most pictures show
 TIMES = [i / 20 for i in range(1, 20)]
 
 
-PAGE = """# A tour to look at
-
-`python extras/tour.py` draws this page from the policies in checkpoints/try.
-
-![What the policy sees](tour/sees.png)
-
-**What the policy sees.** Two cameras of 64 pixels, the arm's state and a sentence: *{sentence}*.
-From this it proposes its next ten actions, a *chunk*. Here are two of the twenty pairs.
-
-![Noise becomes action](tour/chunk.png)
-
-**Noise becomes action.** Twelve chunks for one observation. Each line is the hand's path, seen from above: the
-sum of the moves that a chunk proposes. At t = 1 the chunks are noise. Ten Euler steps along the velocity make
-them actions.
-
-![The surrogate's error by t](tour/error.png)
-
-**The surrogate's error by t.** The surrogate for log p is minus this error, averaged over t. These are means over
-20 pairs and 32 noises each. Before DPO the policy finds both chunks alike. After DPO its error is larger on the
-rejected ones. (These pairs were among those that the adapter was trained on.)
-
-![One pair, ten steps, three losses](tour/margin.png)
-
-**One pair, ten steps, three losses.** The margin of pair {pair} while eight pairs are trained on: how much likelier
-its chosen chunk has become than the rejected one, against the reference and times beta. It begins at exactly 0,
-because the policy is the reference then. IPO aims at a margin of 1/2 and comes back to it. The hinge lets go of a
-pair at 1. DPO never stops.
-
-![An episode](tour/episode.gif)
-
-**An episode** of task 0 after DPO, from held-out init state {init}, the first one from 40 on that the policy solves.
-It looks {looks} times, eight actions apart, and needs {steps} control steps.
-"""
-
-
 def sees(pairs: dict) -> None:
     figure, axes = canvas(7, 2.1, 1, 4)
     for i, number in enumerate((PAIR, PAIR + 8)):
@@ -69,10 +35,6 @@ def sees(pairs: dict) -> None:
             axes[2 * i + j].imshow(pairs[camera][number])
             axes[2 * i + j].set(xticks=[], yticks=[], title=f"pair {number}, {camera}")
     save(figure, OUT / "sees.png")
-    return (
-        f'Two cameras of 64 pixels, the arm\'s state and a sentence: "{pairs["instruction"][PAIR]}". From this'
-        " the policy proposes its next ten actions, a *chunk*. The pictures belong to two of the twenty pairs."
-    )
 
 
 @torch.no_grad()
@@ -166,7 +128,8 @@ def main() -> None:
     becomes(policy, pairs)
     errors(policy, after, pairs)
     margins(pairs)
-    page = PAGE.format(pair=PAIR, sentence=pairs["instruction"][PAIR], **episode())
+    page = Path(__file__).with_name("tour_page.md").read_text(encoding="utf-8")
+    page = page.format(pair=PAIR, sentence=pairs["instruction"][PAIR], **episode())
     disk.write_atomic(HERE / "docs" / "tour.md", page)
 
 

@@ -6,6 +6,7 @@ pytest tests/test_neighbours.py
 import importlib
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -317,3 +318,20 @@ def test_an_identity_counts_the_stage_that_a_script_imports_by_name():
 
     names = {path.name for path in code_of(HERE / "extras" / "grpo.py", grpo.Config())}
     assert {"02_collect_prefs.py", "03_dpo.py", "common.py", "env.py"} <= names
+
+
+# -------------------------------------------------------------------------------------------------- the tour
+def test_the_tour_draws_what_its_page_shows(tmp_path, monkeypatch):
+    tour = importlib.import_module("extras.tour")
+    monkeypatch.setattr(tour, "OUT", tmp_path)
+    policy = backbones.load_policy(TRY / "sft").eval()
+    pairs = tour.dpo.load_pairs(tour.dpo.Config(pairs_from=str(TRY / "prefs")), policy)[0]
+    tour.sees(pairs)
+    tour.becomes(policy, pairs)
+    drawn = {path.name for path in tmp_path.iterdir()} | {"error.png", "margin.png", "episode.gif"}
+    page = (HERE / "docs" / "tour.md").read_text(encoding="utf-8")
+    assert (
+        drawn == set(re.findall(r"\(tour/(.*?)\)", page)) == {p.name for p in (HERE / "docs/tour").iterdir()}
+    )
+    looks, steps = map(int, re.search(r"looks (\d+) times.* needs (\d+) control", page).groups())
+    assert (looks - 1) * 8 < steps <= looks * 8 and "{" not in page
