@@ -230,7 +230,7 @@ def save_adapter(adapted, folder: Path) -> None:
     path, targets = folder / "adapter_model.safetensors", adapted.peft_config["default"].target_modules
     with disk.writing(folder):
         adapted.save_pretrained(str(folder))
-    disk.save_tensors(path, disk.load_weights(path), origin(adapted.get_base_model(), targets))
+    disk.save_tensors(path, disk.load_finite(path), origin(adapted.get_base_model(), targets))
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
 
 
@@ -240,7 +240,7 @@ def load_adapter(policy, folder: Path, trainable: bool = False):
 
     path = folder / "adapter_model.safetensors"
     refuse(not path.is_file(), f"{folder} holds no adapter_model.safetensors; run 03_dpo.py first")
-    tensors = disk.load_weights(path)
+    tensors = disk.load_finite(path)
     same_origin(policy, path)
     try:
         with warnings.catch_warnings(action="ignore"):  # of missing keys, which are an error below

@@ -83,7 +83,7 @@ def load_policy(
     name, config = saved_config(folder)
     refuse(backbone not in ("", name), f"{folder} is a checkpoint of {name}; set backbone={name}")
     policy = build(name, config | (model or {}))
-    policy.load_weights([(folder / weights, disk.load_weights(folder / weights))])
+    policy.load_weights([(folder / weights, disk.load_finite(folder / weights))])
     policy.norm_stats = checked_stats(read_object(folder / "norm_stats.json"), f"{folder}/norm_stats.json")
     if (folder / "tokenizer.json").is_file():
         policy.tokenizer = read_tokenizer(folder / "tokenizer.json")

@@ -324,7 +324,7 @@ def lerobot_stats(c: Checkpoint, suites: list[str]) -> dict:
         f"{c.folder} holds no policy_preprocessor*normalizer*.safetensors, the statistics;"
         " get the whole folder",
     )
-    tensors = disk.load_weights(files[0])
+    tensors = disk.load_finite(files[0])
     return {
         kind: {
             key.removeprefix(theirs): tensor.flatten().tolist()[: DIMS[kind]]
@@ -396,7 +396,7 @@ def load(path: Path, build: Callable, model: dict, suites: list[str], backbone: 
         with torch.device("meta"):
             policy = build(name, laid_over(c.format["model"](c), model))
         policy.load_weights(
-            ((file, renamed(disk.load_weights(file), name, policy.cfg)) for file in c.files), assign=True
+            ((file, renamed(disk.load_finite(file), name, policy.cfg)) for file in c.files), assign=True
         )
         for module in policy.modules():  # SigLIP's; no file has them, and nothing here reads them
             if getattr(module, "position_ids", None) is not None:

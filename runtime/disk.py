@@ -197,8 +197,8 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
 
 
-def load_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a policy or an adapter; UserError where one is not finite."""
+def load_finite(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file; UserError where one is not finite."""
     tensors = load_tensors(path)
     lost = [key for key, x in tensors.items() if x.is_floating_point() and not x.isfinite().all()]
     refuse(lost, f"{path}: {min(lost, default='')} has values that are not finite; make or get it again")

@@ -37,5 +37,5 @@ def same_origin(policy, path: Path) -> None:
     refuse(ours["statistics"] != theirs["statistics"], f"{made} statistics; take the policy it was made with")
     if ours["base"] != theirs["base"]:
         its = "set checkpoint= and start= to its own policy, with nothing merged in"
-        refuse(path.name != "pairs.safetensors", f"{made} weights than these; {its}")
+        refuse(path.name == "adapter_model.safetensors", f"{made} weights than these; {its}")
         warn(f"{made} weights: DPO expects pairs of the policy that it trains; 02 collects them")
