@@ -40,6 +40,7 @@ STAGES = {  # section of the YAML -> what to run, behind `python`
     "report": "08_report.py",
     "cells": "-m extras.cells",
     "distill": "-m extras.distill",
+    "export": "-m extras.export",
 }
 BACKBONES = ("openvla", "pi05")  # each a section of the YAML and a module of backbones/
 LARGEST = 2**62  # what a seed can hold
