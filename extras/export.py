@@ -14,6 +14,7 @@ tokenizer, remote code. Hidden files are left out.
 """
 
 import json
+import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,13 +35,13 @@ TENSORS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 EVALUATION = {  # format -> what has to be installed, and the commands
     "lerobot": """\
 pip install "lerobot[pi,libero,peft]>=0.5"
-lerobot-eval --policy.path={folder}/policy --env.type=libero --env.task={suites} --eval.n_episodes=50
-lerobot-eval --policy.path={folder}/adapter --env.type=libero --env.task={suites} --eval.n_episodes=50""",
+lerobot-eval --policy.path={folder}/policy --env.type=libero --env.task={suites} {episodes}
+lerobot-eval --policy.path={folder}/adapter --env.type=libero --env.task={suites} {episodes}""",
     "lerobot <= 0.4.4": """\
 pip install "lerobot[libero,peft]==0.4.4"  # a later one writes another prompt than this policy knows
 pip install "transformers @ git+https://github.com/huggingface/transformers.git@fix/lerobot_openpi"
-lerobot-eval --policy.path={folder}/policy --env.type=libero --env.task={suites} --eval.n_episodes=50
-lerobot-eval --policy.path={folder}/adapter --env.type=libero --env.task={suites} --eval.n_episodes=50""",
+lerobot-eval --policy.path={folder}/policy --env.type=libero --env.task={suites} {episodes}
+lerobot-eval --policy.path={folder}/adapter --env.type=libero --env.task={suites} {episodes}""",
     "openpi": """\
 # in a checkout of openpi that has src/openpi/models_pytorch; nothing there loads the adapter alone
 uv run scripts/serve_policy.py policy:checkpoint --policy.config=pi05_libero --policy.dir={folder}/policy
@@ -125,8 +126,9 @@ def write_adapter(
         layer, _, what = key.removeprefix(PREFIX).partition(".lora_")
         renamed[f"{PREFIX}{module[layer]}.lora_{what}"] = tensor
     plain, given = LoraConfig().to_dict(), disk.read_json(cfg.adapter_dir / SETTINGS)
+    plain |= dict.fromkeys(("peft_type", "r", "lora_alpha"))  # these are always said
     own = {key: value for key, value in given.items() if key in plain and value != plain[key]}
-    own |= {"auto_mapping": None, "peft_type": "LORA", "target_modules": sorted(module.values())}
+    own |= {"auto_mapping": None, "target_modules": sorted(module.values())}
     folder.mkdir(exist_ok=True)
     disk.write_json(folder / SETTINGS, own | {"base_model_name_or_path": str(c.folder.resolve())})
     disk.save_tensors(folder / TENSORS, renamed, {"format": "pt"})
@@ -193,7 +195,8 @@ def show(cfg: Config) -> None:
     if kind == "lerobot" and not any("language_model.embed_tokens" in key for key in c.shapes):
         kind = "lerobot <= 0.4.4"  # the embedding has one name there, lm_head
     for suite in cfg.suites[: 1 if "lerobot" in kind else None]:
-        words = {"folder": cfg.folder.resolve(), "suites": ",".join(cfg.suites), "suite": suite}
+        words = {"folder": shlex.quote(str(cfg.folder.resolve())), "suites": ",".join(cfg.suites)}
+        words |= {"suite": suite, "episodes": "--eval.batch_size=1 --eval.n_episodes=10"}
         print(EVALUATION[kind].format(**words), flush=True)
     played = cfg.seed_dir / f"eval-{cfg.made_adapter.name}"
     if (played / "done.json").is_file():
