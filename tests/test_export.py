@@ -16,7 +16,7 @@ from test_published import MODEL, WRITERS, load, sample
 from torch import nn
 
 import common
-from extras import export
+from extras import export, first_run
 from runtime import disk
 from runtime.config import load_config
 from runtime.errors import UserError
@@ -333,3 +333,34 @@ def test_eval_info_appears_once_04_has_played(tmp_path):
     run_stage("extras.export", *argv, after=export.show)  # the export itself is done already
     info = disk.read_json(folder / "eval_info.json")
     assert info["overall"]["pc_success"] == 100 and info["overall"]["eval_s"] == 2.5
+
+
+# ---------------------------------------------------------------------------------------------- the first run
+def test_a_first_run_reports_what_it_found(tmp_path, monkeypatch, capsys):
+    """One real episode, on one task; a whole report has ten."""
+    base = write_base("lerobot", tmp_path / "base", torch.float32)
+    small = ["device=cpu", "dtype=float32", "image_size=32", "render=fast", "execute=6", "denoise_steps=1"]
+    argv = [
+        "first_run",
+        "configs/pi05.yaml",
+        f"checkpoint={base}",
+        f"root={tmp_path}",
+        "workers=1",
+        "tasks=[0]",
+    ]
+    monkeypatch.setattr(first_run.sys, "argv", [*argv, *small])
+    first_run.main()
+    report = disk.read_json(tmp_path / "first_run" / "first_run.json")
+    said = capsys.readouterr().out
+    printed = [json.loads(line) for line in said.splitlines() if line[0] == "{"]
+    assert printed == [{part: report[part]} for part in ("files", "first_looks", "episodes")]
+    assert str(tmp_path) not in json.dumps(report), "an owner may not want to show where the files lie"
+    files, looks, episodes = report["files"], report["first_looks"], report["episodes"]
+    assert files["format"] == "lerobot" and files["model"]["normalisation"] == "mean_std"
+    assert episodes["hashes"]["model.safetensors"] == disk.sha256(base / "model.safetensors")
+    assert (episodes["n"], episodes["successes"], episodes["mean_steps"]) == (1, 0, 220)
+    assert episodes["config"]["suites"] == ["libero_spatial"] and episodes["versions"]["torch"]
+    assert looks["seconds"] == sorted(looks["seconds"]) and len(looks["actions"]["mean"]) == 7
+    assert looks["state"][2] == pytest.approx(0.9, abs=0.5) and "bowl" in looks["instruction"]
+    policy = load(base, "lerobot").cast("float32")
+    assert looks["statistics"] == policy.norm_stats and 0 < looks["beyond_1"] < 1
