@@ -34,7 +34,7 @@ PREFIX = "base_model.model."  # peft's, of every key
 TENSORS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 EVALUATION = {  # format -> what has to be installed, and the commands
     "lerobot": """\
-pip install "lerobot[pi,libero,peft]>=0.5"
+pip install "lerobot[pi,libero,peft]==0.6.1"  # at least 0.5, which writes this policy's prompt
 lerobot-eval --policy.path={folder}/policy --env.type=libero --env.task={suites} {episodes}
 lerobot-eval --policy.path={folder}/adapter --env.type=libero --env.task={suites} {episodes}""",
     "lerobot <= 0.4.4": """\

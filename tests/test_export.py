@@ -294,7 +294,7 @@ def test_the_commands_are_printed(kind, words, tmp_path, capsys):
 
 def test_the_version_follows_the_files(tmp_path, capsys):
     export.show(load_config(export.Config, arguments("lerobot", OURS, tmp_path, tmp_path)))
-    assert "[pi,libero,peft]>=0.5" in capsys.readouterr().out
+    assert "lerobot[pi,libero,peft]==0.6.1" in capsys.readouterr().out
 
 
 def test_eval_info_is_lerobots(tmp_path):
