@@ -4,7 +4,7 @@ reads   checkpoint=, a published folder; .../dpo-<adapter>-<pairs>/ (03)
 writes  <run>/<backbone>/seed<k>/export-dpo-<adapter>-<pairs>/: policy/, the checkpoint's folder with the
         adapter merged in; adapter/, the adapter for plain peft; done.json; and eval_info.json, 04's episodes
         as lerobot-eval writes them, once 04 has played them
-cost    disk: the checkpoint once more; memory: the adapted matrices in float32 (OpenVLA-7B: 18 GB in all)
+cost    disk: the checkpoint once more; memory: the adapted matrices twice (OpenVLA-7B: 9 GB)
 try     python -m extras.export configs/pi05.yaml checkpoint=FOLDER
 
 It prints the commands with which the original code evaluates the export, and the versions that this needs.
@@ -91,10 +91,9 @@ def merged(c, policy, names: dict[str, list[str]], adapter: Path) -> dict[str, T
     for path in c.files:
         with safe_open(path, "pt") as file:
             read |= {key: file.get_tensor(key) for key in file.keys() if key in names}  # noqa: SIM118
-    own = published.renamed(read, policy.backbone, policy.cfg)
-    policy.load_state_dict({key: tensor.float() for key, tensor in own.items()}, strict=False, assign=True)
+    policy.load_state_dict(published.renamed(read, policy.backbone, policy.cfg), strict=False, assign=True)
     state = common.load_adapter(policy, adapter).state_dict()
-    return {key: torch.cat([state[part] for part in names[key]]).to(read[key].dtype) for key in names}
+    return {key: torch.cat([state[part] for part in names[key]]) for key in names}
 
 
 def overwrite(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -33,7 +33,8 @@ def write_base(kind: str, folder: Path, dtype: torch.dtype) -> Path:
         tensors = load_file(path)
         wide = {key: t.to(dtype) if "_proj." in key else t for key, t in tensors.items()}
         save_file(wide, path, {"format": "pt", "made by": "a test"})
-    (folder / "README.md").write_text("Ümlaut")
+    (folder.parent / "blob").write_text("Ümlaut")
+    (folder / "README.md").symlink_to(folder.parent / "blob")  # a hub's folder is full of links
     (folder / ".gitattributes").write_text("hidden")
     return folder
 
@@ -119,6 +120,7 @@ def test_everything_but_the_adapted_matrices_is_copied_byte_for_byte(kind, adapt
     changed = set()
     for name in files:
         before, after = base / name, folder / "policy" / name
+        assert not after.is_symlink()
         if not name.startswith("model") or not name.endswith(".safetensors"):
             assert before.read_bytes() == after.read_bytes(), name
             continue
@@ -144,6 +146,26 @@ def test_a_part_of_a_matrix_that_holds_three(tmp_path):
     before = load(base, "openvla").state_dict()
     same = [torch.equal(before[name.format(part)], theirs[name.format(part)]) for part in "qkv"]
     assert same == [True, True, False] and not (folder / "adapter").exists()
+
+
+def test_killed_and_repeated_it_gives_the_same_bytes(tmp_path, monkeypatch):
+    base, folder, _ = exported("openvla", "lora", tmp_path)
+    argv = arguments("openvla", base, tmp_path / "adapters", tmp_path / "again", "adapter=lora")
+    whole, calls = export.overwrite, []
+
+    def killed(*arguments):
+        calls.append(whole(*arguments))
+        raise KeyboardInterrupt  # between two shards
+
+    monkeypatch.setattr(export, "overwrite", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage("extras.export", *argv)
+    again = load_config(export.Config, argv).folder
+    assert len(calls) == 1 and not (again / "done.json").exists()
+    monkeypatch.setattr(export, "overwrite", whole)
+    run_stage("extras.export", *argv)
+    outputs = [disk.read_json(place / "done.json")["outputs"] for place in (folder, again)]
+    assert outputs[0] == outputs[1] and len(outputs[0]) > 5
 
 
 # ------------------------------------------------------------------------------------------------- plain peft
