@@ -23,7 +23,7 @@ reference (theirs draws afresh in each of 16 forwards). Errors are summed over t
 augmentation are off. The prefix is computed once per observation, and what no adapter touches of it once for
 all epochs. The reference is the same weights with the adapter switched off. An anchor (`sft_coef`; the paper:
 0) may keep chosen chunks likely.
-Left out: IPO and other losses, label smoothing, reward models.
+Left out: losses of anything but the margin (extras/losses.py has some), label smoothing, reward models.
 """
 
 import re
@@ -54,7 +54,8 @@ class Config(common.AdapterConfig):
     probes: Count = 1  # exact: Hutchinson probes per pair
     shift: int = 4  # independent: random shift of the images, pixels, as in 01
     beta: str = "auto"  # a number, or "auto": 1 / std of log p_ref(chosen) - log p_ref(rejected)
-    contrast: float = 1.0  # weight of DPO's own term; 0 = train on the anchor only
+    loss: Literal["dpo", "ipo", "hinge"] = "dpo"  # of the margin, see dpo_loss; the paper's is dpo
+    contrast: float = 1.0  # weight of this loss; 0 = train on the anchor only
     sft_coef: float = 1.0  # weight of the anchor, which keeps chosen chunks likely; the paper: 0
     lr: float = 5e-5  # peak; cosine to 1 % of it
     warmup: int = 20
@@ -96,15 +97,20 @@ class Config(common.AdapterConfig):
 
 
 # ------------------------------------------------------------------------------------------------- the method
-def dpo_loss(pi_w, pi_l, ref_w, ref_l, beta: float) -> tuple[torch.Tensor, dict]:
+def dpo_loss(pi_w, pi_l, ref_w, ref_l, beta: float, kind: str = "dpo") -> tuple[torch.Tensor, dict]:
     """DPO on the log-probabilities (B,) of chosen (w) and rejected (l) chunks under policy and reference.
 
     L = - log sigmoid( beta [ (log pi_w - log ref_w) - (log pi_l - log ref_l) ] ), arXiv 2305.18290 Eq. 7.
+    kind: "dpo", or another loss of this margin.
     """
     reward_w, reward_l = beta * (pi_w - ref_w), beta * (pi_l - ref_l)  # the implicit rewards
     margin = reward_w - reward_l
-    loss = -F.logsigmoid(margin).mean()
-    return loss, {"rewards/chosen": reward_w, "rewards/rejected": reward_l, "rewards/margins": margin}
+    loss = -F.logsigmoid(margin)
+    if kind == "ipo":  # arXiv 2310.12036 Eq. 17, times beta^2
+        loss = (margin - 0.5).square()
+    if kind == "hinge":  # arXiv 2309.06657, "hinge-norm"
+        loss = F.relu(1 - margin)
+    return loss.mean(), {"rewards/chosen": reward_w, "rewards/rejected": reward_l, "rewards/margins": margin}
 
 
 def log_probs(
@@ -259,7 +265,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
         pi_w, pi_l = score(obs, chosen, rejected, mask, draws, (step, "policy"))
 
         # 3. DPO's contrast, and an anchor that keeps chosen chunks likely (the paper: sft_coef = 0)
-        loss, rewards = dpo_loss(pi_w, pi_l, ref_w, ref_l, beta)
+        loss, rewards = dpo_loss(pi_w, pi_l, ref_w, ref_l, beta, cfg.loss)
         total = cfg.contrast * loss - cfg.sft_coef * beta * pi_w.mean()
         run.check(total, step)
 

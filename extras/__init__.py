@@ -1,1 +1,1 @@
-"""Commands beside the stages: preflight, cells, distill, make_checkpoints. `python -m extras.NAME ...`"""
+"""Commands beside the stages; each file says what it does. `python -m extras.NAME ...`"""

@@ -80,6 +80,7 @@ def collect(seed: int) -> None:
             for row in disk.read_jsonl(path):
                 if row["init_state"] in common.INIT_GROUPS["test"]:
                     writer.writerow(row | {"block": seed, "arm": arm, "success": int(row["success"])})
+    (OUT / "blocks").mkdir(exist_ok=True)
     disk.write_atomic(OUT / "blocks" / f"seed{seed}.csv", table.getvalue())
     disk.write_json(OUT / "blocks" / f"seed{seed}.json", about | {"arms": trained})
 

@@ -41,6 +41,7 @@ STAGES = {  # section of the YAML -> what to run, behind `python`
     "cells": "-m extras.cells",
     "distill": "-m extras.distill",
     "export": "-m extras.export",
+    "grpo": "-m extras.grpo",
 }
 BACKBONES = ("openvla", "pi05")  # each a section of the YAML and a module of backbones/
 LARGEST = 2**62  # what a seed can hold
@@ -191,8 +192,10 @@ def shared_keys(kind: type = PlaceConfig) -> dict:
 
 
 def own_keys(cls: type) -> list[str]:
-    """The keys that a stage's Config declares itself."""
-    return [f.name for f in dataclasses.fields(cls) if f.name in cls.__annotations__]
+    """The keys that a stage's Config declares, with those of a Config of the same section above it."""
+    same = [c for c in cls.__mro__ if getattr(c, "section", None) == cls.section]
+    declared = {name for c in same for name in vars(c).get("__annotations__", {})}
+    return [f.name for f in dataclasses.fields(cls) if f.name in declared]
 
 
 def load_config(cls: type, argv: list[str]):

@@ -337,6 +337,10 @@ def imports(path: Path) -> list[Path]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "importlib.import_module":
+            names |= {
+                arg.value for arg in node.args if isinstance(arg, ast.Constant)
+            }  # a stage's, as "03_dpo"
     places = [HERE / name.replace(".", "/") for name in names]
     files = {place.with_suffix(".py") for place in places} | {place / "__init__.py" for place in places}
     files |= {place.parent / "__init__.py" for place in places if place.parent != HERE}

@@ -39,7 +39,7 @@ def test_cloning_takes_the_successes_of_attempts_that_are_not_held_out(tmp_path)
 def test_a_block_writes_every_held_out_episode_of_its_arms(tmp_path, monkeypatch):
     monkeypatch.setattr(blocks, "HERE", tmp_path)
     monkeypatch.setattr(blocks, "OUT", tmp_path / "out")
-    (tmp_path / "out/blocks").mkdir(parents=True)
+    (tmp_path / "out").mkdir()
     (tmp_path / "out/plan.md").write_text("plan", encoding="utf-8")
     facts = {"beta": 2.0, "pairs": 9, "delivered": {"nats": 1.0}}
     for arm, folder in (("A", "blocks"), ("D", "blocks_D")):

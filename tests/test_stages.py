@@ -316,7 +316,7 @@ def totals(monkeypatch, root, contrast: float, expected) -> list:
 
     def losing(pi_w, *rest):
         loss, rewards = loss_of(pi_w, *rest)
-        seen["terms"] = loss, pi_w, rest[-1]
+        seen["terms"] = loss, pi_w, rest[3]  # beta
         return loss, rewards
 
     def check(run, total, step, *_):
