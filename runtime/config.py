@@ -40,6 +40,7 @@ STAGES = {  # section of the YAML -> what to run, behind `python`
     "report": "08_report.py",
     "cells": "-m extras.cells",
     "distill": "-m extras.distill",
+    "export": "-m extras.export",
     "grpo": "-m extras.grpo",
 }
 BACKBONES = ("openvla", "pi05")  # each a section of the YAML and a module of backbones/
