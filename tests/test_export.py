@@ -48,7 +48,7 @@ def write_adapter(policy, kind: str, folder: Path, targets: str = "") -> None:
             p.data.normal_(std=0.05, generator=g)
         if "magnitude" in name:
             p.data *= 1 + 0.1 * torch.rand(p.shape, generator=g)
-    dpo.save_adapter(adapted, folder)
+    common.save_adapter(adapted, folder)
 
 
 def arguments(kind: str, base: Path, adapters: Path, root: Path, *more: str) -> list[str]:
