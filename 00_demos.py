@@ -1,7 +1,7 @@
 """00 - LIBERO demonstrations, recorded by a scripted expert on the real simulator.
 
-reads   nothing but LIBERO itself (init states 0-19); or, with `source`, a folder of LIBERO's official HDF5
-        files
+reads   nothing but LIBERO itself (init states 0-19); or, with `source`, a folder of HDF5 files: LIBERO's
+        own, OpenVLA's, or those of extras/from_lerobot.py (sim/demos.py says how they are read)
 writes  <run>/data/<suite>/task_NN.hdf5 in LIBERO's own layout, and demos.json (what was kept, per task)
 cost    about 1 s per demonstration and core at 64 px; 200 demonstrations are 85 MB
 try     python 00_demos.py configs/smoke.yaml name=mine
@@ -34,7 +34,8 @@ import numpy as np
 
 import common
 from runtime import Count, UserError, disk, one_line, refuse, stage, workers
-from sim.env import CRASHES, TaskEnv, instruction, tasks
+from sim.demos import ENDING, H5PY_ERRORS, read_demos
+from sim.env import CRASHES, TaskEnv, instruction, suite_of, tasks
 from sim.expert import TASKS, Expert, MissedGrasp, target_places
 
 
@@ -49,7 +50,7 @@ class Config(common.SceneConfig):
     waypoint_jitter: float = 0.012  # waypoints move by up to this many metres along each axis
     tail: int = 4  # steps recorded after the first success
     max_tries: Count = 3  # tries per demonstration; after that it is left out, and counted
-    source: str = ""  # folder of files to use instead, LIBERO's own (*_demo.hdf5) or another run's
+    source: str = ""  # folder of files to use instead, <suite>/*_demo.hdf5 or another run's data/
 
     folder = property(lambda self: self.data_dir)
 
@@ -68,7 +69,7 @@ class Config(common.SceneConfig):
             source.resolve().is_relative_to(self.data_dir.resolve()),
             f"demos.source={source} is the folder that this stage writes, or lies in it",
         )
-        official_files(self)
+        adopted(self)
         return [source] if (source / "done.json").is_file() else []
 
 
@@ -218,7 +219,7 @@ def merge(parts: list[Path], path: Path) -> list[dict]:
                     data.attrs.update({key: value for key, value in source.attrs.items() if key != "summary"})
                     if "demo" in source:
                         source.copy("demo", data, name=f"demo_{len(data)}")
-            except common.H5PY_ERRORS as error:
+            except H5PY_ERRORS as error:
                 why = f"{part} is damaged ({one_line(error)})"
                 raise UserError(f"{why}; remove it and run the stage again") from error
         data.attrs["num_demos"] = len(data)
@@ -259,35 +260,47 @@ def statistics(demos: list[dict]) -> dict:
     }
 
 
-def official_files(cfg: Config) -> dict[tuple[str, int], Path]:
-    """The file of `source` for each task: LIBERO's own, or one of another run of this kit."""
-    files = {}
+def source_file(cfg: Config, suite: str, task: int) -> Path:
+    """The file of `source` for a task, by the task's name, or by its number where another run made it."""
+    names = (suite_of(suite).get_task(task).name + ENDING, f"task_{task:02d}.hdf5")
+    folders = [Path(cfg.source) / folder for folder in (suite, f"{suite}_no_noops")]
+    found = [folder / name for folder in folders for name in names if (folder / name).is_file()]
+    text = f"source: {folders[0]} holds {len(found)} files {' or '.join(names)}, but one is needed"
+    refuse(len(found) != 1, text)
+    return found[0]
+
+
+def adopted(cfg: Config) -> list[dict]:
+    """What each file of `source` gives; UserError unless later stages can take them all."""
+    rows = []
     for suite, task in tasks(cfg):
-        folder = Path(cfg.source) / suite
-        official = f"*{instruction(suite, task).replace(' ', '_')}_demo.hdf5"
-        found = sorted([*folder.glob(official), *folder.glob(f"task_{task:02d}.hdf5")])
-        names = f"{len(found)} files {official} or task_{task:02d}.hdf5"
-        refuse(len(found) != 1, f"source: {folder} holds {names}, but one is needed")
-        files[suite, task] = found[0]
-    return files
+        path = source_file(cfg, suite, task)
+        demos = list(read_demos(path, task))
+        again = "get it again, or leave the task out with tasks="
+        refuse(not demos, f"source: {path} holds no demonstration; {again}")
+        of, size = demos[0].instruction, max(demo.agentview.size for demo in demos)
+        refuse(of != instruction(suite, task), f"source: {path} is of another task, {of!r}; {again}")
+        refuse(
+            any(demo.agentview.size != cfg.image_size for demo in demos),
+            f"{path} has images of {size} px: set image_size={size} for this stage (02 and 04 keep theirs)",
+        )
+        steps, no_ops = (sum(n) for n in zip(*((len(d.actions), d.no_ops) for d in demos), strict=True))
+        rows.append({"suite": suite, "task": task, "kept": len(demos), "steps": steps, "no_ops": no_ops})
+    return rows
 
 
 def adopt(cfg: Config) -> list[dict]:
-    """Link the files of `source` to where later stages look; one reader serves both layouts."""
-    rows = []
-    for (suite, task), path in official_files(cfg).items():
-        demos = [demo.agentview.shape[1] for demo in common.read_demos(path, task)]
-        refuse(
-            not demos,
-            f"source: {path} holds no demonstration; record it again, or leave task {task} out with tasks=",
-        )
-        size = demos[0]
-        refuse(size != cfg.image_size, f"{path} has images of {size} px: set image_size={size}")
-        link = cfg.data_dir / suite / f"task_{task:02d}.hdf5"
+    """Link the files of `source` to where later stages look."""
+    rows = adopted(cfg)
+    for row in rows:
+        link = cfg.data_dir / row["suite"] / f"task_{row['task']:02d}.hdf5"
         link.parent.mkdir(exist_ok=True)
         link.unlink(missing_ok=True)
-        link.symlink_to(path.resolve())
-        rows.append({"suite": suite, "task": task, "kept": len(demos)})
+        link.symlink_to(source_file(cfg, row["suite"], row["task"]).resolve())
+    left_out = sum(row["no_ops"] for row in rows)
+    print(
+        f"[00_demos] of {sum(row['steps'] for row in rows) + left_out} steps {left_out} are no-ops, left out"
+    )
     return rows
 
 

@@ -14,7 +14,8 @@ the training at a snapshot, on the schedule of `steps`.
 Differs from the paper: it publishes no SFT stage. Here `train: full` learns everything, from scratch or from
 `init_from`. `train: lora | dora` trains an adapter and merges it, so that stage 03's reference is one set of
 weights.
-Left out: mixed precision, streaming of data that does not fit into memory.
+Images that take more than half a gigabyte per camera stay on disk until a batch needs them (sim/demos.py).
+Left out: mixed precision.
 """
 
 import copy
@@ -28,6 +29,7 @@ import torch
 import backbones
 import common
 from runtime import Count, Positive, ranks, refuse, stage
+from sim.demos import demonstrations, frames
 
 
 @dataclass
@@ -87,7 +89,7 @@ def load_data(cfg: Config, horizon: int) -> tuple[dict, dict | None, list[str]]:
     instructions.
     """
     rows = {"train": [], "val": []}
-    for _, held, demo in common.demonstrations(cfg, cfg.holdout):
+    for _, held, demo in demonstrations(cfg, cfg.holdout):
         rows["val" if held else "train"].append(
             (demo, future_chunks(demo.actions, demo.image_steps, horizon))
         )
@@ -95,10 +97,8 @@ def load_data(cfg: Config, horizon: int) -> tuple[dict, dict | None, list[str]]:
 
     def tensors(part: list) -> dict:
         return {
-            "agentview": torch.from_numpy(
-                np.concatenate([d.agentview for d, _ in part])
-            ),  # (N, S, S, 3) uint8
-            "wrist": torch.from_numpy(np.concatenate([d.wrist for d, _ in part])),
+            "agentview": frames([d.agentview for d, _ in part]),  # (N, S, S, 3) uint8
+            "wrist": frames([d.wrist for d, _ in part]),
             "state": torch.from_numpy(np.concatenate([d.state[d.image_steps] for d, _ in part])),  # (N, 8)
             "chunk": torch.from_numpy(np.concatenate([c for _, c in part])),  # (N, H, 7) environment units
             "instruction": [d.instruction for d, _ in part for _ in d.image_steps],
@@ -250,6 +250,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
         loss.backward()
         run.average_gradients(parameters)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip)
+        run.check(grad_norm, step, "gradient")
         lr = run.set_learning_rate(optimizer, step)
         optimizer.step()
         optimizer.zero_grad()

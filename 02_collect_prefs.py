@@ -309,7 +309,10 @@ def main(cfg: Config, run: stage.Run) -> dict | None:
         def played() -> int:
             return sum(row["playouts"] for row in attempts(run.dir))
 
-        workers.run(collect, ranks.share(jobs), cfg.workers, "prefs", played, cfg.max_playouts)
+        def found() -> str:
+            return f"{sum(len(row['pairs']) for row in attempts(run.dir))} pairs"
+
+        workers.run(collect, ranks.share(jobs), cfg.workers, "prefs", played, cfg.max_playouts, found)
         ranks.wait()
 
         # 3. one file of all pairs

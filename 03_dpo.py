@@ -81,8 +81,8 @@ class Config(common.AdapterConfig):
             "surrogate=exact takes second derivatives: use adapter=lora and dpo.recompute=false",
         )
         refuse(
-            self.surrogate == "antithetic" and self.draws % 2,
-            f"dpo.draws={self.draws} must be even for surrogate=antithetic: noises come in pairs",
+            self.surrogate == "mirrored" and self.draws % 2,
+            f"dpo.draws={self.draws} must be even for surrogate=mirrored: noises come in pairs",
         )
         regex("dpo.targets", self.targets)
         number = re.fullmatch(r"[0-9]+\.?[0-9]*(e-?[0-9]+)?", self.beta)
@@ -183,13 +183,18 @@ def auto_beta(policy, pairs: dict, draw: Callable, score: Callable, cfg: Config)
 
 
 # ------------------------------------------------------------------------------------------------------- data
-def load_pairs(cfg: Config, policy) -> dict:
-    """The pairs' tensors, and `obs`: their observations."""
+def load_pairs(cfg: Config, policy) -> tuple[dict, dict]:
+    """The pairs to train on, and those of every `held_out`-th attempt: their tensors, and `obs`."""
     pairs = common.read_pairs(cfg.pairs_dir, policy)
     if cfg.whole_chunk:
         pairs["mask"] = torch.ones_like(pairs["mask"])
     obs = {key: pairs[key] for key in (*common.CAMERAS, "state", "instruction")}
-    return pairs | {"obs": common.blank_images(obs) if cfg.blank_images else obs}
+    pairs["obs"] = common.blank_images(obs) if cfg.blank_images else obs
+    held = torch.zeros(len(pairs["mask"]), dtype=torch.bool)
+    if cfg.held_out:
+        held = pairs["attempt"] % cfg.held_out == 0
+    refuse(bool(held.all()), f"held_out={cfg.held_out} leaves no pair to train on")
+    return tuple(common.select(pairs, part.nonzero()[:, 0]) for part in (~held, held))
 
 
 def begin(policy, pairs: dict, cfg: Config):
@@ -206,10 +211,27 @@ def batch_of(pairs: dict, index: torch.Tensor) -> tuple:
     return tuple(common.select(pairs[key], index) for key in ("obs", "chosen", "rejected", "mask"))
 
 
+@torch.no_grad()
+def delivered(policy, pairs: dict) -> dict:
+    """What training moved on pairs that it never saw: log-ratio of chosen minus that of rejected, in nats.
+
+    A log-ratio is log p of the policy minus log p of the reference: the lower bound (64 draws, shared) of a
+    flow policy, the exact value of an autoregressive one.
+    """
+    n = len(pairs["mask"])
+    batch = batch_of(pairs, torch.arange(n))
+    draws = policy.draws(n, 64, common.stream(0, "held out"), "logsnr")
+    with policy.reference():
+        ref_w, ref_l = log_probs(policy, *batch, draws, "logsnr")
+    pi_w, pi_l = log_probs(policy, *batch, draws, "logsnr")
+    moved = (pi_w - ref_w) - (pi_l - ref_l)
+    return {"nats": moved.mean().item(), "std": moved.std(correction=0).item(), "pairs": n}
+
+
 # --------------------------------------------------------------------------------------------------- training
 def main(cfg: Config, run: stage.Run) -> dict:
     policy = backbones.load_sft(cfg)  # in evaluation mode throughout: no dropout in any log-probability
-    pairs = load_pairs(cfg, policy)
+    pairs, held = load_pairs(cfg, policy)
     adapted = common.attach_adapter(
         policy, cfg.adapter, cfg.rank, cfg.alpha, cfg.targets or policy.adapter_targets, cfg.seed
     )
@@ -245,6 +267,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
         total.backward()
         run.average_gradients(trained)
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, cfg.grad_clip)
+        run.check(grad_norm, step, "gradient")
         lr = run.set_learning_rate(optimizer, step)
         optimizer.step()
         optimizer.zero_grad()
@@ -254,7 +277,8 @@ def main(cfg: Config, run: stage.Run) -> dict:
     if run.first:
         warn_about_scale(disk.read_jsonl(run.dir / "metrics.jsonl"))
         save_adapter(adapted, run.dir)
-    return {"beta": beta, "trainable": k, "pairs": n}
+    facts = {"beta": beta, "trainable": k, "pairs": n}
+    return facts | ({"delivered": delivered(policy, held)} if cfg.held_out else {})
 
 
 def metrics(loss: torch.Tensor, rewards: dict, pi_w: torch.Tensor, pi_l: torch.Tensor) -> dict[str, float]:

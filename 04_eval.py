@@ -185,7 +185,7 @@ def results_table(cfg: Config) -> list[dict]:
     return rows
 
 
-RESULTS = {  # heading -> cell. over tasks: a bootstrap of whole tasks. p: exact McNemar on the same episodes
+RESULTS = {  # heading -> cell. over tasks: their t interval. p: exact McNemar on the same episodes
     # right place: of the chunks sampled at first looks, those that head for the target's place in this layout
     "policy": "{name}",
     "suite": lambda row: row["suite"].replace(" ", ", "),
@@ -203,7 +203,8 @@ RESULTS = {  # heading -> cell. over tasks: a bootstrap of whole tasks. p: exact
 def main(cfg: Config, run: stage.Run) -> dict:
     jobs = [(cfg, run.dir, suite, task) for suite, task in tasks(cfg)]
     total, title = len(jobs) * cfg.n_init, f"eval {cfg.policy_name}"
-    workers.run(evaluate, ranks.share(jobs), cfg.workers, title, lambda: len(episodes.played(run.dir)), total)
+    so_far = (lambda: len(episodes.played(run.dir))), total, (lambda: episodes.solved(run.dir))
+    workers.run(evaluate, ranks.share(jobs), cfg.workers, title, *so_far)
     return episodes.finish(run, policy=cfg.policy_name)
 
 

@@ -49,6 +49,7 @@ from backbones.layers import siglip_features
 from report import stats
 from report.head import plot_losses, retrieval_report
 from runtime import Count, UserError, disk, ranks, refuse, stage, workers
+from sim.demos import demonstrations
 
 ANCHORS = 30  # of an episode, evenly spaced
 TEMPERATURE = 0.07
@@ -198,7 +199,7 @@ def load_frames(cfg: Config) -> Frames:
     if cfg.encoder == "random":
         shuffle_weights(tower_of(policy), cfg.seed)
     episodes, tasks, n = [], {}, 0
-    demos = workers.progress(common.demonstrations(cfg, cfg.holdout), desc="encode", unit="episode")
+    demos = workers.progress(demonstrations(cfg, cfg.holdout), desc="encode", unit="episode")
     for episode, (suite, held, demo) in enumerate(demos):
         kept, anchors, partners = choose(demo.image_steps, cfg.gap)
         episodes.append(
@@ -453,7 +454,7 @@ def recall_rows(frames: Frames, heads: dict, cfg: Config) -> list[dict]:
                 "metric": f"recall@{k}",
                 "features": name,
                 "value": recall.mean(),
-                "ci95": stats.cluster_bootstrap(recall, frames.episode[asked][of], n=2000),
+                "ci95": stats.over_clusters(recall, frames.episode[asked][of]),
             }
             rows.append(row)
             if name == "proprioception":  # chance once, as the last row
@@ -493,7 +494,7 @@ def progress_rows(frames: Frames, heads: dict, cfg: Config) -> list[dict]:
                 "metric": metric,
                 "features": name,
                 "value": float(np.mean(values)),
-                "ci95": stats.cluster_bootstrap(np.array(values), episodes, n=2000),
+                "ci95": stats.over_clusters(np.array(values), episodes),
             }
             for metric, unit, values in (
                 ("rising", "share", rising),

@@ -1,18 +1,19 @@
 """07 - Is the surrogate right? Estimators of log p(chunk | observation) against the exact likelihood.
 
 reads   <run>/<backbone>/seed<k>/sft/ (01), prefs-<pairs>/ (02), every finished dpo-*-<pairs>/ of the same
-        pairs and start (03); for the last panel eval-*/episodes.jsonl of all seeds (04)
+        pairs and start (03)
 writes  <run>/<backbone>/seed<k>/validate-<pairs>[-at<start>]/: measures.safetensors (exact values and
-        estimates of every chunk under every policy), own.safetensors, gradients.jsonl, done.json;
-        beside the folder its tables and plots, validate-<pairs>[-at<start>].{json,md,png}
-cost    each run measures it (CPU seconds per chunk, in the .md); an estimate takes a pass of the action
-        expert per draw, the exact value 2 x ode_steps x (1 + dimensions of a chunk)
+        estimates of every chunk under every policy), gradients.jsonl, done.json;
+        beside the folder its tables, validate-<pairs>[-at<start>].{json,md}
+cost    an estimate takes a pass of the action expert per draw, the exact value 2 x ode_steps x (1 +
+        dimensions of a chunk), the density of the Euler map half of that
 try     python 07_validate.py configs/tiny.yaml validate.n_pairs=8
 
 Three quantities are compared. `log p` is that of a chunk. `difference` is log p of the chosen chunk minus
 that of the rejected one, under one policy. `margin` is the difference under a DPO policy minus that under its
-reference: what DPO's loss sees. An estimator is a scheme of draws (t, eps) (common.make_draws) and a weight
-on the velocity error (common.time_weight):
+reference: what DPO's loss sees, without beta. With held_out=N the margins are those of the pairs that 03 has
+left out of its training. An estimator is a scheme of draws (t, eps) (common.make_draws) and a weight on the
+velocity error (common.time_weight):
 
     log p~(a | o) = - mean over K draws of w(t) || v(t eps + (1-t) a, t, o) - (eps - a) ||^2
 
@@ -20,15 +21,22 @@ on the velocity error (common.time_weight):
 estimators score whole chunks, as the exact likelihood must. (03 scores the executed actions of a chunk, or
 with dpo.whole_chunk=true all.) Every estimate is repeated with fresh draws. An estimator's `noise` is the
 variance between repeats over that between pairs. Its `bias` is what more repeats would not cure: 1 - r^2
-between its mean over endless repeats and the exact values. report/agreement.py makes the tables and plots.
+between its mean over endless repeats and the exact values. report/agreement.py makes the tables.
+
+"Exact" is the likelihood of the flow. The policy acts by ten Euler steps, whose density is another one. The
+noise behind every branch pair is known, so that density is measured too, and all are compared with it.
+
+Bias and variance of DPO's loss are bounded by the variance of the estimated margin (VRPO, arXiv 2505.19223).
+Its three levers have a table: more draws, one noise for each time, and shared draws. (There, shared draws are
+called antithetic. Here `mirrored` draws are a noise and its mirror image.)
 
 An autoregressive policy's log p is exact, in closed form, so there is nothing to validate.
 Left out: marginals of the executed actions (no closed form), policies in bfloat16, GPUs.
 """
 
+import math
 import shutil
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -47,12 +55,13 @@ from runtime import Count, disk, load_config, refuse, stage, workers
 
 BLOCK = 8  # pairs that are scored together
 REPEATS = 4  # of every estimate, with fresh draws: one for each term of a margin
+ROUNDING = 0.1  # normalised units: weights in bfloat16 make slightly other chunks of the same noise
 SHIFT = 4  # independent: random shift of the images, pixels, as in the published code
 ESTIMATORS = {  # name -> scheme of its draws, weight on the squared velocity error; and how 03 trains on it
     "paper": ("stratified", "velocity"),  # surrogate=paper, the default
     "paper-noise": ("stratified", "noise"),  # surrogate=paper dpo.weight=noise
     "paper-elbo": ("stratified", "elbo"),  # surrogate=paper dpo.weight=elbo
-    "antithetic": ("antithetic", "velocity"),  # surrogate=antithetic
+    "mirrored": ("mirrored", "velocity"),  # surrogate=mirrored
     "elbo": ("logsnr", "logsnr"),  # surrogate=elbo
     "independent": ("iid", "velocity"),  # surrogate=independent: what the published code does
 }
@@ -65,8 +74,7 @@ class Config(common.ActingConfig, common.AdapterConfig):
     n_pairs: Annotated[int, 2] = 200  # pairs looked at, evenly spread; all where there are fewer
     max_draws: Annotated[int, 4] = 64  # ... and in the plots 1, 2, 4, ... up to this
     ode_steps: Count = 20  # midpoint steps of the exact likelihood
-    own_chunks: Annotated[int, 2] = 8  # observations for the study of the exact likelihood itself
-    gradient_batches: int = 2  # of 8 pairs, in each of two states of the DPO training
+    gradient_batches: int = 2  # of 8 pairs, spread over all tasks, in each of two states of the DPO training
     gradient_probes: Annotated[int, 2] = 8  # of the exact gradient; half of them are compared with the rest
 
     folder = property(lambda self: self.seed_dir / self.variant("validate", self.pairs))
@@ -99,13 +107,16 @@ class Config(common.ActingConfig, common.AdapterConfig):
 # Workers get jobs: (cfg, the file to write, numbers of the pairs, folder of a DPO policy or None for the SFT
 # policy). A job of `gradients` has a state, "start" or "end", and the betas of DPO by estimator, too.
 def load_pairs(cfg: Config) -> dict:
-    """Up to n_pairs pairs, evenly spread: observations, and `chunks` (N, 2, H, 7), the chosen ones first."""
+    """Up to n_pairs pairs, evenly spread: observations, `chunks` (N, 2, H, 7), the chosen ones first, where
+    they are from, and the attempt of each."""
     pairs = common.read_pairs(cfg.pairs_dir)
     n = len(pairs["mask"])
-    kept = {
-        **{key: pairs[key] for key in (*common.CAMERAS, "state", "instruction")},
-        "chunks": torch.stack([pairs["chosen"], pairs["rejected"]], dim=1),
-    }
+    kept = {key: pairs[key] for key in (*common.CAMERAS, "state", "instruction", "attempt")}
+    kept["chunks"] = torch.stack([pairs["chosen"], pairs["rejected"]], dim=1)
+    kept["proposed"] = torch.stack(
+        [pairs.get(f"{side}_proposed", pairs[side]) for side in ("chosen", "rejected")], dim=1
+    )
+    kept["source"] = disk.read_jsonl(cfg.pairs_dir / "pairs.jsonl")
     kept = common.select(kept, torch.linspace(0, n - 1, min(cfg.n_pairs, n)).round().long())
     return common.blank_images(kept) if cfg.blank_images else kept
 
@@ -114,7 +125,34 @@ def inputs_of(cfg: Config, pairs: list[int], adapter: Path | None = None) -> tup
     """A policy, and the observations and chunks (n, 2, H, 7) of some pairs."""
     policy = backbones.load_sft(cfg)
     obs = common.select(load_pairs(cfg), torch.tensor(pairs))
-    return common.load_adapter(policy, adapter) if adapter else policy, obs, obs.pop("chunks")
+    return common.load_adapter(policy, adapter) if adapter else policy, obs, obs["chunks"]
+
+
+def noise_behind(cfg: Config, policy, source: list[dict]) -> Tensor:
+    """The noise (N, 2, H, D) that 02 drew for the chosen and the rejected chunk of branch pairs."""
+    done, made = cfg.pairs_dir / "done.json", {"n_init": None, "branch_scale": 1.0, "noise_scale": 1.0}
+    made |= {"seed": cfg.start_seed or cfg.seed}
+    made |= disk.read_json(done)["config"] if done.is_file() else {}
+    states, noise = len(common.init_states("prefs", made["n_init"])), []
+    for row in source:
+        played = row["suite"], row["task"], row["init_state"], row["unit"] // states, row["decision"]
+        own = common.stream(made["seed"], "branch", *played, row["tried"] - 1)
+        base = common.stream(made["seed"], "prefs", *played)
+        scales = (made["branch_scale"], own), (made["noise_scale"], base)
+        noise.append(torch.cat([scale * policy.noise(1, g) for scale, g in scales]))
+    return torch.stack(noise)
+
+
+def acting(cfg: Config, policy, prefix, pairs: dict) -> Tensor:
+    """log p (n, 2) of the chunks under the Euler map, along the noise that made them; nan if it did not."""
+    if cfg.pairs != "branch" or "tried" not in pairs["source"][0]:
+        return torch.full(pairs["chunks"].shape[:2], math.nan)
+    noise = noise_behind(cfg, policy, pairs["source"]).transpose(0, 1).flatten(0, 1)  # (2 n, H, D)
+    both = prefix.select(torch.arange(len(noise) // 2).repeat(2))
+    made, log_p = likelihood.euler_sample(likelihood.velocity_of(policy, both), noise, cfg.denoise_steps)
+    off = made[..., :7] - pairs["proposed"].transpose(0, 1).flatten(0, 1)
+    log_p[off.square().mean((1, 2)).sqrt() > ROUNDING] = math.nan
+    return log_p.view(2, -1).T
 
 
 # ------------------------------------------------------------------------------------ estimates and the truth
@@ -161,9 +199,12 @@ def measure(job: tuple) -> None:
     policy, obs, chunks = inputs_of(cfg, pairs, adapter)
     prefix = policy.encode(obs)
     tensors = {"exact": exact(policy, prefix, chunks, cfg.ode_steps)}
-    for name in ("paper", "antithetic", "elbo", "independent"):
+    if adapter is None:
+        tensors |= {"euler": acting(cfg, policy, prefix, obs), "attempt": obs["attempt"]}
+        tensors["dims"] = torch.full((len(chunks),), policy.horizon * policy.cfg.flow_dim)
+    for name in ("paper", "mirrored", "elbo", "independent"):
         seen = obs if name == "independent" else prefix
-        for k in cfg.draw_counts[name == "antithetic" :]:  # mirror images come in pairs
+        for k in cfg.draw_counts[name == "mirrored" :]:  # mirror images come in pairs
             repeats = [
                 estimate(
                     policy,
@@ -183,56 +224,6 @@ def measure(job: tuple) -> None:
                 tensors[f"paper-elbo/{k}"] = -(common.time_weight(t, "elbo") * errors).mean(1)
                 tensors["by_time"] = -errors.mean(0)  # (K, n, 2) of the largest K, which comes last
     disk.save_tensors(file, tensors)
-
-
-@torch.no_grad()
-def own_chunks(job: tuple) -> None:
-    """Worker: what the policy's own samples tell, whose noise is known.
-
-    That is the density of the Euler map, and how steps, probes and precision move the exact likelihood.
-    """
-    cfg, file, pairs = job
-    policy, obs, chunks = inputs_of(cfg, pairs)
-    prefix = policy.encode(obs)
-    velocity = likelihood.velocity_of(policy, prefix)
-    own, euler = likelihood.euler_sample(
-        velocity, policy.noise(len(chunks), common.stream(cfg.seed, "own")), cfg.denoise_steps
-    )
-    probes = likelihood.make_probes(
-        len(chunks), 16, own.shape[1:], common.stream(cfg.seed, "own probes")
-    ).split(1, 1)
-    policy64, prefix64, own64 = likelihood.in_float64(policy, prefix, own)
-    inverse = likelihood.euler_log_prob(  # of the pairs' chunks
-        likelihood.velocity_of(policy, prefix.select(torch.arange(len(chunks)).repeat(2))),
-        policy.pad(chunks.transpose(0, 1).flatten(0, 1)),
-        cfg.denoise_steps,
-    )
-
-    def log_p(trace: likelihood.Divergence, steps: int = cfg.ode_steps) -> Tensor:
-        return likelihood.ode_log_prob(velocity, own, trace, likelihood.time_grid(steps))
-
-    disk.save_tensors(
-        file,
-        {
-            "chunk": own,
-            "euler": euler,
-            "exact": log_p(likelihood.exact_trace),
-            **{f"probe/{i}": log_p(likelihood.hutchinson(probe)) for i, probe in enumerate(probes)},
-            **{f"steps/{k}": log_p(likelihood.hutchinson(probes[0]), k) for k in (5, 10, 20, 40, 80)},
-            "float64": likelihood.ode_log_prob(
-                likelihood.velocity_of(policy64, prefix64),
-                own64,
-                likelihood.hutchinson(probes[0].double()),
-                likelihood.time_grid(cfg.ode_steps),
-            ),
-            **{  # as 03 sees the pairs: both chunks share one probe
-                f"pair/{k}/{i}": exact(policy, prefix, chunks, k, common.stream(cfg.seed, "pair probes", i))
-                for k, i in [(5, 0), (20, 0), (40, 0), *((10, i) for i in range(8))]
-            },
-            "inverse_found": inverse.isfinite().float(),
-            "inverse": inverse.nan_to_num(0),
-        },
-    )
 
 
 # ----------------------------------------------------------------------------------------------- the gradient
@@ -293,7 +284,7 @@ def gradients(job: tuple) -> None:
             (name, k): cosine(dpo_gradient(policy, partial(estimated, name, k), betas[name]), probes.mean(0))
             for name in ESTIMATORS
             for k in (1, 4, 16, 64)
-            if k <= cfg.max_draws and (name, k) != ("antithetic", 1)
+            if k <= cfg.max_draws and (name, k) != ("mirrored", 1)
         }
     )
     disk.write_rows(
@@ -306,25 +297,6 @@ def gradients(job: tuple) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- main
-def costs(cfg: Config, pairs: list[int]) -> dict[str, float]:
-    """CPU seconds per chunk under the SFT policy: of the exact likelihood, and of estimates by draws."""
-    policy, obs, chunks = inputs_of(cfg, pairs)
-    torch.set_num_threads(1)
-
-    def seconds(function: Callable) -> float:
-        began = time.process_time()
-        function()
-        return (time.process_time() - began) / (2 * len(chunks))
-
-    with torch.no_grad():
-        prefix, g = policy.encode(obs), common.stream(cfg.seed, "costs")
-        calls = {"exact": partial(exact, policy, prefix, chunks, cfg.ode_steps)} | {
-            f"surrogate, {k} draws": partial(estimate, policy, prefix, chunks, "paper", k, g)
-            for k in cfg.draw_counts
-        }
-        return {name: seconds(call) for name, call in calls.items()}
-
-
 def do_missing(function: Callable[[tuple], None], jobs: list[tuple], cfg: Config, title: str) -> None:
     """Do the jobs whose files an earlier run has not written."""
     workers.run(
@@ -353,15 +325,16 @@ def main(cfg: Config, run: stage.Run) -> dict:
     for name, of_policy in jobs.items():
         tensors = [disk.load_tensors(file) for _, file, _, _ in of_policy]
         measures |= {
-            f"{name}|{key}": torch.cat([part[key] for part in tensors], dim=0 if key == "exact" else 1)
+            f"{name}|{key}": torch.cat(
+                [part[key] for part in tensors], dim=int("/" in key or key == "by_time")
+            )
             for key in tensors[0]
         }
 
-    # 2. what the policy's own samples tell
-    few = [i * len(every) // cfg.own_chunks for i in range(min(cfg.own_chunks, len(every)))]
-    do_missing(own_chunks, [(cfg, parts / "own.safetensors", few)], cfg, "own chunks")
-
-    # 3. gradients of DPO's loss under LoRA, on the paper's surrogate where there are several
+    # 2. gradients of DPO's loss under LoRA, on the paper's surrogate where there are several, over pairs of
+    # all tasks: every stride-th one
+    stride = max(1, len(every) // BLOCK)
+    spread = [list(every[b::stride])[:BLOCK] for b in range(min(stride, cfg.gradient_batches))]
     scores = {
         **{name: measures[f"sft|{name}/{cfg.draws}"].mean(0) for name in ESTIMATORS},
         "exact": measures["sft|exact"],
@@ -372,15 +345,13 @@ def main(cfg: Config, run: stage.Run) -> dict:
         (cfg, parts / f"gradient-{state}-{b}.jsonl", block, policies[name], state, betas)
         for name in sorted((name for name in policies if name.startswith("dpo-lora")), key=len)[:1]
         for state in ("start", "end")
-        for b, block in enumerate(blocks[: cfg.gradient_batches])
+        for b, block in enumerate(spread)
     ]
     do_missing(gradients, steps, cfg, "gradients")
 
     disk.save_tensors(run.dir / "measures.safetensors", measures)
-    disk.save_tensors(run.dir / "own.safetensors", disk.load_tensors(parts / "own.safetensors"))
     disk.write_rows(run.dir / "gradients.jsonl", [row for job in steps for row in disk.read_jsonl(job[1])])
     shutil.rmtree(parts)
-    run.times["cpu_s_per_chunk"] = costs(cfg, blocks[0])
     return {"policies": list(policies)}
 
 

@@ -1,18 +1,16 @@
-"""What two or more stages must agree on: LIBERO's conventions and data, the surrogate, adapters, config keys.
+"""What two or more stages must agree on: LIBERO's conventions, pairs, the surrogate, adapters, config keys.
 
 Code belongs here if two stages use it and a silent difference between copies would change a result.
 Losses, pair selection and training loops stay in their stage. Importing this module is cheap.
 """
 
-import json
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -69,96 +67,9 @@ def random_shift(images: Tensor, pixels: int, generator: torch.Generator) -> Ten
     return images[torch.arange(b)[:, None, None], rows[:, :, None], cols[:, None, :]]
 
 
-# --------------------------------------------------------------------------------------------- data of stages
-@dataclass
-class Demo:
-    """One demonstration. Images are turned by 180 degrees, as policies see them."""
-
-    task: int
-    number: int  # its number in the file
-    init_state: int  # LIBERO init state it starts from; -1 where the file does not say (the official ones)
-    instruction: str
-    actions: np.ndarray  # (T, 7) environment units
-    state: np.ndarray  # (T, 8) eef_pos, axis-angle, gripper_qpos
-    image_steps: np.ndarray  # (N,) the step of each frame
-    agentview: np.ndarray  # (N, S, S, 3) uint8
-    wrist: np.ndarray  # (N, S, S, 3) uint8
-    places: np.ndarray  # (2, 3) of the target, as sim.expert.target_places; NaN where the file has none
-
-
-H5PY_ERRORS = (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError)
-
-
-def read_demos(path: Path, task: int) -> Iterator[Demo]:
-    """Demonstrations of a LIBERO HDF5 file: an official one (an image every step), or this kit's.
-
-    Raises:
-        UserError: no HDF5 file, truncated, keys missing, or values that are not finite.
-    """
-    import h5py
-
-    try:
-        with h5py.File(path, "r") as file:
-            text = json.loads(file["data"].attrs["problem_info"])["language_instruction"]
-            instruction = text if isinstance(text, str) else " ".join(text)
-            for name in sorted(file["data"], key=lambda n: int(n.rpartition("_")[2])):
-                number, group = int(name.rpartition("_")[2]), file["data"][name]
-                init_state = int(group.attrs.get("init_state_id", -1))
-                obs, actions = group["obs"], group["actions"][()].astype(np.float32)
-                state = np.concatenate([obs[k][()] for k in ("ee_pos", "ee_ori", "gripper_states")], axis=1)
-                steps = obs["image_steps"][()] if "image_steps" in obs else np.arange(len(actions))
-                images = [obs[key][()][:, ::-1, ::-1] for key in ("agentview_rgb", "eye_in_hand_rgb")]
-                size, bad = images[0].shape[1], f"{path}: {name} has"
-                finite = np.isfinite(actions).all() and np.isfinite(state).all()
-                refuse(not finite, f"{bad} values that are not finite; record it again with 00_demos.py")
-                image = (len(steps), size, size, 3)
-                as_usual = (
-                    (actions.shape[1:], state.shape) == ((7,), (len(actions), 8))
-                    and all(i.shape == image and i.dtype == np.uint8 for i in images)
-                    and steps.dtype.kind in "iu"
-                    and (len(steps) > 0 and steps.min() >= 0 and steps.max() < len(actions))
-                )
-                refuse(not as_usual, f"{bad} unexpected shapes; is this a LIBERO demonstration file?")
-                state = state.astype(np.float32)
-                places = np.asarray(group.attrs.get("target_places", np.full((2, 3), np.nan)), np.float32)
-                yield Demo(task, number, init_state, instruction, actions, state, steps, *images, places)
-    except H5PY_ERRORS as error:
-        why = f"not a complete LIBERO HDF5 file ({one_line(error)})"
-        raise UserError(f"{path} is {why}; record it again with 00_demos.py") from error
-
-
-def demonstrations(cfg, holdout: int) -> Iterator[tuple[str, bool, Demo]]:
-    """(suite, held out, demonstration) of all demonstrations of a run, always in this order.
-
-    Held out are those from the last `holdout` init states of each task, where it has more than so many.
-
-    Raises:
-        UserError: there are none, one starts from another group's init state, or images differ in size.
-    """
-    sizes = set()
-    for suite in cfg.suites:
-        folder = cfg.data_dir / suite
-        paths = [folder / f"task_{task:02d}.hdf5" for task in sorted(cfg.tasks)]
-        paths = paths or sorted(folder.glob("task_*.hdf5")) or [folder / "task_00.hdf5"]
-        for path in paths:
-            refuse(not path.is_file(), f"{path} is not there; run 00_demos.py for this suite and task too")
-        for path in paths:
-            demos = list(read_demos(path, int(path.stem.rpartition("_")[2])))
-            for demo in demos:
-                text = f"{path}: demo_{demo.number} starts from init state {demo.init_state}"
-                kept = demo.init_state not in (-1, *INIT_GROUPS["demos"])
-                refuse(kept, f"{text}, which is kept for another purpose")
-            starts = [d.init_state if d.init_state >= 0 else d.number for d in demos]
-            distinct = sorted(set(starts))
-            held = distinct[len(distinct) - holdout :] if len(distinct) > holdout else []
-            sizes |= {demo.agentview.shape[1] for demo in demos}
-            refuse(len(sizes) > 1, f"{path}: images of {sorted(sizes)} pixels do not go together")
-            yield from ((suite, start in held, demo) for start, demo in zip(starts, demos, strict=True))
-    refuse(not sizes, f"no demonstrations in {cfg.data_dir} of {cfg.suites}, tasks {cfg.tasks or 'all'}")
-
-
+# ------------------------------------------------------------------------------------------------------ pairs
 def read_pairs(folder: Path, policy=None) -> dict:
-    """The preference pairs of 02: the tensors of pairs.safetensors, and `instruction`, a list of N strings.
+    """02's pairs: their tensors, `instruction` (N strings) and `attempt` (N,), which attempt found each pair.
 
     Raises:
         UserError: something is missing, not finite or of another shape, the policy's chunk length included.
@@ -170,6 +81,9 @@ def read_pairs(folder: Path, policy=None) -> dict:
     refuse(absent, f"{path} lacks {', '.join(absent)}; {again}")
     rows = disk.read_jsonl(folder / "pairs.jsonl", "instruction")
     pairs["instruction"] = [row["instruction"] for row in rows]
+    source = [(row.get("suite"), row.get("task"), row.get("unit", i)) for i, row in enumerate(rows)]
+    number = {key: i for i, key in enumerate(dict.fromkeys(source))}
+    pairs["attempt"] = torch.tensor([number[key] for key in source])
     n, h, size = len(rows), pairs["mask"].shape[1:2], pairs["agentview"].shape[1:2]
     image, chunk = (n, *size, *size, 3), (n, *h, 7)
     for key, shape in zip(keys, (image, image, (n, 8), chunk, chunk, (n, *h)), strict=True):
@@ -188,7 +102,7 @@ LOG_SNR = math.log(99)  # scheme "logsnr": |log((1-t) / t)| <= LOG_SNR, so t lie
 
 SURROGATES = {  # what stands for log p(a | o) of a flow policy -> the scheme of its draws (t, eps)
     "paper": "stratified",  # its text: T = 4 times, a noise for each; the four terms of the loss share them
-    "antithetic": "antithetic",  # at each of T/2 times a noise and its mirror image
+    "mirrored": "mirrored",  # at each of T/2 times a noise and its mirror image
     "elbo": "logsnr",  # the evidence lower bound, in nats up to a constant
     "independent": "iid",  # the paper's code: fresh draws, and augmented images, in each of the four terms
     "exact": "",  # no surrogate: the likelihood itself (backbones/likelihood.py)
@@ -225,13 +139,13 @@ def make_draws(batch: int, horizon: int, dim: int, k: int, generator: torch.Gene
     """K draws (t, eps) for each of `batch` chunks. scheme:
 
     "stratified": t at the midpoints of k equal strata, the paper's {0.125, 0.375, 0.625, 0.875} for k = 4.
-    "antithetic": k/2 stratified times, each with a noise and its mirror image.
+    "mirrored": k/2 stratified times, each with a noise and its mirror image.
     "iid": t ~ Beta(1.5, 1) * 0.999 + 0.001, openpi's training distribution (models_pytorch/pi0_pytorch.py).
     "beta": the same, stratified over the k draws of a chunk, which leaves its marginal as it is.
     "logsnr": log((1-t)/t) at the midpoints of k strata; goes with the weight of that name.
     """
-    one_of("scheme of draws", scheme, ("stratified", "antithetic", "iid", "beta", "logsnr"))
-    if scheme == "antithetic":
+    one_of("scheme of draws", scheme, ("stratified", "mirrored", "iid", "beta", "logsnr"))
+    if scheme == "mirrored":
         half = make_draws(batch, horizon, dim, k // 2, generator, "stratified")
         return Draws(half.t.repeat(2, 1), torch.cat([half.eps, -half.eps]))
     strata = torch.arange(k)[:, None].expand(k, batch)
@@ -428,6 +342,7 @@ class AdapterConfig(PairsConfig):
     adapter: Literal["lora", "dora"] = "lora"
     adapters_from: str = ""  # folder with lora/ and dora/, adapters that 04 and 07 take; empty = 03's
     surrogate: Literal[tuple(SURROGATES)] = "paper"  # what DPO takes for log p of a flow policy
+    held_out: int = 0  # N: the pairs of every N-th attempt are only measured, not trained on; 0 = none
 
     @property
     def made_adapter(self) -> Path:

@@ -12,48 +12,57 @@
 # It skips finished stages. It redoes a stage whose config, inputs or code have changed, and what depends on that stage.
 # Stopped at any moment, the same command goes on where it was. Set PYTHON to use another environment than .venv.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+kit=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)/
+export PYTHONPATH=$kit${PYTHONPATH:+:$PYTHONPATH}
+[[ $kit != "$(pwd -P)/" ]] || kit="" # scripts are shown as they are typed
 
 unset ADAPTERS # "adapters=" means none
 CONFIG=configs/tiny.yaml STAGES="" BACKBONES="" OVERRIDES=()
 for argument in "$@"; do
   case $argument in
+    -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit ;;
     adapters=*) ADAPTERS=${argument#*=} ;;
+    stages=*) STAGES=${argument#*=} ;;
     backbones=both) BACKBONES="pi05 openvla" ;;
     backbones=*) BACKBONES=${argument#*=} ;;
     *=*) OVERRIDES+=("$argument") ;;
-    *.yaml) CONFIG=$argument ;;
+    *.yaml | *.yml) CONFIG=$argument ;;
     *) STAGES=$argument ;;
   esac
 done
-named() { # the value of a key that stands on a line of its own in a config, or else in its base
-  [[ -f $2 ]] || return 0
-  local found base
-  found=$(sed -n "s/^$1: *\([^#]*\).*/\1/p" "$2") base=$(sed -n "s/^base: *\([^# ]*\).*/\1/p" "$2")
-  if [[ -n $found || -z $base ]]; then echo "$found"; else named "$1" "$(dirname "$2")/$base"; fi
-}
-STAGES=${STAGES:-$(named stages "$CONFIG")}
-STAGES=${STAGES:-00 01 02 03 04 08}
-if [[ -z ${ADAPTERS+given} ]]; then
-  ADAPTERS=$(named adapters "$CONFIG")
-  ADAPTERS=${ADAPTERS:-lora dora}
+
+if [[ -z ${PYTHON:-} ]]; then
+  PYTHON=${kit}.venv/bin/python
+  if ! cmp -s "${kit}requirements.txt" "${kit}.venv/installed.txt"; then
+    [[ $(uname) == Linux ]] || { echo "error: the kit runs on Linux: use WSL2 on Windows, or a Linux container" >&2; exit 2; }
+    python3 -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' ||
+      { echo "error: python3 is not Python 3.11 to 3.13; set PYTHON to one that has the packages" >&2; exit 2; }
+    echo "[setup] \$ python3 -m venv .venv && pip install -r requirements.txt"
+    python3 -m venv "${kit}.venv"
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "${kit}requirements.txt"
+    cp "${kit}requirements.txt" "${kit}.venv/installed.txt"
+  fi
 fi
+
+# what the config says of the run, as Python reads it
+ask='
+import sys
+from runtime import PlaceConfig, UserError, load_config
+try:
+    cfg = load_config(PlaceConfig, sys.argv[1:])
+    print(cfg.stages or "00 01 02 03 04 08", cfg.adapters or "lora dora", cfg.run_dir, sep="\n")
+except (UserError, OSError) as error:
+    sys.exit(print(f"error: {error}", file=sys.stderr) or 2)'
+answer=$("$PYTHON" -c "$ask" "$CONFIG" ${STAGES:+stages="$STAGES"} ${ADAPTERS:+adapters="$ADAPTERS"} \
+  ${BACKBONES:+backbone="${BACKBONES##* }"} ${OVERRIDES[@]+"${OVERRIDES[@]}"})
+{ read -r STAGES; read -r named; read -r RUN; } <<<"$answer"
+ADAPTERS=${ADAPTERS-$named}
 for adapter in $ADAPTERS; do
   [[ $adapter =~ ^(lora|dora)$ ]] || { echo "error: no adapter $adapter; adapters is a list such as \"lora dora\"" >&2; exit 2; }
 done
 for number in $STAGES; do
   [[ $number =~ ^(0[0-8]|setup)$ ]] || { echo "error: no stage $number; STAGES is a list such as \"02 03 04\"" >&2; exit 2; }
 done
-
-if [[ -z ${PYTHON:-} ]]; then
-  PYTHON=.venv/bin/python
-  if ! cmp -s requirements.txt .venv/installed.txt; then
-    echo "[setup] \$ python3 -m venv .venv && pip install -r requirements.txt"
-    python3 -m venv .venv
-    .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
-    cp requirements.txt .venv/installed.txt
-  fi
-fi
 
 began=$SECONDS
 stage() { # number, script and its arguments
@@ -62,13 +71,13 @@ stage() { # number, script and its arguments
   local arguments=("$CONFIG" ${backbone:+backbone="$backbone"} "${@:2}" overwrite=true ${OVERRIDES[@]+"${OVERRIDES[@]}"})
   echo
   echo "[$(((SECONDS - began) / 60)) min] \$ python $1 ${arguments[*]}"
-  "$PYTHON" "$1" "${arguments[@]}"
+  "$PYTHON" "$kit$1" "${arguments[@]}"
 }
 
 # A wrong key shows now, not in half an hour. Before a new run also: is this simulator everyone's simulator? Once.
 for backbone in ${BACKBONES:-""}; do
   flag=--config-only
-  if [[ " $STAGES " == *" 00 "* && ! -d runs/$(basename "$CONFIG" .yaml) && $backbone == "${BACKBONES##* }" ]]; then
+  if [[ " $STAGES " == *" 00 "* && ! -d "$RUN" && $backbone == "${BACKBONES##* }" ]]; then
     echo "[setup] \$ python -m extras.preflight $CONFIG"
     flag=""
   fi

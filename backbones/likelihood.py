@@ -9,7 +9,7 @@ density (Chen et al., arXiv 1806.07366, Eq. 8):
     log p(a | o) = log N(x_1; 0, I) + integral over t from 0 to 1 of tr(dv/dx)(x_t, t, o) dt,    x_0 = a.
 
 The policy does not act by this flow but by its Euler map of 10 steps, x - v / 10. That map has a density of
-its own (`euler_log_prob`).
+its own, which is known along the noise that a chunk was made from (`euler_sample`).
 
 A velocity is a function of x (N, H, D) and a time t (), common to all rows, to (N, H, D);
 `velocity_of(policy, prefix)` makes one of a policy. Densities are over all H x D dimensions as flowed, 10 x 7
@@ -17,8 +17,6 @@ for the tiny policy. Where a published checkpoint pads its actions to 32 dimensi
 the padded chunk. All is computed in the chunk's precision.
 """
 
-import copy
-import dataclasses
 import math
 from collections.abc import Callable
 
@@ -33,11 +31,6 @@ Divergence = Callable[[Velocity, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 def velocity_of(policy, prefix) -> Velocity:
     return lambda x, t: policy.velocity(prefix, x, t[None])
-
-
-def in_float64(policy, prefix, chunk: Tensor) -> tuple:  # copies of all three
-    prefix = dataclasses.replace(prefix, keys=prefix.keys.double(), values=prefix.values.double())
-    return copy.deepcopy(policy).double(), prefix, chunk.double()
 
 
 # -------------------------------------------------------------------------------------------------- the trace
@@ -125,9 +118,7 @@ def ode_log_prob(
     return log_normal(x[-1]) + integral[-1]
 
 
-def pair_log_probs(
-    policy, prefix, chosen: Tensor, rejected: Tensor, probes: Tensor | None, steps: int, float64: bool = False
-):
+def pair_log_probs(policy, prefix, chosen: Tensor, rejected: Tensor, probes: Tensor | None, steps: int):
     """log p (B,), (B,) of both chunks (B, H, 7) of each pair, behind B prefixes.
 
     probes: Hutchinson's (B, P, H, D), the same for both chunks; None: the exact trace, without gradients.
@@ -135,8 +126,6 @@ def pair_log_probs(
     b = len(chosen)
     prefix = prefix.select(torch.arange(b).repeat(2))
     chunks = policy.pad(torch.cat([chosen, rejected])).to(prefix.keys.device)
-    if float64:
-        policy, prefix, chunks = in_float64(policy, prefix, chunks)
     trace = exact_trace if probes is None else hutchinson(probes.repeat(2, 1, 1, 1).to(chunks))
     scores = ode_log_prob(velocity_of(policy, prefix), chunks, trace, time_grid(steps)).float()
     return scores[:b], scores[b:]
@@ -149,6 +138,8 @@ def euler_sample(velocity: Velocity, noise: Tensor, steps: int = 10) -> tuple[Te
     The map is x <- x - v(x, t) / steps for t = 1, 1 - 1 / steps, ..., 1 / steps, so
 
         log p(a) = log N(x_1; 0, I) - sum over steps of log |det(I - (dv/dx)(x_t, t) / steps)|
+
+    Where the map folds, other noise leads to the same chunk, and this value is a lower bound.
     """
     x, log_p = noise, log_normal(noise)
     eye = torch.eye(noise[0].numel(), dtype=noise.dtype, device=noise.device)
@@ -156,41 +147,3 @@ def euler_sample(velocity: Velocity, noise: Tensor, steps: int = 10) -> tuple[Te
         v, j = jacobian(velocity, x, noise.new_tensor(i / steps))
         x, log_p = x - v / steps, log_p - torch.linalg.slogdet(eye - j / steps).logabsdet
     return x, log_p
-
-
-def euler_log_prob(
-    velocity: Velocity, chunk: Tensor, steps: int = 10, newton: int = 12, tolerance: float = 1e-4
-) -> Tensor:
-    """log p (N,) of any chunks (N, H, D) under that map, whose steps are inverted by Newton's method.
-
-    nan where no preimage is found, which is common. Newton's method is only one reason: the last step
-    (t = 1 / steps) nearly projects onto the data. So it is badly conditioned, it folds, and it does not reach
-    every chunk. Where a chunk has several preimages, this is the density along one of them.
-    """
-    dt, x, log_det = 1 / steps, chunk, chunk.new_zeros(len(chunk))
-    inverted = torch.ones_like(log_det, dtype=torch.bool)  # rows whose preimage was found so far
-    eye = torch.eye(chunk[0].numel(), dtype=chunk.dtype, device=chunk.device)
-    for i in range(1, steps + 1):
-        t, after = chunk.new_tensor(i * dt), x
-        x = after + dt * velocity(after, t)  # a first guess: the reverse Euler step
-        for _ in range(newton):
-            v, j = jacobian(velocity, x, t)
-            residual = after - (x - dt * v)  # (N, H, D)
-            left = residual.flatten(1).norm(dim=1)
-            if (left[inverted] < tolerance).all():
-                break
-            step = torch.linalg.solve_ex(eye - dt * j, residual.flatten(1)).result  # singular: not finite
-            x = x + shortened(step.view_as(x), left, lambda y: after - (y - dt * velocity(y, t)), x)  # noqa: B023
-        inverted &= left < tolerance
-        log_det = log_det + torch.linalg.slogdet(eye - dt * j).logabsdet
-    return torch.where(inverted, log_normal(x) - log_det, math.nan)
-
-
-def shortened(step: Tensor, before: Tensor, residual: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Newton's step (N, H, D), halved in the rows in which it would not lessen the residual's norm (N,)."""
-    for _ in range(6):
-        worse = ~(residual(x + step).flatten(1).norm(dim=1) < before)
-        if not worse.any():
-            break
-        step = torch.where(worse[:, None, None], step / 2, step)
-    return step

@@ -393,6 +393,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
         f"cell {cfg.cell}",
         lambda: len(episodes.played(run.dir)),
         len(jobs) * cfg.n_init,
+        lambda: episodes.solved(run.dir),
     )
     return episodes.finish(run, cell=cfg.cell)
 

@@ -25,6 +25,7 @@ import torch
 import backbones
 import common
 from runtime import Count, refuse, stage
+from sim.demos import demonstrations, frames
 
 HOLDOUT = 2  # init states, the last ones, that give the validation error; by default the same ones as in 01
 
@@ -53,11 +54,11 @@ class Config(common.ActingConfig):
 def load_observations(cfg: Config) -> list[dict]:
     """Observations of all demonstrations: for training, and those that are held out for validation."""
     parts = {False: [], True: []}
-    for _, held, demo in common.demonstrations(cfg, HOLDOUT):
+    for _, held, demo in demonstrations(cfg, HOLDOUT):
         parts[held].append(demo)
     return [
         {
-            **{c: torch.from_numpy(np.concatenate([getattr(d, c) for d in demos])) for c in common.CAMERAS},
+            **{camera: frames([getattr(d, camera) for d in demos]) for camera in common.CAMERAS},
             "state": torch.from_numpy(np.concatenate([d.state[d.image_steps] for d in demos])),
             "instruction": [d.instruction for d in demos for _ in d.image_steps],
         }
@@ -111,6 +112,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
         # 3. one step of the optimiser, and the log
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(student.expert.parameters(), 1.0)
+        run.check(grad_norm, step, "gradient")
         run.set_learning_rate(optimizer, step)
         optimizer.step()
         optimizer.zero_grad()

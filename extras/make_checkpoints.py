@@ -72,7 +72,7 @@ def main(run: Path) -> None:
         disk.save_tensors(target / "prefs" / "pairs.safetensors", common.select(pairs, index))
         disk.write_rows(target / "prefs" / "pairs.jsonl", common.select(rows, index))
         policy = backbones.load_policy(folder / "sft", weights)
-        pairs = dpo.load_pairs(dpo.Config(pairs_from=str(target / "prefs")), policy)
+        pairs, _ = dpo.load_pairs(dpo.Config(pairs_from=str(target / "prefs")), policy)
         reference = differences(policy, pairs, dpo)
         for adapter in ("lora", "dora"):
             made = folder / f"dpo-{adapter}-branch{at}"

@@ -3,7 +3,6 @@
 import itertools
 import math
 import os
-import re
 from collections import defaultdict
 from dataclasses import dataclass, field
 from operator import itemgetter
@@ -13,7 +12,7 @@ from urllib.parse import quote
 from report import audit, claims, plots, tables
 from report.page import as_html, slug
 from report.tables import grouped, script
-from runtime import HERE, disk
+from runtime import disk
 
 STAGES = {  # headings of the tables of metrics, by the script in a row's command
     "03_dpo.py": "DPO",
@@ -134,24 +133,36 @@ def findings_list(findings: list[audit.Finding]) -> str:
 def write_report(name: str, experiments: list[Experiment], folder: Path, alone: bool) -> dict[str, str]:
     """Write the report into `folder`; returns its tables by name. alone: as for as_html."""
     paper = claims.read_paper()
-    logs, judged = paper["logs"], [claims.judged(claim, paper["logs"]) for claim in paper["claims"]]
+    logs, every = (
+        paper["logs"],
+        {c["id"]: claims.judged(c, paper) for c in [*paper["claims"], *paper["also"]]},
+    )
+    rows = [every[claim["id"]] for claim in paper["claims"]]
     named = {
-        "claims": claims.claims_table(judged),
-        "verdicts": claims.tally(judged),
+        "card": claims.card(paper["card"], every),
+        "verdicts": claims.tally(rows),
+        "claims": claims.claims_table(rows),
+        "details": claims.details(rows),
+        "also": claims.also_table([every[claim["id"]] for claim in paper["also"]]),
+        "blocks": claims.contrasts_table(paper["blocks"]),
+        "limitations": "\n".join(map('- Line {0[0]}: "{0[1]}"'.format, paper["limitations"])),
         "public-logs": claims.logs_table(logs),
     }
-    # the six main results
-    card = re.search(r"<!-- card -->(.*?)<!-- /card -->", (HERE / "README.md").read_text(), re.DOTALL)[1]
     blocks = [
         f"# CrossVLA kit: {name}",
         f"What this kit finds about [{paper['title']}](https://arxiv.org/abs/{paper['arxiv']}).",
-        "## Six results",
-        card.strip(),
+        "## At a glance",
+        named["card"],
         "## The paper's claims",
-        f"{named['verdicts']} *Here* means this kit's committed results, at its tiny size unless a row "
-        "says otherwise. *Does not hold here* includes improvements that are not significant: they were not "
-        "shown, which does not make them zero.",
+        f"{named['verdicts']} *Here* means this kit's committed results. *Setting* says how near they are to "
+        "the claim's. Where it is different, the claim is not judged. results/claims.md has the rule.",
         named["claims"],
+        "## Claim by claim",
+        named["details"],
+        "## Limitations that the authors state",
+        named["limitations"],
+        "## Also measured",
+        named["also"],
         "## The paper's public logs",
         f"Counted in [the paper's repository]({logs['repository']}) at commit `{logs['commit'][:7]}`, folder "
         f"`{logs['folder']}`. A seed is the evaluation's, not the training's. "
@@ -166,7 +177,7 @@ def write_report(name: str, experiments: list[Experiment], folder: Path, alone: 
     text = "\n\n".join(blocks) + "\n"
     disk.write_atomic(folder / "index.html", as_html(text, folder, alone))
     disk.write_atomic(folder / "report.md", text)
-    disk.write_json(folder / "claims.json", judged)
+    disk.write_json(folder / "claims.json", list(every.values()))
     print(f"{named['verdicts']}\nreport: {folder / 'index.html'}")
     return named
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from report import stats
-from runtime import disk, ranks
+from runtime import HERE, disk, ranks
 
 Place = tuple[str, int, int]  # suite, task, init state
 
@@ -23,6 +23,11 @@ def place_of(row: dict) -> Place:
 def played(run_dir: Path) -> set[Place]:
     """The episodes that a run has played so far."""
     return set(map(place_of, disk.read_jsonl(run_dir / "played.jsonl", "suite task init_state success")))
+
+
+def solved(run_dir: Path) -> str:
+    """For the progress line: how many episodes have succeeded so far."""
+    return f"{sum(row['success'] for row in disk.read_jsonl(run_dir / 'played.jsonl'))} solved"
 
 
 def finish(run, **facts) -> dict:
@@ -55,7 +60,7 @@ def finished(seed_dir: Path, pattern: str, group: str) -> list[tuple[dict, list[
         path = run_dir / name / "done.json"
         if path.is_file():
             return disk.read_json(path)["fingerprint"] == made_from
-        return made_from in map(hash_of, filter(Path.is_file, (Path(name), run_dir / name)))  # a checkpoint
+        return made_from in map(hash_of, filter(Path.is_file, (HERE / name, run_dir / name)))  # a checkpoint
 
     for done in sorted(seed_dir.glob(f"{pattern}/done.json"), key=lambda p: p.parent.name):
         facts = disk.read_json(done)
@@ -88,7 +93,8 @@ def summarise(rows: list[dict]) -> dict:
     ci95_tasks = (0.0, 1.0)
     if len(of_task) > 1:
         clusters = np.repeat(np.arange(len(of_task)), list(map(len, of_task.values())))
-        ci95_tasks = stats.cluster_bootstrap(np.concatenate(list(of_task.values())).astype(float), clusters)
+        low, high = stats.over_clusters(np.concatenate(list(of_task.values())).astype(float), clusters)
+        ci95_tasks = max(0.0, low), min(1.0, high)
     return {
         "n": len(valid),
         "successes": wins,

@@ -11,10 +11,11 @@ from markdown_it import MarkdownIt
 from runtime.errors import UserError, did_you_mean, refuse
 
 PILLS = {  # verdict -> its CSS class
-    "holds here": "holds",
-    "does not hold here": "not",
-    "not testable here": "untestable",
-    "not run here": "pending",
+    "supported": "holds",
+    "contradicted": "not",
+    "inconclusive": "pending",
+    "not judged": "untestable",
+    "not run": "untestable",
 }
 LARGEST = 400_000  # bytes of another stage's picture that a page may contain
 

@@ -117,7 +117,7 @@ def metric_names(rows: list[dict]) -> list[str]:
 def success_table(rows: list[dict]) -> str:
     """Success rates of one group of init states.
 
-    `over tasks` is the interval of a bootstrap that draws whole tasks. With several suites, Holm's correction
+    `over tasks` is the t interval of the tasks, each one unit. With several suites, Holm's correction
     covers all rows of the table.
     """
     rows = [dict(row) for row in sorted(rows, key=by_suite)]

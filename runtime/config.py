@@ -12,9 +12,12 @@ the keys that it inherits are shared, and stand at the top level. The type of a 
 """
 
 import dataclasses
+import inspect
 import json
 import math
+import os
 import re
+import sys
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +45,7 @@ BACKBONES = ("openvla", "pi05")  # each a section of the YAML and a module of ba
 LARGEST = 2**62  # what a seed can hold
 Count = Annotated[int, 1]
 Positive = Annotated[float, 1e-9]
+Place = Annotated[str, ""]  # a file or folder: see `located`
 
 
 @dataclass
@@ -57,7 +61,7 @@ class PlaceConfig:
     )  # the files that they name count, not their values
 
     name: Annotated[str, r"(?!\.+$)[^/]*"] = ""  # the YAML's file name; names the run folder
-    root: str = "runs"
+    root: Place = "runs"
     stages: str = ""  # that run_all.sh runs where its command line names none; empty = its default
     adapters: str = ""  # the same: which adapters it trains and evaluates
     workers: Count = 2  # simulator processes
@@ -110,7 +114,8 @@ def as_number(value: str | int | float, kind: type) -> int | float | None:
     if kind is int and isinstance(value, int):  # as it is: a float has no room for large ones
         return value
     try:
-        number = float(value)
+        based = isinstance(value, str) and re.match(r"\s*[-+]?0[xob]", value, re.IGNORECASE)  # 0x1F
+        number = int(value, 0) if based else float(value)
     except (ValueError, OverflowError):
         return None
     if not math.isfinite(number) or (kind is int and number != int(number)):
@@ -138,10 +143,26 @@ def read_yaml(path: Path, above: tuple[str, ...] = ()) -> dict:
     return laid_over(read_yaml(path.parent / base, (*above, path.name)), data)
 
 
+class Loader(yaml.SafeLoader):  # YAML without two traps: numbers that are not what they seem, and this:
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = ", ".join({key for key in keys if keys.count(key) > 1})
+        refuse(twice, f"line {node.start_mark.line + 1} and below: the key {twice} stands twice; remove one")
+        return node
+
+
+NO_NUMBER = re.compile(r"[-+]?(0[0-9_]+|[0-9_]+:[0-9_:.]+)$")  # 010 is 8 to YAML, 1:30 is 90; here it is text
+Loader.yaml_implicit_resolvers = {
+    first: [("tag:yaml.org,2002:str", NO_NUMBER), *others]
+    for first, others in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def parse_yaml(text: str | bytes, where: str):
     """The plain data of a YAML text; nothing in it is executed."""
     try:
-        data = yaml.safe_load(text)
+        data = yaml.load(text, Loader)
         json.dumps(data, sort_keys=True, allow_nan=False)  # what it cannot hold, a date say, is no config
         return data
     except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
@@ -183,10 +204,15 @@ def load_config(cls: type, argv: list[str]):
     Raises:
         UserError: an unknown key, a wrong type, a value out of range.
     """
-    usage = f"usage: python {STAGES[cls.section]} configs/NAME.yaml [key=value ...] [--dry-run]"
-    refuse(not argv or "=" in argv[0] or argv[0].startswith("-"), usage)
+    usage = f"usage: python {STAGES.get(cls.section, '')} configs/NAME.yaml [key=value ...] [--dry-run]"
+    if {"-h", "--help"} & {*argv}:
+        shown = [inspect.getsource(each) for each in cls.__mro__ if dataclasses.is_dataclass(each)]
+        print(usage, *re.findall(r"^    [a-z]\w*: (?!ClassVar).*", "".join(shown), re.MULTILINE), sep="\n")
+        sys.exit()
+    refuse(not argv or "=" in argv[0] or argv[0].startswith("-"), f"{usage}; --help lists the keys")
     path = Path(argv[0])
-    data = {"name": path.stem} | read_yaml(path)
+    path = path if path.is_file() else HERE / path
+    data = {"name": path.stem, "root": cls.root} | read_yaml(path)
     overrides = [parsed(item) for item in argv[1:]]
     for section, key, value in overrides:
         if not section and key == "backbone":
@@ -210,6 +236,8 @@ def load_config(cls: type, argv: list[str]):
     ]
     values = {}
     for key, value, where, known in given:
+        if cls is PlaceConfig and key not in hints:  # of a stage: run_all.sh asks for the other keys
+            continue
         if key not in known:
             raise UserError(f"{where}: unknown key {key!r}; {did_you_mean(key, known)}")
         refuse(
@@ -218,9 +246,20 @@ def load_config(cls: type, argv: list[str]):
         )
         kind = hints.get(key) or shared[key]
         checked = typed({} if value is None and kind is dict else value, kind, key)
+        if kind == Place and checked:
+            checked = located(checked, Path.cwd() if where == "command line" else HERE)
         if key in hints:
             values[key] = checked
     return cls(**values)
+
+
+def located(place: str, base: Path) -> str:
+    """A file or folder that a config names. ~ is the home folder. What is relative begins in the kit's folder
+    if a YAML names it, and in the working directory if the command line does.
+    """
+    place = os.path.expanduser(place)
+    refuse(place.startswith("~"), f"nobody knows whose home folder {place} means; write the path out")
+    return place if Path.cwd() == HERE else str(base / place)
 
 
 def parsed(item: str) -> tuple[str, str, object]:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,57 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from runtime.errors import UserError, one_line, refuse
+
+# -------------------------------------------------------------------------------------------- what goes wrong
+# An error of the operating system, by its number -> what to do about it. Reading and writing differ.
+ANYWHERE = {
+    errno.ESTALE: "the network disk has lost sight of it: mount it again",
+    errno.EIO: "the disk fails: look into the system's log (dmesg)",
+    errno.EMFILE: "too many files are open: raise `ulimit -n`",
+    errno.ENFILE: "too many files are open on this machine: end other programs",
+    errno.ENAMETOOLONG: "the name is too long: shorten name= or root=",
+    errno.ELOOP: "a link there leads back to itself: mend it",
+    errno.ENOTDIR: "a file stands where a folder is needed: move it away, or choose another place (root=)",
+    errno.EISDIR: "a folder stands where a file is needed: move it away, or choose another place (root=)",
+    errno.EAGAIN: "another program has locked it: end that one",
+    errno.EBUSY: "another program uses it: end that one",
+    errno.EPIPE: "the program that read the output (behind a `|`) has ended: write into a file instead",
+    **dict.fromkeys(
+        (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP),
+        "this disk can lock no file: mount it with locks (Lustre: -o flock), or choose another root=",
+    ),
+}
+READING = ANYWHERE | {
+    errno.ENOENT: "it is not there: name another place, or make it first",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "let this user read it (chmod, chown)"),
+}
+WRITING = ANYWHERE | {
+    errno.ENOENT: "no file or folder can be made there: choose another root=",
+    errno.EEXIST: "something else has its name: move that away, or choose another root=",
+    errno.EROFS: "the disk is mounted read-only: choose another root=",
+    errno.EFBIG: "the file is larger than the disk or `ulimit -f` allows: make room for it, raise the limit",
+    errno.EINVAL: "the disk does not take such a file or name: choose another root= or name=",
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room, or choose another root="),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "let this user write there, or choose another root="),
+}
+UNREADABLE = (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, EOFError)
+
+
+def remedy(error: BaseException, remedies: dict[int, str], otherwise: str) -> str:
+    """What to do about an error of the operating system, which a library may have put into words."""
+    said = re.search(r"(?:os error|errno)[ =]+(\d+)", str(error), re.IGNORECASE)
+    return remedies.get(getattr(error, "errno", None) or int(said[1] if said else 0), otherwise)
+
+
+@contextlib.contextmanager
+def reading(path: Path, otherwise: str) -> Iterator[None]:
+    """Turn what goes wrong while `path` is read into one line. otherwise: what to do about a damaged file."""
+    try:
+        yield
+    except (*UNREADABLE, SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        what = remedy(error, READING, otherwise)
+        why = f"{'is damaged' if what == otherwise else 'cannot be read'} ({one_line(error)})"
+        raise UserError(f"{path} {why}; {what}") from error
 
 
 @contextlib.contextmanager
@@ -30,10 +82,9 @@ def writing(path: Path) -> Iterator[None]:
         OSError,
         RuntimeError,
         SafetensorError,
-    ) as error:  # the system's and h5py's, torch's, safetensors'
-        raise UserError(
-            f"{path} cannot be written ({one_line(error)}); make room, the same command then goes on"
-        ) from error
+    ) as error:  # h5py raises RuntimeError, and torch
+        what = f"{remedy(error, WRITING, 'make room, or choose another root=')}; then repeat the command"
+        raise UserError(f"{path} cannot be written ({one_line(error)}); {what}") from error
 
 
 @contextlib.contextmanager
@@ -42,7 +93,10 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
         try:
+            temporary.touch()
+            mode = temporary.stat().st_mode  # as the umask has it; a library may take another
             yield temporary
+            temporary.chmod(mode)
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -62,21 +116,26 @@ def sha256(path: Path) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------- JSON
+AGAIN = "remove its folder and run its stage again"
+
+
+def json_text(path: Path, data, indent: int | None = None) -> str:
+    """JSON of what `path` shall hold; UserError that names a number that JSON can't hold."""
+    try:
+        return json.dumps(data, indent=indent, sort_keys=True, allow_nan=False) + "\n"
+    except ValueError as error:
+        lost = re.search(r'"([^"]*)": (?:\[[^]]*)?(?:NaN|-?Infinity)', json.dumps(data))
+        why = f"{lost[1] if lost else 'a value'} is not finite; look at the weights and the data behind it"
+        raise UserError(f"{path}: {why}") from error
+
+
 def write_json(path: Path, data) -> None:
-    write_atomic(path, json.dumps(data, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    write_atomic(path, json_text(path, data, indent=1))
 
 
 def read_json(path: Path):
-    try:
+    with reading(path, AGAIN):
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} cannot be read ({one_line(error)}); remove its folder and run its stage again"
-        ) from error
-
-
-def json_line(row: dict) -> str:
-    return json.dumps(row, sort_keys=True, allow_nan=False) + "\n"
 
 
 def append_jsonl(path: Path, row: dict) -> None:
@@ -88,7 +147,7 @@ def append_jsonl(path: Path, row: dict) -> None:
         if end and not (content := file.read()).endswith(b"\n"):  # a kill has cut the last line: drop it
             end = content.rfind(b"\n") + 1
             file.truncate(end)
-        line = json_line(row).encode()
+        line = json_text(path, row).encode()
         try:
             if file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -105,41 +164,37 @@ def read_jsonl(path: Path, needs: str = "") -> list[dict]:
     """
     if not path.is_file():
         return []
-    try:
+    with reading(path, AGAIN):
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} is damaged ({one_line(error)}); remove its folder and run its stage again"
-        ) from error
     for number, row in enumerate(rows, 1):
         refuse(
             not isinstance(row, dict) or not set(needs.split()) <= row.keys(),
-            f"{path} is damaged (line {number} is no object with {needs or 'keys'}); "
-            "remove its folder and run its stage again",
+            f"{path} is damaged (line {number} is no object with {needs or 'keys'}); {AGAIN}",
         )
     return rows
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
-    write_atomic(path, "".join(map(json_line, rows)))
+    write_atomic(path, "".join(json_text(path, row) for row in rows))
 
 
 # ---------------------------------------------------------------------------------------------------- tensors
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], facts: dict[str, str] | None = None) -> None:
+    """facts: texts that the file's header shall hold, see `facts_of`."""
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     with replacing(path) as temporary:
-        save_file(tensors, temporary)
-        temporary.chmod(0o644)  # safetensors makes it 0600
+        save_file(tensors, temporary, {"format": "pt"} | facts if facts else None)
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path} cannot be read ({one_line(error)}); remove its folder and run its stage again"
-        ) from error
+    with reading(path, AGAIN), safe_open(path, "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+
+
+def facts_of(path: Path) -> dict[str, str]:
+    """The texts in the header of a file of tensors."""
+    with reading(path, AGAIN), safe_open(path, "pt") as file:
+        return file.metadata() or {}
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
@@ -152,13 +207,8 @@ def load_checkpoint(path: Path) -> dict | None:
     """What save_checkpoint wrote; None where there is no file."""
     if not path.is_file():
         return None
-    try:
+    with reading(path, "remove it to train from the start"):
         with zipfile.ZipFile(path) as file:  # PyTorch does not look at the checksums of its own files
-            intact = file.testzip() is None
-        if intact:
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"{path} is damaged ({one_line(error)}); remove it to train from the start"
-        ) from error
-    raise UserError(f"{path} is damaged; remove it to train from the start")
+            if (broken := file.testzip()) is not None:
+                raise ValueError(f"the checksum of {broken} is wrong")
+        return torch.load(path, map_location="cpu", weights_only=True)

@@ -15,6 +15,7 @@ command goes on. The ranks talk through gloo on CPUs and nccl on GPUs.
 import atexit
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -28,15 +29,27 @@ import torch.distributed as dist
 # threads would then outlive `part` and abort the process.
 import torch.distributed.nn.functional
 
-from runtime.errors import UserError, one_line
+from runtime.errors import UserError, one_line, refuse
+
+MEET, WEEK = timedelta(minutes=3), timedelta(days=7)  # how long ranks wait at their start, and later
+
+
+def number(variable: str, least: int = 0, below: int = 2**16) -> int:  # that a launcher has set
+    text = os.environ.get(variable, "").strip()
+    refuse(
+        not (text.isdecimal() and least <= int(text) < below),
+        f"the environment's {variable}={text!r} is no number from {least} to {below - 1}; "
+        "start several processes with torchrun, which sets it, or unset WORLD_SIZE to run one process",
+    )
+    return int(text)
 
 
 def size() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return number("WORLD_SIZE", 1) if os.environ.get("WORLD_SIZE", "").strip() else 1
 
 
 def rank() -> int:
-    return int(os.environ.get("RANK", 0))
+    return number("RANK", 0, size()) if size() > 1 else 0  # alone: whatever a cluster has set
 
 
 def first() -> bool:
@@ -45,7 +58,8 @@ def first() -> bool:
 
 def place(device: str) -> str:
     """The device on which this process, or a worker that it started, puts its policy."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
+    own = number("LOCAL_RANK", 0, torch.cuda.device_count()) if size() > 1 and device == "cuda" else 0
+    return f"cuda:{own}" if device == "cuda" else device
 
 
 def launch(processes: int) -> None:
@@ -55,30 +69,43 @@ def launch(processes: int) -> None:
         port = free.getsockname()[1]
     group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ.update(group, RANK="0", LOCAL_RANK="0")
-    for number in map(str, range(1, processes)):
-        env = os.environ | {"RANK": number, "LOCAL_RANK": number}
-        atexit.register(subprocess.Popen([sys.executable, *sys.argv], env=env).kill)
-
-
-def join(device: str) -> None:
-    """Meet the other ranks, once per process. On "cuda" every rank has a GPU of its own."""
-    if size() > 1 and not dist.is_initialized():
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = "nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=7))  # a rank's episodes may take hours longer
+    with ctrl_c_here():
+        for each in map(str, range(1, processes)):
+            env = os.environ | {"RANK": each, "LOCAL_RANK": each}
+            atexit.register(subprocess.Popen([sys.executable, *sys.argv], env=env).kill)
 
 
 @contextlib.contextmanager
-def meeting() -> Iterator[None]:
-    """One line in place of a traceback when another rank has ended while this one waits for it."""
+def ctrl_c_here() -> Iterator[None]:  # processes that start in this block never see it: this one ends them
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which they inherit
+    yield
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+@contextlib.contextmanager
+def meeting(remedy: str = "run the same command again, it goes on") -> Iterator[None]:
+    """One line in place of a traceback when another rank does not come, or has ended while this one waits."""
     try:
         yield
-    except RuntimeError as error:  # of gloo and nccl alike
+    except (RuntimeError, ValueError) as error:  # of gloo and nccl alike
         raise UserError(
-            f"rank {rank()} of {size()} lost another one, see what that one said ({one_line(error)})"
-            f"; run the same command again, it goes on"
+            f"RANK={os.environ.get('RANK')} of WORLD_SIZE={size()} lost the others, or never met them "
+            f"({one_line(error)}); {remedy}"
         ) from error
+
+
+@meeting("start all of them with torchrun, or unset WORLD_SIZE to run one process")
+def join(device: str) -> None:
+    """Connect this rank to the others, once per process. With device "cuda", each rank uses its own GPU."""
+    if size() > 1 and not dist.is_initialized():
+        number("MASTER_PORT", 1)
+        if device == "cuda":
+            torch.cuda.set_device(place(device))
+        # the others come within MEET, or not at all: a cluster may have set WORLD_SIZE for a single process
+        store = next(dist.rendezvous("env://", rank(), size(), timeout=MEET))[0]
+        store.set_timeout(WEEK)  # from here on: a rank's episodes may take hours longer
+        backend = "nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, None, WEEK, size(), rank(), store)
 
 
 @meeting()

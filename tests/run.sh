@@ -11,6 +11,7 @@ done
 if [[ -z ${PYTHON:-} ]]; then
   bash run_all.sh configs/micro.yaml setup >/dev/null
   PYTHON=.venv/bin/python
+  "$PYTHON" -c "import av, pyarrow" 2>/dev/null || "$PYTHON" -m pip install --quiet --disable-pip-version-check -e ".[lerobot-data]"
 fi
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .

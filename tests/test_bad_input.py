@@ -34,6 +34,7 @@ import backbones
 import common
 from runtime import config, disk, stage
 from runtime.errors import UserError
+from sim.demos import read_demos
 
 MODULES = {
     section: importlib.import_module(command.removeprefix("-m ").removesuffix(".py"))
@@ -358,10 +359,10 @@ def test_demonstrations_that_are_none(damage):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "task_00.hdf5"
         write_demonstrations(path, [0, 1])
-        assert len(list(common.read_demos(path, 0))) == 2
+        assert len(list(read_demos(path, 0))) == 2
         with h5py.File(path, "r+") as file:
             damage(file)
-        refused(Path(folder), lambda: list(common.read_demos(path, 0)))
+        refused(Path(folder), lambda: list(read_demos(path, 0)))
 
 
 @inputs(15)
@@ -373,7 +374,7 @@ def test_a_file_of_demonstrations_cut_short_or_something_else(part, instead):
         content = path.read_bytes()
         for wrong in (content[: int(part * len(content))], instead):
             path.write_bytes(wrong)
-            refused(Path(folder), lambda: list(common.read_demos(path, 0)))
+            refused(Path(folder), lambda: list(read_demos(path, 0)))
 
 
 def test_demonstrations_that_do_not_go_together(tmp_path):

@@ -103,8 +103,8 @@ def test_beta_draws_have_the_moments_of_openpi(scheme):
     assert ((below <= median) & (above >= median)).all() == (scheme == "beta")
 
 
-def test_antithetic_draws_are_a_noise_and_its_mirror_image_at_the_same_time():
-    draws = common.make_draws(3, 5, 7, 4, common.stream(0, "a"), "antithetic")
+def test_mirrored_draws_are_a_noise_and_its_mirror_image_at_the_same_time():
+    draws = common.make_draws(3, 5, 7, 4, common.stream(0, "a"), "mirrored")
     assert torch.equal(draws.eps[:2], -draws.eps[2:]) and torch.equal(draws.t[:2], draws.t[2:])
     assert draws.t[:2, 0].tolist() == [0.25, 0.75]
 
@@ -208,8 +208,8 @@ def test_what_the_places_of_a_task_share_is_no_agreement_of_seeds():
     assert np.mean([stats.design_effect(v, places) for v in values]) > 1.3, "without the tasks"
 
 
-def test_cluster_bootstrap_is_wider_than_wilson_when_tasks_differ():
+def test_an_interval_over_tasks_is_wider_than_wilson_when_tasks_differ():
     values, clusters = np.repeat([1.0, 0.0], 50), np.repeat(np.arange(10), 10)
-    low, high = stats.cluster_bootstrap(values, clusters)
+    low, high = stats.over_clusters(values, clusters)
     wl, wh = stats.wilson(50, 100)
     assert low < wl - 0.1 and high > wh + 0.1  # ten tasks say less than a hundred episodes

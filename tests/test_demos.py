@@ -20,6 +20,7 @@ from runtime import stage
 from runtime.config import HERE, load_config
 from runtime.errors import UserError
 from sim import grasps
+from sim.demos import read_demos
 from sim.env import TaskEnv, instruction, suite_of
 from sim.expert import BOTTLE, BOWL, TASKS, Expert, target_places
 
@@ -94,7 +95,7 @@ def test_layout_is_liberos(file, env):
 
 def test_reader_sees_what_a_policy_will_see(file, env):
     """The file is upside down, the reader turns it back: equal to observe() at the same moment."""
-    demo = next(common.read_demos(file, TASK))
+    demo = next(read_demos(file, TASK))
     env.reset(demo.init_state)
     seen = env.observe()
     for key in ("agentview", "wrist", "state"):
@@ -105,7 +106,7 @@ def test_reader_sees_what_a_policy_will_see(file, env):
 
 
 def test_the_expert_heads_for_where_the_target_is(file, env):
-    for demo in common.read_demos(file, TASK):
+    for demo in read_demos(file, TASK):
         assert np.allclose(demo.places, target_places(env, demo.init_state))
         chunk, hand = torch.from_numpy(demo.actions[None, :8]), demo.state[:1, :3]
         both = (demo.places[None], demo.places[None, ::-1])
@@ -283,7 +284,7 @@ def test_official_files_are_adopted(file, record, tmp_path):
     copy = folder / (instruction("libero_object", TASK).replace(" ", "_") + "_demo.hdf5")
     copy.write_bytes(file.read_bytes())
     linked = record(source=tmp_path / "official")
-    assert linked.is_symlink() and len(list(common.read_demos(linked, TASK))) == 2
+    assert linked.is_symlink() and len(list(read_demos(linked, TASK))) == 2
 
 
 WRITES = """

@@ -32,7 +32,7 @@ def make_policy(backbone: str, device: str, dtype: str = "float32"):
 def batch(policy, n: int = 8):
     cfg = dpo.Config(pairs_from=str(ROOT / "checkpoints/try" / policy.backbone / "prefs"))
     draws = policy.draws(n, 4, common.stream(0, "draws"), "stratified")
-    return dpo.batch_of(dpo.load_pairs(cfg, policy), torch.arange(n)), draws
+    return dpo.batch_of(dpo.load_pairs(cfg, policy)[0], torch.arange(n)), draws
 
 
 def compute(policy) -> dict[str, torch.Tensor]:

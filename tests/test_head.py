@@ -23,6 +23,7 @@ from runtime import disk
 from runtime.config import load_config
 from runtime.errors import UserError
 from runtime.stage import execute
+from sim.demos import demonstrations
 
 head = importlib.import_module("06_pretrain_head")
 
@@ -349,27 +350,21 @@ def configured(tmp_path):
 
 def test_demonstrations_are_held_out_by_their_last_init_states(configured):
     """One order for all stages. Refused: a start from a state kept for others, and a folder without any."""
-    found = list(common.demonstrations(configured, 2))
+    found = list(demonstrations(configured, 2))
     assert [(d.task, d.init_state, held) for _, held, d in found] == [
         (t, i, i >= 2) for t in range(3) for i in range(4)
     ]
-    assert not any(
-        held for _, held, _ in common.demonstrations(configured, 4)
-    )  # something must be left to train on
+    assert not any(held for _, held, _ in demonstrations(configured, 4))  # something must be left to train on
     few = dataclasses.replace(configured, tasks=[0, 2])
-    assert {demo.task for *_, demo in common.demonstrations(few, 1)} == {0, 2}
+    assert {demo.task for *_, demo in demonstrations(few, 1)} == {0, 2}
     with pytest.raises(UserError, match=r"task_05\.hdf5 is not there; run 00_demos\.py"):
-        list(common.demonstrations(dataclasses.replace(few, tasks=[0, 5]), 1))
+        list(demonstrations(dataclasses.replace(few, tasks=[0, 5]), 1))
     with pytest.raises(UserError, match=r"libero_goal/task_00\.hdf5 is not there"):
-        list(
-            common.demonstrations(
-                dataclasses.replace(few, suites=["libero_object", "libero_goal"], tasks=[]), 2
-            )
-        )
+        list(demonstrations(dataclasses.replace(few, suites=["libero_object", "libero_goal"], tasks=[]), 2))
     with h5py.File(configured.data_dir / "libero_object" / "task_01.hdf5", "a") as file:
         file["data/demo_2"].attrs["init_state_id"] = 40
     with pytest.raises(UserError, match="demo_2 starts from init state 40"):
-        list(common.demonstrations(configured, 2))
+        list(demonstrations(configured, 2))
 
 
 def run(cfg) -> None:

@@ -341,72 +341,6 @@ def test_the_paired_interval_covers_the_truth(up, down):
 PAPER = claims.read_paper()
 
 
-@pytest.mark.parametrize("claim", PAPER["claims"], ids=lambda claim: claim["id"])
-def test_a_claim_is_complete_and_its_figures_are_in_the_files_it_names(claim):
-    judged = claims.judged(claim, PAPER["logs"])
-    assert all(judged[key] for key in ("section", "claim", "paper", "logs", "verdict", "command")), judged
-    assert judged["verdict"] in page.PILLS
-    assert ("verdict" in claim) != ("ours" in claim and "holds" in claim)
-    if "ours" in claim:
-        row = claims.look_up(claim["ours"])  # raises when the file is there and the row is not
-        assert (row is None) == (judged["verdict"] == "not run here")
-        assert row is None or all(
-            key in row for key in [*claim["holds"], claim["ours"].get("key", next(iter(claim["holds"])))]
-        )
-        assert row is None or judged["ours"]
-
-
-def test_verdicts_of_the_committed_results():
-    verdicts = {claim["id"]: claims.judged(claim, PAPER["logs"])["verdict"] for claim in PAPER["claims"]}
-    assert verdicts["interface"] == verdicts["adapter-size"] == "holds here"
-    assert (
-        verdicts["flow-dpo-early"] == "holds here" and verdicts["flow-dpo"] == "does not hold here"
-    )  # 116 and 88 branch pairs
-    assert (
-        verdicts["flow-dpo-episode"]
-        == verdicts["dora-object"]
-        == verdicts["dora-mean"]
-        == "does not hold here"
-    )
-    assert verdicts["denoise-share"] == verdicts["prefix-ceiling"] == "holds here"  # on a GPU
-    assert verdicts["openvla-sft"] == "not testable here"
-
-
-def test_a_look_up_that_finds_no_row_or_two_is_an_error():
-    file = "tiny_libero_object/table.json"
-    for where in ({"name": "nobody"}, {"policy": "dpo"}):
-        with pytest.raises(UserError, match="a claim needs one"):
-            claims.look_up({"file": file, "where": where})
-    assert claims.look_up({"file": "not_there/table.json", "where": {}}) is None
-
-
-def test_a_rule_decides_by_its_numbers(monkeypatch, tmp_path):
-    monkeypatch.setattr(claims, "RESULTS", tmp_path)
-    disk.write_json(tmp_path / "t.json", [{"metric": "x", "value": 0.5, "unit": "share", "ci95": [0.4, 0.6]}])
-    claim = dict.fromkeys(("id", "section", "claim", "paper", "command"), "words") | {
-        "logs": {"text": "none"}
-    }
-    claim |= {"ours": {"file": "t.json", "where": {"metric": "x"}}}
-    for rule, verdict in ((">= 0.5", "holds here"), ("> 0.5", "does not hold here"), ("< 0.6", "holds here")):
-        judged = claims.judged(claim | {"holds": {"value": rule}}, PAPER["logs"])
-        assert (judged["verdict"], judged["ours"]) == (verdict, "0.5 (0.4 to 0.6) share")
-
-
-def test_the_public_logs_add_up():
-    """Against the totals that the paper and the repository give themselves."""
-    logs, suites = PAPER["logs"], ["libero_spatial", "libero_object", "libero_goal", "libero_10"]
-    assert claims.logged(logs, "openvla_dpo_dora", suites) == (439, 600)
-    assert claims.logged(logs, "openvla_dpo_lora", suites) == (421, 600)
-    assert claims.logged(logs, "openvla_sft", suites) == (138, 200)
-    for suite, rate in logs["paper"]["openvla_dpo_dora"].items():
-        won, n = claims.logged(logs, "openvla_dpo_dora", [suite])
-        assert n == 150 and round(100 * won / n, 1) == rate
-    (line,) = [
-        line for line in claims.logs_table(logs).splitlines() if "openvla_dpo_dora | libero_object" in line
-    ]
-    assert line.endswith(f"| 114 / 150 | 76.0 % | 76 % | 50 | {tables.percent(stats.wilson(38, 50))} |")
-
-
 # -------------------------------------------------------------------------------------------- README's tables
 TABLES = {"one": tables.table(["a", "b|c"], [[1, "x|y"]]), "two": tables.table(["z"], [])}
 MARKED = "before\n<!-- table:one -->\nold\n<!-- /table -->\nbetween\n<!-- table:two --><!-- /table -->\nafter"
@@ -475,10 +409,12 @@ def test_the_page_is_small_and_whole(report):
     assert len(set(seen.ids)) == len(seen.ids) and seen.tags.count("table") >= 6
 
 
-def test_the_page_begins_with_the_readmes_card(report):
+def test_the_card_is_the_same_on_page_readme_and_claims(report):
+    """It is made from the results: the README's is what the committed files give."""
     readme, text = (HERE / "README.md").read_text(), (report / "report.md").read_text()
-    card = readme.partition("<!-- card -->")[2].partition("<!-- /card -->")[0].strip()
+    card = readme.partition("<!-- table:card -->")[2].partition("<!-- /table -->")[0].strip()
     assert card.count("\n") >= 7 and text.index(card) < text.index("## The paper's claims")
+    assert card in (RESULTS / "claims.md").read_text()
 
 
 def test_the_page_says_all_that_the_results_hold(report):
@@ -490,7 +426,7 @@ def test_the_page_says_all_that_the_results_hold(report):
             )
             assert figure in text, (path, row)
     judged = disk.read_json(report / "claims.json")
-    assert [claim["id"] for claim in judged] == [claim["id"] for claim in PAPER["claims"]]
+    assert [claim["id"] for claim in judged] == [claim["id"] for claim in [*PAPER["claims"], *PAPER["also"]]]
     for image in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text):
         assert (report / image).is_file()
 

@@ -29,6 +29,7 @@ from report import episodes
 from runtime import disk, stage, workers
 from runtime.config import HERE, STAGES, Count, load_config
 from runtime.errors import UserError
+from sim.demos import demonstrations
 from sim.env import tasks
 
 MICRO = str(HERE / "configs" / "micro.yaml")
@@ -140,7 +141,7 @@ def keys_read(code) -> set[str]:
 def test_a_stage_has_every_key_that_it_reads(section):
     module = module_of(section)
     keys = keys_read(module)
-    for helper in (backbones.load_sft, backbones.propose, common.demonstrations, tasks):
+    for helper in (backbones.load_sft, backbones.propose, demonstrations, tasks):
         if f"{helper.__name__}(" in inspect.getsource(module):
             keys |= keys_read(helper)
     assert keys and not keys - set(dir(module.Config()))
@@ -236,7 +237,7 @@ def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, capsys):
             stage.command_line(call)
         said = capsys.readouterr().err
         assert end.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
-        assert "make room" in said and "root=" in said
+        assert "root=" in said and ("make room" in said) == ("No space" in said)
 
 
 # ----------------------------------------------------------------------------------------------- command line

@@ -20,7 +20,7 @@ from torch.distributions import MultivariateNormal
 import backbones
 import common
 from backbones import likelihood
-from report import agreement, plots
+from report import agreement
 from runtime import disk
 from runtime.config import load_config
 from runtime.errors import UserError
@@ -53,6 +53,11 @@ def some_pairs(n: int) -> dict:
     pairs |= {c: torch.randn(n, 4, 7, generator=g) for c in ("chosen", "rejected")}
     pairs |= {"state": torch.randn(n, 8, generator=g), "mask": torch.arange(4).expand(n, 4) < 3}
     return pairs | {"instruction": [INSTRUCTIONS[i % 3] for i in range(n)]}
+
+
+def in_float64(policy, prefix, chunk: torch.Tensor) -> tuple:  # copies of all three
+    prefix = dataclasses.replace(prefix, keys=prefix.keys.double(), values=prefix.values.double())
+    return copy.deepcopy(policy).double(), prefix, chunk.double()
 
 
 def observations(pairs: dict) -> dict:
@@ -185,9 +190,7 @@ def test_hutchinson_with_a_full_basis_is_the_exact_trace_and_with_signs_is_unbia
 
 
 def test_euler_density_against_the_determinant_of_the_whole_map(policy):
-    _, prefix, noise = likelihood.in_float64(
-        policy, prefix_of(policy, 2), policy.noise(2, common.stream(0, "noise"))
-    )
+    _, prefix, noise = in_float64(policy, prefix_of(policy, 2), policy.noise(2, common.stream(0, "noise")))
     double = copy.deepcopy(policy).double()
     chunk, log_p = likelihood.euler_sample(likelihood.velocity_of(double, prefix), noise, steps=5)
     torch.testing.assert_close(
@@ -207,25 +210,11 @@ def test_euler_density_against_the_determinant_of_the_whole_map(policy):
             - torch.linalg.slogdet(j).logabsdet
         )
         assert log_p[row].item() == pytest.approx(brute.item(), abs=1e-8)
-    inverse = likelihood.euler_log_prob(
-        likelihood.velocity_of(double, prefix), chunk, steps=5, tolerance=1e-10
-    )
-    torch.testing.assert_close(inverse, log_p)
-
-
-def test_a_chunk_out_of_the_maps_reach_has_no_euler_density():
-    reach = likelihood.euler_log_prob(
-        lambda x, t: x - torch.tanh(x), torch.tensor([[[0.5]], [[1.5]]]).double(), steps=1
-    )
-    assert reach[1].isnan()  # the map is tanh
-    assert reach[0].item() == pytest.approx(
-        -0.5 * (math.atanh(0.5) ** 2 + math.log(2 * math.pi)) - math.log(1 - 0.25), abs=1e-3
-    )
 
 
 def test_float64_and_float32_agree(policy):
     prefix, chunk = prefix_of(policy, 2), torch.randn(2, 4, 7)
-    double, prefix64, chunk64 = likelihood.in_float64(policy, prefix, chunk)
+    double, prefix64, chunk64 = in_float64(policy, prefix, chunk)
     grid = likelihood.time_grid(4)
     single = likelihood.ode_log_prob(
         likelihood.velocity_of(policy, prefix), chunk, likelihood.exact_trace, grid
@@ -237,7 +226,7 @@ def test_float64_and_float32_agree(policy):
 
 
 # ------------------------------------------------------------------------------------------------ DPO's log p
-WITH_DORA = ("paper", "antithetic", "elbo", "independent")  # the exact likelihood is refused (tested below)
+WITH_DORA = ("paper", "mirrored", "elbo", "independent")  # the exact likelihood is refused (tested below)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +246,7 @@ def test_margin_is_exactly_zero_at_the_reference_for_all_that_share_their_noise(
 
 
 def test_gradient_of_the_exact_log_prob_against_finite_differences(policy):
-    double, prefix, chunk = likelihood.in_float64(policy, prefix_of(policy, 2), torch.randn(2, 4, 7))
+    double, prefix, chunk = in_float64(policy, prefix_of(policy, 2), torch.randn(2, 4, 7))
     probes = likelihood.make_probes(2, 1, (4, 7), common.stream(0, "probes")).double()
 
     def log_p() -> torch.Tensor:
@@ -309,12 +298,10 @@ def test_refusals():
         "surrogate=exactly",
         "surrogate=exact adapter=dora",
         "backbone=openvla surrogate=exact",
-        "surrogate=antithetic dpo.draws=3",
+        "surrogate=mirrored dpo.draws=3",
     ):
         with pytest.raises(UserError, match=r"surrogate"):
             load_config(dpo.Config, ["configs/micro.yaml", *bad.split()])
-    with pytest.raises(UserError, match="own_chunks"):  # of one chunk there is no spread
-        load_config(validate.Config, ["configs/micro.yaml", "validate.own_chunks=1"])
 
 
 # --------------------------------------------------------------------------------------------------- stage 07
@@ -349,16 +336,14 @@ def test_metrics_of_an_estimator_that_is_right_but_for_scale_and_noise():
     g = common.stream(0, "metrics")
     truth = torch.randn(400, generator=g) * 10
     estimates = truth / 5 + 0.5 * torch.randn(8, 400, generator=g)
-    found = agreement.compare(estimates, truth)
+    found = agreement.compare(estimates, truth, np.arange(400))
     assert found["scale"][0] == pytest.approx(5, rel=0.05) and found["bias"][0] < 0.02
     value, low, high = found["noise"]
     expected = 0.25 / (truth.var().item() / 25)  # of these pairs
     assert low < expected < high and value == pytest.approx(expected, rel=0.1)
     x, y = estimates[0].double().numpy(), truth.double().numpy()
     for name, (value, low, high) in agreement.correlations(x, y, np.arange(400)).items():
-        theirs = {"pearson": stats.pearsonr, "spearman": stats.spearmanr, "kendall": stats.kendalltau}[name](
-            x, y
-        ).statistic
+        theirs = {"pearson": stats.pearsonr, "spearman": stats.spearmanr}[name](x, y).statistic
         assert low < value < high and value == pytest.approx(theirs, abs=1e-9)
     value, low, high = found["sign agreement"]
     assert low < value < high and value == pytest.approx(
@@ -445,7 +430,7 @@ def test_dpo_on_the_exact_likelihood_resumes_where_it_was(run, tmp_path, monkeyp
 
 
 def test_stage_07_from_end_to_end_killed_and_resumed(run, monkeypatch, capsys):
-    sizes = {"max_draws": 4, "ode_steps": 2, "own_chunks": 2, "gradient_batches": 1, "gradient_probes": 2}
+    sizes = {"max_draws": 4, "ode_steps": 2, "gradient_batches": 1, "gradient_probes": 2}
     cfg = validate.Config(name=run.name, root=run.root, pairs=run.pairs, workers=1, n_pairs=4, **sizes)
     folder, save, saved = cfg.folder, disk.save_tensors, []
 
@@ -462,7 +447,7 @@ def test_stage_07_from_end_to_end_killed_and_resumed(run, monkeypatch, capsys):
     validate.validate(cfg)
     assert len(saved) == 1 and not (folder / "parts").exists()
     first = disk.read_json(folder / "done.json")["outputs"]
-    assert set(first) == {"measures.safetensors", "own.safetensors", "gradients.jsonl"}
+    assert set(first) == {"measures.safetensors", "gradients.jsonl"}
     validate.validate(dataclasses.replace(cfg, overwrite=True))
     assert "already done" in capsys.readouterr().out
     (folder / "done.json").unlink()
@@ -471,7 +456,7 @@ def test_stage_07_from_end_to_end_killed_and_resumed(run, monkeypatch, capsys):
 
     measures = disk.load_tensors(folder / "measures.safetensors")
     exact = measures["dpo-lora-episode|exact"]
-    assert exact.shape == (4, 2) and measures["sft|antithetic/4"].shape == (4, 4, 2)
+    assert exact.shape == (4, 2) and measures["sft|mirrored/4"].shape == (4, 4, 2)
     rows = disk.read_json(folder.with_suffix(".json"))
     margin = [
         r
@@ -493,13 +478,10 @@ def test_stage_07_from_end_to_end_killed_and_resumed(run, monkeypatch, capsys):
     assert {r["state"] for r in cosine} == {"start", "end"} and all(
         -1.001 <= r["value"] <= 1.001 for r in cosine
     )
-    own = disk.load_tensors(folder / "own.safetensors")
-    probes = np.stack([(own[f"pair/10/{i}"][:, 0] - own[f"pair/10/{i}"][:, 1]).numpy() for i in range(8)])
-    spread = (measures["sft|exact"][:, 0] - measures["sft|exact"][:, 1]).numpy().var(ddof=1)
-    (shared,) = [r["value"] for r in rows if "one shared probe over" in r.get("metric", "")]
-    assert shared == pytest.approx(probes.var(0, ddof=1).mean() / spread, rel=1e-4)
-    assert folder.with_suffix(".png").stat().st_size > 20_000
-    assert "| paper | 4 | yes |" in folder.with_suffix(".md").read_text()
+    text = folder.with_suffix(".md").read_text()
+    assert "| paper | 4 | yes |" in text and "| one time, 4 noises |" in text
+    assert "| always positive |" in text and "| the better constant guess |" in text
+    assert "not measured: the noise behind the chunks is not known" in text, "these are episode pairs"
 
 
 def test_torchrun_and_a_gpu_are_refused(run, monkeypatch):
@@ -515,33 +497,6 @@ def test_an_autoregressive_policy_is_exact_already(tmp_path, capsys):
     assert "closed form" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
-def test_success_of_weights_that_were_made_anew_is_not_counted(tmp_path):
-    """The settling table pools the seeds' evaluations, but those whose adapter is another one by now."""
-    cfg = validate.Config(root=str(tmp_path), seed=1, start="750")
-
-    def counted() -> dict:
-        return {r["surrogate"]: (r["successes"], r["n"], r["train_seeds"]) for r in agreement.settling(cfg)}
-
-    for seed, surrogate in itertools.product((1, 2), ("paper", "exact")):
-        made = dataclasses.replace(cfg, seed=seed, surrogate=surrogate).made_adapter
-        folder = made.with_name(f"eval-{made.name}")
-        for each in (made, folder):
-            each.mkdir(parents=True)
-        disk.write_json(made / "done.json", {"fingerprint": "then"})
-        inputs = {str(made.relative_to(cfg.run_dir)): "then"}
-        disk.write_json(folder / "done.json", {"config": {"group": "test"}, "inputs": inputs})
-        disk.write_json(folder / "timing.json", {})
-        row = {"suite": "s", "task": 0, "seed": seed, "steps": 9, "crash": ""}
-        rows = [row | {"init_state": 40 + i, "success": i < 4} for i in range(5)]
-        disk.write_rows(folder / "episodes.jsonl", rows)
-    assert counted() == {"paper": (8, 10, [1, 2]), "exact": (8, 10, [1, 2])}
-    rows = [row | {"suite": "s", "start": "750"} for row in agreement.settling(cfg)]
-    plots.success(rows)  # 08_report.py draws them as it does any policy's
-    made = dataclasses.replace(cfg, seed=2).made_adapter
-    disk.write_json(made / "done.json", {"fingerprint": "now"})
-    assert counted() == {"paper": (4, 5, [1]), "exact": (8, 10, [1, 2])}
-
-
 def test_noise_of_draws_that_are_not_shared_is_that_of_independent_ones():
     g, n, repeats = common.stream(0, "unshared"), 2000, 4
     truth, both = (
@@ -551,13 +506,13 @@ def test_noise_of_draws_that_are_not_shared_is_that_of_independent_ones():
     scores = truth + both + 0.3 * torch.randn(repeats, n, 2, generator=g)
     exactly = truth[:, 0] - truth[:, 1]
     own, shared = (agreement.quantity(scores, None, each) for each in (False, True))
-    value, low, high = agreement.compare(own, exactly, shared)["noise"]
+    value, low, high = agreement.compare(own, exactly, np.arange(n), shared)["noise"]
     expected = 2 * (9 + 0.09) / exactly.var().item()
     assert low < expected < high and value == pytest.approx(expected, rel=0.1)
-    assert agreement.compare(shared, exactly)["noise"][0] == pytest.approx(
+    assert agreement.compare(shared, exactly, np.arange(n))["noise"][0] == pytest.approx(
         0.01 * expected * 9 / 9.09, rel=0.1
     )
-    bias = agreement.compare(own, exactly, shared)["bias"][0]
+    bias = agreement.compare(own, exactly, np.arange(n), shared)["bias"][0]
     assert bias < 0.01, "the estimator is right but for its noise"
 
 
@@ -566,8 +521,8 @@ def test_noise_without_signal_is_100_and_with_signal_its_ratio():
     truth = torch.randn(400, generator=g)
     pure = torch.randn(4, 400, generator=g)
     pure = pure - pure.mean(0)  # the repeats' mean says nothing at all
-    assert agreement.compare(pure, truth)["noise"] == (pytest.approx(100), None, None)
+    assert agreement.compare(pure, truth, np.arange(400))["noise"] == (pytest.approx(100), None, None)
     seen = 2 * truth + 0.5 * torch.randn(4, 400, generator=g)
-    assert agreement.compare(seen, truth)["noise"][0] == pytest.approx(
+    assert agreement.compare(seen, truth, np.arange(400))["noise"][0] == pytest.approx(
         0.25 / (4 * float(truth.var())), rel=0.1
     )

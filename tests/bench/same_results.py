@@ -59,7 +59,7 @@ EXPERIMENTS = {  # name, also of the folder below runs/ -> bash
     "variants": """
         early="adapters=lora pairs=whole start=4"
         micro "00 01 02 03 04 07" $early
-        for name in elbo antithetic independent exact; do micro 03 $early surrogate=$name; done
+        for name in elbo mirrored independent exact; do micro 03 $early surrogate=$name; done
         micro 06 head.encoder=random
         micro 01 seed=7 sft.train=dora sft.rank=4
         for name in none chunk prefix patches; do

@@ -23,6 +23,7 @@ import backbones
 import common
 from extras import cells
 from runtime.config import HERE
+from sim.demos import frames, read_demos
 
 STEPS, FINE = (1, 2, 3, 5, 10, 20), 400
 SOLVERS = ("euler", "midpoint", "heun")
@@ -30,10 +31,8 @@ TIMES = (1.0, 0.8, 0.6, 0.4, 0.2, 0.1, 0.05, 0.02, 0.01, 0.0)
 
 
 def observations() -> dict:
-    demos = list(common.read_demos(HERE / "checkpoints/try/data/libero_object/task_00.hdf5", 0))
-    obs = {
-        c: torch.from_numpy(np.concatenate([getattr(d, c) for d in demos])) for c in ("agentview", "wrist")
-    }
+    demos = list(read_demos(HERE / "checkpoints/try/data/libero_object/task_00.hdf5", 0))
+    obs = {c: frames([getattr(d, c) for d in demos]) for c in ("agentview", "wrist")}
     obs["state"] = torch.from_numpy(np.concatenate([d.state[d.image_steps] for d in demos]))
     return obs | {"instruction": [d.instruction for d in demos for _ in d.image_steps]}
 
