@@ -215,7 +215,7 @@ def right_place(policy, data: dict, cfg: Config) -> dict:
         obs, _ = batch_of(data, rows, cfg.blank_images)
         noise = policy.noise(len(rows), common.stream(0, "first look", len(right)))
         chunk = policy.sample_actions(policy.encode(obs), noise).cpu()
-        actions = policy.unnormalise(chunk)[:, : common.ActingConfig.execute]
+        actions = policy.unnormalise(chunk)[:, : common.EXECUTE]
         right.append(backbones.heads_right(actions, obs["state"][:, :3], data["places"][rows]))
     return {"right_place": torch.cat(right).float().mean().item()} if right else {}
 
@@ -271,4 +271,4 @@ def main(cfg: Config, run: stage.Run) -> dict:
 
 
 if __name__ == "__main__":
-    stage.start(main, Config, dry_run=backbones.dry_run)
+    stage.start(main, Config, preview=backbones.preview)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from backbones import load
 from backbones.load import build, horizon, load_policy
 from backbones.policy import Policy, build_tokenizer, collate
 from common import blank_images
@@ -18,20 +19,53 @@ __all__ = [
     "build",
     "build_tokenizer",
     "collate",
-    "dry_run",
     "heads_right",
     "horizon",
     "load_policy",
     "load_sft",
+    "look",
+    "preview",
     "propose",
 ]
 
 
-def dry_run(cfg, section: str) -> None:
-    """Print what a stage will take, in memory and hours (cost.py)."""
-    from backbones import cost
+EXAMPLES = {"pi05": "lerobot/pi05_libero_finetuned", "openvla": "openvla/openvla-7b-finetuned-libero-object"}
 
-    cost.report(cfg, section)
+
+def preview(cfg, section: str) -> None:
+    """What a stage starts from, checked and printed; for a dry run also what it will take (cost.py)."""
+    look(cfg)
+    if cfg.dry_run:
+        from backbones import cost
+
+        cost.report(cfg, section)
+
+
+def look(cfg) -> None:
+    """Check the folder that a config names to start from, and print what it is. No weight is read."""
+    folder = getattr(cfg, "checkpoint", cfg.init_from)
+    if not folder:
+        return
+    refuse(
+        not Path(folder).exists(),
+        f"no checkpoint {folder}; give the folder that holds its .safetensors, or get one:"
+        f" `hf download {EXAMPLES[cfg.backbone]} --local-dir {folder}`",
+    )
+    policy = load.look(folder, load.weights_of(getattr(cfg, "start", "final")), cfg.model, cfg.suites)
+    check(cfg, policy, folder)
+    print(*policy.found, sep="\n  ", flush=True)
+
+
+def check(cfg, policy: Policy, folder: str | Path = "") -> None:
+    """UserError unless the policy is one for this config."""
+    refuse(
+        policy.backbone != cfg.backbone,
+        f"{folder} is a checkpoint of {policy.backbone}; set backbone={policy.backbone}",
+    )
+    refuse(
+        getattr(cfg, "execute", 1) > policy.horizon,
+        f"execute={cfg.execute} must be at most {policy.horizon}, the policy's chunk length",
+    )
 
 
 def load_sft(cfg) -> Policy:
@@ -40,22 +74,15 @@ def load_sft(cfg) -> Policy:
     Of 01's weights it takes the final ones, or the snapshot that `start` names.
     """
     folder = Path(cfg.checkpoint or cfg.start_dir / "sft")
-    weights = "model.safetensors" if cfg.start == "final" else f"model-{cfg.start}.safetensors"
-    policy = load_policy(folder, weights, cfg.model if cfg.checkpoint else None, cfg.suites)
-    refuse(
-        policy.backbone != cfg.backbone,
-        f"{folder} is a checkpoint of {policy.backbone}; set backbone={policy.backbone}",
-    )
+    model = cfg.model if cfg.checkpoint else None
+    policy = load_policy(folder, load.weights_of(cfg.start), model, cfg.suites)
+    check(cfg, policy, folder)
     return policy.cast(cfg.dtype).to(ranks.place(cfg.device)).eval()
 
 
 @torch.inference_mode()
 def propose(policy: Policy, obs: dict, cfg, generators: list[torch.Generator]) -> torch.Tensor:
     """One normalised chunk (H, 7) per generator for one observation, which is encoded once: (N, H, 7)."""
-    refuse(
-        cfg.execute > policy.horizon,
-        f"execute={cfg.execute} must be at most {policy.horizon}, the policy's chunk length",
-    )
     batch = collate([blank_images(obs) if cfg.blank_images else obs])
     prefix = policy.encode(batch).select(torch.zeros(len(generators), dtype=torch.long))
     noise = cfg.noise_scale * torch.cat([policy.noise(1, g) for g in generators])

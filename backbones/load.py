@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from backbones.policy import (
     Policy,
     build_tokenizer,
@@ -45,13 +47,42 @@ def horizon(name: str, model: dict) -> int:  # actions of a chunk, known before 
     return config_from(model, policy_class(name).config_class, "model").horizon
 
 
-def sizes(path: Path) -> dict:
-    """The `model` section of the kit's own folder, or the one that a published checkpoint amounts to."""
-    if is_own(path):
-        return saved_config(path)[1]
-    from backbones import published
+def weights_of(start: str) -> str:  # the file of the final weights, or of the snapshot at that step
+    return "model.safetensors" if start == "final" else f"model-{start}.safetensors"
 
-    return published.model_of(path)
+
+def look(
+    folder: str | Path,
+    weights: str = "model.safetensors",
+    model: dict | None = None,
+    suites: Sequence[str] = (),
+    device: str = "meta",
+) -> Policy:
+    """The policy that load_policy gives, with tokenizer and statistics, but its weights are not read.
+
+    Raises:
+        UserError: something is missing, damaged or not for this kit. The line says how to get it.
+    """
+    folder = Path(folder)
+    if not is_own(folder) and weights == "model.safetensors":
+        from backbones import published
+
+        return published.look(folder, build, model or {}, list(suites))[1]
+    missing = [file for file in ("config.json", "norm_stats.json", weights) if not (folder / file).is_file()]
+    refuse(
+        missing,
+        f"{folder} holds no {' and no '.join(missing)}, only"
+        f" {sorted(path.name for path in folder.glob('*.safetensors'))}; run 01_sft.py, see"
+        " sft.snapshots",
+    )
+    name, config = saved_config(folder)
+    with torch.device(device):
+        policy = build(name, config | (model or {}))
+    policy.norm_stats = checked_stats(read_object(folder / "norm_stats.json"), f"{folder}/norm_stats.json")
+    if (folder / "tokenizer.json").is_file():
+        policy.tokenizer = read_tokenizer(folder / "tokenizer.json")
+    policy.found = [f"{folder} holds a policy of this kit"]
+    return policy
 
 
 def load_policy(
@@ -71,17 +102,6 @@ def load_policy(
         from backbones import published
 
         return published.load(folder, build, model or {}, list(suites)).eval()
-    missing = [file for file in ("config.json", "norm_stats.json", weights) if not (folder / file).is_file()]
-    refuse(
-        missing,
-        f"{folder} holds no {' and no '.join(missing)}, only"
-        f" {sorted(path.name for path in folder.glob('*.safetensors'))}; run 01_sft.py, see"
-        " sft.snapshots",
-    )
-    name, config = saved_config(folder)
-    policy = build(name, config | (model or {}))
+    policy = look(folder, weights, model, device="cpu")
     policy.load_weights([(folder / weights, disk.load_tensors(folder / weights))])
-    policy.norm_stats = checked_stats(read_object(folder / "norm_stats.json"), f"{folder}/norm_stats.json")
-    if (folder / "tokenizer.json").is_file():
-        policy.tokenizer = read_tokenizer(folder / "tokenizer.json")
     return policy.eval()

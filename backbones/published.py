@@ -6,9 +6,9 @@ lerobot   lerobot/pi05_*: settings and statistics in the processors' files (poli
           policy_postprocessor.json), which lerobot follows where config.json says something else
 openpi    pi-0.5 as converted by openpi's examples/convert_jax_model_to_pytorch.py, with its assets folder
 
-`look` comes first: it reads headers, JSON, statistics and the tokenizer, and refuses what would go wrong
+`look` comes first: it reads headers, JSON, statistics and the tokenizer, and refuses what would go wrong,
 before any weight is read. Sizes come from the shapes of the tensors, so a checkpoint of few layers can be
-read too. What no file tells has the published values. The config's `model` section overrides everything.
+read too. What no file says has the published values. The config's `model` section overrides everything.
 Tensors go into the model file after file, in the file's dtype, so the weights are in memory once.
 Not tried on a real published file. The key lists and formats are those of the original code
 (tests/fixtures/keys-*.txt); the tests read random checkpoints in these formats, and folders that lerobot's
@@ -21,6 +21,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -232,14 +233,11 @@ def openvla_model(c: Checkpoint) -> dict:  # the `model` section that it amounts
             "intermediate_size": c.shapes[f"{prefix}blocks.0.mlp.fc1.weight"][0],
         }
 
-    processor = c.folder / "preprocessor_config.json"
-    pixels = read_object(processor) if processor.is_file() else {}
     dino, llm = "vision_backbone.featurizer.", "language_model.model."
     rows, width = c.shapes[f"{llm}embed_tokens.weight"]
     patch = c.shapes[f"{dino}patch_embed.proj.weight"][-1]
     padding = c.config.get("pad_to_multiple_of", 64)
-    c.notes.append(f"pixel statistics: {'preprocessor_config.json' if 'means' in pixels else 'ImageNet'}")
-    return {f"pixel_{key}": pixels[key] for key in ("means", "stds") if key in pixels} | {
+    return pixel_statistics(c) | {
         "vocab_size": rows - padding,
         "vocab_padding": padding,
         "n_bins": c.config.get("n_action_bins", 256),
@@ -254,6 +252,18 @@ def openvla_model(c: Checkpoint) -> dict:  # the `model` section that it amounts
             "num_heads": c.config.get("text_config", {}).get("num_attention_heads", width // 128),
         },
     }
+
+
+def pixel_statistics(c: Checkpoint) -> dict:
+    """Of preprocessor_config.json. Its tvf_normalize_params replace its means and stds: OpenVLA uses these."""
+    path = c.folder / "preprocessor_config.json"
+    pixels = read_object(path) if path.is_file() else {}
+    towers = pixels.get("tvf_normalize_params")
+    if towers:
+        pixels = {f"{key}s": [tower[key] for tower in towers] for key in ("mean", "std")}
+    named = {f"pixel_{key}": pixels[key] for key in ("means", "stds") if key in pixels}
+    c.notes.append(f"pixel statistics: {path.name if named else 'of ImageNet'}")
+    return named
 
 
 def pi05_model(c: Checkpoint, prefix: str) -> dict:  # prefix: "model." in lerobot's files
@@ -300,8 +310,14 @@ def gemma_size(c: Checkpoint, stack: str) -> dict:  # of one of pi-0.5's two Gem
 
 
 def openpi_model(c: Checkpoint) -> dict:
+    """openpi's pi-0.5. No file says which prompt it was trained with."""
     if "action_horizon" not in c.config:
-        c.notes.append("no config.json says the horizon: 10, as openpi's pi05_libero; else set model.horizon")
+        c.notes.append(
+            "no config.json with action_horizon: 10 actions, as openpi's pi05_libero; else set model.horizon"
+        )
+    c.notes.append(
+        "prompt without state, as openpi's pi05_libero; if trained with discrete_state_input, set model.prompt=lerobot"
+    )
     return pi05_model(c, "") | {"horizon": c.config.get("action_horizon", 10)}
 
 
@@ -315,7 +331,7 @@ MODES = {
 }
 PROMPT_STEP = "pi05_prepare_state_tokenizer_processor_step"
 LIBERO_CAMERAS = {"observation.images.image": "agentview", "observation.images.image2": "wrist"}
-STEPS = {  # of lerobot's processors, that this kit follows
+STEPS = {  # of lerobot's processors; this kit does the same, or refuses what it does not
     "rename_observations_processor",
     "to_batch_processor",
     "relative_actions_processor",
@@ -328,119 +344,121 @@ STEPS = {  # of lerobot's processors, that this kit follows
 }
 
 
-def processor(c: Checkpoint, when: str) -> tuple[dict[str, dict], Path | None]:
-    """lerobot's processor before ("pre") or behind ("post") the policy: the config of each step, and the file
-    of its statistics (None: it has none).
-    """
+class Normaliser(NamedTuple):
+    mode: str  # one of MODES' values
+    eps: float
+    file: Path | None  # of the statistics, which may be missing; None: no file was ever written
+
+
+def processor(c: Checkpoint, when: str) -> dict[str, dict]:
+    """The steps that lerobot takes before ("pre") or behind ("post") the policy, by name."""
     path = c.folder / f"policy_{when}processor.json"
     listed = read_object(path)["steps"] if path.is_file() else []
-    steps = {step.get("registry_name", step.get("class")): step.get("config", {}) for step in listed}
+    steps = {step.get("registry_name", step.get("class")): step for step in listed}
     unknown = steps.keys() - STEPS
-    refuse(unknown, f"{path} has a step {', '.join(map(str, unknown))}, which this kit does not know")
-    files = [c.folder / Path(step["state_file"]).name for step in listed if step.get("state_file")]
-    files = files or sorted(c.folder.glob(f"policy_{when}processor*normalizer*.safetensors"))
-    lost = [file.name for file in files if not file.is_file()]
-    refuse(lost, f"{c.folder} lacks {', '.join(lost)}, the statistics that {path.name} names; get it again")
-    return steps, next(iter(files), None)
+    refuse(unknown, f"{path} has the step {', '.join(map(str, unknown))}, which this kit does not know")
+    return steps
 
 
-def normaliser(c: Checkpoint, kind: str) -> tuple[str, float, Path | None]:
-    """How lerobot normalises the "action" or the "state": the mode, its epsilon, the statistics' file."""
-    steps, file = processor(c, "post" if kind == "action" else "pre")
-    if not steps and file is None:  # an action is unnormalised as it was normalised
-        steps, file = processor(c, "pre")
-    its = steps.get("unnormalizer_processor", steps.get("normalizer_processor", {}))
-    default = c.config.get("normalization_mapping", {"STATE": "QUANTILES", "ACTION": "QUANTILES"})
-    modes = its.get("norm_map", default)
-    mode = modes.get(kind.upper(), "IDENTITY")
+def settings(c: Checkpoint, step: str) -> dict:  # of a step before the policy
+    return processor(c, "pre").get(step, {}).get("config", {})
+
+
+def normaliser(c: Checkpoint, kind: str) -> Normaliser:
+    """How lerobot normalises the "state", and the "action" on its way back."""
+    step, files = {}, []
+    for when in ("post", "pre") if kind == "action" else ("pre",):
+        steps = processor(c, when)
+        step = step or steps.get("unnormalizer_processor", steps.get("normalizer_processor", {}))
+        files += sorted(c.folder.glob(f"policy_{when}processor*normalizer*.safetensors"))
+    if step:
+        files = [c.folder / Path(step["state_file"]).name] if step.get("state_file") else []
+    its = step.get("config", {})
+    published = {"STATE": "QUANTILES", "ACTION": "QUANTILES"}
+    modes = its.get("norm_map", c.config.get("normalization_mapping", published))
+    mode, visual = modes.get(kind.upper(), "IDENTITY"), modes.get("VISUAL", "IDENTITY")
+    if kind == "state" and "observation.state" not in (
+        its.get("normalize_observation_keys") or ["observation.state"]
+    ):
+        mode = "IDENTITY"
     refuse(mode not in MODES, f"{c.folder} normalises the {kind} by {mode}; known: {', '.join(MODES)}")
-    refuse(
-        modes.get("VISUAL", "IDENTITY") != "IDENTITY",
-        f"{c.folder} normalises images by {modes.get('VISUAL')}, which this kit does not",
-    )
-    return MODES[mode], float(its.get("eps", 1e-8)), file
+    refuse(visual != "IDENTITY", f"{c.folder} normalises images by {visual}, which this kit does not")
+    return Normaliser(MODES[mode], float(its.get("eps", 1e-8)), next(iter(files), None))
 
 
-def lerobot_cameras(c: Checkpoint, renamed: dict[str, str]) -> list[str]:
-    """The cameras in the order of input_features. renamed: LIBERO's name -> lerobot's, of its rename_map.
-
-    An empty camera is masked there, so it changes nothing.
-    """
+def lerobot_cameras(c: Checkpoint) -> list[str]:
+    """The cameras, in the order of input_features. Empty cameras are masked there, and change nothing."""
+    renamed = settings(c, "rename_observations_processor").get("rename_map", {})
     theirs = {renamed.get(name, name): camera for name, camera in LIBERO_CAMERAS.items()}
     features = c.config.get("input_features") or {key: {"type": "VISUAL"} for key in theirs}
-    wanted = [key for key, feature in features.items() if feature.get("type") == "VISUAL"]
-    empty = [key for key in wanted if key.rpartition(".")[2].startswith("empty_camera_")]
+    wanted = [key for key, feature in features.items() if feature["type"] == "VISUAL"]
+    empty = [key for key in wanted if "empty_camera_" in key]
     unknown = [key for key in wanted if key not in theirs and key not in empty]
     refuse(
         unknown and "cameras" not in c.given,
-        f"{c.folder} wants the camera {', '.join(unknown)}, which LIBERO does not have under this name; say"
-        " in the config what stands for its cameras, in their order: model: {cameras: [agentview, wrist]}",
+        f"{c.folder} has the camera {', '.join(unknown)}; LIBERO's are {', '.join(LIBERO_CAMERAS)}. Say what stands"
+        " for its cameras, in their order: model: {cameras: [agentview, wrist]}",
     )
     if empty:
         c.notes.append(f"left out, as lerobot masks it: {', '.join(empty)}")
     return [theirs[key] for key in wanted if key in theirs]
 
 
-def of_this_robot(c: Checkpoint) -> None:
+def check_robot(c: Checkpoint) -> None:
     """UserError unless a lerobot folder's policy acts as LIBERO's robot does."""
-    for kind, feature, where in (
-        ("action", "action", "output_features"),
-        ("state", "observation.state", "input_features"),
-    ):
-        shape = (c.config.get(where) or {}).get(feature, {}).get("shape", [DIMS[kind]])
-        padded = [c.config.get(f"max_{kind}_dim", 32)]  # what lerobot writes where it was not told
-        refuse(
-            list(shape) not in ([DIMS[kind]], padded),
-            f"{c.folder} is a policy of another robot: its {kind} has {shape[0]} numbers,"
-            f" LIBERO's {DIMS[kind]}",
-        )
-    steps = processor(c, "pre")[0] | processor(c, "post")[0]
-    refuse(
-        c.config.get("use_relative_actions") or any(its.get("enabled") for its in steps.values()),
-        f"{c.folder} has relative actions (use_relative_actions), which this kit does not: it would take"
-        " them for LIBERO's",
-    )
     refuse(
         c.config.get("type", "pi05") != "pi05",
         f"{c.folder} is a {c.config.get('type')} policy of lerobot; this kit has pi05",
     )
-    periods = c.config.get("min_period", 4e-3), c.config.get("max_period", 4.0)
-    refuse(periods != (4e-3, 4.0), f"{c.folder} has time periods {periods}; this kit has 0.004 and 4")
+    features = (c.config.get("output_features") or {}) | (c.config.get("input_features") or {})
+    for kind, name in (("action", "action"), ("state", "observation.state")):
+        padded = c.config.get(f"max_{kind}_dim", 32)  # what lerobot writes where no data set told it
+        shape = features.get(name, {}).get("shape", [DIMS[kind]])
+        refuse(
+            list(shape) not in ([DIMS[kind]], [padded]),
+            f"{c.folder} is another robot's policy: its {kind} has {shape} numbers, LIBERO's {DIMS[kind]}",
+        )
+    steps = processor(c, "pre") | processor(c, "post")
+    refuse(
+        c.config.get("use_relative_actions")
+        or any(step.get("config", {}).get("enabled") for step in steps.values()),
+        f"{c.folder} has relative actions (use_relative_actions), which this kit would take for LIBERO's;"
+        " train it with use_relative_actions=false",
+    )
 
 
 def lerobot_model(c: Checkpoint) -> dict:
-    """lerobot's pi-0.5. Its prompt holds the state, which lerobot before 0.5 padded to max_state_dim.
+    """lerobot's pi-0.5. Its prompt holds the state, which lerobot before 0.5 padded to max_state_dim numbers.
 
     Only lerobot >= 0.5 writes embed_tokens, beside lm_head.
     """
     new = f"model.paligemma_with_expert.paligemma.model.{EMBEDDING}" in c.shapes
     sizes = pi05_model(c, "model.")
-    of_this_robot(c)
-    if normaliser(c, "action")[2] is None and list(c.folder.rglob("norm_stats.json")):
+    check_robot(c)
+    action, state = normaliser(c, "action"), normaliser(c, "state")
+    if action.file is None and action.mode != "identity" and norm_stats_files(c):
         c.notes.append(
-            "no statistics of lerobot but openpi's norm_stats.json: taken for openpi's weights in lerobot's"
-            " format (as lerobot/pi05_libero_base), with the settings that openpi trained pi05_libero with:"
-            " prompt without state, 10 actions, quantiles; else set model.prompt and model.horizon"
+            "no statistics of lerobot, but openpi's norm_stats.json: taken for openpi's pi05_libero in lerobot's"
+            " format, as lerobot/pi05_libero_base. openpi trained it on a prompt without state, 10 actions and"
+            " quantiles, and so it is used; else set model.prompt, model.horizon, model.normalisation"
         )
         return sizes
-    steps = processor(c, "pre")[0]
-    tokens, prompt = (steps.get(name, {}) for name in ("tokenizer_processor", PROMPT_STEP))
-    padded = prompt.get("max_state_dim", c.config.get("max_state_dim", 32))
-    c.notes.append(
-        "written by lerobot >= 0.5 (embed_tokens is there): the prompt has 8 state numbers"
-        if new
-        else f"written by lerobot <= 0.4.4 (no embed_tokens): the prompt's state is padded to {padded} numbers"
-    )
+    padded = settings(c, PROMPT_STEP).get("max_state_dim", c.config.get("max_state_dim", 32))
+    dims = DIMS["state"] if new else max(DIMS["state"], padded)
+    which = ">= 0.5 (it has embed_tokens)" if new else "<= 0.4.4 (it has no embed_tokens)"
+    c.notes.append(f"written by lerobot {which}: the prompt has {dims} state numbers")
     return sizes | {
         "prompt": "lerobot",
-        "prompt_state_dims": 8 if new else max(8, padded),
+        "prompt_state_dims": dims,
         "resize": "lerobot",
         "norm_eps": "lerobot",
-        "normalisation": normaliser(c, "action")[0],
-        "state_normalisation": normaliser(c, "state")[0],
-        "max_tokens": tokens.get("max_length", c.config.get("tokenizer_max_length", 200)),
+        "normalisation": action.mode,
+        "state_normalisation": state.mode,
+        "max_tokens": settings(c, "tokenizer_processor").get(
+            "max_length", c.config.get("tokenizer_max_length", 200)
+        ),
         "horizon": c.config.get("chunk_size", 50),
-        "cameras": lerobot_cameras(c, steps.get("rename_observations_processor", {}).get("rename_map", {})),
+        "cameras": lerobot_cameras(c),
     }
 
 
@@ -472,53 +490,58 @@ def lerobot_stats(c: Checkpoint, suites: list[str]) -> dict:
     stats = {}
     for kind, theirs in (("action", "action."), ("state", "observation.state.")):
         mode, eps, file = normaliser(c, kind)
-        if file is None and mode != "identity":
+        if mode != "identity" and not (file and file.is_file()):
             return openpi_stats(c, suites)
-        tensors = disk.load_tensors(file) if file else {}
+        tensors = disk.load_tensors(file) if mode != "identity" else {}
         named = {
             key.removeprefix(theirs): tensor.flatten().tolist()
             for key, tensor in tensors.items()
-            if key.startswith(theirs)
+            if key.startswith(theirs) and key != f"{theirs}count"
         }
-        stats[kind] = {"eps": eps} | first_numbers(c, kind, named)
-        c.notes.append(f"{kind}: {mode}, epsilon {eps:g}, from {file.name if file else 'nothing'}")
+        stats[kind] = {"eps": eps} | unpadded(c, kind, named)
+        c.notes.append(
+            f"{kind}: {mode}, epsilon {eps:g}, statistics from {file.name if tensors else 'nowhere'}"
+        )
     return stats
 
 
-def first_numbers(c: Checkpoint, kind: str, named: dict[str, list]) -> dict[str, list]:
-    """Statistics of LIBERO's robot without their padding; UserError where the rest is no padding."""
-    n = DIMS[kind]
-    named = {key: values for key, values in named.items() if values is not None and len(values) != 1}
-    sizes = {sum(abs(v) > 1e-3 for v in values[n:]) + min(n, len(values)) for values in named.values()}
+def unpadded(c: Checkpoint, kind: str, named: dict[str, list | None]) -> dict[str, list]:
+    """The statistics of LIBERO's robot without their padding; UserError where there is more than padding."""
+    n, named = DIMS[kind], {key: values for key, values in named.items() if values is not None}
+    sizes = {min(n, len(values)) + sum(abs(v) > 1e-3 for v in values[n:]) for values in named.values()}
     refuse(
         sizes - {n},
-        f"{c.folder} has statistics of another robot: its {kind} has {max(sizes, default=0)} numbers,"
-        f" LIBERO's {n}",
+        f"{c.folder} has another robot's statistics: its {kind} has {max(sizes, default=0)} numbers, LIBERO's {n}",
     )
     return {key: values[:n] for key, values in named.items()}
 
 
+def norm_stats_files(c: Checkpoint) -> dict[str, Path]:  # openpi's statistics, by asset id
+    files = sorted(c.folder.rglob("norm_stats.json"))
+    return {str(file.parent.relative_to(c.folder)).removeprefix("assets/"): file for file in files}
+
+
 def openpi_stats(c: Checkpoint, suites: list[str]) -> dict:
-    found = {str(f.parent.relative_to(c.folder)): f for f in sorted(c.folder.rglob("norm_stats.json"))}
-    ids = {name.removeprefix("assets/"): file for name, file in found.items()}
-    chosen = c.given.get("asset_id") or next(iter(ids), "")
-    refuse(
-        not ids,
-        f"{c.folder} lacks the statistics, assets/ASSET_ID/norm_stats.json: openpi's converter forgets them,"
-        f" and lerobot's base policies have none; `cp -r JAX_CHECKPOINT/assets {c.folder}/` from the"
-        " checkpoint that it was converted from (openpi's is gs://openpi-assets/checkpoints/pi05_libero)",
-    )
-    refuse(
-        chosen not in ids or (len(ids) > 1 and not c.given.get("asset_id")),
-        f"{c.folder} has statistics of {', '.join(ids)}; say in the config which to take:"
-        f" model: {{asset_id: {next(iter(ids))}}}",
-    )
-    stats = disk.read_json(ids[chosen])
-    stats = stats.get("norm_stats", stats)
-    c.notes.append(f"statistics: {ids[chosen].relative_to(c.folder)}")
-    return {
-        kind: first_numbers(c, kind, stats[theirs]) for kind, theirs in (("action", "actions"), ("state", "state"))
+    files, given = norm_stats_files(c), c.given.get("asset_id", "")
+    assets = "gs://openpi-assets/checkpoints/pi05_libero/assets"
+    remedies = {
+        "openpi": "assets/ASSET_ID/norm_stats.json. openpi's converter forgets them: `cp -r JAX_CHECKPOINT/assets"
+        f" {c.folder}/`; those of openpi's pi05_libero: `gsutil cp -r {assets} {c.folder}/`",
+        "lerobot": "policy_preprocessor*normalizer*.safetensors (lerobot/pi05_base has none: fine-tune it first, or"
+        f" `hf download lerobot/pi05_libero_finetuned --local-dir {c.folder}`) or openpi's norm_stats.json (for"
+        f" lerobot/pi05_libero_base: `gsutil cp {assets}/physical-intelligence/libero/norm_stats.json {c.folder}/`)",
     }
+    refuse(not files, f"{c.folder} lacks the statistics, {remedies[c.kind]}")
+    refuse(
+        given not in files if given else len(files) > 1,
+        f"{c.folder} has statistics of {', '.join(files)}; say in the config whose to take, such as"
+        f" model: {{asset_id: {next(iter(files))}}}",
+    )
+    file = files[given or next(iter(files))]
+    stats = read_object(file)
+    stats = stats.get("norm_stats", stats)
+    c.notes.append(f"statistics from {file.relative_to(c.folder)}")
+    return {"action": unpadded(c, "action", stats["actions"]), "state": unpadded(c, "state", stats["state"])}
 
 
 # ---------------------------------------------------------------------------------------------------- loading
@@ -547,58 +570,44 @@ FORMATS = {
 }
 
 
-def model_of(path: Path, given: dict) -> dict:
-    """The `model` section that a published checkpoint amounts to, `given` laid over it."""
-    with reading(path):
-        c = open_checkpoint(path, given)
-        return laid_over(c.format["model"](c), given)
+def tokenizer_of(c: Checkpoint):
+    """The folder's tokenizer; UserError with the command that gets it."""
+    path, name = c.folder / "tokenizer.json", c.format["tokenizer"]
+    get = f"`hf download {name} tokenizer.json --local-dir {c.folder}`"
+    if c.format["backbone"] == "pi05":
+        models = [c.folder / name for name in ("paligemma_tokenizer.model", "tokenizer.model")]
+        if not path.is_file() and (there := [file for file in models if file.is_file()]):
+            return read_sentencepiece(there[0])
+        get = (
+            f"accept the licence of {name} on its Hugging Face page, `hf auth login`, then {get}; or, if you have"
+            f" openpi: `cp ~/.cache/openpi/big_vision/paligemma_tokenizer.model {c.folder}/`"
+        )
+    refuse(not path.is_file(), f"{c.folder} lacks tokenizer.json: {get}")
+    return read_tokenizer(path, get)
 
 
 def read_sentencepiece(path: Path):
-    """PaliGemma's tokenizer from sentencepiece's file: a list of pieces, of which the frequent ones come first.
+    """PaliGemma's tokenizer from sentencepiece's own file, as openpi keeps it."""
+    try:
+        import google.protobuf  # noqa: F401
+        import sentencepiece  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise UserError(f"{path} needs the package {error.name}: pip install -e '.[tokenizer]'") from error
+    from transformers import GemmaTokenizer
+    from transformers.convert_slow_tokenizer import SentencePieceExtractor
 
-    Gemma's: pairs of pieces are merged, the most frequent first; unknown characters become bytes; blanks
-    become "▁". The file is a protocol buffer, whose first field repeats: a piece (text, score, type).
-    """
-    from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
-    from transformers.tokenization_utils_base import generate_merges
-
-    data, at, kinds = path.read_bytes(), 0, {}  # kinds: piece -> its type
-
-    def number() -> int:  # a varint
-        nonlocal at
-        value = shift = 0
-        while True:
-            at, byte = at + 1, data[at]
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return value
-
-    with reading(path):
-        while at < len(data) and data[at] == 0x0A:
-            at += 1
-            end = number() + at
-            at += 1
-            start = number() + at
-            start, at = at, start
-            text = data[start:at].decode()
-            kinds[text] = data[end - 1] if end - at > 5 else 1
-            at = end
-    """The folder's tokenizer; UserError with the command that gets it."""
-    sentences, name = c.folder / "paligemma_tokenizer.model", c.format["tokenizer"]
-    get = f"`hf download {name} tokenizer.json --local-dir {c.folder}`"
-    if c.format["backbone"] == "pi05":
-        if sentences.is_file() and not (c.folder / "tokenizer.json").is_file():
-            return read_sentencepiece(sentences)
-        get = f"accept the licence of {name} on Hugging Face, then {get}; or `cp ~/.cache/openpi/big_vision/"
-        get += f"paligemma_tokenizer.model {c.folder}/`, which openpi fetches without an account"
-    refuse(not (c.folder / "tokenizer.json").is_file(), f"{c.folder} lacks tokenizer.json: {get}")
-    return read_tokenizer(c.folder / "tokenizer.json", get)
+    try:
+        return GemmaTokenizer(
+            **SentencePieceExtractor(str(path)).extract(GemmaTokenizer.model)
+        ).backend_tokenizer
+    except Exception as error:  # protobuf and tokenizers raise nothing more special
+        raise UserError(f"{path} is no tokenizer ({one_line(error)}); get it again") from error
 
 
 def look(path: Path, build: Callable, given: dict, suites: list[str]) -> tuple[Checkpoint, Policy]:
     """The checkpoint, and its policy on the meta device: everything but the weights, which are not read.
+
+    load.py has `build`, and says what `given` and `suites` are.
 
     Raises:
         UserError: names what is missing (and how to get it), damaged, another model's or another robot's.
@@ -610,28 +619,28 @@ def look(path: Path, build: Callable, given: dict, suites: list[str]) -> tuple[C
             shapes = {key: torch.empty(shape) for key, shape in c.shapes.items()}
         policy.load_weights([(c.folder, renamed(shapes, policy.backbone, policy.cfg))])
         policy.norm_stats = checked_stats(c.format["stats"](c, suites), str(path))
-        for kind in policy.norm_stats:
-            policy.normalise(np.zeros(DIMS[kind], np.float32), kind)
     policy.tokenizer = tokenizer_of(c)
     policy.ids([], 0)
+    for kind in policy.norm_stats:
+        policy.normalise(np.zeros(DIMS[kind], np.float32), kind)
+    policy.found = [
+        f"{path} is a checkpoint of {c.kind} for {policy.backbone}",
+        *c.notes,
+        f"cameras: {', '.join(policy.cfg.cameras)}; a chunk has {policy.horizon} actions",
+    ]
     return c, policy
 
 
-def read_tensors(c: Checkpoint, file: Path) -> dict[str, Tensor]:  # of a file, those that are read
-    return {key: tensor for key, tensor in disk.load_tensors(file).items() if key in c.shapes}
-
-
 def load(path: Path, build: Callable, given: dict, suites: list[str]) -> Policy:
-    """The policy of a published checkpoint. load.py has `build`, and says what `given` and `suites` are."""
+    """The policy of a published checkpoint, with its weights; see `look`."""
     c, policy = look(path, build, given, suites)
+
+    def wanted(file: Path) -> dict[str, Tensor]:
+        tensors = {key: tensor for key, tensor in disk.load_tensors(file).items() if key in c.shapes}
+        return renamed(tensors, policy.backbone, policy.cfg)
+
     with reading(path):
-        policy.load_weights(
-            (
-                (file, renamed(read_tensors(c, file), policy.backbone, policy.cfg))
-                for file in c.files
-            ),
-            assign=True,
-        )
+        policy.load_weights(((file, wanted(file)) for file in c.files), assign=True)
     for module in policy.modules():  # SigLIP's; no file has them, and nothing here reads them
         if getattr(module, "position_ids", None) is not None:
             module.position_ids = torch.arange(module.position_ids.shape[-1])[None]
