@@ -147,10 +147,8 @@ def make_policy(cfg: Config) -> tuple:
     words.
     """
     if cfg.init_from:
-        policy = backbones.load_policy(cfg.init_from, model=cfg.model, suites=cfg.suites)
-        refuse(
-            policy.backbone != cfg.backbone,
-            f"{cfg.init_from} is a checkpoint of {policy.backbone}; set backbone={policy.backbone}",
+        policy = backbones.load_policy(
+            cfg.init_from, model=cfg.model, suites=cfg.suites, backbone=cfg.backbone
         )
         train, val, _ = load_data(cfg, policy.horizon)
     else:

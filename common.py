@@ -277,6 +277,7 @@ class PolicyConfig(RunConfig):
         )
 
     seed_dir = property(lambda self: self.run_dir / self.backbone / f"seed{self.seed}")
+    given = property(lambda self: getattr(self, "checkpoint", self.init_from))  # folder to start from, or ""
 
 
 @dataclass
@@ -300,7 +301,7 @@ class StartConfig(PolicyConfig):
 class ActingConfig(StartConfig):
     """Keys of stages in which the policy acts."""
 
-    # actions of a chunk that are carried out before the policy looks again; 0 = as a lerobot folder says, or 8
+    # actions of a chunk that are carried out before the next look; 0 = lerobot's n_action_steps, or 8
     execute: Annotated[int, 0] = 0
     denoise_steps: Count = 10  # Euler steps of sample_actions, for flow matching
     noise_scale: float = 1.0  # of the noise behind a chunk; for action tokens the temperature, 0 = greedy
@@ -308,11 +309,9 @@ class ActingConfig(StartConfig):
     def __post_init__(self):
         super().__post_init__()
         path = Path(self.checkpoint, "config.json")
-        said = disk.read_json(path) if self.checkpoint and not self.execute and path.is_file() else {}
+        said = disk.read_json(path) if self.checkpoint and path.is_file() else {}
         refuse(not isinstance(said, dict), f"{path} must hold a JSON object; get its folder again")
-        self.execute = self.execute or typed(
-            said.get("n_action_steps", EXECUTE), Count, f"{path}: n_action_steps"
-        )
+        self.execute = self.execute or typed(said.get("n_action_steps", EXECUTE), Count, "n_action_steps")
 
 
 @dataclass

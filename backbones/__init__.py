@@ -8,8 +8,7 @@ from pathlib import Path
 
 import torch
 
-from backbones import load
-from backbones.load import build, horizon, load_policy
+from backbones.load import build, horizon, load_policy, weights_of
 from backbones.policy import Policy, build_tokenizer, collate
 from common import blank_images
 from runtime import ranks, refuse
@@ -34,7 +33,8 @@ EXAMPLES = {"pi05": "lerobot/pi05_libero_finetuned", "openvla": "openvla/openvla
 
 def preview(cfg, section: str) -> None:
     """What a stage starts from, checked and printed; for a dry run also what it will take (cost.py)."""
-    look(cfg)
+    if cfg.given:
+        look(cfg)
     if cfg.dry_run:
         from backbones import cost
 
@@ -43,25 +43,20 @@ def preview(cfg, section: str) -> None:
 
 def look(cfg) -> None:
     """Check the folder that a config names to start from, and print what it is. No weight is read."""
-    folder = getattr(cfg, "checkpoint", cfg.init_from)
-    if not folder:
-        return
+    weights = weights_of(getattr(cfg, "start", "final"))
     refuse(
-        not Path(folder).exists(),
-        f"no checkpoint {folder}; give the folder that holds its .safetensors, or get one:"
-        f" `hf download {EXAMPLES[cfg.backbone]} --local-dir {folder}`",
+        not Path(cfg.given).exists(),
+        f"no checkpoint {cfg.given}; give the folder that holds its .safetensors, or get one:"
+        f" `hf download {EXAMPLES[cfg.backbone]} --local-dir {cfg.given}`",
     )
-    policy = load.look(folder, load.weights_of(getattr(cfg, "start", "final")), cfg.model, cfg.suites)
-    check(cfg, policy, folder)
+    policy = load_policy(cfg.given, weights, cfg.model, cfg.suites, cfg.backbone, read=False)
+    fits(cfg, policy)
     print(*policy.found, sep="\n  ", flush=True)
 
 
-def check(cfg, policy: Policy, folder: str | Path = "") -> None:
-    """UserError unless the policy is one for this config."""
-    refuse(
-        policy.backbone != cfg.backbone,
-        f"{folder} is a checkpoint of {policy.backbone}; set backbone={policy.backbone}",
-    )
+def fits(
+    cfg, policy: Policy
+) -> None:  # UserError unless the policy's chunks have as many actions as cfg executes
     refuse(
         getattr(cfg, "execute", 1) > policy.horizon,
         f"execute={cfg.execute} must be at most {policy.horizon}, the policy's chunk length",
@@ -75,14 +70,14 @@ def load_sft(cfg) -> Policy:
     """
     folder = Path(cfg.checkpoint or cfg.start_dir / "sft")
     model = cfg.model if cfg.checkpoint else None
-    policy = load_policy(folder, load.weights_of(cfg.start), model, cfg.suites)
-    check(cfg, policy, folder)
+    policy = load_policy(folder, weights_of(cfg.start), model, cfg.suites, cfg.backbone)
     return policy.cast(cfg.dtype).to(ranks.place(cfg.device)).eval()
 
 
 @torch.inference_mode()
 def propose(policy: Policy, obs: dict, cfg, generators: list[torch.Generator]) -> torch.Tensor:
     """One normalised chunk (H, 7) per generator for one observation, which is encoded once: (N, H, 7)."""
+    fits(cfg, policy)
     batch = collate([blank_images(obs) if cfg.blank_images else obs])
     prefix = policy.encode(batch).select(torch.zeros(len(generators), dtype=torch.long))
     noise = cfg.noise_scale * torch.cat([policy.noise(1, g) for g in generators])

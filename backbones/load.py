@@ -51,23 +51,38 @@ def weights_of(start: str) -> str:  # the file of the final weights, or of the s
     return "model.safetensors" if start == "final" else f"model-{start}.safetensors"
 
 
-def look(
+def load_policy(
     folder: str | Path,
     weights: str = "model.safetensors",
     model: dict | None = None,
     suites: Sequence[str] = (),
-    device: str = "meta",
+    backbone: str = "",
+    read: bool = True,
 ) -> Policy:
-    """The policy that load_policy gives, with tokenizer and statistics, but its weights are not read.
+    """The policy that `policy.save(folder)` wrote, or a published one, in evaluation mode.
 
-    Raises:
-        UserError: something is missing, damaged or not for this kit. The line says how to get it.
+    weights: another file of the folder, e.g. a snapshot of the training.
+    model: keys that override the checkpoint's own.
+    suites: whose statistics to take where a published checkpoint has several.
+    backbone: which one it must be; empty = either.
+    read: False for the same on the meta device, with tokenizer and statistics but no weights, which takes
+        seconds and finds whatever is missing, damaged or not for this kit.
     """
     folder = Path(folder)
     if not is_own(folder) and weights == "model.safetensors":
         from backbones import published
 
-        return published.look(folder, build, model or {}, list(suites))[1]
+        policy = published.load(folder, build, model or {}, list(suites), read)
+    else:
+        policy = load_own(folder, weights, model or {}, read)
+    refuse(
+        backbone not in ("", policy.backbone),
+        f"{folder} is a checkpoint of {policy.backbone}; set backbone={policy.backbone}",
+    )
+    return policy.eval()
+
+
+def load_own(folder: Path, weights: str, model: dict, read: bool) -> Policy:  # what `policy.save` wrote
     missing = [file for file in ("config.json", "norm_stats.json", weights) if not (folder / file).is_file()]
     refuse(
         missing,
@@ -76,32 +91,12 @@ def look(
         " sft.snapshots",
     )
     name, config = saved_config(folder)
-    with torch.device(device):
-        policy = build(name, config | (model or {}))
+    with torch.device("cpu" if read else "meta"):
+        policy = build(name, config | model)
+    if read:
+        policy.load_weights([(folder / weights, disk.load_tensors(folder / weights))])
     policy.norm_stats = checked_stats(read_object(folder / "norm_stats.json"), f"{folder}/norm_stats.json")
     if (folder / "tokenizer.json").is_file():
         policy.tokenizer = read_tokenizer(folder / "tokenizer.json")
     policy.found = [f"{folder} holds a policy of this kit"]
     return policy
-
-
-def load_policy(
-    folder: str | Path,
-    weights: str = "model.safetensors",
-    model: dict | None = None,
-    suites: Sequence[str] = (),
-) -> Policy:
-    """The policy that `policy.save(folder)` wrote, or a published one, in evaluation mode.
-
-    weights: another file of the folder, e.g. a snapshot of the training.
-    model: keys that override the checkpoint's own.
-    suites: whose statistics to take where a published checkpoint has several.
-    """
-    folder = Path(folder)
-    if not is_own(folder) and weights == "model.safetensors":
-        from backbones import published
-
-        return published.load(folder, build, model or {}, list(suites)).eval()
-    policy = look(folder, weights, model, device="cpu")
-    policy.load_weights([(folder / weights, disk.load_tensors(folder / weights))])
-    return policy.eval()

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 import common
-from backbones.load import build, look, weights_of
+from backbones.load import build, load_policy, weights_of
 from backbones.policy import DIMS, build_tokenizer
 
 SIMULATOR_GB = 2.4  # of one LIBERO process, measured
@@ -43,7 +43,8 @@ def make_policy(cfg, trained: str) -> nn.Module:
     from_scratch = model and "vocab_size" not in model  # one instruction has about as many words as LIBERO's
     with torch.device("meta"):
         if start := checkpoint or cfg.init_from:
-            policy = look(start, weights_of(cfg.start if checkpoint else "final"), model, cfg.suites)
+            weights = weights_of(cfg.start if checkpoint else "final")
+            policy = load_policy(start, weights, model, cfg.suites, read=False).train()
         else:
             policy = build(cfg.backbone, model, [INSTRUCTION] if from_scratch else None)
         policy.cast("float32" if trained == "full" else cfg.dtype)

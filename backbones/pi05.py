@@ -78,7 +78,7 @@ class Pi05Config:  # defaults: pi-0.5 as published by openpi for LIBERO (pi05_li
     flow_dim: Annotated[int, ACTION_DIM, LARGEST] = 32  # dimensions as flowed: the 7 real ones and zeros
     max_tokens: Size = 200  # of the prompt; longer ones are cut on the right
     cameras: list[Literal[CAMERAS]] = field(default_factory=lambda: list(CAMERAS))  # openpi masks a third one
-    # "lerobot": "Task: ..., State: ...;\nAction: ", also openpi's with discrete_state_input; "openpi": text alone
+    # text alone; or "Task: ..., State: ...;\nAction: ", which is also openpi's with discrete_state_input
     prompt: Literal["openpi", "lerobot"] = "openpi"
     prompt_state_dims: Size = 8  # of the lerobot prompt: 8, or 32 (zero padding) before lerobot 0.5
     resize: Literal["openpi", "lerobot"] = "openpi"  # PIL, antialiased; or torch bilinear, not antialiased

@@ -1,4 +1,4 @@
-"""Other people's checkpoints, read without their code: format, sizes, settings, statistics, tensors, tokenizer.
+"""Other people's checkpoints, read without their code: settings, statistics, tensors, tokenizer.
 
 openvla   openvla/openvla-7b[-finetuned-libero-*], the Hugging Face folder: bf16 shards, statistics in
           config.json
@@ -6,8 +6,8 @@ lerobot   lerobot/pi05_*: settings and statistics in the processors' files (poli
           policy_postprocessor.json), which lerobot follows where config.json says something else
 openpi    pi-0.5 as converted by openpi's examples/convert_jax_model_to_pytorch.py, with its assets folder
 
-`look` comes first: it reads headers, JSON, statistics and the tokenizer, and refuses what would go wrong,
-before any weight is read. Sizes come from the shapes of the tensors, so a checkpoint of few layers can be
+`load` reads headers, JSON, statistics and the tokenizer first, and refuses what would go wrong, before it
+reads any weight. Sizes come from the shapes of the tensors, so a checkpoint of few layers can be
 read too. What no file says has the published values. The config's `model` section overrides everything.
 Tensors go into the model file after file, in the file's dtype, so the weights are in memory once.
 Not tried on a real published file. The key lists and formats are those of the original code
@@ -21,7 +21,6 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -87,11 +86,11 @@ def weight_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     there = sorted(file.name for file in path.glob("*"))
-    parts = [name for name in there if re.match(OFT, name)]
+    oft = [name for name in there if re.match(OFT, name)]
     refuse(
-        parts,
-        f"{path} is an OpenVLA-OFT checkpoint (it has {', '.join(parts)}); this kit has OpenVLA without OFT's"
-        " action head, chunks and second camera, and would fail every episode with it",
+        oft,
+        f"{path} is an OpenVLA-OFT checkpoint (it has {', '.join(oft)}); OFT's action head, chunks and second"
+        " camera are not in this kit, and without them every episode fails; take one of openvla/openvla-7b*",
     )
     refuse(
         {"params", "_CHECKPOINT_METADATA"} & set(there) and "model.safetensors" not in there,
@@ -255,15 +254,13 @@ def openvla_model(c: Checkpoint) -> dict:  # the `model` section that it amounts
 
 
 def pixel_statistics(c: Checkpoint) -> dict:
-    """Of preprocessor_config.json. Its tvf_normalize_params replace its means and stds: OpenVLA uses these."""
+    """Of preprocessor_config.json, whose tvf_normalize_params win over its means and stds, as in OpenVLA."""
     path = c.folder / "preprocessor_config.json"
-    pixels = read_object(path) if path.is_file() else {}
-    towers = pixels.get("tvf_normalize_params")
-    if towers:
-        pixels = {f"{key}s": [tower[key] for tower in towers] for key in ("mean", "std")}
-    named = {f"pixel_{key}": pixels[key] for key in ("means", "stds") if key in pixels}
-    c.notes.append(f"pixel statistics: {path.name if named else 'of ImageNet'}")
-    return named
+    its = {"means": [], "stds": []} | (read_object(path) if path.is_file() else {})
+    towers = [{"mean": m, "std": s} for m, s in zip(its["means"], its["stds"], strict=True)]
+    towers = its.get("tvf_normalize_params") or towers
+    c.notes.append(f"pixel statistics: {path.name if towers else 'of ImageNet'}")
+    return {f"pixel_{k}s": [tower[k] for tower in towers] for k in ("mean", "std") if towers}
 
 
 def pi05_model(c: Checkpoint, prefix: str) -> dict:  # prefix: "model." in lerobot's files
@@ -274,8 +271,7 @@ def pi05_model(c: Checkpoint, prefix: str) -> dict:  # prefix: "model." in lerob
     both = f"{prefix}paligemma_with_expert."
     head, embedding = f"{both}paligemma.lm_head.weight", f"{both}paligemma.model.{EMBEDDING}"
     if embedding in c.shapes and head in c.shapes:
-        del c.shapes[head]
-        c.notes.append("embedding: embed_tokens; lm_head is there too and is not read")
+        del c.shapes[head]  # lerobot >= 0.5 has both, and reads the text with embed_tokens
     vision = f"{both}paligemma.model.vision_tower.vision_model."
     if f"{vision}embeddings.patch_embedding.weight" not in c.shapes:  # transformers >= 5.6 has flattened it
         vision = vision.removesuffix("vision_model.")
@@ -310,18 +306,15 @@ def gemma_size(c: Checkpoint, stack: str) -> dict:  # of one of pi-0.5's two Gem
 
 
 def openpi_model(c: Checkpoint) -> dict:
-    """openpi's pi-0.5. No file says which prompt it was trained with."""
-    if "action_horizon" not in c.config:
-        c.notes.append(
-            "no config.json with action_horizon: 10 actions, as openpi's pi05_libero; else set model.horizon"
-        )
+    horizon = c.config.get("action_horizon", 10)
     c.notes.append(
-        "prompt without state, as openpi's pi05_libero; if trained with discrete_state_input, set model.prompt=lerobot"
+        f"taken for openpi's pi05_libero: prompt without state, {horizon} actions; if it was trained with"
+        " discrete_state_input, set model.prompt=lerobot, which is this prompt"
     )
-    return pi05_model(c, "") | {"horizon": c.config.get("action_horizon", 10)}
+    return pi05_model(c, "") | {"horizon": horizon}
 
 
-# ---------------------------------------------------------------------------------------- lerobot's processors
+# --------------------------------------------------------------------------------------- lerobot's processors
 MODES = {
     "QUANTILES": "quantile",
     "QUANTILE10": "quantile10",
@@ -329,6 +322,7 @@ MODES = {
     "MIN_MAX": "min_max",
     "IDENTITY": "identity",
 }
+PUBLISHED_MODES = {"STATE": "QUANTILES", "ACTION": "QUANTILES"}  # lerobot's own defaults
 PROMPT_STEP = "pi05_prepare_state_tokenizer_processor_step"
 LIBERO_CAMERAS = {"observation.images.image": "agentview", "observation.images.image2": "wrist"}
 STEPS = {  # of lerobot's processors; this kit does the same, or refuses what it does not
@@ -344,84 +338,61 @@ STEPS = {  # of lerobot's processors; this kit does the same, or refuses what it
 }
 
 
-class Normaliser(NamedTuple):
-    mode: str  # one of MODES' values
-    eps: float
-    file: Path | None  # of the statistics, which may be missing; None: no file was ever written
-
-
 def processor(c: Checkpoint, when: str) -> dict[str, dict]:
-    """The steps that lerobot takes before ("pre") or behind ("post") the policy, by name."""
+    """lerobot's steps before ("pre") or behind ("post") the policy: name -> settings and `state_file`."""
     path = c.folder / f"policy_{when}processor.json"
     listed = read_object(path)["steps"] if path.is_file() else []
-    steps = {step.get("registry_name", step.get("class")): step for step in listed}
-    unknown = steps.keys() - STEPS
-    refuse(unknown, f"{path} has the step {', '.join(map(str, unknown))}, which this kit does not know")
+    steps = {step.get("registry_name", step.get("class")): step | step.get("config", {}) for step in listed}
+    unknown = ", ".join(map(str, steps.keys() - STEPS))
+    refuse(unknown, f"{path} has the step {unknown}, which this kit does not know")
     return steps
 
 
-def settings(c: Checkpoint, step: str) -> dict:  # of a step before the policy
-    return processor(c, "pre").get(step, {}).get("config", {})
-
-
-def normaliser(c: Checkpoint, kind: str) -> Normaliser:
-    """How lerobot normalises the "state", and the "action" on its way back."""
-    step, files = {}, []
-    for when in ("post", "pre") if kind == "action" else ("pre",):
-        steps = processor(c, when)
-        step = step or steps.get("unnormalizer_processor", steps.get("normalizer_processor", {}))
-        files += sorted(c.folder.glob(f"policy_{when}processor*normalizer*.safetensors"))
-    if step:
-        files = [c.folder / Path(step["state_file"]).name] if step.get("state_file") else []
-    its = step.get("config", {})
-    published = {"STATE": "QUANTILES", "ACTION": "QUANTILES"}
-    modes = its.get("norm_map", c.config.get("normalization_mapping", published))
-    mode, visual = modes.get(kind.upper(), "IDENTITY"), modes.get("VISUAL", "IDENTITY")
-    if kind == "state" and "observation.state" not in (
-        its.get("normalize_observation_keys") or ["observation.state"]
-    ):
-        mode = "IDENTITY"
-    refuse(mode not in MODES, f"{c.folder} normalises the {kind} by {mode}; known: {', '.join(MODES)}")
-    refuse(visual != "IDENTITY", f"{c.folder} normalises images by {visual}, which this kit does not")
-    return Normaliser(MODES[mode], float(its.get("eps", 1e-8)), next(iter(files), None))
+def normaliser(c: Checkpoint, kind: str) -> tuple[str, float, Path | None]:
+    """How lerobot normalises the "state", and the "action" on its way back: mode, epsilon, and the file of
+    the statistics, which may be missing (None: there never was one).
+    """
+    when = "post" if kind == "action" and list(c.folder.glob("policy_postprocessor*")) else "pre"
+    steps, pattern = processor(c, when), f"policy_{when}processor*normalizer*.safetensors"
+    its = steps.get("unnormalizer_processor", steps.get("normalizer_processor", {}))
+    name = its.get("state_file") if its else next((f.name for f in sorted(c.folder.glob(pattern))), None)
+    modes = its.get("norm_map", c.config.get("normalization_mapping", PUBLISHED_MODES))
+    mode, only = modes.get(kind.upper(), "IDENTITY"), its.get("normalize_observation_keys")
+    refuse(
+        mode not in MODES or modes.get("VISUAL", "IDENTITY") != "IDENTITY" or only is not None,
+        f"{c.folder} normalises by {modes} (of observations: {only or 'all'}); this kit knows"
+        f" {', '.join(MODES)} for STATE and ACTION, and IDENTITY alone for VISUAL",
+    )
+    return MODES[mode], float(its.get("eps", 1e-8)), name and c.folder / Path(name).name
 
 
 def lerobot_cameras(c: Checkpoint) -> list[str]:
     """The cameras, in the order of input_features. Empty cameras are masked there, and change nothing."""
-    renamed = settings(c, "rename_observations_processor").get("rename_map", {})
+    renamed = processor(c, "pre").get("rename_observations_processor", {}).get("rename_map", {})
     theirs = {renamed.get(name, name): camera for name, camera in LIBERO_CAMERAS.items()}
     features = c.config.get("input_features") or {key: {"type": "VISUAL"} for key in theirs}
-    wanted = [key for key, feature in features.items() if feature["type"] == "VISUAL"]
-    empty = [key for key in wanted if "empty_camera_" in key]
-    unknown = [key for key in wanted if key not in theirs and key not in empty]
+    wanted = [key for key, its in features.items() if its["type"] == "VISUAL" and "empty_camera_" not in key]
+    unknown = ", ".join(key for key in wanted if key not in theirs)
     refuse(
         unknown and "cameras" not in c.given,
-        f"{c.folder} has the camera {', '.join(unknown)}; LIBERO's are {', '.join(LIBERO_CAMERAS)}. Say what stands"
-        " for its cameras, in their order: model: {cameras: [agentview, wrist]}",
+        f"{c.folder} has the camera {unknown}; LIBERO's are {', '.join(LIBERO_CAMERAS)}. Say in the config"
+        " what stands for its cameras, in their order: model: {cameras: [agentview, wrist]}",
     )
-    if empty:
-        c.notes.append(f"left out, as lerobot masks it: {', '.join(empty)}")
     return [theirs[key] for key in wanted if key in theirs]
 
 
 def check_robot(c: Checkpoint) -> None:
     """UserError unless a lerobot folder's policy acts as LIBERO's robot does."""
-    refuse(
-        c.config.get("type", "pi05") != "pi05",
-        f"{c.folder} is a {c.config.get('type')} policy of lerobot; this kit has pi05",
-    )
     features = (c.config.get("output_features") or {}) | (c.config.get("input_features") or {})
     for kind, name in (("action", "action"), ("state", "observation.state")):
-        padded = c.config.get(f"max_{kind}_dim", 32)  # what lerobot writes where no data set told it
         shape = features.get(name, {}).get("shape", [DIMS[kind]])
         refuse(
-            list(shape) not in ([DIMS[kind]], [padded]),
+            shape not in ([DIMS[kind]], [c.config.get(f"max_{kind}_dim", 32)]),  # padded: no data set told it
             f"{c.folder} is another robot's policy: its {kind} has {shape} numbers, LIBERO's {DIMS[kind]}",
         )
-    steps = processor(c, "pre") | processor(c, "post")
+    steps = (processor(c, "pre") | processor(c, "post")).values()
     refuse(
-        c.config.get("use_relative_actions")
-        or any(step.get("config", {}).get("enabled") for step in steps.values()),
+        c.config.get("use_relative_actions") or any(its.get("enabled") for its in steps),
         f"{c.folder} has relative actions (use_relative_actions), which this kit would take for LIBERO's;"
         " train it with use_relative_actions=false",
     )
@@ -433,30 +404,29 @@ def lerobot_model(c: Checkpoint) -> dict:
     Only lerobot >= 0.5 writes embed_tokens, beside lm_head.
     """
     new = f"model.paligemma_with_expert.paligemma.model.{EMBEDDING}" in c.shapes
-    sizes = pi05_model(c, "model.")
+    sizes, steps, dims = pi05_model(c, "model."), processor(c, "pre"), DIMS["state"]
     check_robot(c)
-    action, state = normaliser(c, "action"), normaliser(c, "state")
-    if action.file is None and action.mode != "identity" and norm_stats_files(c):
+    mode, _, file = normaliser(c, "action")
+    if file is None and mode != "identity" and list(c.folder.rglob("norm_stats.json")):
         c.notes.append(
-            "no statistics of lerobot, but openpi's norm_stats.json: taken for openpi's pi05_libero in lerobot's"
-            " format, as lerobot/pi05_libero_base. openpi trained it on a prompt without state, 10 actions and"
-            " quantiles, and so it is used; else set model.prompt, model.horizon, model.normalisation"
+            "it has openpi's norm_stats.json and no statistics of lerobot: taken for openpi's pi05_libero in"
+            "it has openpi's norm_stats.json, and no statistics of lerobot: taken for openpi's pi05_libero in"
+            " 10 actions and quantiles. So it runs; else set model.prompt, model.horizon, model.normalisation"
         )
         return sizes
-    padded = settings(c, PROMPT_STEP).get("max_state_dim", c.config.get("max_state_dim", 32))
-    dims = DIMS["state"] if new else max(DIMS["state"], padded)
+    if not new:
+        dims = max(dims, steps.get(PROMPT_STEP, {}).get("max_state_dim", c.config.get("max_state_dim", 32)))
     which = ">= 0.5 (it has embed_tokens)" if new else "<= 0.4.4 (it has no embed_tokens)"
     c.notes.append(f"written by lerobot {which}: the prompt has {dims} state numbers")
+    tokens = c.config.get("tokenizer_max_length", 200)
     return sizes | {
         "prompt": "lerobot",
         "prompt_state_dims": dims,
         "resize": "lerobot",
         "norm_eps": "lerobot",
-        "normalisation": action.mode,
-        "state_normalisation": state.mode,
-        "max_tokens": settings(c, "tokenizer_processor").get(
-            "max_length", c.config.get("tokenizer_max_length", 200)
-        ),
+        "normalisation": mode,
+        "state_normalisation": normaliser(c, "state")[0],
+        "max_tokens": steps.get("tokenizer_processor", {}).get("max_length", tokens),
         "horizon": c.config.get("chunk_size", 50),
         "cameras": lerobot_cameras(c),
     }
@@ -511,88 +481,74 @@ def unpadded(c: Checkpoint, kind: str, named: dict[str, list | None]) -> dict[st
     sizes = {min(n, len(values)) + sum(abs(v) > 1e-3 for v in values[n:]) for values in named.values()}
     refuse(
         sizes - {n},
-        f"{c.folder} has another robot's statistics: its {kind} has {max(sizes, default=0)} numbers, LIBERO's {n}",
+        f"{c.folder} has another robot's statistics: its {kind} has {max(sizes, default=0)} numbers,"
+        f" LIBERO's {n}",
     )
     return {key: values[:n] for key, values in named.items()}
 
 
-def norm_stats_files(c: Checkpoint) -> dict[str, Path]:  # openpi's statistics, by asset id
-    files = sorted(c.folder.rglob("norm_stats.json"))
-    return {str(file.parent.relative_to(c.folder)).removeprefix("assets/"): file for file in files}
-
-
 def openpi_stats(c: Checkpoint, suites: list[str]) -> dict:
-    files, given = norm_stats_files(c), c.given.get("asset_id", "")
-    assets = "gs://openpi-assets/checkpoints/pi05_libero/assets"
-    remedies = {
-        "openpi": "assets/ASSET_ID/norm_stats.json. openpi's converter forgets them: `cp -r JAX_CHECKPOINT/assets"
-        f" {c.folder}/`; those of openpi's pi05_libero: `gsutil cp -r {assets} {c.folder}/`",
-        "lerobot": "policy_preprocessor*normalizer*.safetensors (lerobot/pi05_base has none: fine-tune it first, or"
-        f" `hf download lerobot/pi05_libero_finetuned --local-dir {c.folder}`) or openpi's norm_stats.json (for"
-        f" lerobot/pi05_libero_base: `gsutil cp {assets}/physical-intelligence/libero/norm_stats.json {c.folder}/`)",
+    files = {
+        str(file.parent.relative_to(c.folder)): file for file in sorted(c.folder.rglob("norm_stats.json"))
     }
-    refuse(not files, f"{c.folder} lacks the statistics, {remedies[c.kind]}")
+    files = {name.removeprefix("assets/"): file for name, file in files.items()}
+    refuse(not files, f"{c.folder} lacks the statistics, {c.format['statistics'].format(c.folder)}")
+    first = next(iter(files))
+    chosen = c.given.get("asset_id", first if len(files) == 1 else None)
     refuse(
-        given not in files if given else len(files) > 1,
+        chosen not in files,
         f"{c.folder} has statistics of {', '.join(files)}; say in the config whose to take, such as"
-        f" model: {{asset_id: {next(iter(files))}}}",
+        f" model: {{asset_id: {first}}}",
     )
-    file = files[given or next(iter(files))]
-    stats = read_object(file)
+    stats = read_object(files[chosen])
     stats = stats.get("norm_stats", stats)
-    c.notes.append(f"statistics from {file.relative_to(c.folder)}")
+    c.notes.append(f"statistics: {files[chosen].relative_to(c.folder)}")
     return {"action": unpadded(c, "action", stats["actions"]), "state": unpadded(c, "state", stats["state"])}
 
 
 # ---------------------------------------------------------------------------------------------------- loading
+LIBERO_STATS = "gs://openpi-assets/checkpoints/pi05_libero/assets"
+PALIGEMMA = (
+    "accept the licence of google/paligemma-3b-pt-224 on its Hugging Face page, `hf auth login`, `hf download"
+    " google/paligemma-3b-pt-224 tokenizer.json --local-dir {0}`; or, if you have run openpi: `cp"
+    " ~/.cache/openpi/big_vision/paligemma_tokenizer.model {0}/`"
+)
 FORMATS = {
     "openvla": {
         "backbone": "openvla",
         "begins": "vision_backbone.",  # some key begins with this
         "model": openvla_model,  # Checkpoint -> the `model` section that it amounts to
         "stats": openvla_stats,  # Checkpoint, suites -> norm_stats
-        "tokenizer": "openvla/openvla-7b",  # the repository that publishes it
+        "tokenizers": ["tokenizer.json"],  # the first that is there
+        "get": "`hf download openvla/openvla-7b tokenizer.json --local-dir {0}`",
     },
     "lerobot": {
         "backbone": "pi05",
         "begins": "model.paligemma_with_expert.",
         "model": lerobot_model,
         "stats": lerobot_stats,
-        "tokenizer": "google/paligemma-3b-pt-224",
+        "statistics": "policy_preprocessor*normalizer*.safetensors (lerobot/pi05_base has none: fine-tune it"
+        " first, or take lerobot/pi05_libero_finetuned) or openpi's norm_stats.json (for"
+        f" lerobot/pi05_libero_base: `gsutil cp -r {LIBERO_STATS} {{0}}/`)",
+        "tokenizers": ["tokenizer.json", "paligemma_tokenizer.model", "tokenizer.model"],
+        "get": PALIGEMMA,
     },
     "openpi": {
         "backbone": "pi05",
         "begins": "paligemma_with_expert.",
         "model": openpi_model,
         "stats": openpi_stats,
-        "tokenizer": "google/paligemma-3b-pt-224",
+        "statistics": "assets/ASSET_ID/norm_stats.json, which openpi's converter forgets: `cp -r"
+        " JAX_CHECKPOINT/assets {0}/`; those of openpi's pi05_libero:"
+        f" `gsutil cp -r {LIBERO_STATS} {{0}}/`",
+        "tokenizers": ["tokenizer.json", "paligemma_tokenizer.model", "tokenizer.model"],
+        "get": PALIGEMMA,
     },
 }
 
 
-def tokenizer_of(c: Checkpoint):
-    """The folder's tokenizer; UserError with the command that gets it."""
-    path, name = c.folder / "tokenizer.json", c.format["tokenizer"]
-    get = f"`hf download {name} tokenizer.json --local-dir {c.folder}`"
-    if c.format["backbone"] == "pi05":
-        models = [c.folder / name for name in ("paligemma_tokenizer.model", "tokenizer.model")]
-        if not path.is_file() and (there := [file for file in models if file.is_file()]):
-            return read_sentencepiece(there[0])
-        get = (
-            f"accept the licence of {name} on its Hugging Face page, `hf auth login`, then {get}; or, if you have"
-            f" openpi: `cp ~/.cache/openpi/big_vision/paligemma_tokenizer.model {c.folder}/`"
-        )
-    refuse(not path.is_file(), f"{c.folder} lacks tokenizer.json: {get}")
-    return read_tokenizer(path, get)
-
-
-def read_sentencepiece(path: Path):
+def read_sentencepiece(path: Path, remedy: str):
     """PaliGemma's tokenizer from sentencepiece's own file, as openpi keeps it."""
-    try:
-        import google.protobuf  # noqa: F401
-        import sentencepiece  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise UserError(f"{path} needs the package {error.name}: pip install -e '.[tokenizer]'") from error
     from transformers import GemmaTokenizer
     from transformers.convert_slow_tokenizer import SentencePieceExtractor
 
@@ -600,14 +556,24 @@ def read_sentencepiece(path: Path):
         return GemmaTokenizer(
             **SentencePieceExtractor(str(path)).extract(GemmaTokenizer.model)
         ).backend_tokenizer
+    except ImportError as error:
+        raise UserError(f"{path} needs two more packages: pip install -e '.[tokenizer]'") from error
     except Exception as error:  # protobuf and tokenizers raise nothing more special
-        raise UserError(f"{path} is no tokenizer ({one_line(error)}); get it again") from error
+        raise UserError(f"{path} is no tokenizer ({one_line(error)}); {remedy}") from error
 
 
-def look(path: Path, build: Callable, given: dict, suites: list[str]) -> tuple[Checkpoint, Policy]:
-    """The checkpoint, and its policy on the meta device: everything but the weights, which are not read.
+def tokenizer_of(c: Checkpoint):
+    """The folder's tokenizer; UserError with the command that gets it."""
+    remedy, names = c.format["get"].format(c.folder), c.format["tokenizers"]
+    there = [c.folder / name for name in names if (c.folder / name).is_file()]
+    refuse(not there, f"{c.folder} lacks {names[0]}: {remedy}")
+    return (read_tokenizer if there[0].suffix == ".json" else read_sentencepiece)(there[0], remedy)
 
-    load.py has `build`, and says what `given` and `suites` are.
+
+def load(path: Path, build: Callable, given: dict, suites: list[str], read: bool) -> Policy:
+    """The policy of a published checkpoint. load.py has `build`, and says what the others are.
+
+    Without `read` it is on the meta device, and its weights are not read. With it, the same is done first.
 
     Raises:
         UserError: names what is missing (and how to get it), damaged, another model's or another robot's.
@@ -628,12 +594,8 @@ def look(path: Path, build: Callable, given: dict, suites: list[str]) -> tuple[C
         *c.notes,
         f"cameras: {', '.join(policy.cfg.cameras)}; a chunk has {policy.horizon} actions",
     ]
-    return c, policy
-
-
-def load(path: Path, build: Callable, given: dict, suites: list[str]) -> Policy:
-    """The policy of a published checkpoint, with its weights; see `look`."""
-    c, policy = look(path, build, given, suites)
+    if not read:
+        return policy
 
     def wanted(file: Path) -> dict[str, Tensor]:
         tensors = {key: tensor for key, tensor in disk.load_tensors(file).items() if key in c.shapes}

@@ -55,18 +55,17 @@ def load(section: str, argv: list[str]):
 
 def print_config(argv: list[str], numbers: list[str]) -> None:
     """Check a config against the stages of these numbers, or all, and print its keys."""
-    shared, starts = {}, [""]
+    shared, starts = {}, {}
     for section in [s for s, script in STAGES.items() if not numbers or script[:2] in numbers]:
         cfg = load(section, argv)
         if getattr(cfg, "model", None):
             horizon(cfg.backbone, cfg.model)
-        start = getattr(cfg, "checkpoint", getattr(cfg, "init_from", ""))
-        if start not in starts:
-            starts.append(start)
-            look(cfg)
+        starts[getattr(cfg, "given", "")] = cfg
         own = own_keys(type(cfg))
         print(f"{section}: " + " ".join(f"{key}={getattr(cfg, key)}" for key in sorted(own)))
         shared |= {key: value for key, value in vars(cfg).items() if key not in own}
+    for start in filter(None, starts):
+        look(starts[start])
     print("shared: " + " ".join(f"{key}={value}" for key, value in shared.items()), flush=True)
 
 
