@@ -93,7 +93,8 @@ def weight_files(path: Path) -> list[Path]:
         " camera are not in this kit, and without them every episode fails; take one of openvla/openvla-7b*",
     )
     refuse(
-        {"params", "_CHECKPOINT_METADATA"} & set(there) and "model.safetensors" not in there,
+        {"params", "_CHECKPOINT_METADATA", "manifest.ocdbt"} & set(there)
+        and "model.safetensors" not in there,
         f"{path} is one of openpi's JAX checkpoints; in openpi run `uv run"
         f" examples/convert_jax_model_to_pytorch.py --config_name pi05_libero --checkpoint_dir {path}"
         f" --output_path NEW`, then `cp -r {path}/assets NEW/`, and give NEW",
@@ -408,14 +409,9 @@ def lerobot_model(c: Checkpoint) -> dict:
     check_robot(c)
     mode, _, file = normaliser(c, "action")
     if file is None and mode != "identity" and list(c.folder.rglob("norm_stats.json")):
-        c.notes.append(
-            "it has openpi's norm_stats.json and no statistics of lerobot: taken for openpi's pi05_libero in"
-            "it has openpi's norm_stats.json, and no statistics of lerobot: taken for openpi's pi05_libero in"
-            " 10 actions and quantiles. So it runs; else set model.prompt, model.horizon, model.normalisation"
-        )
-        return sizes
+        return sizes  # openpi's weights: settings as openpi's
     if not new:
-        dims = max(dims, steps.get(PROMPT_STEP, {}).get("max_state_dim", c.config.get("max_state_dim", 32)))
+        dims = max(dims, steps.get(PROMPT_STEP, {}).get("max_state_dim", 32))
     which = ">= 0.5 (it has embed_tokens)" if new else "<= 0.4.4 (it has no embed_tokens)"
     c.notes.append(f"written by lerobot {which}: the prompt has {dims} state numbers")
     tokens = c.config.get("tokenizer_max_length", 200)
@@ -479,11 +475,8 @@ def unpadded(c: Checkpoint, kind: str, named: dict[str, list | None]) -> dict[st
     """The statistics of LIBERO's robot without their padding; UserError where there is more than padding."""
     n, named = DIMS[kind], {key: values for key, values in named.items() if values is not None}
     sizes = {min(n, len(values)) + sum(abs(v) > 1e-3 for v in values[n:]) for values in named.values()}
-    refuse(
-        sizes - {n},
-        f"{c.folder} has another robot's statistics: its {kind} has {max(sizes, default=0)} numbers,"
-        f" LIBERO's {n}",
-    )
+    wrong = ", ".join(map(str, sizes - {n}))
+    refuse(wrong, f"{c.folder} has another robot's statistics: its {kind} has {wrong} numbers, LIBERO's {n}")
     return {key: values[:n] for key, values in named.items()}
 
 
@@ -502,7 +495,7 @@ def openpi_stats(c: Checkpoint, suites: list[str]) -> dict:
     )
     stats = read_object(files[chosen])
     stats = stats.get("norm_stats", stats)
-    c.notes.append(f"statistics: {files[chosen].relative_to(c.folder)}")
+    c.notes.append(f"statistics: openpi's {files[chosen].relative_to(c.folder)}{c.format['of openpi']}")
     return {"action": unpadded(c, "action", stats["actions"]), "state": unpadded(c, "state", stats["state"])}
 
 
@@ -527,6 +520,9 @@ FORMATS = {
         "begins": "model.paligemma_with_expert.",
         "model": lerobot_model,
         "stats": lerobot_stats,
+        "of openpi": ". lerobot/pi05_libero_base, which comes without statistics, is openpi's pi05_libero in"
+        " lerobot's format: openpi trained it on a prompt without state, 10 actions and quantiles. If this is"
+        " another one, set model.prompt, model.horizon, model.normalisation",
         "statistics": "policy_preprocessor*normalizer*.safetensors (lerobot/pi05_base has none: fine-tune it"
         " first, or take lerobot/pi05_libero_finetuned) or openpi's norm_stats.json (for"
         f" lerobot/pi05_libero_base: `gsutil cp -r {LIBERO_STATS} {{0}}/`)",
@@ -538,6 +534,7 @@ FORMATS = {
         "begins": "paligemma_with_expert.",
         "model": openpi_model,
         "stats": openpi_stats,
+        "of openpi": "",
         "statistics": "assets/ASSET_ID/norm_stats.json, which openpi's converter forgets: `cp -r"
         " JAX_CHECKPOINT/assets {0}/`; those of openpi's pi05_libero:"
         f" `gsutil cp -r {LIBERO_STATS} {{0}}/`",
@@ -582,8 +579,8 @@ def load(path: Path, build: Callable, given: dict, suites: list[str], read: bool
         c = open_checkpoint(path, given)
         with torch.device("meta"):
             policy = build(c.format["backbone"], laid_over(c.format["model"](c), given))
-            shapes = {key: torch.empty(shape) for key, shape in c.shapes.items()}
-        policy.load_weights([(c.folder, renamed(shapes, policy.backbone, policy.cfg))])
+            empty = {key: torch.empty(shape) for key, shape in c.shapes.items()}
+        policy.load_weights([(c.folder, renamed(empty, policy.backbone, policy.cfg))])
         policy.norm_stats = checked_stats(c.format["stats"](c, suites), str(path))
     policy.tokenizer = tokenizer_of(c)
     policy.ids([], 0)
@@ -592,17 +589,13 @@ def load(path: Path, build: Callable, given: dict, suites: list[str], read: bool
     policy.found = [
         f"{path} is a checkpoint of {c.kind} for {policy.backbone}",
         *c.notes,
-        f"cameras: {', '.join(policy.cfg.cameras)}; a chunk has {policy.horizon} actions",
+        f"prompt: {policy.cfg.prompt}; cameras: {', '.join(policy.cfg.cameras)}; {policy.horizon} actions",
     ]
     if not read:
         return policy
-
-    def wanted(file: Path) -> dict[str, Tensor]:
-        tensors = {key: tensor for key, tensor in disk.load_tensors(file).items() if key in c.shapes}
-        return renamed(tensors, policy.backbone, policy.cfg)
-
     with reading(path):
-        policy.load_weights(((file, wanted(file)) for file in c.files), assign=True)
+        read = ((f, {k: t for k, t in disk.load_tensors(f).items() if k in c.shapes}) for f in c.files)
+        policy.load_weights(((f, renamed(t, policy.backbone, policy.cfg)) for f, t in read), assign=True)
     for module in policy.modules():  # SigLIP's; no file has them, and nothing here reads them
         if getattr(module, "position_ids", None) is not None:
             module.position_ids = torch.arange(module.position_ids.shape[-1])[None]
