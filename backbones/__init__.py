@@ -22,45 +22,33 @@ __all__ = [
     "horizon",
     "load_policy",
     "load_sft",
-    "look",
     "preview",
     "propose",
 ]
 
 
 EXAMPLES = {"pi05": "lerobot/pi05_libero_finetuned", "openvla": "openvla/openvla-7b-finetuned-libero-object"}
+TOO_MANY = "execute={} must be at most {}, the policy's chunk length"
 
 
 def preview(cfg, section: str) -> None:
-    """What a stage starts from, checked and printed; for a dry run also what it will take (cost.py)."""
+    """Check the folder that a config names to start from, and print what it is, without reading its weights.
+    For a dry run also print what the stage will take (cost.py).
+    """
     if cfg.given:
-        look(cfg)
+        refuse(
+            not Path(cfg.given).exists(),
+            f"no checkpoint {cfg.given}; give the folder that holds its .safetensors, or get one:"
+            f" `hf download {EXAMPLES[cfg.backbone]} --local-dir {cfg.given}`",
+        )
+        weights, execute = weights_of(getattr(cfg, "start", "final")), getattr(cfg, "execute", 1)
+        policy = load_policy(cfg.given, weights, cfg.model, cfg.suites, cfg.backbone, read=False)
+        refuse(execute > policy.horizon, TOO_MANY.format(execute, policy.horizon))
+        print(*policy.found, sep="\n  ", flush=True)
     if cfg.dry_run:
         from backbones import cost
 
         cost.report(cfg, section)
-
-
-def look(cfg) -> None:
-    """Check the folder that a config names to start from, and print what it is. No weight is read."""
-    weights = weights_of(getattr(cfg, "start", "final"))
-    refuse(
-        not Path(cfg.given).exists(),
-        f"no checkpoint {cfg.given}; give the folder that holds its .safetensors, or get one:"
-        f" `hf download {EXAMPLES[cfg.backbone]} --local-dir {cfg.given}`",
-    )
-    policy = load_policy(cfg.given, weights, cfg.model, cfg.suites, cfg.backbone, read=False)
-    fits(cfg, policy)
-    print(*policy.found, sep="\n  ", flush=True)
-
-
-def fits(
-    cfg, policy: Policy
-) -> None:  # UserError unless the policy's chunks have as many actions as cfg executes
-    refuse(
-        getattr(cfg, "execute", 1) > policy.horizon,
-        f"execute={cfg.execute} must be at most {policy.horizon}, the policy's chunk length",
-    )
 
 
 def load_sft(cfg) -> Policy:
@@ -77,7 +65,7 @@ def load_sft(cfg) -> Policy:
 @torch.inference_mode()
 def propose(policy: Policy, obs: dict, cfg, generators: list[torch.Generator]) -> torch.Tensor:
     """One normalised chunk (H, 7) per generator for one observation, which is encoded once: (N, H, 7)."""
-    fits(cfg, policy)
+    refuse(cfg.execute > policy.horizon, TOO_MANY.format(cfg.execute, policy.horizon))
     batch = collate([blank_images(obs) if cfg.blank_images else obs])
     prefix = policy.encode(batch).select(torch.zeros(len(generators), dtype=torch.long))
     noise = cfg.noise_scale * torch.cat([policy.noise(1, g) for g in generators])

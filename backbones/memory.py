@@ -43,8 +43,13 @@ def make_policy(cfg, trained: str) -> nn.Module:
     from_scratch = model and "vocab_size" not in model  # one instruction has about as many words as LIBERO's
     with torch.device("meta"):
         if start := checkpoint or cfg.init_from:
-            weights = weights_of(cfg.start if checkpoint else "final")
-            policy = load_policy(start, weights, model, cfg.suites, read=False).train()
+            policy = load_policy(
+                start,
+                weights_of(cfg.start if checkpoint else "final"),
+                model,
+                cfg.suites,
+                read=False,
+            ).train()
         else:
             policy = build(cfg.backbone, model, [INSTRUCTION] if from_scratch else None)
         policy.cast("float32" if trained == "full" else cfg.dtype)

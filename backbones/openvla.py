@@ -224,8 +224,9 @@ class OpenVLA(Policy):
         elif images.shape[1:3] != (size, size):
             images = each_image(images, lambda image: resize_bicubic(image, size))
         x = images.permute(0, 3, 1, 2).float() / 255
-        rows = [TOWERS.index(name) for name in self.cfg.towers]
-        means, stds = x.new_tensor([self.cfg.pixel_means, self.cfg.pixel_stds])[:, rows]  # (towers, 3) each
+        means, stds = x.new_tensor([self.cfg.pixel_means, self.cfg.pixel_stds])[  # (towers, 3) each
+            :, [TOWERS.index(name) for name in self.cfg.towers]
+        ]
         return ((x[:, None] - means[..., None, None]) / stds[..., None, None]).flatten(1, 2)
 
     # ------------------------------------------------------------------------------------------------- prefix

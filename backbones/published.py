@@ -45,11 +45,9 @@ class Checkpoint:  # none of its tensors is loaded
     files: list[Path]
     shapes: dict[str, list[int]]  # of each key that is read
     config: dict
-    kind: str  # one of FORMATS
+    format: dict  # one of FORMATS
     given: dict  # the config's `model` section, which overrides what the files say
     notes: list[str] = field(default_factory=list)  # for the user: what was found, and where
-
-    format = property(lambda self: FORMATS[self.kind])
 
     def layers(self, prefix: str) -> int:  # how many of them, `prefix`0, 1, 2, ..., there are
         return len(
@@ -143,10 +141,10 @@ def open_checkpoint(path: Path, given: dict) -> Checkpoint:
         with reading(file), safe_open(file, "pt") as f:
             shapes |= {key: f.get_slice(key).get_shape() for key in f.keys()}  # noqa: SIM118 (not a dict)
     config = folder / "config.json"
-    for kind, its in FORMATS.items():
+    for its in FORMATS.values():
         if any(key.startswith(its["begins"]) for key in shapes):
             config = read_object(config) if config.is_file() else {}
-            return Checkpoint(folder, files, shapes, config, kind, given)
+            return Checkpoint(folder, files, shapes, config, its, given)
     raise UserError(
         f"{folder} is no checkpoint of OpenVLA or pi-0.5 (it begins with {next(iter(shapes), 'nothing')});"
         " no other can be read"
@@ -344,8 +342,9 @@ def processor(c: Checkpoint, when: str) -> dict[str, dict]:
     path = c.folder / f"policy_{when}processor.json"
     listed = read_object(path)["steps"] if path.is_file() else []
     steps = {step.get("registry_name", step.get("class")): step | step.get("config", {}) for step in listed}
-    unknown = ", ".join(map(str, steps.keys() - STEPS))
-    refuse(unknown, f"{path} has the step {unknown}, which this kit does not know")
+    refuse(
+        steps.keys() - STEPS, f"{path} has the step {[*(steps.keys() - STEPS)]}, which this kit does not know"
+    )
     return steps
 
 
@@ -391,9 +390,9 @@ def check_robot(c: Checkpoint) -> None:
             shape not in ([DIMS[kind]], [c.config.get(f"max_{kind}_dim", 32)]),  # padded: no data set told it
             f"{c.folder} is another robot's policy: its {kind} has {shape} numbers, LIBERO's {DIMS[kind]}",
         )
-    steps = (processor(c, "pre") | processor(c, "post")).values()
     refuse(
-        c.config.get("use_relative_actions") or any(its.get("enabled") for its in steps),
+        c.config.get("use_relative_actions")
+        or any(its.get("enabled") for its in (processor(c, "pre") | processor(c, "post")).values()),
         f"{c.folder} has relative actions (use_relative_actions), which this kit would take for LIBERO's;"
         " train it with use_relative_actions=false",
     )
@@ -412,9 +411,10 @@ def lerobot_model(c: Checkpoint) -> dict:
         return sizes  # openpi's weights: settings as openpi's
     if not new:
         dims = max(dims, steps.get(PROMPT_STEP, {}).get("max_state_dim", 32))
-    which = ">= 0.5 (it has embed_tokens)" if new else "<= 0.4.4 (it has no embed_tokens)"
-    c.notes.append(f"written by lerobot {which}: the prompt has {dims} state numbers")
-    tokens = c.config.get("tokenizer_max_length", 200)
+    c.notes.append(
+        f"written by lerobot {'>= 0.5 (it has' if new else '<= 0.4.4 (it has no'} embed_tokens):"
+        f" the prompt has {dims} state numbers"
+    )
     return sizes | {
         "prompt": "lerobot",
         "prompt_state_dims": dims,
@@ -422,7 +422,9 @@ def lerobot_model(c: Checkpoint) -> dict:
         "norm_eps": "lerobot",
         "normalisation": mode,
         "state_normalisation": normaliser(c, "state")[0],
-        "max_tokens": steps.get("tokenizer_processor", {}).get("max_length", tokens),
+        "max_tokens": steps.get("tokenizer_processor", {}).get(
+            "max_length", c.config.get("tokenizer_max_length", 200)
+        ),
         "horizon": c.config.get("chunk_size", 50),
         "cameras": lerobot_cameras(c),
     }
@@ -475,16 +477,18 @@ def unpadded(c: Checkpoint, kind: str, named: dict[str, list | None]) -> dict[st
     """The statistics of LIBERO's robot without their padding; UserError where there is more than padding."""
     n, named = DIMS[kind], {key: values for key, values in named.items() if values is not None}
     sizes = {min(n, len(values)) + sum(abs(v) > 1e-3 for v in values[n:]) for values in named.values()}
-    wrong = ", ".join(map(str, sizes - {n}))
-    refuse(wrong, f"{c.folder} has another robot's statistics: its {kind} has {wrong} numbers, LIBERO's {n}")
+    refuse(
+        sizes - {n},
+        f"{c.folder} has another robot's statistics: its {kind} has {[*(sizes - {n})]} numbers, LIBERO's {n}",
+    )
     return {key: values[:n] for key, values in named.items()}
 
 
 def openpi_stats(c: Checkpoint, suites: list[str]) -> dict:
     files = {
-        str(file.parent.relative_to(c.folder)): file for file in sorted(c.folder.rglob("norm_stats.json"))
+        str(file.parent.relative_to(c.folder)).removeprefix("assets/"): file
+        for file in sorted(c.folder.rglob("norm_stats.json"))
     }
-    files = {name.removeprefix("assets/"): file for name, file in files.items()}
     refuse(not files, f"{c.folder} lacks the statistics, {c.format['statistics'].format(c.folder)}")
     first = next(iter(files))
     chosen = c.given.get("asset_id", first if len(files) == 1 else None)
@@ -508,6 +512,7 @@ PALIGEMMA = (
 )
 FORMATS = {
     "openvla": {
+        "writer": "OpenVLA",
         "backbone": "openvla",
         "begins": "vision_backbone.",  # some key begins with this
         "model": openvla_model,  # Checkpoint -> the `model` section that it amounts to
@@ -516,6 +521,7 @@ FORMATS = {
         "get": "`hf download openvla/openvla-7b tokenizer.json --local-dir {0}`",
     },
     "lerobot": {
+        "writer": "lerobot",
         "backbone": "pi05",
         "begins": "model.paligemma_with_expert.",
         "model": lerobot_model,
@@ -530,6 +536,7 @@ FORMATS = {
         "get": PALIGEMMA,
     },
     "openpi": {
+        "writer": "openpi",
         "backbone": "pi05",
         "begins": "paligemma_with_expert.",
         "model": openpi_model,
@@ -587,7 +594,7 @@ def load(path: Path, build: Callable, given: dict, suites: list[str], read: bool
     for kind in policy.norm_stats:
         policy.normalise(np.zeros(DIMS[kind], np.float32), kind)
     policy.found = [
-        f"{path} is a checkpoint of {c.kind} for {policy.backbone}",
+        f"{path} is a checkpoint of {c.format['writer']} for {policy.backbone}",
         *c.notes,
         f"prompt: {policy.cfg.prompt}; cameras: {', '.join(policy.cfg.cameras)}; {policy.horizon} actions",
     ]

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 import common
-from backbones import horizon, look, memory
+from backbones import horizon, memory, preview
 from runtime import disk, stage
 from runtime.config import STAGES, load_config, own_keys
 from runtime.errors import UserError
@@ -65,7 +65,7 @@ def print_config(argv: list[str], numbers: list[str]) -> None:
         print(f"{section}: " + " ".join(f"{key}={getattr(cfg, key)}" for key in sorted(own)))
         shared |= {key: value for key, value in vars(cfg).items() if key not in own}
     for start in filter(None, starts):
-        look(starts[start])
+        preview(starts[start], "")
     print("shared: " + " ".join(f"{key}={value}" for key, value in shared.items()), flush=True)
 
 

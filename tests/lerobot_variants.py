@@ -1,9 +1,9 @@
 """Variants of tests/fixtures/lerobot061_quantile, and what lerobot makes of them.
 
-    python tests/lerobot_variants.py    in an environment that has lerobot 0.6.1: writes variants.npz beside it
+    python tests/lerobot_variants.py    in an environment that has lerobot 0.6.1: writes variants.npz there
 
-Each variant changes one setting that a policy's folder may have. tests/test_look.py makes the same folders and
-compares the kit's tokens, chunks and actions with the stored ones. This file needs nothing of the kit.
+Each variant changes one setting that a policy's folder may have. tests/test_look.py makes the same folders
+and compares the kit's tokens, chunks and actions with the stored ones. This file needs nothing of the kit.
 """
 
 import json
@@ -118,7 +118,9 @@ def make(name: str, path: Path) -> Path:
 
 def tiny(module) -> None:
     """lerobot builds its policy in the published sizes alone: give it the folder's."""
-    vocabulary, vision = 732, {"hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 2}
+    vocabulary = 732
+    vision = {"hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 16}
+    vision |= {"patch_size": 14, "projection_dim": 64}
     sizes = {"gemma_2b": (64, 2, 96, 8, 1, 8), "gemma_300m": (32, 2, 48, 8, 1, 8)}
     module.get_gemma_config = lambda variant: module.GemmaConfig(*sizes[variant])
     paligemma, gemma = module.PaliGemmaForConditionalGenerationWithPiGemma, module.PiGemmaForCausalLM
@@ -126,9 +128,7 @@ def tiny(module) -> None:
     def small_paligemma(config):
         config.text_config.vocab_size = vocabulary
         config._vocab_size = config.image_token_index = vocabulary
-        for key, value in (
-            vision | {"num_attention_heads": 16, "patch_size": 14, "projection_dim": 64}
-        ).items():
+        for key, value in vision.items():
             setattr(config.vision_config, key, value)
         return paligemma(config=config)
 
@@ -141,7 +141,7 @@ def tiny(module) -> None:
 
 
 def lerobot_on(path: Path) -> dict[str, np.ndarray]:
-    """Tokens, normalised chunk and actions of lerobot's own policy and processors, from the raw observation."""
+    """Tokens, normalised chunk and actions of lerobot's own policy and processors, from the raw sample."""
     from lerobot.policies.factory import make_pre_post_processors
     from lerobot.policies.pi05.modeling_pi05 import PI05Policy
     from transformers import PreTrainedTokenizerFast

@@ -288,7 +288,7 @@ LEROBOT = {
         lambda f: f.edit("config", lambda c: c["input_features"]["observation.state"].update(shape=[14])),
         r"its state has \[14\] numbers",
     ),
-    "another robot's statistics": (six_in_the_statistics, "its action has 6 numbers"),
+    "another robot's statistics": (six_in_the_statistics, r"its action has \[6\] numbers"),
     "relative actions": (
         lambda f: f.edit("config", lambda c: c.update(use_relative_actions=True)),
         "relative actions",
@@ -413,9 +413,9 @@ def test_the_config_check_says_what_was_found(folder, capsys):
 
 def test_a_wrong_backbone_and_too_long_an_execution_are_seen_first(folder):
     with pytest.raises(UserError, match="set backbone=pi05"):
-        backbones.look(common.ActingConfig(checkpoint=str(folder.path), backbone="openvla"))
+        backbones.preview(common.ActingConfig(checkpoint=str(folder.path), backbone="openvla"), "eval")
     with pytest.raises(UserError, match="execute=60 must be at most 50"):
-        backbones.look(common.ActingConfig(checkpoint=str(folder.path), execute=60))
+        backbones.preview(common.ActingConfig(checkpoint=str(folder.path), execute=60), "eval")
 
 
 @pytest.mark.parametrize("steps", [10, 3])
