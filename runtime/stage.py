@@ -444,7 +444,8 @@ def checkpoint_files(path: str) -> list[Path]:
     files = sorted(folder.rglob("*")) if folder.is_dir() else [folder]
     if (folder / "done.json").is_file():  # a stage's own folder: what it made, and not how long it took
         files = [folder / name for name in sorted(read_identity(folder / "done.json").get("outputs", ()))]
-    files = [p for p in files if p.suffix in (".json", ".jsonl", ".safetensors") and p.is_file()]
+    kinds = (".json", ".jsonl", ".safetensors", ".model")  # the last: a tokenizer
+    files = [p for p in files if p.suffix in kinds and p.is_file()]
     refuse(not files, f"{path} holds no .safetensors")
     return files
 
