@@ -7,9 +7,9 @@ lerobot   lerobot/pi05_*: settings and statistics in the processors' files (poli
 openpi    pi-0.5 as converted by openpi's examples/convert_jax_model_to_pytorch.py, with its assets folder
 
 `load` reads headers, JSON, statistics and the tokenizer first, and refuses what would go wrong before it
-reads any weight. Sizes come from the shapes of the tensors, so a checkpoint of few layers can be read too. What no
-file says has the published values. The config's `model` section overrides everything. Tensors go into the
-model file after file, in the file's dtype, so the weights are in memory once.
+reads any weight. Sizes come from the shapes of the tensors, so a checkpoint of few layers can be read too.
+What no file says has the published values. The config's `model` section overrides everything. Tensors go into
+the model file after file, in the file's dtype, so the weights are in memory once.
 Not tried on a real published file. The key lists and formats are those of the original code
 (tests/fixtures/keys-*.txt); the tests read random checkpoints in these formats, and a folder that lerobot's
 own code wrote.
