@@ -125,7 +125,7 @@ def weight_files(path: Path) -> list[Path]:
     return [path / "model.safetensors"]
 
 
-def open_checkpoint(path: Path, given: dict) -> Checkpoint:
+def open_checkpoint(path: Path, given: dict | None = None) -> Checkpoint:
     """Keys and shapes of all files, from their headers; the keys tell the format. given: see Checkpoint.
 
     Raises:
@@ -144,7 +144,7 @@ def open_checkpoint(path: Path, given: dict) -> Checkpoint:
     for its in FORMATS.values():
         if any(key.startswith(its["begins"]) for key in shapes):
             config = read_object(config) if config.is_file() else {}
-            return Checkpoint(folder, files, shapes, config, its, given)
+            return Checkpoint(folder, files, shapes, config, its, given or {})
     raise UserError(
         f"{folder} is no checkpoint of OpenVLA or pi-0.5 (it begins with {next(iter(shapes), 'nothing')});"
         " no other can be read"
