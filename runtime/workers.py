@@ -20,7 +20,7 @@ LINE_S = 60  # seconds between two lines where there is no terminal
 
 
 class Line(tqdm):  # for output that is no terminal: it prints each update as a new line
-    def display(self, *_) -> None:
+    def display(self, msg=None, pos=None) -> None:
         print(self, flush=True)
 
 

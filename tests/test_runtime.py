@@ -706,6 +706,15 @@ def test_one_worker_works_here_on_one_thread():
         torch.set_num_threads(threads)
 
 
+def test_a_long_loop_without_a_terminal_prints_lines_to_its_end(monkeypatch, capsys):
+    monkeypatch.setattr(workers, "LINE_S", 0)
+    done = []
+    workers.run(done.append, range(3), 1, "work", lambda: len(done), 3)
+    assert "work: 3 of 3" in capsys.readouterr().out
+    list(workers.progress(range(2), total=2, desc="again"))
+    assert "again: 2 of 2" in capsys.readouterr().out
+
+
 # ----------------------------------------------------------------------------- what an attack on it has found
 def test_a_stage_never_removes_its_own_input(tmp_path):
     (weights := tmp_path / "exp/sft/weights").mkdir(parents=True)
