@@ -148,7 +148,7 @@ def make_policy(cfg: Config) -> tuple:
     """
     if cfg.init_from:
         policy = backbones.load_policy(
-            cfg.init_from, "model.safetensors", cfg.model, cfg.suites, cfg.backbone
+            cfg.init_from, model=cfg.model, suites=cfg.suites, backbone=cfg.backbone
         )
         train, val, _ = load_data(cfg, policy.horizon)
     else:
@@ -213,7 +213,7 @@ def right_place(policy, data: dict, cfg: Config) -> dict:
         obs, _ = batch_of(data, rows, cfg.blank_images)
         noise = policy.noise(len(rows), common.stream(0, "first look", len(right)))
         chunk = policy.sample_actions(policy.encode(obs), noise).cpu()
-        actions = policy.unnormalise(chunk)[:, : common.ActingConfig.execute]
+        actions = policy.unnormalise(chunk)[:, : common.EXECUTE]
         right.append(backbones.heads_right(actions, obs["state"][:, :3], data["places"][rows]))
     return {"right_place": torch.cat(right).float().mean().item()} if right else {}
 
@@ -269,4 +269,4 @@ def main(cfg: Config, run: stage.Run) -> dict:
 
 
 if __name__ == "__main__":
-    stage.start(main, Config, dry_run=backbones.dry_run)
+    stage.start(main, Config, preview=backbones.preview)

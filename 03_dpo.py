@@ -314,4 +314,4 @@ def warn_about_scale(rows: list[dict], beta: str) -> None:
 
 
 if __name__ == "__main__":
-    stage.start(main, Config, dry_run=backbones.dry_run)
+    stage.start(main, Config, preview=backbones.preview)

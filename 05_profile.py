@@ -305,4 +305,4 @@ def write_table(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    stage.start(main, Config, dry_run=backbones.dry_run, after=write_table)
+    stage.start(main, Config, preview=backbones.preview, after=write_table)

@@ -357,7 +357,7 @@ def validate(cfg: Config) -> None:
     if cfg.backbone == "openvla":
         print("[07_validate] openvla's log p is exact, in closed form: there is nothing to validate")
     else:
-        stage.execute(main, cfg, backbones.dry_run, lambda cfg: agreement.report(cfg, cfg.folder))
+        stage.execute(main, cfg, backbones.preview, lambda cfg: agreement.report(cfg, cfg.folder))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,20 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from runtime import Count, Place, PlaceConfig, UserError, disk, one_line, one_of, refuse, regex, stage, warn
+from runtime import (
+    Count,
+    Place,
+    PlaceConfig,
+    UserError,
+    disk,
+    one_line,
+    one_of,
+    refuse,
+    regex,
+    stage,
+    typed,
+    warn,
+)
 from runtime.origin import origin, same_origin
 from runtime.seeds import entropy, np_stream, own_rows, select, shuffled, stream  # noqa: F401 (for stages)
 
@@ -35,6 +48,7 @@ GRIPPER_OPEN, GRIPPER_CLOSE = -1.0, 1.0  # what env.step takes
 ENV_SEED = 0  # places the fixtures, which no init state stores; so it never varies
 ACTION_DIM = 7  # delta position (3), delta axis-angle (3), gripper; all in [-1, 1]
 CAMERAS = ("agentview", "wrist")
+EXECUTE = 8  # actions of a chunk between two looks, where nothing says otherwise
 
 # LIBERO stores 50 init states per task. Each has one purpose for good; a stage that would mix them fails.
 INIT_GROUPS = {"demos": range(0, 20), "prefs": range(20, 35), "val": range(35, 40), "test": range(40, 50)}
@@ -300,6 +314,7 @@ class PolicyConfig(RunConfig):
         )
 
     seed_dir = property(lambda self: self.run_dir / self.backbone / f"seed{self.seed}")
+    given = property(lambda self: getattr(self, "checkpoint", self.init_from))  # folder to start from, or ""
 
 
 @dataclass
@@ -323,9 +338,17 @@ class StartConfig(PolicyConfig):
 class ActingConfig(StartConfig):
     """Keys of stages in which the policy acts."""
 
-    execute: Count = 8  # actions of a chunk that are carried out before the policy looks again
+    # actions of a chunk that are carried out before the next look; 0 = lerobot's n_action_steps, or 8
+    execute: Annotated[int, 0] = 0
     denoise_steps: Count = 10  # Euler steps of sample_actions, for flow matching
     noise_scale: float = 1.0  # of the noise behind a chunk; for action tokens the temperature, 0 = greedy
+
+    def __post_init__(self):
+        super().__post_init__()
+        path = Path(self.checkpoint, "config.json")
+        said = disk.read_json(path) if self.checkpoint and path.is_file() else {}
+        refuse(not isinstance(said, dict), f"{path} must hold a JSON object; get its folder again")
+        self.execute = self.execute or typed(said.get("n_action_steps", EXECUTE), Count, "n_action_steps")
 
 
 @dataclass

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from backbones.load import build, horizon, load_policy
+from backbones.load import build, horizon, load_policy, weights_of
 from backbones.policy import Policy, build_tokenizer, collate
 from common import blank_images
 from runtime import ranks, refuse
@@ -18,20 +18,37 @@ __all__ = [
     "build",
     "build_tokenizer",
     "collate",
-    "dry_run",
     "heads_right",
     "horizon",
     "load_policy",
     "load_sft",
+    "preview",
     "propose",
 ]
 
 
-def dry_run(cfg, section: str) -> None:
-    """Print what a stage will take, in memory and hours (cost.py)."""
-    from backbones import cost
+EXAMPLES = {"pi05": "lerobot/pi05_libero_finetuned", "openvla": "openvla/openvla-7b-finetuned-libero-object"}
+TOO_MANY = "execute={} must be at most {}, the policy's chunk length"
 
-    cost.report(cfg, section)
+
+def preview(cfg, section: str) -> None:
+    """Check the folder that a config names to start from, and print what it is, without reading its weights.
+    For a dry run also print what the stage will take (cost.py).
+    """
+    if cfg.given:
+        refuse(
+            not Path(cfg.given).exists(),
+            f"no checkpoint {cfg.given}; give the folder that holds its .safetensors, or get one:"
+            f" `hf download {EXAMPLES[cfg.backbone]} --local-dir {cfg.given}`",
+        )
+        weights, execute = weights_of(getattr(cfg, "start", "final")), getattr(cfg, "execute", 1)
+        policy = load_policy(cfg.given, weights, cfg.model, cfg.suites, cfg.backbone, read=False)
+        refuse(execute > policy.horizon, TOO_MANY.format(execute, policy.horizon))
+        print(*policy.found, sep="\n  ", flush=True)
+    if cfg.dry_run:
+        from backbones import cost
+
+        cost.report(cfg, section)
 
 
 def load_sft(cfg) -> Policy:
@@ -40,18 +57,15 @@ def load_sft(cfg) -> Policy:
     Of 01's weights it takes the final ones, or the snapshot that `start` names.
     """
     folder = Path(cfg.checkpoint or cfg.start_dir / "sft")
-    weights = "model.safetensors" if cfg.start == "final" else f"model-{cfg.start}.safetensors"
-    policy = load_policy(folder, weights, cfg.model if cfg.checkpoint else None, cfg.suites, cfg.backbone)
+    model = cfg.model if cfg.checkpoint else None
+    policy = load_policy(folder, weights_of(cfg.start), model, cfg.suites, cfg.backbone)
     return policy.cast(cfg.dtype).to(ranks.place(cfg.device)).eval()
 
 
 @torch.inference_mode()
 def propose(policy: Policy, obs: dict, cfg, generators: list[torch.Generator]) -> torch.Tensor:
     """One normalised chunk (H, 7) per generator for one observation, which is encoded once: (N, H, 7)."""
-    refuse(
-        cfg.execute > policy.horizon,
-        f"execute={cfg.execute} must be at most {policy.horizon}, the policy's chunk length",
-    )
+    refuse(cfg.execute > policy.horizon, TOO_MANY.format(cfg.execute, policy.horizon))
     batch = collate([blank_images(obs) if cfg.blank_images else obs])
     prefix = policy.encode(batch).select(torch.zeros(len(generators), dtype=torch.long))
     noise = cfg.noise_scale * torch.cat([policy.noise(1, g) for g in generators])

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from backbones.policy import (
     Policy,
     build_tokenizer,
@@ -45,13 +47,8 @@ def horizon(name: str, model: dict) -> int:  # actions of a chunk, known before 
     return config_from(model, policy_class(name).config_class, "model").horizon
 
 
-def sizes(path: Path) -> dict:
-    """The `model` section of the kit's own folder, or the one that a published checkpoint amounts to."""
-    if is_own(path):
-        return saved_config(path)[1]
-    from backbones import published
-
-    return published.model_of(path)
+def weights_of(start: str) -> str:  # the file of the final weights, or of the snapshot at that step
+    return "model.safetensors" if start == "final" else f"model-{start}.safetensors"
 
 
 def load_policy(
@@ -60,19 +57,32 @@ def load_policy(
     model: dict | None = None,
     suites: Sequence[str] = (),
     backbone: str = "",
+    read: bool = True,
 ) -> Policy:
     """The policy that `policy.save(folder)` wrote, or a published one, in evaluation mode.
 
     weights: another file of the folder, e.g. a snapshot of the training.
     model: keys that override the checkpoint's own.
     suites: whose statistics to take where a published checkpoint has several.
-    backbone: which one it has to be.
+    backbone: which one it must be; empty = either.
+    read: False for the same on the meta device, with tokenizer and statistics but no weights, which takes
+        seconds and finds whatever is missing, damaged or not for this kit.
     """
     folder = Path(folder)
     if not is_own(folder) and weights == "model.safetensors":
         from backbones import published
 
-        return published.load(folder, build, model or {}, list(suites), backbone).eval()
+        policy = published.load(folder, build, model or {}, list(suites), read)
+    else:
+        policy = load_own(folder, weights, model or {}, read)
+    refuse(
+        backbone not in ("", policy.backbone),
+        f"{folder} is a checkpoint of {policy.backbone}; set backbone={policy.backbone}",
+    )
+    return policy.eval()
+
+
+def load_own(folder: Path, weights: str, model: dict, read: bool) -> Policy:  # what `policy.save` wrote
     missing = [file for file in ("config.json", "norm_stats.json", weights) if not (folder / file).is_file()]
     refuse(
         missing,
@@ -81,10 +91,12 @@ def load_policy(
         " sft.snapshots",
     )
     name, config = saved_config(folder)
-    refuse(backbone not in ("", name), f"{folder} is a checkpoint of {name}; set backbone={name}")
-    policy = build(name, config | (model or {}))
-    policy.load_weights([(folder / weights, disk.load_finite(folder / weights))])
+    with torch.device("cpu" if read else "meta"):
+        policy = build(name, config | model)
+    if read:
+        policy.load_weights([(folder / weights, disk.load_finite(folder / weights))])
     policy.norm_stats = checked_stats(read_object(folder / "norm_stats.json"), f"{folder}/norm_stats.json")
     if (folder / "tokenizer.json").is_file():
         policy.tokenizer = read_tokenizer(folder / "tokenizer.json")
-    return policy.eval()
+    policy.found = [f"{folder} holds a policy of this kit"]
+    return policy

@@ -23,9 +23,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 import common
-from backbones.load import build, sizes
+from backbones.load import build, load_policy, weights_of
 from backbones.policy import DIMS, build_tokenizer
-from runtime.config import laid_over
 
 SIMULATOR_GB = 2.4  # of one LIBERO process, measured
 PYTORCH_GB = 0.6  # of a process that has loaded nothing else
@@ -40,11 +39,19 @@ def size(tensors) -> int:  # bytes
 # ------------------------------------------------------------------------------ a policy and a batch to count
 def make_policy(cfg, trained: str) -> nn.Module:
     """The config's policy on the meta device. trained: "full", "lora", "dora" or "" (nothing)."""
-    start = getattr(cfg, "checkpoint", "") or cfg.init_from
-    model = laid_over(sizes(Path(start)), cfg.model) if start else cfg.model
+    checkpoint, model = getattr(cfg, "checkpoint", ""), cfg.model
     from_scratch = model and "vocab_size" not in model  # one instruction has about as many words as LIBERO's
     with torch.device("meta"):
-        policy = build(cfg.backbone, model, [INSTRUCTION] if from_scratch else None)
+        if start := checkpoint or cfg.init_from:
+            policy = load_policy(
+                start,
+                weights_of(cfg.start if checkpoint else "final"),
+                model,
+                cfg.suites,
+                read=False,
+            ).train()
+        else:
+            policy = build(cfg.backbone, model, [INSTRUCTION] if from_scratch else None)
         policy.cast("float32" if trained == "full" else cfg.dtype)
         policy.requires_grad_(trained == "full")
         if trained in ("lora", "dora"):

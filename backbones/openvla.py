@@ -48,10 +48,7 @@ from common import ACTION_DIM, CAMERAS
 from runtime.errors import UserError, refuse
 
 EPS, GELU = 1e-6, "gelu"  # of every norm; exact erf in towers and projector (transformers' SigLIP: tanh)
-TOWERS = {  # channel means and standard deviations of the images, in the order of pixel_values' channels
-    "dino": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
+TOWERS = ("dino", "siglip")  # in the order of pixel_values' channels
 
 
 # ----------------------------------------------------------------------------------------------------- config
@@ -72,12 +69,15 @@ class OpenVLAConfig:  # defaults: OpenVLA-7B as published for LIBERO (openvla-7b
     prompt: str = "In: What action should the robot take to {task}?\nOut:"
     # "openvla": JPEG, lanczos3, centre crop, as its LIBERO evaluation; "none": resize only
     image_pipeline: Literal["openvla", "none"] = "openvla"
+    # of the images' channels, for each tower
+    pixel_means: list[list[float]] = field(default_factory=lambda: [[0.485, 0.456, 0.406], [0.5, 0.5, 0.5]])
+    pixel_stds: list[list[float]] = field(default_factory=lambda: [[0.229, 0.224, 0.225], [0.5, 0.5, 0.5]])
     # Off in the published shapes: what lets a tiny policy learn from few demonstrations on a CPU
     horizon: Size = 1  # actions per inference, 7 tokens each
     cameras: list[Literal[CAMERAS]] = field(default_factory=lambda: ["agentview"])  # patches in this order
     state_token: bool = False  # one token behind the patches: a linear map of the normalised state
     # one tower alone halves the encoder
-    towers: list[Literal[tuple(TOWERS)]] = field(default_factory=lambda: list(TOWERS))
+    towers: list[Literal[TOWERS]] = field(default_factory=lambda: list(TOWERS))
     conv_stem: bool = False  # stride-2 convolutions in place of the towers' linear patch embedding
     append_bins: bool = False  # action tokens behind the words instead of in place of the last ones
     label_smoothing_bins: float = 0.0  # training targets are Gaussians with this standard deviation, in bins
@@ -107,6 +107,12 @@ class OpenVLAConfig:  # defaults: OpenVLA-7B as published for LIBERO (openvla-7b
         )
         refuse(self.image_size < self.patch_size, "model.image_size must be at least model.patch_size")
         refuse(self.n_bins < 2, "model.n_bins must be 2 or more")
+        refuse(
+            {len(row) for row in (*self.pixel_means, *self.pixel_stds)} != {3}
+            or [len(self.pixel_means), len(self.pixel_stds)] != [len(TOWERS)] * 2
+            or not all(all(row) for row in self.pixel_stds),
+            "model.pixel_means and pixel_stds must be three numbers for each tower, and no deviation 0",
+        )
         refuse(
             not self.append_bins and self.n_bins > self.vocab_size,
             f"model.n_bins={self.n_bins} must fit into the vocabulary of {self.vocab_size}",
@@ -218,7 +224,9 @@ class OpenVLA(Policy):
         elif images.shape[1:3] != (size, size):
             images = each_image(images, lambda image: resize_bicubic(image, size))
         x = images.permute(0, 3, 1, 2).float() / 255
-        means, stds = (x.new_tensor([TOWERS[name][k] for name in self.cfg.towers]) for k in (0, 1))
+        means, stds = x.new_tensor([self.cfg.pixel_means, self.cfg.pixel_stds])[  # (towers, 3) each
+            :, [TOWERS.index(name) for name in self.cfg.towers]
+        ]
         return ((x[:, None] - means[..., None, None]) / stds[..., None, None]).flatten(1, 2)
 
     # ------------------------------------------------------------------------------------------------- prefix

@@ -46,7 +46,13 @@ from runtime.errors import refuse
 PAD, BOS = 0, 2  # PaliGemma's token ids
 EPS, GELU = 1e-6, "gelu_pytorch_tanh"  # of every norm and every MLP
 MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0  # of the time embedding
-STATISTICS = {"mean_std": ("mean", "std"), "quantile": ("q01", "q99")}  # that a normalisation reads
+STATISTICS = {  # that a normalisation reads
+    "quantile": ("q01", "q99"),
+    "quantile10": ("q10", "q90"),
+    "min_max": ("min", "max"),
+    "mean_std": ("mean", "std"),
+    "identity": (),
+}
 
 
 # ----------------------------------------------------------------------------------------------------- config
@@ -72,11 +78,14 @@ class Pi05Config:  # defaults: pi-0.5 as published by openpi for LIBERO (pi05_li
     flow_dim: Annotated[int, ACTION_DIM, LARGEST] = 32  # dimensions as flowed: the 7 real ones and zeros
     max_tokens: Size = 200  # of the prompt; longer ones are cut on the right
     cameras: list[Literal[CAMERAS]] = field(default_factory=lambda: list(CAMERAS))  # openpi masks a third one
-    prompt: Literal["openpi", "lerobot"] = "openpi"  # text alone; or "Task: ..., State: ...;\nAction: "
+    # text alone; or "Task: ..., State: ...;\nAction: ", which is also openpi's with discrete_state_input
+    prompt: Literal["openpi", "lerobot"] = "openpi"
     prompt_state_dims: Size = 8  # of the lerobot prompt: 8, or 32 (zero padding) before lerobot 0.5
     resize: Literal["openpi", "lerobot"] = "openpi"  # PIL, antialiased; or torch bilinear, not antialiased
-    normalisation: Literal["quantile", "mean_std"] = "quantile"
+    normalisation: Literal[tuple(STATISTICS)] = "quantile"
+    state_normalisation: Literal["", *STATISTICS] = ""  # of the state; empty = as the actions
     norm_eps: Literal["openpi", "lerobot"] = "openpi"  # where the epsilon stands in the formulas
+    asset_id: str = ""  # whose statistics to take of an openpi folder that has several
     # Off in the published shapes: what lets a tiny policy learn from few demonstrations on a CPU
     conv_stem: bool = False  # stride-2 convolutions in place of the linear patch embedding
     state_token: bool = False  # one prefix token that is a linear map of the normalised state
@@ -373,17 +382,21 @@ class Pi05(Policy):
 
     def unnormalise(self, chunk):
         """Model units (..., D) -> what env.step takes, (..., 7) float32. The environment clips, not this."""
-        low, span, offset = self._affine("action", chunk)
+        low, span, offset = self._affine("action", chunk, back=True)
         return (chunk[..., :ACTION_DIM] - offset) * span + low
 
-    def _affine(self, kind: str, like):
+    def _affine(self, kind: str, like, back: bool = False):
         """(low, span, offset) of normalised = (x - low) / span + offset, as arrays or tensors like `like`."""
-        lerobot, names = self.cfg.norm_eps == "lerobot", STATISTICS[self.cfg.normalisation]
-        low, high = self.stats(kind, names, "set model.normalisation to what it has")
-        if self.cfg.normalisation == "mean_std":  # (x - mean) / (std + eps)
-            span, offset = high + (1e-8 if lerobot else 1e-6), 0.0
+        mode = (kind == "state" and self.cfg.state_normalisation) or self.cfg.normalisation
+        if mode == "identity":
+            return 0.0, 1.0, 0.0
+        low, high = self.stats(kind, STATISTICS[mode], "set model.normalisation to what it has")
+        lerobot = self.cfg.norm_eps == "lerobot"
+        eps = self.norm_stats[kind].get("eps", 1e-8) if lerobot else 1e-6
+        if mode == "mean_std":  # (x - mean) / (std + eps); lerobot: on the way back without eps
+            span, offset = high + (0 if lerobot and back else eps), 0.0
         else:  # (x - q01) / (q99 - q01 + eps) * 2 - 1; lerobot: eps only where the quantiles coincide
-            width = np.where(high == low, 1e-8, high - low) if lerobot else high - low + 1e-6
+            width = np.where(high == low, eps, high - low) if lerobot else high - low + eps
             span, offset = width / 2, -1.0
         low, span = low.astype(np.float32), span.astype(np.float32)
         if isinstance(like, Tensor):

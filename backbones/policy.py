@@ -157,6 +157,7 @@ class Policy(nn.Module):
         self.cfg = cfg  # not `config`: peft takes that name for a transformers model's
         self.norm_stats: dict = {}  # {"action": {"q01": [7], "q99", "mean", "std"}, "state": {...}}
         self.tokenizer = None  # tokenizers.Tokenizer
+        self.found: list[str] = []  # what the folder that it came from turned out to be, in sentences
 
     horizon = property(lambda self: self.cfg.horizon)
 

@@ -410,4 +410,4 @@ def show_table(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    stage.start(main, Config, dry_run=backbones.dry_run, after=show_table)
+    stage.start(main, Config, preview=backbones.preview, after=show_table)

@@ -27,9 +27,9 @@ from torch import Tensor
 
 import common
 from backbones import published
-from backbones.load import build, sizes
+from backbones.load import load_policy
 from backbones.policy import is_own
-from runtime import disk, laid_over, refuse, stage
+from runtime import disk, refuse, stage
 
 PREFIX = "base_model.model."  # peft's, of every key
 TENSORS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
@@ -132,16 +132,17 @@ def write_adapter(
     folder.mkdir(exist_ok=True)
     disk.write_json(folder / SETTINGS, own | {"base_model_name_or_path": str(c.folder.resolve())})
     save_file(renamed, folder / TENSORS, {"format": "pt"})  # as peft writes it
-    if c.format is published.FORMATS["lerobot"]:  # which reads these from the adapter's folder
+    if c.kind == "lerobot":  # which reads these from the adapter's folder
         disk.write_json(folder / "config.json", c.config | {"use_peft": True})
         for path in c.folder.glob("policy_*processor*"):
             shutil.copyfile(path, folder / path.name)
 
 
 def main(cfg: Config, run: stage.Run) -> dict:
-    c = published.open_checkpoint(Path(cfg.checkpoint))
-    with torch.device("meta"):
-        policy = build(cfg.backbone, laid_over(sizes(Path(cfg.checkpoint)), cfg.model))
+    c = published.open_checkpoint(Path(cfg.checkpoint), cfg.model)
+    policy = load_policy(
+        cfg.checkpoint, model=cfg.model, suites=cfg.suites, backbone=cfg.backbone, read=False
+    )
     adapter = disk.load_tensors(cfg.adapter_dir / TENSORS)
     layers = {key.removeprefix(PREFIX).partition(".lora_")[0] for key in adapter}
     names = adapted_keys(c.shapes, cfg.backbone, policy.cfg, layers)
@@ -190,8 +191,8 @@ def eval_info(rows: list[dict], seconds: float) -> dict:
 
 def show(cfg: Config) -> None:
     """The commands that evaluate the export; and eval_info.json, if 04 has evaluated the policy."""
-    c = published.open_checkpoint(Path(cfg.checkpoint))
-    kind = next(kind for kind, its in published.FORMATS.items() if its is c.format)
+    c = published.open_checkpoint(Path(cfg.checkpoint), cfg.model)
+    kind = c.kind
     if kind == "lerobot" and not any("language_model.embed_tokens" in key for key in c.shapes):
         kind = "lerobot <= 0.4.4"  # the embedding has one name there, lm_head
     for suite in cfg.suites[: 1 if "lerobot" in kind else None]:

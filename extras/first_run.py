@@ -14,7 +14,7 @@ import importlib
 import json
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ import torch
 import backbones
 import common
 from backbones import published
-from backbones.load import sizes
+from backbones.load import load_policy
 from runtime import disk, load_config, refuse, stage
 from sim.env import TaskEnv, tasks
 
@@ -31,10 +31,19 @@ evaluation = importlib.import_module("04_eval")
 
 def files(cfg) -> dict:
     """What the checkpoint is, by its headers and its JSON files."""
-    c = published.open_checkpoint(Path(cfg.checkpoint))
-    kind = next(kind for kind, its in published.FORMATS.items() if its is c.format)
+    c = published.open_checkpoint(Path(cfg.checkpoint), cfg.model)
+    policy = load_policy(
+        cfg.checkpoint, model=cfg.model, suites=cfg.suites, backbone=cfg.backbone, read=False
+    )
+    found = [line.replace(str(c.folder), "FOLDER") for line in policy.found]
     names = sorted(str(path.relative_to(c.folder)) for path in c.folder.rglob("[!.]*"))
-    return {"format": kind, "model": sizes(c.folder), "tensors": len(c.shapes), "files": names}
+    return {
+        "format": c.kind,
+        "found": found,
+        "model": asdict(policy.cfg),
+        "tensors": len(c.shapes),
+        "files": names,
+    }
 
 
 def first_looks(cfg) -> dict:

@@ -23,7 +23,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # also without -m
 import numpy as np
 
 import common
-from backbones import horizon, memory
+from backbones import horizon, memory, preview
 from runtime import disk, stage
 from runtime.config import STAGES, load_config, own_keys
 from runtime.errors import UserError
@@ -57,14 +57,17 @@ def load(section: str, argv: list[str]):
 
 def print_config(argv: list[str], numbers: list[str]) -> None:
     """Check a config against the stages of these numbers, or all, and print its keys."""
-    shared = {}
+    shared, starts = {}, {}
     for section in [s for s, script in STAGES.items() if not numbers or script[:2] in numbers]:
         cfg = load(section, argv)
         if getattr(cfg, "model", None):
             horizon(cfg.backbone, cfg.model)
+        starts[getattr(cfg, "given", "")] = cfg
         own = own_keys(type(cfg))
         print(f"{section}: " + " ".join(f"{key}={getattr(cfg, key)}" for key in sorted(own)))
         shared |= {key: value for key, value in vars(cfg).items() if key not in own}
+    for start in filter(None, starts):
+        preview(starts[start], "")
     print("shared: " + " ".join(f"{key}={value}" for key, value in shared.items()), flush=True)
 
 

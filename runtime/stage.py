@@ -46,13 +46,14 @@ PROCESSES = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
 
 
 # -------------------------------------------------------------------------------------- from the command line
-def start(main: Callable, cls: type, dry_run: Callable | None = None, after: Callable | None = None) -> None:
+def start(main: Callable, cls: type, preview: Callable | None = None, after: Callable | None = None) -> None:
     """Run a stage from the command line.
 
     main: (cfg, run) -> facts for done.json; called unless the stage is finished.
-    dry_run: (cfg, section), prints memory and hours.  after: (cfg), called every time, shows what there is.
+    preview: (cfg, section), checks what the stage starts from; for a dry run it prints memory and hours.
+    after: (cfg), called every time, shows what there is.
     """
-    command_line(lambda: execute(main, load_config(cls, sys.argv[1:]), dry_run, after))
+    command_line(lambda: execute(main, load_config(cls, sys.argv[1:]), preview, after))
 
 
 def command_line(call: Callable[[], None]) -> None:
@@ -83,11 +84,11 @@ def command_line(call: Callable[[], None]) -> None:
     ranks.leave(2)
 
 
-def execute(main: Callable, cfg, dry_run: Callable | None = None, after: Callable | None = None) -> None:
+def execute(main: Callable, cfg, preview: Callable | None = None, after: Callable | None = None) -> None:
     """What `start` does with a config."""
     script = Path(inspect.getfile(main))
     if cfg.dry_run:
-        return print_plan(script, cfg, dry_run)
+        return print_plan(script, cfg, preview)
     refuse(
         ranks.size() > 1 and not cfg.by_torchrun,
         f"{script.name} runs in one process: start it with python, not with torchrun",
@@ -97,7 +98,7 @@ def execute(main: Callable, cfg, dry_run: Callable | None = None, after: Callabl
         size % processes,
         f"{cfg.section}.batch_size={size} can't be split over {processes} processes; make it a multiple",
     )
-    if run := open_together(script, cfg):
+    if run := open_together(script, cfg, preview):
         torch.set_num_threads(getattr(cfg, "threads", torch.get_num_threads()))
         facts = main(cfg, run)
         if run.first:
@@ -106,7 +107,7 @@ def execute(main: Callable, cfg, dry_run: Callable | None = None, after: Callabl
         after(cfg)
 
 
-def print_plan(script: Path, cfg, dry_run: Callable | None) -> None:
+def print_plan(script: Path, cfg, preview: Callable | None) -> None:
     """What a stage would read, write and take."""
     try:
         print(f"[{script.stem}] reads {', '.join(map(str, cfg.inputs())) or 'nothing'}")
@@ -114,8 +115,8 @@ def print_plan(script: Path, cfg, dry_run: Callable | None) -> None:
         print(f"[{script.stem}] could not begin yet: {error}")
     finished = "finished already" if (cfg.folder / "done.json").is_file() else "not finished"
     print(f"[{script.stem}] writes {cfg.folder}, which is {finished}")
-    if dry_run:
-        dry_run(cfg, cfg.section)
+    if preview:
+        preview(cfg, cfg.section)
 
 
 # --------------------------------------------------------------------------------------------- the open stage
@@ -225,7 +226,7 @@ class Run:
         print(f"[{self.identity['stage']}] done in {timing['last_process_s']:.0f} s: {self.dir}", flush=True)
 
 
-def open_together(script: Path, cfg) -> Run | None:
+def open_together(script: Path, cfg, preview: Callable | None) -> Run | None:
     """The first process opens the stage's folder; the others learn what came of it."""
     ranks.join(getattr(cfg, "device", "cpu"))
     if not ranks.first():
@@ -233,6 +234,8 @@ def open_together(script: Path, cfg) -> Run | None:
             ranks.leave(2)
         return None if outcome == "done" else Run(cfg, cfg.folder, {})
     try:
+        if preview:  # before any file is hashed or written
+            preview(cfg, cfg.section)
         run = open_folder(script, cfg)
     except UserError:
         ranks.told("refused")
@@ -449,7 +452,8 @@ def checkpoint_files(path: str) -> list[Path]:
     files = sorted(folder.rglob("*"))
     if (folder / "done.json").is_file():  # a stage's own folder: what it made, and not how long it took
         files = [folder / name for name in sorted(read_identity(folder / "done.json").get("outputs", ()))]
-    files = [p for p in files if p.suffix in (".json", ".jsonl", ".safetensors") and p.is_file()]
+    kinds = (".json", ".jsonl", ".safetensors", ".model")  # the last: a tokenizer
+    files = [p for p in files if p.suffix in kinds and p.is_file()]
     refuse(not files, f"{path} holds no .safetensors")
     return files
 

@@ -158,9 +158,9 @@ def write_lerobot(folder: Path, made: dict | None = None, **config) -> dict[str,
     return made
 
 
-def write_openpi(folder: Path) -> dict[str, torch.Tensor]:
+def write_openpi(folder: Path, made: dict | None = None) -> dict[str, torch.Tensor]:
     """One file, statistics in the assets folder."""
-    made = tensors("pi05")
+    made = made or tensors("pi05")
     save_file(made, folder / "model.safetensors")
     (folder / "config.json").write_text(
         json.dumps({"action_dim": 32, "action_horizon": 10, "paligemma_variant": "gemma_2b"})

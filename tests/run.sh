@@ -11,7 +11,8 @@ done
 if [[ -z ${PYTHON:-} ]]; then
   bash run_all.sh configs/micro.yaml setup >/dev/null
   PYTHON=.venv/bin/python
-  "$PYTHON" -c "import av, pyarrow" 2>/dev/null || "$PYTHON" -m pip install --quiet --disable-pip-version-check -e ".[lerobot-data]"
+  "$PYTHON" -c "import av, pyarrow, sentencepiece" 2>/dev/null ||
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check -e ".[lerobot-data,tokenizer]"
 fi
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .

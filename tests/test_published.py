@@ -145,9 +145,7 @@ def test_switches_are_read_and_overridden(folders, tmp_path):
     with pytest.raises(UserError, match="no q01"):
         policy = load(folders["lerobot"][0], "lerobot", normalisation="quantile")
         policy.normalise(np.zeros(7, np.float32))
-    published_files.write_lerobot(
-        tmp_path, normalization_mapping={"STATE": "MEAN_STD", "ACTION": "QUANTILES"}
-    )
+    published_files.write_lerobot(tmp_path, normalization_mapping={"STATE": "MEAN_STD", "ACTION": "RANK"})
     with pytest.raises(UserError, match="normalises by"):
         load(tmp_path, "lerobot")
 
