@@ -69,20 +69,15 @@ def load_policy(
         seconds and finds whatever is missing, damaged or not for this kit.
     """
     folder = Path(folder)
+
+    def build_it(name: str, config: dict) -> Policy:  # keys of another backbone would only confuse
+        refuse(backbone not in ("", name), f"{folder} is a checkpoint of {name}; set backbone={name}")
+        return build(name, config)
+
     if not is_own(folder) and weights == "model.safetensors":
         from backbones import published
 
-        policy = published.load(folder, build, model or {}, list(suites), read)
-    else:
-        policy = load_own(folder, weights, model or {}, read)
-    refuse(
-        backbone not in ("", policy.backbone),
-        f"{folder} is a checkpoint of {policy.backbone}; set backbone={policy.backbone}",
-    )
-    return policy.eval()
-
-
-def load_own(folder: Path, weights: str, model: dict, read: bool) -> Policy:  # what `policy.save` wrote
+        return published.load(folder, build_it, model or {}, list(suites), read).eval()
     missing = [file for file in ("config.json", "norm_stats.json", weights) if not (folder / file).is_file()]
     refuse(
         missing,
@@ -92,11 +87,11 @@ def load_own(folder: Path, weights: str, model: dict, read: bool) -> Policy:  # 
     )
     name, config = saved_config(folder)
     with torch.device("cpu" if read else "meta"):
-        policy = build(name, config | model)
+        policy = build_it(name, config | (model or {}))
     if read:
         policy.load_weights([(folder / weights, disk.load_finite(folder / weights))])
     policy.norm_stats = checked_stats(read_object(folder / "norm_stats.json"), f"{folder}/norm_stats.json")
     if (folder / "tokenizer.json").is_file():
         policy.tokenizer = read_tokenizer(folder / "tokenizer.json")
     policy.found = [f"{folder} holds a policy of this kit"]
-    return policy
+    return policy.eval()

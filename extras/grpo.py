@@ -207,4 +207,4 @@ def main(cfg: Config, run: stage.Run) -> dict:
 
 
 if __name__ == "__main__":
-    stage.start(main, Config, dry_run=backbones.dry_run)
+    stage.start(main, Config, preview=backbones.preview)
