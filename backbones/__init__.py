@@ -28,10 +28,10 @@ __all__ = [
 
 
 def dry_run(cfg, section: str) -> None:
-    """Print what a stage will take, in memory and hours (cost.py)."""
-    from backbones import cost
+    """Print what a stage will take of memory (memory.py)."""
+    from backbones import memory
 
-    cost.report(cfg, section)
+    memory.report(cfg, section)
 
 
 def load_sft(cfg) -> Policy:
