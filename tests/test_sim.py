@@ -414,6 +414,13 @@ def test_environment_checks_pass_here_and_notice_planted_faults(env, monkeypatch
     assert not preflight.check_gripper(env)[0]
 
 
+def test_too_little_memory_for_the_simulators_is_noticed(monkeypatch):
+    for free, ok in ((4.9e9, True), (4.7e9, False)):
+        memory = types.SimpleNamespace(available=free)
+        monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda memory=memory: memory)
+        assert preflight.check_memory(2)[0] == ok
+
+
 def test_installation_checks_pass_here_and_notice_planted_faults(monkeypatch, tmp_path):
     assert preflight.check_mujoco()[0] and preflight.check_assets()[0], preflight.check_assets()
     assert preflight.check_init_states()[0]
