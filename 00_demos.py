@@ -43,7 +43,6 @@ from sim.expert import TASKS, Expert, MissedGrasp, target_places
 class Config(common.SceneConfig):
     section: ClassVar = "demos"
     n_init: Count = 20  # record from the first n init states of the group "demos"
-    demos_per_init: Count = 1  # demonstrations per init state, each with its own noise and waypoints
     demo_seed: int = 0  # of noise and waypoints; not `seed`: all training seeds share the demonstrations
     frame_every: Count = 4  # steps between two rendered observations
     action_noise: float = 0.04  # standard deviation added to the executed translation; rotation: 0.3 of it
@@ -89,11 +88,11 @@ def observation(env: TaskEnv, look: bool) -> dict[str, np.ndarray]:
         "obs/gripper_states": p["gripper_qpos"],
         "obs/joint_states": p["joint_pos"],
     }
-    if not look:
-        return row
-    images = {"agentview": "obs/agentview_rgb", "wrist": "obs/eye_in_hand_rgb"}
-    images = {name: env.frame(camera)[::-1, ::-1] for camera, name in images.items()}
-    return row | images | {"obs/image_steps": np.array(env.steps)}
+    if look:
+        row["obs/agentview_rgb"] = env.frame("agentview")[::-1, ::-1]
+        row["obs/eye_in_hand_rgb"] = env.frame("wrist")[::-1, ::-1]
+        row["obs/image_steps"] = np.array(env.steps)
+    return row
 
 
 def attempt(
@@ -127,15 +126,11 @@ def attempt(
     return "success", {key: np.stack(value) for key, value in rows.items()} | {"success_step": first_success}
 
 
-def try_until_success(
-    env: TaskEnv, init_state: int, repeat: int, cfg: Config, see=observation
-) -> tuple[list[str], dict]:
+def try_until_success(env: TaskEnv, init_state: int, cfg: Config, see=observation) -> tuple[list[str], dict]:
     """At most max_tries tries, each with other noise: their outcomes, and the arrays of a success."""
     outcomes, rows = [], {}
     while "success" not in outcomes and len(outcomes) < cfg.max_tries:
-        rng = common.np_stream(
-            cfg.demo_seed, "demo", env.suite, env.task_id, init_state, repeat, len(outcomes)
-        )
+        rng = common.np_stream(cfg.demo_seed, "demo", env.suite, env.task_id, init_state, 0, len(outcomes))
         outcome, rows = attempt(env, init_state, cfg, rng, see)
         outcomes.append(outcome)
     return outcomes, rows
@@ -190,10 +185,8 @@ def record_task(job: tuple[Config, str, int]) -> None:
         hdf5_file(task_file(*job)) as file,
     ):
         data = file.create_group("data")
-        for init_state, repeat in itertools.product(
-            common.init_states("demos", cfg.n_init), range(cfg.demos_per_init)
-        ):
-            outcomes, rows = try_until_success(env, init_state, repeat, cfg)
+        for init_state in common.init_states("demos", cfg.n_init):
+            outcomes, rows = try_until_success(env, init_state, cfg)
             success_step = rows.pop("success_step", None)
             tries.append(
                 {"outcomes": outcomes, "steps": len(rows.get("actions", ())), "success_step": success_step}
@@ -251,8 +244,10 @@ def source_file(cfg: Config, suite: str, task: int) -> Path:
     names = (suite_of(suite).get_task(task).name + ENDING, f"task_{task:02d}.hdf5")
     folders = [Path(cfg.source) / folder for folder in (suite, f"{suite}_no_noops")]
     found = [folder / name for folder in folders for name in names if (folder / name).is_file()]
-    text = f"source: {folders[0]} holds {len(found)} files {' or '.join(names)}, but one is needed"
-    refuse(len(found) != 1, text)
+    refuse(
+        len(found) != 1,
+        f"source: {folders[0]} holds {len(found)} files {' or '.join(names)}, but one is needed",
+    )
     return found[0]
 
 
@@ -283,10 +278,6 @@ def adopt(cfg: Config) -> list[dict]:
         link.parent.mkdir(exist_ok=True)
         link.unlink(missing_ok=True)
         link.symlink_to(source_file(cfg, row["suite"], row["task"]).resolve())
-    left_out = sum(row["no_ops"] for row in rows)
-    print(
-        f"[00_demos] of {sum(row['steps'] for row in rows) + left_out} steps {left_out} are no-ops, left out"
-    )
     return rows
 
 

@@ -293,9 +293,6 @@ def main(cfg: Config, run: stage.Run) -> None:
     policy, rows = backbones.load_sft(cfg) if cfg.weights == "sft" else random_policy(cfg), []
     for label, point in workers.progress(list(points(cfg, policy)), desc="profile", unit="point"):
         rows.append({"label": label} | point | measure(policy, cfg, point))
-        if abs(rows[-1]["parts_over_whole"] - 1) > 0.05:
-            share = f"{rows[-1]['parts_over_whole']:.0%}"
-            print(f"[05_profile] warning: {label}: the parts sum to {share} of the whole", flush=True)
     bounds = roofline(cfg)
     facts = {
         "device": cfg.device,

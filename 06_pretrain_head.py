@@ -513,18 +513,14 @@ def main(cfg: Config, run: stage.Run) -> dict:
 
 def show_table(cfg: Config) -> None:
     timing, rows = disk.read_json(cfg.folder / "timing.json"), disk.read_json(cfg.folder / "rows.json")
-    table = [
-        {
-            "backbone": cfg.backbone,
-            "encoder": cfg.encoder,
-            "train_seeds": [cfg.seed],
-            "command": timing["command"],
-            "commit": timing["commit"],
-            **row,
-        }
-        for row in rows
-    ]
-    disk.write_json(cfg.folder / "table.json", table)
+    about = {
+        "backbone": cfg.backbone,
+        "encoder": cfg.encoder,
+        "train_seeds": [cfg.seed],
+        "command": timing["command"],
+        "commit": timing["commit"],
+    }
+    disk.write_json(cfg.folder / "table.json", [about | row for row in rows])
     disk.write_atomic(cfg.folder / "table.md", retrieval_report(rows, cfg))
     print(retrieval_report(rows, cfg), flush=True)
 

@@ -26,9 +26,7 @@ from backbones.load import build, sizes
 from backbones.policy import DIMS, build_tokenizer
 from runtime.config import laid_over
 
-SIMULATOR_GB = 2.4  # of one LIBERO process, measured
 INSTRUCTION = "put both the alphabet soup and the tomato sauce in the basket"  # one of the longest
-SIMULATING = ("prefs", "eval", "cells")  # sections of stages whose workers each have a simulator
 
 
 def size(tensors) -> int:  # bytes
@@ -169,17 +167,13 @@ def estimate(cfg, stage: str) -> dict:
 
 
 def report(cfg, stage: str) -> None:
-    """Print the estimate of a stage, named by its section of the YAML, for --dry-run."""
+    """Print what one process of a stage takes, named by its section of the YAML, for --dry-run."""
     counts = estimate(cfg, stage)
     print(
-        f"{stage}, {cfg.backbone}, {cfg.dtype}: {counts['parameters']:,} parameters,"
+        f"{stage}, {cfg.backbone}, {cfg.dtype}, in each process: {counts['parameters']:,} parameters,"
         f" {counts['trainable']:,} of them trained"
     )
     if counts["adapted_layers"]:
         print(f"adapter in {counts['adapted_layers']} layers")
     for part, n in (counts["parts"] | {"together": sum(counts["parts"].values())}).items():
         print(f"{part:>30}  {n / 2**30:9.3f} GiB")
-    if stage in SIMULATING:
-        print(f"in each of {cfg.workers} processes, and {SIMULATOR_GB} GB of main memory for its simulator")
-    if not (getattr(cfg, "checkpoint", "") or cfg.init_from or cfg.model):  # the published shapes
-        print(f"to download: {counts['parameters'] * 2 / 1e9:.0f} GB in bfloat16, twice that in float32")

@@ -15,7 +15,6 @@ import importlib.util
 import io
 import itertools
 import json
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -42,6 +41,7 @@ NAMES = {  # what the kit needs -> what published sets call it
     "state": ("observation.state", "state"),
     "action": ("action", "actions"),
 }
+OBSERVED = ("ee_pos", "ee_ori", "gripper_states", "agentview_rgb", "eye_in_hand_rgb")  # LIBERO's names
 ERRORS = (OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
 
 
@@ -117,8 +117,8 @@ def videos(folder: Path, info: dict, key: str, episodes: dict[int, int]) -> Iter
 def pngs(folder: Path, info: dict, key: str, episodes: dict[int, int]) -> Iterator[np.ndarray]:
     """The same of a dataset with images in parquet, a few of which are in memory at a time."""
     paths = sorted(folder.glob("data/*/*.parquet"))
-    little = {"buffer_size": 2**20, "pre_buffer": False}  # else it holds whole row groups
-    files = (pq.ParquetFile(path, **little) for path in paths)
+    # in small buffers: else it holds whole row groups
+    files = (pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False) for path in paths)
     batches = (batch for file in files for batch in file.iter_batches(16, columns=["episode_index", key]))
     rows = (row for batch in batches for row in zip(*(c.to_pylist() for c in batch), strict=True))
     for number, cells in itertools.groupby(rows, itemgetter(0)):
@@ -129,8 +129,7 @@ def pngs(folder: Path, info: dict, key: str, episodes: dict[int, int]) -> Iterat
 # ------------------------------------------------------------------------------------------------------- main
 def write(folder: Path, episodes: dict, of: dict[int, str], films: list[Iterator], size: int) -> None:
     """The files of all tasks. of: episode -> file."""
-    names = ("actions", "obs/ee_pos", "obs/ee_ori", "obs/gripper_states")
-    names += ("obs/agentview_rgb", "obs/eye_in_hand_rgb")
+    names = "actions", *(f"obs/{name}" for name in OBSERVED)
     for number, *views in zip(workers.progress(of, unit="episode"), *films, strict=True):
         _, actions, state = episodes[number]
         seen, image = [view.shape for view in views], (len(actions), size, size, 3)
@@ -160,20 +159,16 @@ def convert(source: Path, target: Path, tasks: dict[str, list[str]]) -> str:
     )
     steps = {number: len(episodes[number][1]) for number in of}
     size = max(info["features"][columns["agentview"]]["shape"])
-    need, free = 6 * size**2 * sum(steps.values()), shutil.disk_usage(target.parent).free
-    refuse(
-        need > free,
-        f"{target} will take {need / 1e9:.1f} GB, but {free / 1e9:.1f} are free; name fewer suites",
-    )
     videos_of = {key: info["features"][key]["dtype"] == "video" for key in map(columns.get, common.CAMERAS)}
     films = [(videos if video else pngs)(source, info, key, steps) for key, video in videos_of.items()]
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
         write(Path(temporary, "whole"), episodes, of, films, size)
         Path(temporary, "whole").rename(target)
-    suites = sorted({file.partition("/")[0] for file in of.values()})
-    made = f"{len(of)} episodes of {len({*of.values()})} tasks are in {target}. Next:"
-    adopt = f"demos.source={target} suites=[{','.join(suites)}] image_size={size}"
-    return f"{made}\npython 00_demos.py CONFIG {adopt}"
+    suites = ",".join(sorted({file.partition("/")[0] for file in of.values()}))
+    return (
+        f"{len(of)} episodes of {len({*of.values()})} tasks are in {target}. Next:\n"
+        f"python 00_demos.py CONFIG demos.source={target} suites=[{suites}] image_size={size}"
+    )
 
 
 def main(source: str = "", target: str = "", *suites: str) -> None:

@@ -36,8 +36,10 @@ def opened(path: Path) -> Iterator[h5py.File]:
         with h5py.File(path, "r") as file:
             yield file
     except H5PY_ERRORS as error:
-        why = f"not a complete LIBERO HDF5 file ({one_line(error)})"
-        raise UserError(f"{path} is {why}; get it again, or record it with 00_demos.py") from error
+        raise UserError(
+            f"{path} is not a complete LIBERO HDF5 file ({one_line(error)}); "
+            "get it again, or record it with 00_demos.py"
+        ) from error
 
 
 @dataclass
@@ -103,10 +105,16 @@ def acting(actions: np.ndarray) -> np.ndarray:
     return np.flatnonzero(acts & np.logical_or.accumulate(moves))  # nothing before the first movement
 
 
+def check_finite(whose: str, *arrays: np.ndarray) -> None:
+    refuse(
+        not all(np.isfinite(array).all() for array in arrays),
+        f"{whose} values that are not finite; get it again, or record it with 00_demos.py",
+    )
+
+
 def check_meaning(whose: str, actions: np.ndarray, state: np.ndarray) -> None:
     """UserError unless all is finite and the actions are LIBERO's: in [-1, 1], of the gripper -1 to open."""
-    finite = np.isfinite(actions).all() and np.isfinite(state).all()
-    refuse(not finite, f"{whose} values that are not finite; get it again, or record it with 00_demos.py")
+    check_finite(whose, actions, state)
     refuse(
         np.abs(actions).max() > 1 + 1e-6, f"{whose} actions beyond [-1, 1], LIBERO's range: scale them back"
     )
@@ -146,10 +154,7 @@ def read_demos(path: Path, task: int) -> Iterator[Demo]:
             steps = obs["image_steps"][()] if "image_steps" in obs else np.arange(len(actions))
             images = [obs[key] for key in ("agentview_rgb", "eye_in_hand_rgb")]
             size, bad = images[0].shape[1], f"{path}: {name} has"
-            finite = np.isfinite(actions).all() and np.isfinite(state).all()
-            refuse(
-                not finite, f"{bad} values that are not finite; get it again, or record it with 00_demos.py"
-            )
+            check_finite(bad, actions, state)
             image = (len(steps), size, size, 3)
             as_usual = (
                 (actions.shape[1:], state.shape) == ((7,), (len(actions), 8))
@@ -193,9 +198,11 @@ def demonstrations(cfg, holdout: int) -> Iterator[tuple[str, bool, Demo]]:
         for path in paths:
             demos = list(read_demos(path, int(path.stem.rpartition("_")[2])))
             for demo in demos:
-                text = f"{path}: demo_{demo.number} starts from init state {demo.init_state}"
-                kept = demo.init_state not in (-1, *INIT_GROUPS["demos"])
-                refuse(kept, f"{text}, which is kept for another purpose")
+                refuse(
+                    demo.init_state not in (-1, *INIT_GROUPS["demos"]),
+                    f"{path}: demo_{demo.number} starts from init state {demo.init_state}, "
+                    "which is kept for another purpose",
+                )
             starts = [d.init_state if d.init_state >= 0 else d.number for d in demos]
             distinct = sorted(set(starts))
             held = distinct[len(distinct) - holdout :] if len(distinct) > holdout else []

@@ -108,8 +108,7 @@ class Expert:
         """
         kind, now = self.model.joint(joint), self.data.joint(joint)
         points = self.body_points(kind.bodyid)
-        arm = points.mean(0) - now.xanchor
-        out = -now.xaxis if kind.type == SLIDE else -np.cross(now.xaxis, arm)
+        out = -now.xaxis if kind.type == SLIDE else -np.cross(now.xaxis, points.mean(0) - now.xanchor)
         out = out / np.linalg.norm(out)
         bar = points[points @ out > (points @ out).max() - 0.016]
         return (bar.max(0) + bar.min(0)) / 2, out
@@ -124,8 +123,8 @@ class Expert:
         opening = opening - approach * (opening @ approach)
         opening = opening / np.linalg.norm(opening)
         both = [np.stack([side, np.cross(approach, side), approach], axis=1) for side in (opening, -opening)]
-        present_and_first = (self.rotation, TOP_DOWN)
-        return min(both, key=lambda to: sum(np.linalg.norm(turn_between(a, to)) for a in present_and_first))
+        now = self.rotation
+        return min(both, key=lambda to: sum(np.linalg.norm(turn_between(a, to)) for a in (now, TOP_DOWN)))
 
     def towards(self, position, rotation, gripper: float, speed: float = 1.0) -> np.ndarray:
         """The next action (7,) on the way to a pose.
@@ -361,8 +360,8 @@ def seize(e: Expert, bar, out, opening, tilt: float, past: float) -> Generator[n
     """
     approach = leaning(tilt, out)
     rotation = e.facing(approach, opening)
-    high = bar - 0.10 * approach + 0.03 * out + 0.10 * UP
-    yield from move_to(e, high + e.jitter(), rotation, GRIPPER_OPEN, 0.05, 0.5)
+    high = bar - 0.10 * approach + 0.03 * out + 0.10 * UP + e.jitter()
+    yield from move_to(e, high, rotation, GRIPPER_OPEN, 0.05, 0.5)
     yield from move_to(e, bar - 0.09 * approach, rotation, GRIPPER_OPEN, 0.015, 0.12)
     yield from move_to(e, bar + past * approach, rotation, GRIPPER_OPEN, 0.007, 0.15, speed=0.6, patience=30)
     yield from grip(e, bar + past * approach, rotation)
