@@ -149,7 +149,6 @@ def file_attributes(env: TaskEnv) -> dict[str, str]:
     """The attributes of LIBERO's `data` group, the language as LIBERO's evaluations have it."""
     names = {"env_name": type(env.env).__name__, "problem_name": env.env.parsed_problem["problem_name"]}
     bddl = "/".join(["libero/libero/bddl_files", *Path(env.env.bddl_file_name).parts[-2:]])
-    info = {"domain_name": "robosuite", "language_instruction": env.instruction} | names
     kwargs = {
         "robots": ["Panda"],
         "controller": "OSC_POSE",
@@ -161,7 +160,9 @@ def file_attributes(env: TaskEnv) -> dict[str, str]:
         "macros_image_convention": "opengl",
         "env_name": names["env_name"],
         "bddl_file_name": bddl,
-        "problem_info": json.dumps(info),
+        "problem_info": json.dumps(
+            {"domain_name": "robosuite", "language_instruction": env.instruction} | names
+        ),
         "env_args": json.dumps({"type": 1, "bddl_file": bddl, "env_kwargs": kwargs} | names),
     }
 

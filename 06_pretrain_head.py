@@ -74,8 +74,13 @@ class Config(common.SceneConfig, common.StartConfig):
 
     @property
     def folder(self) -> Path:
-        at = "" if self.start == "final" else f"-at{self.start}"
-        return self.seed_dir / f"head{at}{'-random' if self.encoder == 'random' else ''}"
+        return self.seed_dir / "".join(
+            [
+                "head",
+                "" if self.start == "final" else f"-at{self.start}",
+                "" if self.encoder == "sft" else "-random",
+            ]
+        )
 
     def inputs(self) -> list[Path]:
         refuse(

@@ -95,8 +95,9 @@ def clip(path: Path, start: float, steps: int, fps: float) -> np.ndarray:
     """The frames (steps, S, S, 3) of a video from `start` seconds on."""
     with av.open(str(path)) as video:
         video.seek(int(start * av.time_base))  # to a key frame at or before it
-        end = start + (steps - 0.5) / fps
-        shown = itertools.takewhile(lambda frame: frame.time < end, video.decode(video=0))
+        shown = itertools.takewhile(
+            lambda frame: frame.time < start + (steps - 0.5) / fps, video.decode(video=0)
+        )
         frames = {round((frame.time - start) * fps): frame.to_ndarray(format="rgb24") for frame in shown}
     refuse(set(range(steps)) - set(frames), f"{path} lacks frames from {start:.2f} s on; download it again")
     return np.stack([frames[step] for step in range(steps)])
@@ -104,10 +105,12 @@ def clip(path: Path, start: float, steps: int, fps: float) -> np.ndarray:
 
 def videos(folder: Path, info: dict, key: str, episodes: dict[int, int]) -> Iterator[np.ndarray]:
     """The frames (T, S, S, 3) of a camera, episode by episode. episodes: number -> T."""
-    names, where = [f"videos/{key}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")], {}
-    for path in folder.glob("meta/episodes/*/*.parquet"):  # v3.0; older formats keep one file per episode
-        rows = pq.read_table(path, columns=["episode_index", *names]).to_pylist()
-        where |= {row["episode_index"]: [row[name] for name in names] for row in rows}
+    names = [f"videos/{key}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")]
+    where = {  # in v3.0; older formats keep one file per episode
+        row["episode_index"]: [row[name] for name in names]
+        for path in folder.glob("meta/episodes/*/*.parquet")
+        for row in pq.read_table(path, columns=["episode_index", *names]).to_pylist()
+    }
     for number, steps in episodes.items():
         chunk, file, start = where.get(number, (number // info["chunks_size"], number, 0.0))
         its = {"chunk_index": chunk, "file_index": file, "episode_chunk": chunk, "episode_index": number}

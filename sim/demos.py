@@ -148,7 +148,6 @@ def read_demos(path: Path, task: int) -> Iterator[Demo]:
             instruction = text if isinstance(text, str) else " ".join(text)
         for name in sorted(data, key=lambda n: int(n.rpartition("_")[2])):
             number, group = int(name.rpartition("_")[2]), data[name]
-            init_state = int(group.attrs.get("init_state_id", -1))
             obs, actions = group["obs"], group["actions"][()].astype(np.float32)
             state = np.concatenate([obs[k][()] for k in ("ee_pos", "ee_ori", "gripper_states")], axis=1)
             steps = obs["image_steps"][()] if "image_steps" in obs else np.arange(len(actions))
@@ -177,7 +176,19 @@ def read_demos(path: Path, task: int) -> Iterator[Demo]:
             check_meaning(bad, actions, state)
             films = [Film(path, i.name, rows, size) for i in images]
             places = np.asarray(group.attrs.get("target_places", np.full((2, 3), np.nan)), np.float32)
-            yield Demo(task, number, init_state, instruction, actions, state, steps, *films, places, no_ops)
+            yield Demo(
+                task=task,
+                number=number,
+                init_state=int(group.attrs.get("init_state_id", -1)),
+                instruction=instruction,
+                actions=actions,
+                state=state,
+                image_steps=steps,
+                agentview=films[0],
+                wrist=films[1],
+                places=places,
+                no_ops=no_ops,
+            )
 
 
 def demonstrations(cfg, holdout: int) -> Iterator[tuple[str, bool, Demo]]:

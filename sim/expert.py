@@ -123,8 +123,8 @@ class Expert:
         opening = opening - approach * (opening @ approach)
         opening = opening / np.linalg.norm(opening)
         both = [np.stack([side, np.cross(approach, side), approach], axis=1) for side in (opening, -opening)]
-        now = self.rotation
-        return min(both, key=lambda to: sum(np.linalg.norm(turn_between(a, to)) for a in (now, TOP_DOWN)))
+        present_and_first = (self.rotation, TOP_DOWN)
+        return min(both, key=lambda to: sum(np.linalg.norm(turn_between(a, to)) for a in present_and_first))
 
     def towards(self, position, rotation, gripper: float, speed: float = 1.0) -> np.ndarray:
         """The next action (7,) on the way to a pose.
@@ -184,8 +184,8 @@ def grasp_from_above(e: Expert, position, rotation, above=0.08) -> Actions:
 
 def pick_top(e: Expert, target: str, depth=0.024, yaws=YAWS, lift=0.06, above=0.08) -> Actions:
     """Grasp an object from above and lift it. `above` must clear what stands around it."""
-    position, rotation = top_grasp(e.points(target), e.obstacles(target), depth, yaws)
-    yield from take(e, target, position, rotation, lift, above=above)
+    pose = top_grasp(e.points(target), e.obstacles(target), depth, yaws)
+    yield from take(e, target, *pose, lift, above=above)
 
 
 def pick_rim(
@@ -360,8 +360,8 @@ def seize(e: Expert, bar, out, opening, tilt: float, past: float) -> Generator[n
     """
     approach = leaning(tilt, out)
     rotation = e.facing(approach, opening)
-    high = bar - 0.10 * approach + 0.03 * out + 0.10 * UP + e.jitter()
-    yield from move_to(e, high, rotation, GRIPPER_OPEN, 0.05, 0.5)
+    high = bar - 0.10 * approach + 0.03 * out + 0.10 * UP
+    yield from move_to(e, high + e.jitter(), rotation, GRIPPER_OPEN, 0.05, 0.5)
     yield from move_to(e, bar - 0.09 * approach, rotation, GRIPPER_OPEN, 0.015, 0.12)
     yield from move_to(e, bar + past * approach, rotation, GRIPPER_OPEN, 0.007, 0.15, speed=0.6, patience=30)
     yield from grip(e, bar + past * approach, rotation)

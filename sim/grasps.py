@@ -60,8 +60,14 @@ def top_grasp(points, obstacles, depth: float, yaws=YAWS) -> tuple[np.ndarray, n
             along = (v.max() + v.min()) / 2 + shift * half_length
             point = opening * (u.max() + u.min()) / 2 + across * along + UP * height
             hits = collisions(obstacles, point, opening)
-            cost = width + 10 * (width > MAX_OPENING) + (hits > 0) + 0.001 * hits
-            cost = cost + 0.01 * abs(yaw) + 0.02 * abs(shift)
+            cost = (
+                width
+                + 10 * (width > MAX_OPENING)
+                + (hits > 0)
+                + 0.001 * hits
+                + 0.01 * abs(yaw)
+                + 0.02 * abs(shift)
+            )
             if cost < best:
                 best, position, turn = cost, point, yaw
     return position, Rotation.from_rotvec(turn * UP).as_matrix() @ TOP_DOWN

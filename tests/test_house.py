@@ -143,8 +143,8 @@ def default_run() -> set[Path]:
 def test_size(capsys):
     product, default = statements(PRODUCT), statements(default_run())
     with capsys.disabled():
-        print(f"\nstatements: product {product} (at most 7090), default run {default} (at most 4800)")
-    assert product <= 7090 and default <= 4800
+        print(f"\nstatements: product {product} (at most 6857), default run {default} (at most 4800)")
+    assert product <= 6857 and default <= 4800
 
 
 def test_common_is_small():
