@@ -33,8 +33,8 @@ import h5py
 import numpy as np
 
 import common
-from runtime import Count, Place, UserError, disk, one_line, refuse, stage, workers
-from sim.demos import ENDING, H5PY_ERRORS, read_demos
+from runtime import Count, Place, disk, refuse, stage, workers
+from sim.demos import ENDING, read_demos
 from sim.env import CRASHES, TaskEnv, instruction, suite_of, tasks
 from sim.expert import TASKS, Expert, MissedGrasp, target_places
 
@@ -43,7 +43,6 @@ from sim.expert import TASKS, Expert, MissedGrasp, target_places
 class Config(common.SceneConfig):
     section: ClassVar = "demos"
     n_init: Count = 20  # record from the first n init states of the group "demos"
-    demos_per_init: Count = 1  # demonstrations per init state, each with its own noise and waypoints
     demo_seed: int = 0  # of noise and waypoints; not `seed`: all training seeds share the demonstrations
     frame_every: Count = 4  # steps between two rendered observations
     action_noise: float = 0.04  # standard deviation added to the executed translation; rotation: 0.3 of it
@@ -89,11 +88,11 @@ def observation(env: TaskEnv, look: bool) -> dict[str, np.ndarray]:
         "obs/gripper_states": p["gripper_qpos"],
         "obs/joint_states": p["joint_pos"],
     }
-    if not look:
-        return row
-    images = {"agentview": "obs/agentview_rgb", "wrist": "obs/eye_in_hand_rgb"}
-    images = {name: env.frame(camera)[::-1, ::-1] for camera, name in images.items()}
-    return row | images | {"obs/image_steps": np.array(env.steps)}
+    if look:
+        row["obs/agentview_rgb"] = env.frame("agentview")[::-1, ::-1]
+        row["obs/eye_in_hand_rgb"] = env.frame("wrist")[::-1, ::-1]
+        row["obs/image_steps"] = np.array(env.steps)
+    return row
 
 
 def attempt(
@@ -127,15 +126,11 @@ def attempt(
     return "success", {key: np.stack(value) for key, value in rows.items()} | {"success_step": first_success}
 
 
-def try_until_success(
-    env: TaskEnv, init_state: int, repeat: int, cfg: Config, see=observation
-) -> tuple[list[str], dict]:
+def try_until_success(env: TaskEnv, init_state: int, cfg: Config, see=observation) -> tuple[list[str], dict]:
     """At most max_tries tries, each with other noise: their outcomes, and the arrays of a success."""
     outcomes, rows = [], {}
     while "success" not in outcomes and len(outcomes) < cfg.max_tries:
-        rng = common.np_stream(
-            cfg.demo_seed, "demo", env.suite, env.task_id, init_state, repeat, len(outcomes)
-        )
+        rng = common.np_stream(cfg.demo_seed, "demo", env.suite, env.task_id, init_state, 0, len(outcomes))
         outcome, rows = attempt(env, init_state, cfg, rng, see)
         outcomes.append(outcome)
     return outcomes, rows
@@ -150,29 +145,10 @@ def hdf5_file(path: Path) -> Iterator[h5py.File]:
     disk.write_atomic(path, content.getvalue())
 
 
-def record_demo(env: TaskEnv, init_state: int, repeat: int, cfg: Config, path: Path) -> None:
-    """Write one demonstration, or why there is none, as an HDF5 file of its own."""
-    outcomes, rows = try_until_success(env, init_state, repeat, cfg)
-    success_step = rows.pop("success_step", None)
-    steps = len(rows.get("actions", ()))
-    summary = {"outcomes": outcomes, "steps": steps, "success_step": success_step}
-    with hdf5_file(path) as file:
-        file.attrs.update(file_attributes(env) | {"summary": json.dumps(summary)})
-        if rows:
-            demo = file.create_group("demo")
-            demo.attrs.update({"num_samples": steps, "init_state": rows["states"][0]})
-            demo.attrs.update({"init_state_id": init_state, "success_step": success_step})  # not in LIBERO's
-            demo.attrs["target_places"] = target_places(env, init_state)  # the same
-            last = (np.arange(steps) == steps - 1).astype(np.uint8)
-            for key, value in (rows | {"rewards": last, "dones": last}).items():
-                demo.create_dataset(key, data=value, compression="gzip" if value.dtype == np.uint8 else None)
-
-
 def file_attributes(env: TaskEnv) -> dict[str, str]:
     """The attributes of LIBERO's `data` group, the language as LIBERO's evaluations have it."""
     names = {"env_name": type(env.env).__name__, "problem_name": env.env.parsed_problem["problem_name"]}
     bddl = "/".join(["libero/libero/bddl_files", *Path(env.env.bddl_file_name).parts[-2:]])
-    info = {"domain_name": "robosuite", "language_instruction": env.instruction} | names
     kwargs = {
         "robots": ["Panda"],
         "controller": "OSC_POSE",
@@ -184,64 +160,68 @@ def file_attributes(env: TaskEnv) -> dict[str, str]:
         "macros_image_convention": "opengl",
         "env_name": names["env_name"],
         "bddl_file_name": bddl,
-        "problem_info": json.dumps(info),
+        "problem_info": json.dumps(
+            {"domain_name": "robosuite", "language_instruction": env.instruction} | names
+        ),
         "env_args": json.dumps({"type": 1, "bddl_file": bddl, "env_kwargs": kwargs} | names),
     }
 
 
-def part_files(cfg: Config, suite: str, task: int) -> list[tuple[int, int, Path]]:
-    """(init state, repeat, file) of each demonstration of a task, before they are merged."""
-    folder = cfg.data_dir / "parts" / suite / f"task_{task:02d}"
-    attempts = itertools.product(common.init_states("demos", cfg.n_init), range(cfg.demos_per_init))
-    return [(init, repeat, folder / f"{init:02d}-{repeat:02d}.hdf5") for init, repeat in attempts]
+def task_file(cfg: Config, suite: str, task: int) -> Path:
+    return cfg.data_dir / suite / f"task_{task:02d}.hdf5"
+
+
+def tries_file(cfg: Config, suite: str, task: int) -> Path:
+    return cfg.data_dir / "tries" / f"{suite}-{task}.json"
 
 
 def record_task(job: tuple[Config, str, int]) -> None:
-    """Worker: record the demonstrations of one task that are not on disk yet."""
+    """Worker: record the demonstrations of one task into a file, and beside it what became of every try."""
     cfg, suite, task = job
-    missing = [part for part in part_files(cfg, suite, task) if not part[2].is_file()]
-    if missing:
-        missing[0][2].parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.closing(TaskEnv(suite, task, cfg.image_size, cfg.render)) as env:
-            for init_state, repeat, path in missing:
-                record_demo(env, init_state, repeat, cfg, path)
-
-
-def merge(parts: list[Path], path: Path) -> list[dict]:
-    """One file per task from those of its demonstrations; returns the summary of each."""
-    summaries = []
-    with hdf5_file(path) as file:
+    if task_file(*job).is_file():
+        return
+    tries = []
+    with (
+        contextlib.closing(TaskEnv(suite, task, cfg.image_size, cfg.render)) as env,
+        hdf5_file(task_file(*job)) as file,
+    ):
         data = file.create_group("data")
-        for part in parts:
-            try:
-                with h5py.File(part, "r") as source:
-                    summaries.append(json.loads(source.attrs["summary"]))
-                    data.attrs.update({key: value for key, value in source.attrs.items() if key != "summary"})
-                    if "demo" in source:
-                        source.copy("demo", data, name=f"demo_{len(data)}")
-            except H5PY_ERRORS as error:
-                why = f"{part} is damaged ({one_line(error)})"
-                raise UserError(f"{why}; remove it and run the stage again") from error
-        data.attrs["num_demos"] = len(data)
-        data.attrs["total"] = sum(int(demo.attrs["num_samples"]) for demo in data.values())
-    return summaries
+        for init_state in common.init_states("demos", cfg.n_init):
+            outcomes, rows = try_until_success(env, init_state, cfg)
+            success_step = rows.pop("success_step", None)
+            tries.append(
+                {"outcomes": outcomes, "steps": len(rows.get("actions", ())), "success_step": success_step}
+            )
+            if rows:
+                demo = data.create_group(f"demo_{len(data)}")
+                write_demo(demo, rows)
+                demo.attrs.update({"init_state_id": init_state, "success_step": success_step})  # not LIBERO's
+                demo.attrs["target_places"] = target_places(env, init_state)  # the same
+        total = sum(summary["steps"] for summary in tries)
+        data.attrs.update(file_attributes(env) | {"num_demos": len(data), "total": total})
+        disk.write_json(tries_file(*job), tries)  # first: a task whose file is there is done
+
+
+def write_demo(demo: h5py.Group, rows: dict[str, np.ndarray]) -> None:
+    """Arrays by dataset name, and what LIBERO's files say of them."""
+    steps = len(rows["actions"])
+    demo.attrs.update({"num_samples": steps, "init_state": rows["states"][0]})
+    last = (np.arange(steps) == steps - 1).astype(np.uint8)
+    for key, value in (rows | {"rewards": last, "dones": last}).items():
+        demo.create_dataset(key, data=value, compression="gzip" if value.dtype == np.uint8 else None)
 
 
 # ------------------------------------------------------------------------------------------------------- main
 def record(cfg: Config) -> list[dict]:
-    """Record all tasks in `workers` processes, one file per demonstration; merge them into one per task."""
+    """Record all tasks in `workers` processes; returns what became of the demonstrations of each."""
     jobs = [(cfg, suite, task) for suite, task in tasks(cfg)]
-    parts = {job[1:]: [path for *_, path in part_files(*job)] for job in jobs}
-    every = list(itertools.chain.from_iterable(parts.values()))
-    workers.run(
-        record_task, jobs, cfg.workers, "demos", lambda: sum(path.is_file() for path in every), len(every)
-    )
-    for suite in cfg.suites:
-        (cfg.data_dir / suite).mkdir(exist_ok=True)
+    files = [task_file(*job) for job in jobs]
+    for folder in (cfg.data_dir / "tries", *(cfg.data_dir / suite for suite in cfg.suites)):
+        folder.mkdir(exist_ok=True)
+    workers.run(record_task, jobs, cfg.workers, "demos", lambda: sum(map(Path.is_file, files)), len(files))
     return [
-        {"suite": suite, "task": task}
-        | statistics(merge(paths, cfg.data_dir / suite / f"task_{task:02d}.hdf5"))
-        for (suite, task), paths in parts.items()
+        {"suite": suite, "task": task} | statistics(disk.read_json(tries_file(cfg, suite, task)))
+        for _, suite, task in jobs
     ]
 
 
@@ -265,8 +245,10 @@ def source_file(cfg: Config, suite: str, task: int) -> Path:
     names = (suite_of(suite).get_task(task).name + ENDING, f"task_{task:02d}.hdf5")
     folders = [Path(cfg.source) / folder for folder in (suite, f"{suite}_no_noops")]
     found = [folder / name for folder in folders for name in names if (folder / name).is_file()]
-    text = f"source: {folders[0]} holds {len(found)} files {' or '.join(names)}, but one is needed"
-    refuse(len(found) != 1, text)
+    refuse(
+        len(found) != 1,
+        f"source: {folders[0]} holds {len(found)} files {' or '.join(names)}, but one is needed",
+    )
     return found[0]
 
 
@@ -293,14 +275,10 @@ def adopt(cfg: Config) -> list[dict]:
     """Link the files of `source` to where later stages look."""
     rows = adopted(cfg)
     for row in rows:
-        link = cfg.data_dir / row["suite"] / f"task_{row['task']:02d}.hdf5"
+        link = task_file(cfg, row["suite"], row["task"])
         link.parent.mkdir(exist_ok=True)
         link.unlink(missing_ok=True)
         link.symlink_to(source_file(cfg, row["suite"], row["task"]).resolve())
-    left_out = sum(row["no_ops"] for row in rows)
-    print(
-        f"[00_demos] of {sum(row['steps'] for row in rows) + left_out} steps {left_out} are no-ops, left out"
-    )
     return rows
 
 
@@ -308,7 +286,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
     if not (run.dir / "demos.json").is_file():  # written when every task's file is there
         rows = adopt(cfg) if cfg.source else record(cfg)
         disk.write_atomic(run.dir / "demos.json", json.dumps(rows, indent=1) + "\n")  # columns in this order
-    shutil.rmtree(run.dir / "parts", ignore_errors=True)
+    shutil.rmtree(run.dir / "tries", ignore_errors=True)
     rows = disk.read_json(run.dir / "demos.json")
     for line in [rows[0], *(row.values() for row in rows)]:
         print("  ".join(f"{cell:>12}" for cell in line))

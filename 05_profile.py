@@ -33,10 +33,12 @@ from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 import backbones
 import common
-from backbones import cost, memory
+from backbones import memory
 from report import latency
 from runtime import Count, disk, stage, workers
 
@@ -231,6 +233,22 @@ def measure(policy, cfg: Config, point: dict, now: Callable[[], float] = time.pr
 
 
 # --------------------------------------------------------------------------------------------------- roofline
+class Work(TorchFunctionMode):
+    """Counts operations of linear layers and attention, and the bytes of weights that they read."""
+
+    flops = bytes = 0
+
+    def __torch_function__(self, function, types, arguments=(), kwargs=None):
+        if function is F.linear:
+            x, weight = arguments[:2]
+            self.flops += 2 * x.numel() * weight.shape[0]
+            self.bytes += weight.numel() * weight.element_size()
+        if function is F.scaled_dot_product_attention:
+            q, k = arguments[:2]
+            self.flops += 4 * q.numel() * k.shape[-2]  # scores, then the sum of the values
+        return function(*arguments, **(kwargs or {}))
+
+
 def roofline(cfg: Config) -> dict:
     """Operations, bytes and least milliseconds of the published size on each GPU: bfloat16, one observation.
 
@@ -245,11 +263,11 @@ def roofline(cfg: Config) -> dict:
     noise = policy.noise(1, torch.Generator()).to("meta")
     passes = cfg.denoise_steps if policy.backbone == "pi05" else policy.horizon * policy.action_dim
     with torch.no_grad():
-        with cost.Work() as images:
+        with Work() as images:
             embedded = policy.embed(obs)
-        with cost.Work() as language:
+        with Work() as language:
             prefix = policy.encode(embedded)
-        with cost.Work() as actions:
+        with Work() as actions:
             policy.sample_actions(prefix, noise, cfg.denoise_steps)
     actions.bytes += passes * memory.size([prefix.keys, prefix.values])
     work, gpus = {"images": images, "prefix": language, "actions": actions}, {}
@@ -275,9 +293,6 @@ def main(cfg: Config, run: stage.Run) -> None:
     policy, rows = backbones.load_sft(cfg) if cfg.weights == "sft" else random_policy(cfg), []
     for label, point in workers.progress(list(points(cfg, policy)), desc="profile", unit="point"):
         rows.append({"label": label} | point | measure(policy, cfg, point))
-        if abs(rows[-1]["parts_over_whole"] - 1) > 0.05:
-            share = f"{rows[-1]['parts_over_whole']:.0%}"
-            print(f"[05_profile] warning: {label}: the parts sum to {share} of the whole", flush=True)
     bounds = roofline(cfg)
     facts = {
         "device": cfg.device,

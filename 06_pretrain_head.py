@@ -25,7 +25,6 @@ They are compared with the head before training, the tower's features, 8 x 8 pix
 chance. In "held-out tasks" only the head is new to the task: 01 trained the tower on it, unless
 encoder=random.
 
-With torchrun every process encodes all images, and takes its rows of every batch.
 Differs from the paper: the pooling; the tower is the SFT policy's; the anchors come from the demonstrations.
 The paper's frames are LIBERO's, one per step. Here the partner is the recorded image nearest to t + 5: that
 of t + 4 where every 4th step has one. Left out: augmentation, queues of negatives, approximate search.
@@ -48,7 +47,7 @@ import common
 from backbones.layers import siglip_features
 from report import stats
 from report.head import plot_losses, retrieval_report
-from runtime import Count, UserError, disk, ranks, refuse, stage, workers
+from runtime import Count, disk, refuse, stage, workers
 from sim.demos import demonstrations
 
 ANCHORS = 30  # of an episode, evenly spaced
@@ -64,7 +63,6 @@ VARIANTS = {"paper": (False, False), "masked": (True, False), "corrected": (True
 @dataclass
 class Config(common.SceneConfig, common.StartConfig):
     section: ClassVar = "head"
-    by_torchrun: ClassVar = True
     threads: ClassVar = 1
     encoder: Literal["sft", "random"] = "sft"  # random: a control, the tower's weights shuffled
     gap: Count = 5  # steps from an anchor to its temporal partner
@@ -74,8 +72,15 @@ class Config(common.SceneConfig, common.StartConfig):
     batch_size: Annotated[int, 2] = 128  # anchors
     log_every: Count = 10
 
-    at = property(lambda self: "" if self.start == "final" else f"-at{self.start}")
-    folder = property(lambda self: self.seed_dir / f"head{self.at}{'-random' * (self.encoder == 'random')}")
+    @property
+    def folder(self) -> Path:
+        return self.seed_dir / "".join(
+            [
+                "head",
+                "" if self.start == "final" else f"-at{self.start}",
+                "" if self.encoder == "sft" else "-random",
+            ]
+        )
 
     def inputs(self) -> list[Path]:
         refuse(
@@ -109,14 +114,11 @@ class Head(nn.Module):
         return self
 
 
-def info_nce(
-    a: Tensor, b: Tensor, temperature: float, negatives: Tensor | None = None, rows: Tensor | None = None
-) -> Tensor:
+def info_nce(a: Tensor, b: Tensor, temperature: float, negatives: Tensor | None = None) -> Tensor:
     """Symmetric InfoNCE: a[i] (B, D) has to find b[i] among all of b, and b[i] a[i] among all of a.
 
     arXiv 1807.03748, in both directions as CLIP's. Guessing gives log(B).
     negatives: (B, B), True where b[j] may be a negative of a[i]; None: everywhere.
-    rows: the loss is the mean over these alone (a process's share); every row stays a candidate.
     """
     logits = a @ b.T / temperature  # (B, B), the positives on the diagonal
     if negatives is not None:
@@ -124,7 +126,7 @@ def info_nce(
             ~(negatives | torch.eye(len(a), dtype=torch.bool, device=a.device)), -torch.inf
         )
     log_p = logits.log_softmax(1).diagonal() + logits.log_softmax(0).diagonal()  # (B,)
-    return -(log_p if rows is None else log_p[rows]).mean() / 2
+    return -log_p.mean() / 2
 
 
 # --------------------------------------------------------------------------------------------------- features
@@ -132,10 +134,9 @@ def tower_of(policy) -> nn.Module:
     """The SigLIP tower of either backbone."""
     from transformers import SiglipVisionModel
 
-    for module in policy.modules():
-        if isinstance(module, SiglipVisionModel):
-            return module
-    raise UserError("the policy has no SigLIP tower; put siglip into model.towers")
+    towers = [module for module in policy.modules() if isinstance(module, SiglipVisionModel)]
+    refuse(not towers, "the policy has no SigLIP tower; put siglip into model.towers")
+    return towers[0]
 
 
 def pooled(policy, images: Tensor) -> Tensor:
@@ -254,11 +255,11 @@ def splits(frames: Frames) -> dict[str, np.ndarray]:
 def fresh_head(frames: Frames, cfg: Config) -> Head:
     with torch.random.fork_rng():
         torch.manual_seed(cfg.seed)
-        return Head(frames.agentview.shape[1])
+        return Head(frames.agentview.shape[1]).to(cfg.device)
 
 
 def loss_terms(head: Head, views: dict, frames: Frames, index: np.ndarray, masked: bool) -> dict[str, Tensor]:
-    """Both terms of the loss on the anchors of `index` (B,), each a mean over this process's rows.
+    """Both terms of the loss on the anchors of `index` (B,).
 
     views: camera -> what the head is shown of each frame (N, W).
     """
@@ -269,10 +270,9 @@ def loss_terms(head: Head, views: dict, frames: Frames, index: np.ndarray, maske
     step, episode = frames.step[at], frames.episode[at]
     far = (abs(step[:, None] - step) > MASK) | (episode[:, None] != episode)
     negatives = torch.from_numpy(far).to(now.device) if masked else None
-    rows = ranks.share(torch.arange(len(index)))
     return {
-        "views": info_nce(now, wrist, TEMPERATURE, negatives, rows),
-        "temporal": info_nce(now, then, TEMPERATURE, negatives, rows),
+        "views": info_nce(now, wrist, TEMPERATURE, negatives),
+        "temporal": info_nce(now, then, TEMPERATURE, negatives),
     }
 
 
@@ -283,12 +283,11 @@ def train(frames: Frames, on: np.ndarray, split: str, variant: str, cfg: Config)
     if standardised:  # each dimension, over these anchors and both cameras
         x = np.concatenate([frames.agentview[frames.anchors[on]], frames.wrist[frames.anchors[on]]])
         mean, spread = torch.from_numpy(x).mean(0), torch.from_numpy(x).std(0) + 1e-6
-    device = ranks.place(cfg.device)
     views = {
-        "agentview": ((torch.from_numpy(frames.agentview) - mean) / spread).to(device),
-        "wrist": ((torch.from_numpy(frames.wrist) - mean) / spread).to(device),
+        "agentview": ((torch.from_numpy(frames.agentview) - mean) / spread).to(cfg.device),
+        "wrist": ((torch.from_numpy(frames.wrist) - mean) / spread).to(cfg.device),
     }
-    head = fresh_head(frames, cfg).to(device)
+    head = fresh_head(frames, cfg)
     optimizer = torch.optim.AdamW(head.parameters(), lr=3e-4, weight_decay=0.01)
     steps = max(1, cfg.epochs * len(on) // cfg.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -304,7 +303,6 @@ def train(frames: Frames, on: np.ndarray, split: str, variant: str, cfg: Config)
 
         # 2. one step of the optimiser
         ((1 - TEMPORAL) * terms["views"] + TEMPORAL * terms["temporal"]).backward()
-        ranks.average_gradients(head.parameters())
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
@@ -318,37 +316,26 @@ def train(frames: Frames, on: np.ndarray, split: str, variant: str, cfg: Config)
                 for key in terms
                 if batches
             }
-            logged.append(ranks.mean(row) | {"trained_on": split, "variant": variant, "step": step + 1})
+            logged.append(row | {"trained_on": split, "variant": variant, "step": step + 1})
     return head.cpu().fold_in(mean, spread), logged
 
 
-def train_all(frames: Frames, cfg: Config, run: stage.Run) -> dict[tuple[str, str], Head]:
-    """A head for every split and variant. Those that an earlier run has trained are read."""
-    heads, metrics = {}, run.dir / "metrics.jsonl"
+def train_all(frames: Frames, cfg: Config, folder: Path) -> dict[tuple[str, str], Head]:
+    """A head for every split and variant, written to heads/; their logs go to metrics.jsonl."""
     smallest = min((len(on) for on in splits(frames).values()), default=0)
     refuse(
         cfg.batch_size > smallest,
         f"head.batch_size={cfg.batch_size} is more than "
         f"the {smallest} anchors of the smallest training set; lower it",
     )
-    (run.dir / "heads").mkdir(exist_ok=True)
-    for split, variant in itertools.product(splits(frames), VARIANTS):
-        file = run.dir / "heads" / f"{split}-{variant}.safetensors"
-        is_there = file.is_file()
-        ranks.wait()  # all processes have looked before one writes
-        if is_there:
-            head = fresh_head(frames, cfg)
-            head.load_state_dict(disk.load_tensors(file))
-        else:
-            head, log = train(frames, splits(frames)[split], split, variant, cfg)
-            if run.first:  # a kill may have left a log without its head
-                rows = disk.read_jsonl(metrics, "trained_on variant")
-                disk.write_rows(
-                    metrics,
-                    [row for row in rows if (row["trained_on"], row["variant"]) != (split, variant)] + log,
-                )
-                disk.save_tensors(file, head.state_dict())
-        heads[split, variant] = head.to(ranks.place(cfg.device))
+    heads, logged = {}, []
+    (folder / "heads").mkdir(exist_ok=True)
+    for (split, on), variant in itertools.product(splits(frames).items(), VARIANTS):
+        head, log = train(frames, on, split, variant, cfg)
+        disk.save_tensors(folder / "heads" / f"{split}-{variant}.safetensors", head.state_dict())
+        heads[split, variant] = head.to(cfg.device)
+        logged += log
+    disk.write_rows(folder / "metrics.jsonl", logged)
     return heads
 
 
@@ -356,17 +343,16 @@ def train_all(frames: Frames, cfg: Config, run: stage.Run) -> dict[tuple[str, st
 @torch.no_grad()
 def representations(frames: Frames, heads: dict, split: str, cfg: Config) -> dict[str, Tensor]:
     """Name -> unit vectors (N, D) of the agent view of every frame. Nothing is fitted outside the split."""
-    device = ranks.place(cfg.device)
     on = frames.anchors[splits(frames)[split]]
-    raw = torch.from_numpy(frames.agentview).to(device)  # (N, W)
+    raw = torch.from_numpy(frames.agentview).to(cfg.device)  # (N, W)
 
     def standardised(x: np.ndarray) -> Tensor:
         x = (x - x[on].mean(0)) / (x[on].std(0) + 1e-6)
-        return F.normalize(torch.from_numpy(x).float().to(device), dim=1)
+        return F.normalize(torch.from_numpy(x).float().to(cfg.device), dim=1)
 
     return {
         **{f"head, {variant}": heads[split, variant](raw) for variant in VARIANTS},
-        "head before training": fresh_head(frames, cfg).to(device)(raw),
+        "head before training": fresh_head(frames, cfg)(raw),
         "encoder": F.normalize(raw, dim=1),
         "encoder, standardised": standardised(frames.agentview),
         "pixels 8 x 8": standardised(frames.pixels),
@@ -505,12 +491,10 @@ def progress_rows(frames: Frames, heads: dict, cfg: Config) -> list[dict]:
 
 
 # ------------------------------------------------------------------------------------------------------- main
-def main(cfg: Config, run: stage.Run) -> dict | None:
+def main(cfg: Config, run: stage.Run) -> dict:
     # 1. features of all frames, and a head for every split and variant
     frames = load_frames(cfg)
-    heads = train_all(frames, cfg, run)
-    if not run.first:
-        return None
+    heads = train_all(frames, cfg, run.dir)
     trained = sum(p.numel() for p in heads["all", "paper"].parameters())
     print(
         f"[06_pretrain_head] {len(frames.anchors)} anchors, {len(heads)} heads of {trained:,} parameters",
@@ -534,18 +518,14 @@ def main(cfg: Config, run: stage.Run) -> dict | None:
 
 def show_table(cfg: Config) -> None:
     timing, rows = disk.read_json(cfg.folder / "timing.json"), disk.read_json(cfg.folder / "rows.json")
-    table = [
-        {
-            "backbone": cfg.backbone,
-            "encoder": cfg.encoder,
-            "train_seeds": [cfg.seed],
-            "command": timing["command"],
-            "commit": timing["commit"],
-            **row,
-        }
-        for row in rows
-    ]
-    disk.write_json(cfg.folder / "table.json", table)
+    about = {
+        "backbone": cfg.backbone,
+        "encoder": cfg.encoder,
+        "train_seeds": [cfg.seed],
+        "command": timing["command"],
+        "commit": timing["commit"],
+    }
+    disk.write_json(cfg.folder / "table.json", [about | row for row in rows])
     disk.write_atomic(cfg.folder / "table.md", retrieval_report(rows, cfg))
     print(retrieval_report(rows, cfg), flush=True)
 

@@ -130,8 +130,8 @@ def inputs_of(cfg: Config, pairs: list[int], adapter: Path | None = None) -> tup
 
 def noise_behind(cfg: Config, policy, source: list[dict]) -> Tensor:
     """The noise (N, 2, H, D) that 02 drew for the chosen and the rejected chunk of branch pairs."""
-    done, made = cfg.pairs_dir / "done.json", {"n_init": None, "branch_scale": 1.0, "noise_scale": 1.0}
-    made |= {"seed": cfg.start_seed or cfg.seed}
+    done, seed = cfg.pairs_dir / "done.json", cfg.start_seed or cfg.seed
+    made = {"n_init": None, "branch_scale": 1.0, "noise_scale": 1.0, "seed": seed}
     made |= disk.read_json(done)["config"] if done.is_file() else {}
     states, noise = len(common.init_states("prefs", made["n_init"])), []
     for row in source:

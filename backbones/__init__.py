@@ -33,7 +33,7 @@ TOO_MANY = "execute={} must be at most {}, the policy's chunk length"
 
 def preview(cfg, section: str) -> None:
     """Check the folder that a config names to start from, and print what it is, without reading its weights.
-    For a dry run also print what the stage will take (cost.py).
+    For a dry run also print what the stage will take of memory (memory.py).
     """
     if cfg.given:
         refuse(
@@ -46,9 +46,9 @@ def preview(cfg, section: str) -> None:
         refuse(execute > policy.horizon, TOO_MANY.format(execute, policy.horizon))
         print(*policy.found, sep="\n  ", flush=True)
     if cfg.dry_run:
-        from backbones import cost
+        from backbones import memory
 
-        cost.report(cfg, section)
+        memory.report(cfg, section)
 
 
 def load_sft(cfg) -> Policy:

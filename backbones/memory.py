@@ -1,4 +1,4 @@
-"""What a stage will take of memory, and whether a machine has it, before anything is loaded.
+"""What a stage will take of memory, before anything is loaded.
 
     python 03_dpo.py configs/openvla_7b.yaml --dry-run
 
@@ -13,8 +13,6 @@ workspaces, the data. The image towers are counted as part of every DPO step. Bu
 the tokens of all pairs, which are not counted.
 """
 
-import shutil
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +24,7 @@ import common
 from backbones.load import build, load_policy, weights_of
 from backbones.policy import DIMS, build_tokenizer
 
-SIMULATOR_GB = 2.4  # of one LIBERO process, measured
-PYTORCH_GB = 0.6  # of a process that has loaded nothing else
 INSTRUCTION = "put both the alphabet soup and the tomato sauce in the basket"  # one of the longest
-SIMULATING = ("demos", "prefs", "eval", "cells")  # sections of stages whose workers each have a simulator
 
 
 def size(tensors) -> int:  # bytes
@@ -177,69 +172,14 @@ def estimate(cfg, stage: str) -> dict:
     }
 
 
-# ------------------------------------------------------------------ for extras/preflight.py: is there enough?
-def free_memory(device: str) -> int:
-    """Free bytes of the GPU, or of main memory: the system's count, or what the container's limit leaves."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    import psutil
-
-    free, groups = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        if (groups / limit).is_file() and (most := (groups / limit).read_text().strip()).isdigit():
-            counts = dict(map(str.split, (groups / limit).with_name("memory.stat").read_text().splitlines()))
-            # the cache of files is freed when memory is needed
-            free = min(
-                free, int(most) - int((groups / used).read_text()) + int(counts.get("inactive_file", 0))
-            )
-    return free
-
-
-def memory_needed(cfgs: dict) -> dict[str, dict[str, int]]:
-    """Stage -> bytes of main memory ("cpu"), and of the GPU ("cuda") where its config uses one."""
-    needs = {}
-    for stage, cfg in cfgs.items():
-        no_policy = stage == "demos" or (stage == "sft" and cfgs["dpo"].checkpoint)  # then there is no SFT
-        model = 0 if no_policy else sum(estimate(cfg, stage)["parts"].values())
-        processes, program_gb = (cfg.workers, SIMULATOR_GB) if stage in SIMULATING else (1, PYTORCH_GB)
-        on_gpu = processes * model if getattr(cfg, "device", "cpu") == "cuda" else 0
-        needs[stage] = {"cpu": int(processes * (1e9 * program_gb + model) - on_gpu), "cuda": on_gpu}
-    return needs
-
-
-def check_memory(cfgs: dict) -> tuple[bool, str]:  # whether the stage that takes most fits, and the numbers
-    needs, words, fits = memory_needed(cfgs), [], True
-    for device in dict.fromkeys(["cpu", cfgs["eval"].device]):
-        need, stage = max((need[device], stage) for stage, need in needs.items())
-        free, what = free_memory(device), "main memory" if device == "cpu" else "GPU memory"
-        fits &= need <= free
-        words.append(f"{stage} takes {need / 2**30:.1f} GiB of {what}, {free / 2**30:.1f} are free")
-    remedy = "" if fits else "; lower workers or the stage's batch_size, or set its recompute (see --dry-run)"
-    return fits, "; ".join(words) + remedy
-
-
-def disk_needed(cfgs: dict) -> int:
-    """Bytes of a run folder at its fullest, nothing compressed: demonstrations and pairs while their parts
-    are merged, weights, and two states of a training while the second is written.
-    """
-    demos, sft = cfgs["demos"], cfgs["sft"]
-    frame = 2 * 3 * demos.image_size**2
-    episodes = len(demos.suites) * len(demos.tasks or range(10)) * demos.n_init * demos.demos_per_init
-    weights = 0 if cfgs["dpo"].checkpoint else estimate(sft, "sft")["parts"]["weights"]
-    return int(
-        2 * (cfgs["prefs"].n_pairs + cfgs["prefs"].max_playouts) * frame
-        + 50 * 10**6  # videos, logs, the report
-        + (0 if demos.source else 2 * frame * episodes * 120 / demos.frame_every)  # 120 steps: about the mean
-        + (1 + len(sft.snapshots) + 2 * 4) * weights  # twice: the policy, its average and two moments
+def report(cfg, stage: str) -> None:
+    """Print what one process of a stage takes, named by its section of the YAML, for --dry-run."""
+    counts = estimate(cfg, stage)
+    print(
+        f"{stage}, {cfg.backbone}, {cfg.dtype}, in each process: {counts['parameters']:,} parameters,"
+        f" {counts['trainable']:,} of them trained"
     )
-
-
-def check_disk(cfgs: dict) -> tuple[bool, str]:  # whether the disk under `root` takes a run, and the numbers
-    root = Path(cfgs["demos"].root).absolute()
-    there = next(folder for folder in (root, *root.parents) if folder.is_dir())
-    need, free = disk_needed(cfgs), shutil.disk_usage(there).free
-    remedy = "" if need <= free else "; make room, or name another disk with root="
-    return need <= free, f"a run takes {need / 2**30:.1f} GiB, {free / 2**30:.1f} are free in {there}{remedy}"
+    if counts["adapted_layers"]:
+        print(f"adapter in {counts['adapted_layers']} layers")
+    for part, n in (counts["parts"] | {"together": sum(counts["parts"].values())}).items():
+        print(f"{part:>30}  {n / 2**30:9.3f} GiB")

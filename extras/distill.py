@@ -56,16 +56,15 @@ class Config(common.ActingConfig):
 
 def load_observations(cfg: Config) -> list[dict]:
     """Observations of all demonstrations: for training, and those that are held out for validation."""
-    parts = {False: [], True: []}
-    for _, held, demo in demonstrations(cfg, HOLDOUT):
-        parts[held].append(demo)
+    all_demos = list(demonstrations(cfg, HOLDOUT))
+    train, val = ([demo for _, is_held, demo in all_demos if is_held == held] for held in (False, True))
     return [
         {
             **{camera: frames([getattr(d, camera) for d in demos]) for camera in common.CAMERAS},
             "state": torch.from_numpy(np.concatenate([d.state[d.image_steps] for d in demos])),
             "instruction": [d.instruction for d in demos for _ in d.image_steps],
         }
-        for demos in (parts[False], parts[True] or parts[False])
+        for demos in (train, val or train)
     ]
 
 

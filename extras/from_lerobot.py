@@ -15,7 +15,6 @@ import importlib.util
 import io
 import itertools
 import json
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -44,6 +43,7 @@ NAMES = {  # what the kit needs -> what published sets call it
     "state": ("observation.state", "state"),
     "action": ("action", "actions"),
 }
+OBSERVED = ("ee_pos", "ee_ori", "gripper_states", "agentview_rgb", "eye_in_hand_rgb")  # LIBERO's names
 ERRORS = (OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
 
 
@@ -97,8 +97,9 @@ def clip(path: Path, start: float, steps: int, fps: float) -> np.ndarray:
     """The frames (steps, S, S, 3) of a video from `start` seconds on."""
     with av.open(str(path)) as video:
         video.seek(int(start * av.time_base))  # to a key frame at or before it
-        end = start + (steps - 0.5) / fps
-        shown = itertools.takewhile(lambda frame: frame.time < end, video.decode(video=0))
+        shown = itertools.takewhile(
+            lambda frame: frame.time < start + (steps - 0.5) / fps, video.decode(video=0)
+        )
         frames = {round((frame.time - start) * fps): frame.to_ndarray(format="rgb24") for frame in shown}
     refuse(set(range(steps)) - set(frames), f"{path} lacks frames from {start:.2f} s on; download it again")
     return np.stack([frames[step] for step in range(steps)])
@@ -106,10 +107,12 @@ def clip(path: Path, start: float, steps: int, fps: float) -> np.ndarray:
 
 def videos(folder: Path, info: dict, key: str, episodes: dict[int, int]) -> Iterator[np.ndarray]:
     """The frames (T, S, S, 3) of a camera, episode by episode. episodes: number -> T."""
-    names, where = [f"videos/{key}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")], {}
-    for path in folder.glob("meta/episodes/*/*.parquet"):  # v3.0; older formats keep one file per episode
-        rows = pq.read_table(path, columns=["episode_index", *names]).to_pylist()
-        where |= {row["episode_index"]: [row[name] for name in names] for row in rows}
+    names = [f"videos/{key}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")]
+    where = {  # in v3.0; older formats keep one file per episode
+        row["episode_index"]: [row[name] for name in names]
+        for path in folder.glob("meta/episodes/*/*.parquet")
+        for row in pq.read_table(path, columns=["episode_index", *names]).to_pylist()
+    }
     for number, steps in episodes.items():
         chunk, file, start = where.get(number, (number // info["chunks_size"], number, 0.0))
         its = {"chunk_index": chunk, "file_index": file, "episode_chunk": chunk, "episode_index": number}
@@ -119,8 +122,8 @@ def videos(folder: Path, info: dict, key: str, episodes: dict[int, int]) -> Iter
 def pngs(folder: Path, info: dict, key: str, episodes: dict[int, int]) -> Iterator[np.ndarray]:
     """The same of a dataset with images in parquet, a few of which are in memory at a time."""
     paths = sorted(folder.glob("data/*/*.parquet"))
-    little = {"buffer_size": 2**20, "pre_buffer": False}  # else it holds whole row groups
-    files = (pq.ParquetFile(path, **little) for path in paths)
+    # in small buffers: else it holds whole row groups
+    files = (pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False) for path in paths)
     batches = (batch for file in files for batch in file.iter_batches(16, columns=["episode_index", key]))
     rows = (row for batch in batches for row in zip(*(c.to_pylist() for c in batch), strict=True))
     for number, cells in itertools.groupby(rows, itemgetter(0)):
@@ -131,8 +134,7 @@ def pngs(folder: Path, info: dict, key: str, episodes: dict[int, int]) -> Iterat
 # ------------------------------------------------------------------------------------------------------- main
 def write(folder: Path, episodes: dict, of: dict[int, str], films: list[Iterator], size: int) -> None:
     """The files of all tasks. of: episode -> file."""
-    names = ("actions", "obs/ee_pos", "obs/ee_ori", "obs/gripper_states")
-    names += ("obs/agentview_rgb", "obs/eye_in_hand_rgb")
+    names = "actions", *(f"obs/{name}" for name in OBSERVED)
     for number, *views in zip(workers.progress(of, unit="episode"), *films, strict=True):
         _, actions, state = episodes[number]
         seen, image = [view.shape for view in views], (len(actions), size, size, 3)
@@ -162,20 +164,16 @@ def convert(source: Path, target: Path, tasks: dict[str, list[str]]) -> str:
     )
     steps = {number: len(episodes[number][1]) for number in of}
     size = max(info["features"][columns["agentview"]]["shape"])
-    need, free = 6 * size**2 * sum(steps.values()), shutil.disk_usage(target.parent).free
-    refuse(
-        need > free,
-        f"{target} will take {need / 1e9:.1f} GB, but {free / 1e9:.1f} are free; name fewer suites",
-    )
     videos_of = {key: info["features"][key]["dtype"] == "video" for key in map(columns.get, common.CAMERAS)}
     films = [(videos if video else pngs)(source, info, key, steps) for key, video in videos_of.items()]
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
         write(Path(temporary, "whole"), episodes, of, films, size)
         Path(temporary, "whole").rename(target)
-    suites = sorted({file.partition("/")[0] for file in of.values()})
-    made = f"{len(of)} episodes of {len({*of.values()})} tasks are in {target}. Next:"
-    adopt = f"demos.source={target} suites=[{','.join(suites)}] image_size={size}"
-    return f"{made}\npython 00_demos.py CONFIG {adopt}"
+    suites = ",".join(sorted({file.partition("/")[0] for file in of.values()}))
+    return (
+        f"{len(of)} episodes of {len({*of.values()})} tasks are in {target}. Next:\n"
+        f"python 00_demos.py CONFIG demos.source={target} suites=[{suites}] image_size={size}"
+    )
 
 
 def main(source: str = "", target: str = "", *suites: str) -> None:

@@ -103,10 +103,16 @@ def acting(actions: np.ndarray) -> np.ndarray:
     return np.flatnonzero(acts & np.logical_or.accumulate(moves))  # nothing before the first movement
 
 
+def check_finite(whose: str, *arrays: np.ndarray) -> None:
+    refuse(
+        not all(np.isfinite(array).all() for array in arrays),
+        f"{whose} values that are not finite; get it again, or record it with 00_demos.py",
+    )
+
+
 def check_meaning(whose: str, actions: np.ndarray, state: np.ndarray) -> None:
     """UserError unless all is finite and the actions are LIBERO's: in [-1, 1], of the gripper -1 to open."""
-    finite = np.isfinite(actions).all() and np.isfinite(state).all()
-    refuse(not finite, f"{whose} values that are not finite; get it again, or record it with 00_demos.py")
+    check_finite(whose, actions, state)
     refuse(
         np.abs(actions).max() > 1 + 1e-6, f"{whose} actions beyond [-1, 1], LIBERO's range: scale them back"
     )
@@ -140,16 +146,12 @@ def read_demos(path: Path, task: int) -> Iterator[Demo]:
             instruction = text if isinstance(text, str) else " ".join(text)
         for name in sorted(data, key=lambda n: int(n.rpartition("_")[2])):
             number, group = int(name.rpartition("_")[2]), data[name]
-            init_state = int(group.attrs.get("init_state_id", -1))
             obs, actions = group["obs"], group["actions"][()].astype(np.float32)
             state = np.concatenate([obs[k][()] for k in ("ee_pos", "ee_ori", "gripper_states")], axis=1)
             steps = obs["image_steps"][()] if "image_steps" in obs else np.arange(len(actions))
             images = [obs[key] for key in ("agentview_rgb", "eye_in_hand_rgb")]
             size, bad = images[0].shape[1], f"{path}: {name} has"
-            finite = np.isfinite(actions).all() and np.isfinite(state).all()
-            refuse(
-                not finite, f"{bad} values that are not finite; get it again, or record it with 00_demos.py"
-            )
+            check_finite(bad, actions, state)
             image = (len(steps), size, size, 3)
             as_usual = (
                 (actions.shape[1:], state.shape) == ((7,), (len(actions), 8))
@@ -172,7 +174,19 @@ def read_demos(path: Path, task: int) -> Iterator[Demo]:
             check_meaning(bad, actions, state)
             films = [Film(path, i.name, rows, size) for i in images]
             places = np.asarray(group.attrs.get("target_places", np.full((2, 3), np.nan)), np.float32)
-            yield Demo(task, number, init_state, instruction, actions, state, steps, *films, places, no_ops)
+            yield Demo(
+                task=task,
+                number=number,
+                init_state=int(group.attrs.get("init_state_id", -1)),
+                instruction=instruction,
+                actions=actions,
+                state=state,
+                image_steps=steps,
+                agentview=films[0],
+                wrist=films[1],
+                places=places,
+                no_ops=no_ops,
+            )
 
 
 def demonstrations(cfg, holdout: int) -> Iterator[tuple[str, bool, Demo]]:
@@ -193,9 +207,11 @@ def demonstrations(cfg, holdout: int) -> Iterator[tuple[str, bool, Demo]]:
         for path in paths:
             demos = list(read_demos(path, int(path.stem.rpartition("_")[2])))
             for demo in demos:
-                text = f"{path}: demo_{demo.number} starts from init state {demo.init_state}"
-                kept = demo.init_state not in (-1, *INIT_GROUPS["demos"])
-                refuse(kept, f"{text}, which is kept for another purpose")
+                refuse(
+                    demo.init_state not in (-1, *INIT_GROUPS["demos"]),
+                    f"{path}: demo_{demo.number} starts from init state {demo.init_state}, "
+                    "which is kept for another purpose",
+                )
             starts = [d.init_state if d.init_state >= 0 else d.number for d in demos]
             distinct = sorted(set(starts))
             held = distinct[len(distinct) - holdout :] if len(distinct) > holdout else []

@@ -108,8 +108,7 @@ class Expert:
         """
         kind, now = self.model.joint(joint), self.data.joint(joint)
         points = self.body_points(kind.bodyid)
-        arm = points.mean(0) - now.xanchor
-        out = -now.xaxis if kind.type == SLIDE else -np.cross(now.xaxis, arm)
+        out = -now.xaxis if kind.type == SLIDE else -np.cross(now.xaxis, points.mean(0) - now.xanchor)
         out = out / np.linalg.norm(out)
         bar = points[points @ out > (points @ out).max() - 0.016]
         return (bar.max(0) + bar.min(0)) / 2, out
@@ -185,8 +184,8 @@ def grasp_from_above(e: Expert, position, rotation, above=0.08) -> Actions:
 
 def pick_top(e: Expert, target: str, depth=0.024, yaws=YAWS, lift=0.06, above=0.08) -> Actions:
     """Grasp an object from above and lift it. `above` must clear what stands around it."""
-    position, rotation = top_grasp(e.points(target), e.obstacles(target), depth, yaws)
-    yield from take(e, target, position, rotation, lift, above=above)
+    pose = top_grasp(e.points(target), e.obstacles(target), depth, yaws)
+    yield from take(e, target, *pose, lift, above=above)
 
 
 def pick_rim(

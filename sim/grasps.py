@@ -47,8 +47,8 @@ def top_grasp(points, obstacles, depth: float, yaws=YAWS) -> tuple[np.ndarray, n
     that turns the hand least wins.
     """
     height = max(points[:, 2].max() - depth, points[:, 2].min() + 0.008)
-    touched = (points[:, 2] > height - 0.012) & (points[:, 2] < height + 0.020)  # by the fingers
-    slab = points[touched, :2]
+    # what the fingers touch
+    slab = points[(points[:, 2] > height - 0.012) & (points[:, 2] < height + 0.020), :2]
     obstacles = obstacles[np.linalg.norm(obstacles[:, :2] - points[:, :2].mean(0), axis=1) < 0.22]
     best = np.inf
     for yaw in np.deg2rad(yaws):
@@ -60,8 +60,14 @@ def top_grasp(points, obstacles, depth: float, yaws=YAWS) -> tuple[np.ndarray, n
             along = (v.max() + v.min()) / 2 + shift * half_length
             point = opening * (u.max() + u.min()) / 2 + across * along + UP * height
             hits = collisions(obstacles, point, opening)
-            cost = width + 10 * (width > MAX_OPENING) + (hits > 0) + 0.001 * hits + 0.01 * abs(yaw)
-            cost += 0.02 * abs(shift)
+            cost = (
+                width
+                + 10 * (width > MAX_OPENING)
+                + (hits > 0)
+                + 0.001 * hits
+                + 0.01 * abs(yaw)
+                + 0.02 * abs(shift)
+            )
             if cost < best:
                 best, position, turn = cost, point, yaw
     return position, Rotation.from_rotvec(turn * UP).as_matrix() @ TOP_DOWN

@@ -139,22 +139,22 @@ def test_other_seed_gives_another_demonstration(file, record):
 
 def test_killed_and_resumed_equals_undisturbed(file, record, tmp_path):
     """Stop after the first demonstration, go on, and get the same bytes: recording is deterministic too."""
-    original, calls = demos.record_demo, []
+    original, calls = demos.write_demo, []
 
     def stop_at_second(*arguments):
         calls.append(arguments)
         if len(calls) == 2:
-            arguments[-1].with_suffix(".tmp").write_bytes(b"cut short")
             raise KeyboardInterrupt
         original(*arguments)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(demos, "record_demo", stop_at_second)
+        patch.setattr(demos, "write_demo", stop_at_second)
         record(tmp_path)
+    assert not list(tmp_path.rglob("*.hdf5"))  # a task's file appears when it is whole
     resumed = record(tmp_path)
     assert len(calls) == 2 and resumed.read_bytes() == file.read_bytes()
     assert (resumed.parents[1] / "demos.json").read_bytes() == (file.parents[1] / "demos.json").read_bytes()
-    assert not (resumed.parents[1] / "parts").exists()
+    assert not (resumed.parents[1] / "tries").exists()
 
 
 def test_top_grasp_takes_the_narrow_side_and_avoids_neighbours():

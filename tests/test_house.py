@@ -43,8 +43,8 @@ DEFAULT_RUN = [
 ]
 
 
-# what the default run never imports: the exact likelihood, published checkpoints, the hours of a dry run
-ON_REQUEST = {f"backbones/{name}.py" for name in ("likelihood", "published", "cost")}
+# what the default run never imports: the exact likelihood, published checkpoints, a dry run
+ON_REQUEST = {f"backbones/{name}.py" for name in ("likelihood", "published")}
 
 
 def room_of(path: Path) -> str:

@@ -22,7 +22,7 @@ from runtime.config import HERE
 SEED_DIR = "runs/micro/pi05/seed42"
 # script with its arguments, the folder it writes, and what shows it half-way: a file, with so many lines
 STAGES = {
-    "demos": (["00_demos.py"], "runs/micro/data", "parts/libero_object/task_03/00-00.hdf5", None),
+    "demos": (["00_demos.py"], "runs/micro/data", "started.json", None),
     "sft": (["01_sft.py"], f"{SEED_DIR}/sft", "checkpoint.pt", None),
     "prefs": (["02_collect_prefs.py"], f"{SEED_DIR}/prefs-episode", "units.jsonl", 1),
     "dpo": (["03_dpo.py"], f"{SEED_DIR}/dpo-lora-episode", "checkpoint.pt", None),
@@ -60,7 +60,7 @@ def finished(tmp_path_factory) -> Path:
         assert result.returncode == 0, result.stdout + result.stderr
         imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
         assert "backbones.load" in imported or name == "demos"
-        assert not imported & {f"backbones.{name}" for name in ("likelihood", "published", "cost", "openvla")}
+        assert not imported & {f"backbones.{name}" for name in ("likelihood", "published", "openvla")}
     return kit
 
 

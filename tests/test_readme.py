@@ -139,7 +139,7 @@ def check(command: str) -> None:
         place = next(i for i, word in enumerate(words) if word.endswith(".py") or word.startswith("extras."))
         scripts, arguments = [words[place]], words[place + 1 :]
         if not arguments or not arguments[0].endswith(".yaml"):
-            assert importlib.util.find_spec(scripts[0]), command  # make_checkpoints takes a folder
+            assert importlib.util.find_spec(scripts[0]), command  # no config
             return
     for cls in [cls for script in scripts for cls in config_classes(script)]:
         load_config(cls, [*arguments, "--dry-run"])  # without a GPU too

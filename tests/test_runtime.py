@@ -769,7 +769,7 @@ def test_the_backbone_is_no_key_of_one_section(tmp_path):
 
 
 def test_the_checkpoint_maker_removes_nothing_without_a_run(tmp_path):
-    maker = importlib.import_module("extras.make_checkpoints")
+    maker = importlib.import_module("write_checkpoints")
     with pytest.raises(UserError, match="give the folder of a finished run"):
         maker.main(tmp_path)
     assert (HERE / "checkpoints/try/pi05/sft").is_dir()

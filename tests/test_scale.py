@@ -14,12 +14,12 @@ import psutil
 import pytest
 import torch
 
-from backbones import cost
 from runtime import disk, ranks
 from runtime.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).parent / "bench"))
 import scale
+import work
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
@@ -59,7 +59,7 @@ def test_many_pairs_by_hand():
 
 
 def test_the_papers_grid_by_hand():
-    hour = cost.FLOPS * cost.UTILISATION * 3600  # operations
+    hour = work.FLOPS * work.UTILISATION * 3600  # operations
     simulator = {"step_s": 0.01, "look_s": 0.1, "reset_s": 2.0}
     limits = 220 + 280 + 300 + 520  # of spatial, object, goal, long
     for gpus in (1, 8):

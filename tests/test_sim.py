@@ -400,36 +400,41 @@ def test_the_target_changes_places_with_one_other_object(env, goal):
 
 
 # -------------------------------------------------------------------------------------------------- preflight
-def test_environment_checks_pass_here_and_notice_planted_faults(env, monkeypatch):
-    for check in (preflight.check_frame, preflight.check_orientation, preflight.check_gripper):
-        assert check(env)[0], check(env)
-    honest, step = TaskEnv.frame, TaskEnv.step
+def test_the_frames_are_right_here_and_dark_or_turned_ones_are_noticed(env, monkeypatch):
+    monkeypatch.setattr(preflight, "TaskEnv", lambda *_: contextlib.nullcontext(env))
+    monkeypatch.setattr(preflight.contextlib, "closing", lambda env: env)
+    assert preflight.check_frame("libero_object", "default")[0]
+    honest = TaskEnv.frame
     monkeypatch.setattr(TaskEnv, "frame", lambda self, c: (honest(self, c) * 0.77).astype(np.uint8))
-    assert not preflight.check_frame(env)[0]
+    assert not preflight.check_frame("libero_object", "default")[0]
     # the first is a vertical flip of LIBERO's raw image
     for turn in (np.s_[:, ::-1], np.s_[::-1], np.s_[::-1, ::-1]):
         monkeypatch.setattr(TaskEnv, "frame", lambda self, c, turn=turn: honest(self, c)[turn])
-        assert not preflight.check_orientation(env)[0]
-    monkeypatch.setattr(TaskEnv, "step", lambda self, a: step(self, a * [1, 1, 1, 1, 1, 1, -1]))
-    assert not preflight.check_gripper(env)[0]
+        assert not preflight.check_frame("libero_object", "default")[0]
+
+
+def test_too_little_memory_for_the_simulators_is_noticed(monkeypatch):
+    for free, ok in ((4.9e9, True), (4.7e9, False)):
+        memory = types.SimpleNamespace(available=free)
+        monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda memory=memory: memory)
+        assert preflight.check_memory(2)[0] == ok
 
 
 def test_installation_checks_pass_here_and_notice_planted_faults(monkeypatch, tmp_path):
-    assert preflight.check_mujoco()[0] and preflight.check_assets()[0], preflight.check_assets()
-    assert preflight.check_init_states()[0]
-    monkeypatch.setattr(mj, "__version__", "3.3.3")
-    assert not preflight.check_mujoco()[0]
+    assert preflight.check_versions()[0] and preflight.check_files()[0]
+    monkeypatch.setattr(preflight, "version", lambda name: "3.3.3")
+    assert "mujoco==3.3.2" in preflight.check_versions()[1] and not preflight.check_versions()[0]
     honest = preflight.disk.sha256
 
-    def edited(path):  # as if one texture had been edited
-        return honest(path) if path.name != "ceramic.png" else ""
+    def edited(name, path):
+        return "" if path.name == name else honest(path)
 
-    monkeypatch.setattr(preflight.disk, "sha256", edited)
-    assert not preflight.check_assets()[0]
+    for name in ("ceramic.png", "turn_on_the_stove.bddl", "turn_on_the_stove.pruned_init.npz"):
+        monkeypatch.setattr(preflight.disk, "sha256", functools.partial(edited, name))
+        assert not preflight.check_files()[0]
+    monkeypatch.setattr(preflight.disk, "sha256", honest)
     monkeypatch.setattr(libraries(), "assets", tmp_path)
-    assert not preflight.check_assets()[0]
-    monkeypatch.setattr(preflight, "init_state_array", lambda s, t: init_state_array(s, t) + (t == 9) * 1e-9)
-    assert not preflight.check_init_states()[0]
+    assert not preflight.check_files()[0]
 
 
 def test_liberos_first_import_asks_prints_and_writes_nothing(tmp_path):
@@ -454,7 +459,7 @@ def test_preflight_reports_what_cannot_run(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["preflight.py"])
     with pytest.raises(UserError, match="2 checks"):
         preflight.main()
-    assert "FAIL environment libero_goal: RuntimeError: no display" in capsys.readouterr().out
+    assert "FAIL a fast frame of libero_goal: RuntimeError: no display" in capsys.readouterr().out
 
 
 def test_no_gl_is_one_line_with_the_remedy(env, monkeypatch):

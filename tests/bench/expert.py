@@ -32,7 +32,7 @@ def play(suite: str, task: int, n: int, cfg: demos.Config) -> dict:
     env = TaskEnv(suite, task)
     tries, steps = [], []
     for init_state in common.init_states("demos", n):
-        outcomes, rows = demos.try_until_success(env, init_state, 0, cfg, see=lambda *_: {})
+        outcomes, rows = demos.try_until_success(env, init_state, cfg, see=lambda *_: {})
         tries.append(outcomes)
         if rows:
             steps.append(rows["success_step"] + 1)

@@ -24,8 +24,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import work
+
 import common
-from backbones import cost, memory
+from backbones import memory
 from runtime import stage
 from runtime.config import load_config
 
@@ -52,7 +54,7 @@ def bench_dpo(config: str, adapter: str, recompute: bool) -> dict:
     """Milliseconds and peak memory of a DPO step, and the first step's margins, which must be exactly 0."""
     cfg = load_config(dpo.Config, [config, f"adapter={adapter}", f"dpo.recompute={recompute}"])
     said = memory.estimate(replace(cfg, dry_run=True), "dpo")
-    flops, _ = cost.work_of(replace(cfg, dry_run=True), "dpo")
+    flops, _ = work.work_of(replace(cfg, dry_run=True), "dpo")
     policy = profile.random_policy(replace(cfg, device=DEVICE)).requires_grad_(False)
     common.attach_adapter(policy, adapter, cfg.rank, cfg.alpha, policy.adapter_targets, cfg.seed)
     policy.recompute = recompute
@@ -93,7 +95,7 @@ def bench_looks(config: str) -> dict:
     """Milliseconds and peak memory of a look; its kernels and their own ms, and those of a denoise step."""
     cfg = load_config(profile.Config, [config])
     said = memory.estimate(replace(cfg, dry_run=True), "eval")
-    flops, read = cost.work_of(replace(cfg, dry_run=True), "eval")
+    flops, read = work.work_of(replace(cfg, dry_run=True), "eval")
     policy = profile.random_policy(replace(cfg, device=DEVICE))
     obs, noise = profile.observations(1, cfg.image_size), policy.noise(1, common.stream(0, "noise"))
     torch.cuda.reset_peak_memory_stats()

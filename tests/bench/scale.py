@@ -38,8 +38,10 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import work
+
 import common
-from backbones import cost, memory
+from backbones import memory
 from runtime import disk, stage
 from runtime.config import HERE as KIT
 from runtime.config import STAGES, laid_over, load_config, read_yaml
@@ -290,7 +292,7 @@ def paper_grid(training: dict, look: float, execute: int, simulator: dict, gpus:
     """
     steps = sum(common.MAX_STEPS[suite] for suite in SUITES)  # of an episode in each
     hours = {
-        "DPO, GPU": len(SUITES) * 3 * sum(training.values()) / cost.FLOPS / cost.UTILISATION / 3600 / gpus
+        "DPO, GPU": len(SUITES) * 3 * sum(training.values()) / work.FLOPS / work.UTILISATION / 3600 / gpus
     }
     for name, n in (("collection", 2000), ("evaluation", 50 * 3 * (1 + len(training)))):
         cpu = (
@@ -313,9 +315,9 @@ def counted(name: str) -> tuple[dict, float, int]:
     cfg, training = config("eval"), {}
     for adapter in ("lora", "dora"):
         dpo = config("dpo", f"adapter={adapter}")
-        training[adapter] = dpo.steps * cost.work_of(dpo, "dpo")[0]
-    flops, read = cost.work_of(cfg, "eval")
-    return training, max(flops / cost.FLOPS / cost.UTILISATION, read / cost.BANDWIDTH), cfg.execute
+        training[adapter] = dpo.steps * work.work_of(dpo, "dpo")[0]
+    flops, read = work.work_of(cfg, "eval")
+    return training, max(flops / work.FLOPS / work.UTILISATION, read / work.BANDWIDTH), cfg.execute
 
 
 # ----------------------------------------------------------------------------------------------------- tables
@@ -374,9 +376,9 @@ def report(points: list[dict]) -> tuple[dict, str]:
             for name, hours in grid.items()
             for what in hours[1]
         ]
-        said.append(table(f"the paper's grid, hours | part | 1 {cost.GPU} | 8 {cost.GPU}", cells))
+        said.append(table(f"the paper's grid, hours | part | 1 {work.GPU} | 8 {work.GPU}", cells))
         known = ", ".join(f"{key[:-2]} {1e3 * seconds:.0f}" for key, seconds in its.items())
-        said.append(NOTE.format(share=cost.UTILISATION, known=known, cores=CORES))
+        said.append(NOTE.format(share=work.UTILISATION, known=known, cores=CORES))
     return {"fits": fits, "million_pairs": million, "paper_grid": grid}, "\n".join(said)
 
 

@@ -60,7 +60,7 @@ def recording() -> dict:
         env.observe()  # the first observation makes the renderer
         for init in (0, 1):
             began = time.process_time()
-            outcomes, rows = demos.try_until_success(env, init, 0, cfg)
+            outcomes, rows = demos.try_until_success(env, init, cfg)
             spent.append(time.process_time() - began)
             steps += len(rows["actions"])
             looks += len(rows["obs/image_steps"])

@@ -1,6 +1,6 @@
 """Make checkpoints/ from a run of configs/tiny.yaml: every stage without training.
 
-    python -m extras.make_checkpoints runs/tiny
+    python tests/write_checkpoints.py runs/tiny
 
 Of each backbone in the run, in try/: the policy that DPO starts from, in bfloat16; 20 of its pairs; both
 trained adapters, unchanged. For both: two demonstrations of task 0; and margins.json, the margins of the
@@ -16,6 +16,7 @@ from pathlib import Path
 import h5py
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import backbones
 import common
 from runtime import HERE, disk, refuse, stage
