@@ -181,9 +181,9 @@ pairs_table = partial(  # its paired comparisons; the last column corrects p for
         "suite": "{suite}",
         "pairs": "{paired_n}",
         "successes": "{wins[0]} against {wins[1]}",
-        "difference (95 %)": lambda row: points(row["diff"], row["ci95"]),
+        "difference (95 %)": difference,
         "gained / lost": "{gained} / {lost}",
-        "p": lambda row: p_value(row["p"]),
+        "p": lambda row: p_value(row["p_vs_sft"]),
         "p (Holm)": lambda row: p_value(row["p_holm"]),
     },
 )
