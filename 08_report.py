@@ -28,7 +28,7 @@ from typing import ClassVar
 
 import common
 from report import episodes
-from report.chapters import Experiment, write_audit, write_report
+from report.chapters import Experiment, chapter, link_to, write_audit, write_report
 from report.page import fill_in
 from report.tables import script
 from runtime import BACKBONES, HERE, disk, load_config, refuse, stage
@@ -40,6 +40,21 @@ class Config(common.PolicyConfig):
     results: str = ""  # folder of committed results to report on, instead of the run
     audit: str = ""  # folder of episodes to audit, instead of a report
     readme: str = ""  # Markdown file, or folder of them, whose marked tables are renewed
+
+
+ABSENT = {  # what a row has for the keys that not every stage writes
+    "suite": "",
+    "name": "",
+    "policy": "",
+    "adapter": "none",
+    "start": "final",
+    "group": "test",
+    "train_seeds": [],
+    "crashes": 0,
+    "ci95_tasks": None,
+    "command": "",
+    "commit": "",
+}
 
 
 def of_run(cfg: Config, backbone: str) -> Experiment:
@@ -55,25 +70,23 @@ def of_run(cfg: Config, backbone: str) -> Experiment:
         }
         for path in [*sorted(seed_dir.glob("*.json")), *sorted(seed_dir.glob("*/table.json"))]:
             table = disk.read_json(path)
+            rows = [ABSENT | row for row in table] if isinstance(table, list) else []
             experiment.rows += [
-                row
-                for row in map(completed, table if isinstance(table, list) else [])
-                if script(row) != "04_eval.py" or (row["group"], row["name"]) in finished
+                row for row in rows if script(row) != "04_eval.py" or (row["group"], row["name"]) in finished
             ]
         for path in sorted(seed_dir.glob("dpo-*/metrics.jsonl")):
             name = f"{path.parent.name}-{seed_dir.name}" if len(seed_dirs) > 1 else path.parent.name
             experiment.training[name] = disk.read_jsonl(path)
-        experiment.drawn += [*sorted(seed_dir.glob("*.png")), *sorted(seed_dir.glob("*/*.png"))]
         experiment.videos += sorted(seed_dir.glob("eval-*/videos/*.gif"))
     return experiment
 
 
 def of_results(table: Path, top: Path) -> Experiment:
     """One folder of committed results."""
-    folder, redrawn = table.parent, re.compile("success|differences|dpo")
+    folder, redrawn = table.parent, re.compile("differences|dpo")
     return Experiment(
         str(folder.relative_to(top)) if folder != top else folder.name,
-        [completed(row) for row in disk.read_json(table)],
+        [ABSENT | row for row in disk.read_json(table)],
         {path.stem: disk.read_jsonl(path) for path in sorted(folder.glob("training/dpo-*.jsonl"))},
         folder / "episodes" if (folder / "episodes").is_dir() else None,
         [path for path in sorted(folder.glob("*.png")) if not redrawn.match(path.name)],
@@ -81,32 +94,15 @@ def of_results(table: Path, top: Path) -> Experiment:
     )
 
 
-def completed(row: dict) -> dict:
-    """A row of a table.json with the keys that not every stage writes."""
-    return {
-        "suite": "",
-        "name": row.get("policy", ""),
-        "policy": "",
-        "adapter": "none",
-        "start": "final",
-        "group": "test",
-        "train_seeds": [],
-        "blank_images": False,
-        "crashes": 0,
-        "ci95_tasks": None,
-        "command": "",
-        "commit": "",
-        **row,
-    }
-
-
 def main(cfg: Config) -> None:
     if cfg.dry_run:
         return
-    top, readme = Path(cfg.results) if cfg.results and not cfg.audit else cfg.run_dir, Path(cfg.readme)
+    readme = Path(cfg.readme)
     refuse(not readme.exists(), f"readme={cfg.readme}: there is no such file or folder")
+    top = Path(cfg.results) if cfg.results and not cfg.audit else cfg.run_dir
+    tables = sorted(top.rglob("table.json"))
     refuse(
-        cfg.results and not cfg.audit and not any(top.rglob("table.json")),
+        top != cfg.run_dir and not tables,
         f"no table.json at or below {top}; name a folder of results, or leave results= out",
     )
     folder = top / "report"
@@ -114,20 +110,22 @@ def main(cfg: Config) -> None:
     if cfg.audit:
         sys.exit(0 if write_audit(Path(cfg.audit), folder) else 1)
     if cfg.results:
-        from report import claims  # configs/paper.yaml judges committed results, no user's own run
+        from report import claims  # a user's own run is no evidence about the paper
 
         blocks, named = claims.chapters(folder)
-        experiments = [of_results(path, top) for path in top.rglob("table.json") if path.parent != folder]
+        experiments = [of_results(path, top) for path in tables if path.parent != folder]
         experiments.sort(key=lambda e: (not any(script(row) == "04_eval.py" for row in e.rows), e.title))
     else:
-        blocks, named = (
-            [f"What this kit finds about the paper's claims stands in `{HERE}/results/claims.md`."],
-            {},
-        )
+        claims_page = link_to(HERE / "results" / "claims.md", "results/claims.md", folder)
+        blocks, named = [f"What this kit's own results say about the paper's claims: {claims_page}."], {}
         experiments = [of_run(cfg, name) for name in BACKBONES if (cfg.run_dir / name).is_dir()]
         disk.write_json(folder / "table.json", [row for each in experiments for row in each.rows])
-    blocks = [f"# CrossVLA kit: {Path(cfg.results).name or cfg.name}", *blocks]
-    named |= write_report(blocks, experiments, folder, alone=not cfg.results)
+    for experiment in experiments:
+        its_blocks, its_tables = chapter(experiment, folder)
+        blocks += its_blocks
+        named |= its_tables
+    blocks.insert(0, f"# CrossVLA kit: {Path(cfg.results).name or cfg.name}")
+    write_report(blocks, folder, alone=not cfg.results)
     pages = [readme] if readme.is_file() else readme.rglob("*.md")
     for path in pages if cfg.readme else []:
         disk.write_atomic(path, fill_in(path.read_text(), named))

@@ -14,7 +14,7 @@ import itertools
 import json
 import re
 from collections import defaultdict, namedtuple
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from report import stats
@@ -68,17 +68,23 @@ def read(folder: Path) -> tuple[Cells, list[Finding]]:
             cell = cells[policy_of(path, folder), row["suite"], row["seed"]]
             twice += place_of(row) in cell
             cell.setdefault(place_of(row), row)
-        bad, where = rows.count(None), str(path.relative_to(folder))
-        if path.with_name("started.json").is_file() and not path.with_name("done.json").is_file():
-            begun = f"the stage that writes it has not finished: {len(rows) - bad} episodes so far"
-            findings.append(Finding("missing", where, begun))
-        if bad:
-            findings.append(
-                Finding("unreadable", where, f"{bad} of its lines are no complete episode and were left out")
-            )
-        if twice:
-            again = f"{twice} of its episodes (task, init state, seed) are in an earlier line too"
-            findings.append(Finding("duplicate", where, again))
+        bad = rows.count(None)
+        begun = path.with_name("started.json").is_file() and not path.with_name("done.json").is_file()
+        faults = [
+            (
+                "missing",
+                begun,
+                f"the stage that writes it has not finished: {len(rows) - bad} episodes so far",
+            ),
+            ("unreadable", bad, f"{bad} of its lines are no complete episode and were left out"),
+            (
+                "duplicate",
+                twice,
+                f"{twice} of its episodes (task, init state, seed) are in an earlier line too",
+            ),
+        ]
+        where = str(path.relative_to(folder))
+        findings += [Finding(kind, where, text) for kind, there, text in faults if there]
     return dict(cells), findings
 
 
@@ -97,30 +103,30 @@ def duplicates(cells: Cells) -> tuple[list[Finding], Cells]:
     """Episodes that agree under two seeds or two policies, and the cells that do not only repeat another."""
     findings, distinct = [], dict(cells)
     for x, y in itertools.combinations(sorted(cells), 2):
-        (policy, suite, seed), one_policy = x, x[:2] == y[:2]
-        if suite != y[1] or not (one_policy or seed == y[2]):
+        (policy, suite, seed), one, other = x, cells[x], cells[y]
+        one_policy = x[:2] == y[:2]
+        if not one_policy and x[1:] != y[1:]:
             continue
-        both = [(row, cells[y][place]) for place, row in cells[x].items() if place in cells[y]]
+        both = [(row, other[place]) for place, row in one.items() if place in other]
         alike = [a for a, b in both if (a["success"], a["steps"]) == (b["success"], b["steps"])]
         successes = sum(row["success"] for row in alike)  # failures all last to the limit: they prove nothing
-        whole, where = len(alike) == len(both) == len(cells[x]), f"{policy}, {suite}"
-        if one_policy and successes >= max(3, sum(a["success"] and b["success"] for a, b in both) / 2):
-            text = (
-                f"{len(alike)} of {len(both)} episodes have the same success and number of steps "
-                f"under seeds {seed} and {y[2]}"
-            )
-            if whole and len(both) == len(cells[y]):
-                distinct.pop(y, None)
-                text += "; they count once below"
-            findings.append(Finding("duplicate", where, text))
-        elif successes >= 3 and whole:
-            text = f"all {len(both)} episodes of seed {seed} have the success and number of steps of {y[0]}"
-            findings.append(Finding("duplicate", where, text))
+        few = successes < max(3, sum(a["success"] and b["success"] for a, b in both) / 2)
+        whole = len(alike) == len(both) == len(one)
+        if few or not (one_policy or whole):
+            continue
+        whose = f"under seeds {seed} and {y[2]}" if one_policy else f"as {y[0]}, seed {seed}"
+        text = f"{len(alike)} of {len(both)} episodes have the same success and number of steps {whose}"
+        if one_policy and whole and len(both) == len(other):
+            distinct.pop(y, None)
+            text += "; they count once below"
+        findings.append(Finding("duplicate", f"{policy}, {suite}", text))
     return findings, distinct
 
 
 def incomplete(cells: Cells) -> Iterator[Finding]:
-    """Episodes that the grid of tasks and init states lacks, and failures that ended before the limit."""
+    """Episodes that the grid of tasks and init states lacks, failures that ended before the limit, and
+    episodes whose baseline did not play them.
+    """
     for (policy, suite, seed), cell in cells.items():
         where = f"{policy}, {suite}, seed {seed}"
         grid = map(place_of, together(cells, policy, [suite]))
@@ -132,26 +138,19 @@ def incomplete(cells: Cells) -> Iterator[Finding]:
         if early := sum(steps < max(failures) for steps in failures):
             text = f"{early} of {len(failures)} failures ended before the others' {max(failures)} steps"
             yield Finding("crash", where, f"{text}, and no crash is recorded")
+        base = baseline_of(policy, cells)
+        if base and (alone := len(cell.keys() ^ cells.get((base, suite, seed), {}).keys())):
+            text = f"{alone} episodes are of it or {base} only and have no partner in a paired test"
+            yield Finding("missing", where, text)
 
 
-def baseline_of(policy: str, policies: set[str]) -> str | None:
+def baseline_of(policy: str, cells: Iterable[tuple]) -> str | None:
     """The `sft` policy whose name shares most words with this one's, unless this one is one or is a cell."""
-    words = {p: set(re.split(r"[-_/]", p)) for p in sorted({*policies, policy})}
+    words = {p: set(re.split(r"[-_/]", p)) for p in sorted({policy, *(p for p, _, _ in cells)})}
     if words[policy] & {"sft", "cell"}:
         return None
     fits = [p for p in words if "sft" in words[p] and words[p] - {"sft"} <= words[policy]]
     return max(fits, key=lambda p: len(words[p]), default=None)
-
-
-def unpaired(cells: Cells) -> Iterator[Finding]:
-    """Episodes whose baseline did not play them."""
-    for (policy, suite, seed), cell in cells.items():
-        base = baseline_of(policy, {policy for policy, _, _ in cells})
-        theirs = cells.get((base, suite, seed), {})
-        if base and (n := len(cell.keys() ^ theirs.keys())):
-            some = f"{n} episodes of seed {seed} are in one of it and {base} only"
-            text = some if theirs else f"{base} has no episodes under seed {seed}"
-            yield Finding("missing", f"{policy}, {suite}", f"{text}: they have no partner in a paired test")
 
 
 COUNTED = {  # keys of a row of table.json, and what is said if the episodes give others
@@ -162,14 +161,12 @@ COUNTED = {  # keys of a row of table.json, and what is said if the episodes giv
 
 def tables(folder: Path, cells: Cells) -> Iterator[Finding]:
     """Rows of a table.json that disagree with the episodes of their name in its folder, if there are any."""
-    policies = {policy for policy, _, _ in cells}
     for path in sorted(folder.rglob("table.json")):
         for row in [row for row in disk.read_json(path) if "successes" in row]:
-            kind = "cell-" if "hit_rate" in row else ""
-            group = "" if row.get("group", "test") == "test" else f"-{row['group']}"
+            kind, group = "cell-" if "hit_rate" in row else "", "-val" if row["group"] == "val" else ""
             name = "/".join([*path.parent.relative_to(folder).parts, f"{kind}{{}}{group}"])
             policy = name.format(row["name"])
-            base = name.format(row["paired_with"]) if "paired_with" in row else baseline_of(policy, policies)
+            base = name.format(row["paired_with"]) if "paired_with" in row else baseline_of(policy, cells)
             seeds = [row["noise_seed"]] if "noise_seed" in row else row["train_seeds"]
             played = {key: cell for key, cell in cells.items() if key[2] in seeds}
             own, theirs = (together(played, each, row["suite"].split()) for each in (policy, base))
@@ -197,17 +194,15 @@ def rates(cells: Cells, distinct: Cells) -> Iterator[dict]:
 
 def pairs(cells: Cells) -> list[dict]:
     """Each policy against its baseline, per suite and over all suites; Holm's correction covers all rows."""
-    rows, policies = [], {policy for policy, _, _ in cells}
-    for policy in sorted(policies):
-        base = baseline_of(policy, policies)
-        suites = sorted({suite for p, suite, _ in cells if p == policy})
-        choices = {suite: [suite] for suite in suites}
-        if len(suites) > 1:
-            choices["all"] = suites
-        for name, chosen in choices.items():
+    rows = []
+    for policy in sorted({policy for policy, _, _ in cells}):
+        base = baseline_of(policy, cells)
+        suites = sorted({suite for own, suite, _ in cells if own == policy})
+        for chosen in dict.fromkeys([*((suite,) for suite in suites), tuple(suites)]):
             test = compared(together(cells, policy, chosen), together(cells, base, chosen))
-            if test["paired_n"]:
-                rows.append({"policy": policy, "against": base, "suite": name} | test)
+            name = chosen[0] if len(chosen) == 1 else "all"
+            rows.append({"policy": policy, "against": base, "suite": name} | test)
+    rows = [row for row in rows if row["paired_n"]]
     corrected = stats.holm([row["p_vs_sft"] for row in rows])
     return [row | {"p_holm": p} for row, p in zip(rows, corrected, strict=True)]
 
@@ -222,10 +217,11 @@ def audit(folder: Path) -> dict:
     refuse(not cells, f"audit: no episodes (*.jsonl with a line per episode) below {folder}")
     repeated, distinct = duplicates(cells)
     table = list(rates(cells, distinct))
-    findings += [*repeated, *incomplete(cells), *unpaired(cells), *tables(folder, cells)]
     few = "{} distinct episodes: the 95 % interval of its rate runs from {:.0%} to {:.0%}"
-    for row in table:
-        if row["n"] + row["crashes"] < FEW:
-            text = few.format(row["n"], *row["ci95"])
-            findings.append(Finding("few", f"{row['policy']}, {row['suite']}", text))
+    findings += [*repeated, *incomplete(cells), *tables(folder, cells)]
+    findings += [
+        Finding("few", f"{row['policy']}, {row['suite']}", few.format(row["n"], *row["ci95"]))
+        for row in table
+        if row["n"] + row["crashes"] < FEW
+    ]
     return {"rates": table, "pairs": pairs(distinct), "findings": findings}

@@ -38,29 +38,41 @@ class Experiment:
 
 # ------------------------------------------------------------------------------------------------------ plots
 def figures(experiment: Experiment, plain: list[dict], cells: list[dict], folder: Path) -> str:
-    """All plots that the held-out rows allow, as PNGs in `folder`, and those of other stages, as Markdown."""
-    curves, lines = defaultdict(dict), []
-    for name, rows in sorted(experiment.training.items()):
+    """Plots of held-out rows and of DPO, as PNGs in `folder`, and those of other stages, as Markdown."""
+    lines, curves = [], defaultdict(dict)
+    for name, rows in experiment.training.items():
         _, adapter, pairs = name.split("-", 2)
         curves[pairs][adapter] = rows
-    drawings = [("success", "Success on held-out init states", plots.success, plain)]
-    for name, rows in ("differences", plain), ("differences-cells", cells):
-        caption = f"Difference to {tables.baseline(rows)}, on the same episodes"
-        drawings.append((name, caption, plots.forest, [row for row in rows if "gained" in row]))
-    for pairs, logs in sorted(curves.items()):
-        caption = f"DPO's implicit rewards, pairs: {pairs}"
-        drawings.append((f"dpo-{slug(pairs)}", caption, plots.dpo, logs))
+    against = "Difference to {}, on the same episodes"
+    drawings = [  # name, caption, function, what it draws
+        (
+            "differences",
+            against.format(tables.baseline(plain)),
+            plots.forest,
+            [row for row in plain if "gained" in row],
+        ),
+        (
+            "differences-cells",
+            against.format(tables.baseline(cells)),
+            plots.forest,
+            [row for row in cells if "gained" in row],
+        ),
+        *(
+            (f"dpo-{slug(pairs)}", f"DPO's implicit rewards, pairs: {pairs}", plots.dpo, logs)
+            for pairs, logs in sorted(curves.items())
+        ),
+    ]
     for name, caption, draw, data in drawings:
         if data:
             path = folder / f"{name}-{slug(experiment.title)}.png"
             plots.save(draw(data), path)
             lines.append(f"![{caption}]({path.name})")
-    lines += [link_to(path, f"{path.parent.name}: {path.stem}", folder) for path in experiment.drawn]
+    lines += ["!" + link_to(path, f"{path.parent.name}: {path.stem}", folder) for path in experiment.drawn]
     return "\n".join(lines)
 
 
-def link_to(picture: Path, caption: str, folder: Path) -> str:
-    return f"![{caption}]({quote(os.path.relpath(picture, folder))})"
+def link_to(path: Path, words: str, folder: Path) -> str:
+    return f"[{words}]({quote(os.path.relpath(path, folder))})"
 
 
 # --------------------------------------------------------------------------------------------------- chapters
@@ -104,7 +116,7 @@ def chapter(experiment: Experiment, folder: Path) -> tuple[list[str], dict[str, 
             parts.append(("/pairs", heading, tables.pairs_table(found["pairs"])))
         parts.append(("", "", findings_list(found["findings"])))
     videos = experiment.videos[:: math.ceil(len(experiment.videos) / CLIPS) or 1]  # spread over the tasks
-    clips = [link_to(path, f"{path.parent.parent.name}: {path.stem}", folder) for path in videos]
+    clips = ["!" + link_to(path, f"{path.parent.parent.name}: {path.stem}", folder) for path in videos]
     commands = {f"- `{row['command']}` at {row['commit'] or 'no commit'}" for row in experiment.rows}
     parts += [
         ("", "Rollouts", "\n".join(clips)),
@@ -123,36 +135,26 @@ def findings_list(findings: list[audit.Finding]) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------ files
-def write_report(
-    blocks: list[str], experiments: list[Experiment], folder: Path, alone: bool
-) -> dict[str, str]:
-    """Write the report into `folder`: `blocks`, then a chapter for each experiment. Returns their tables.
-
-    alone: as for as_html.
-    """
-    named = {}
-    for experiment in experiments:
-        more, its_tables = chapter(experiment, folder)
-        blocks = [*blocks, *more]
-        named |= its_tables
+def write_report(blocks: list[str], folder: Path, alone: bool) -> None:
+    """Write the blocks into `folder`, as a page and as Markdown. alone: as for as_html."""
     text = "\n\n".join(blocks) + "\n"
     disk.write_atomic(folder / "index.html", as_html(text, folder, alone))
     disk.write_atomic(folder / "report.md", text)
     print(f"report: {folder / 'index.html'}")
-    return named
 
 
 def write_audit(episodes: Path, folder: Path) -> bool:
     """Print the audit of a folder of episodes and keep it in `folder`; True if it found nothing."""
     found = audit.audit(episodes)
-    findings = findings_list(found["findings"])
-    blocks = [f"# Audit of {episodes}", "## Success rates", tables.rates_table(found["rates"])]
-    if found["pairs"]:
-        blocks += ["## Paired with the SFT policy", tables.pairs_table(found["pairs"])]
-    blocks += [
+    blocks = [
+        f"# Audit of {episodes}",
+        "## Success rates",
+        tables.rates_table(found["rates"]),
+        "## Paired with the SFT policy",
+        tables.pairs_table(found["pairs"]) if found["pairs"] else "Nothing is paired.",
         "## Findings",
-        findings,
-        "They are facts about files; this does not establish what caused them.",
+        findings_list(found["findings"]),
+        "Findings are facts about files; this does not establish what caused them.",
     ]
     text = "\n\n".join(blocks) + "\n"
     disk.write_atomic(folder / "audit.md", text)

@@ -18,7 +18,7 @@ import yaml
 
 from report import episodes, power, stats
 from report.page import PILLS
-from report.tables import difference, joined, listing, number, p_value, percent, points
+from report.tables import difference, joined, listing, number, p_value, points
 from runtime import HERE, disk, refuse
 
 RESULTS = HERE / "results"
@@ -76,15 +76,13 @@ def trainings_of(ours: dict, new: str = "new", base: str = "base") -> Trainings:
     return {training: sides for training, sides in found.items() if all(sides)}
 
 
-def look_up(ours: dict) -> dict | None:
-    """The one row of the committed results that a claim names; None where its file is not there.
+def look_up(ours: dict) -> dict:
+    """The one row of the committed results that a claim names.
 
     Raises:
-        UserError: the file is there, but not exactly one row fits.
+        UserError: not exactly one row fits.
     """
     path = RESULTS / ours["file"]
-    if not path.is_file():
-        return None
     rows = disk.read_json(path) if path.suffix == ".json" else disk.read_jsonl(path)
     fits = [row for row in rows if all(row.get(key) == value for key, value in ours["where"].items())]
     found = f"{len(fits)} rows of {path} have {ours['where']}"
@@ -92,14 +90,8 @@ def look_up(ours: dict) -> dict | None:
     return fits[0]
 
 
-def find(ours: dict, row: dict | None) -> Found | None:
-    """What this kit has about a claim: an effect, or a row's figure. None where a file is not there."""
-    if "new" in ours:
-        trainings = trainings_of(ours)
-        return effect(trainings) if trainings else None
-    if row is None:
-        return None
-    key = ours.get("key", "value")
+def figure_of(row: dict, key: str) -> Found:
+    """A row's figure, with its interval if it has one."""
     interval = tuple(row["ci95"]) if row.get("ci95") and key == "value" else None
     bounds = "({:.4g} to {:.4g})".format(*interval) if interval else ""
     text = " ".join(filter(None, (number(row[key]), bounds, row.get("unit") or row.get("metric", key))))
@@ -133,15 +125,14 @@ def training_logs(ours: dict, name: str) -> list[list[dict]]:
     return [disk.read_jsonl(file) for file in files if file.stem.partition("-seed")[0] == name]
 
 
-def our_facts(claim: dict, row: dict | None) -> dict:
+def our_facts(claim: dict, row: dict) -> dict:
     """The same of the experiment: its stored config, a row's keys and, for DPO, a count of its pairs."""
-    folder, name = RESULTS / claim["ours"]["folder"], claim["ours"]["config"]
-    config = disk.read_json(folder / "configs.json")[name]
+    name = claim["ours"]["config"]
+    config = disk.read_json(RESULTS / claim["ours"]["folder"] / "configs.json")[name]
     if not claim.get("dpo"):
-        return config | (row or {})
+        return config | row
     units = f"prefs-{name.split('-', 2)[2]}-units"
     pairs = [sum(len(unit["pairs"]) for unit in log) for log in training_logs(claim["ours"], units)]
-    refuse(not pairs, f"{folder}: no {units}*.jsonl, so the pairs cannot be counted")
     return config | dpo_facts(config, float(np.mean(pairs)))
 
 
@@ -209,10 +200,10 @@ def judged(claim: dict, paper: dict) -> dict:
     """A claim as a row of text: what the paper says, its logs, our result, setting and verdict."""
     ours = claim.get("ours", {})
     row = {key: claim.get(key, "") for key in WORDS} | dict.fromkeys(COMPUTED, "")
-    one = look_up(ours) if "file" in ours else None
-    found = find(ours, one)
-    if found is None:
+    if not ours:
         return row | {"setting": "not run", "verdict": "not run"}
+    one = look_up(ours) if "file" in ours else {}
+    found = effect(trainings_of(ours)) if "new" in ours else figure_of(one, ours.get("key", "value"))
     beside = [f"{words} {number(look_up(each)['value'])}" for words, each in claim.get("beside", {}).items()]
     row["here"] = "; ".join([found.text, *beside])
     works = given = True
@@ -239,19 +230,13 @@ def read_blocks(folder: Path) -> tuple[dict, dict]:
 
     folder: what extras/blocks.py writes. Nats are the mean difference of log-ratios, without beta, on
     held-out pairs of the block.
-
-    Raises:
-        UserError: an episode is there twice.
     """
-    arms, nats, places = defaultdict(lambda: defaultdict(list)), defaultdict(list), set()
+    arms, nats = defaultdict(lambda: defaultdict(list)), defaultdict(list)
     for path in sorted(folder.glob("*.csv")):
         for line in csv.DictReader(path.read_text(encoding="utf-8").splitlines()):
             numbers = {key: int(line[key]) for key in ("task", "init_state", "seed")}
             row = line | numbers | {"success": line["success"] == "1"}
-            place = row["arm"], int(row["block"]), episodes.place_of(row), row["seed"]
-            refuse(place in places, f"{path}: arm {place[0]}, block {place[1]}: an episode is there twice")
-            places.add(place)
-            arms[place[0]][place[1]].append(row)
+            arms[line["arm"]][int(line["block"])].append(row)
         for arm, facts in disk.read_json(path.with_suffix(".json"))["arms"].items():
             if "delivered" in facts:
                 nats[arm].append(facts["delivered"]["nats"])
@@ -316,6 +301,11 @@ def contrasts_table(plan: dict) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------- tables
+def at_a_glance(row: dict) -> str:
+    other = "different setting, " if row["would"] else ""
+    return f"{other}{row['verdict']}: {row['here'].partition('; ')[0]}"
+
+
 COLUMNS = {
     "section": "{section}",
     "claim": "{claim}",
@@ -333,6 +323,13 @@ ALSO_COLUMNS = {
     "outcome": "{verdict}",
     "detectable, points": "{detectable}",
     "command": "`{command}`",
+}
+CARD = {
+    "question": "{question}",
+    "paper": "{paper}",
+    "scope": "{scope}",
+    "compute": "{compute}",
+    "outcome": at_a_glance,
 }
 DETAILS = {
     "logs": "- Its public logs: {logs}.",
@@ -355,59 +352,22 @@ def details(claims: list[dict]) -> str:
     return "\n\n".join(parts)
 
 
-def card(entries: list[dict], rows: dict[str, dict]) -> str:
-    """The results at a glance. entries: a question, its scope and its price, and the row that answers it."""
-    columns = {key: f"{{{key}}}" for key in ("question", "paper", "scope", "compute", "outcome")}
-    lines = []
-    for entry in entries:
-        row = rows[entry["row"]]
-        other = "different setting, " if row["would"] else ""
-        scope = f"{entry['scope']}, toy" if row["scale"] else entry["scope"]
-        found = f"{other}{row['verdict']}: {row['here'].partition('; ')[0]}"
-        lines.append(row | entry | {"scope": scope, "outcome": found})
-    return listing(lines, columns)
-
-
-def logs_table(logs: dict) -> str:
-    """The public logs beside the paper's tables. Intervals count episodes that repeat another seed's once."""
-    rows = []
-    for policy, suite in [(p, suite) for p, suites in logs["counts"].items() for suite in suites]:
-        cells, paper = logs["counts"][policy][suite], logs["paper"][policy][suite]
-        repeated = logs["same"].get(policy, {}).get(suite, [])
-        once = np.sum([cell for seed, cell in cells.items() if seed not in repeated], axis=0)
-        won, n = np.sum(list(cells.values()), axis=0)
-        rows.append(
-            {
-                "policy": policy,
-                "suite": suite,
-                "successes by seed": ", ".join(f"{seed}: {w}/{k}" for seed, (w, k) in cells.items()),
-                "together": f"{won} / {n}",
-                "rate": f"{100 * won / n:.1f} %",
-                "paper's table": f"{paper} %",
-                "distinct": once[1],
-                "95 % interval": percent(stats.wilson(*once)),
-            }
-        )
-    return listing(rows, {key: f"{{{key}}}" for key in rows[0]})
-
-
 # ----------------------------------------------------------------------------------------------- the chapters
 def chapters(folder: Path) -> tuple[list[str], dict[str, str]]:
     """The report's chapters about the paper, and their tables by name. Writes claims.json into `folder`."""
     paper = read_paper()
-    logs, every = paper["logs"], {c["id"]: judged(c, paper) for c in [*paper["claims"], *paper["also"]]}
+    every = {claim["id"]: judged(claim, paper) for claim in [*paper["claims"], *paper["also"]]}
     rows = [every[claim["id"]] for claim in paper["claims"]]
     verdicts = [row["verdict"] for row in rows]
     counts = [f"{verdict} {verdicts.count(verdict)}" for verdict in PILLS if verdict in verdicts]
     named = {
-        "card": card(paper["card"], every),
+        "card": listing([every[entry["row"]] | entry for entry in paper["card"]], CARD),
         "verdicts": f"By verdict: {', '.join(counts)}.",
         "claims": listing(rows, COLUMNS),
         "details": details(rows),
         "also": listing([every[claim["id"]] for claim in paper["also"]], ALSO_COLUMNS),
         "blocks": contrasts_table(paper["blocks"]),
         "limitations": "\n".join(map('- Line {0[0]}: "{0[1]}"'.format, paper["limitations"])),
-        "public-logs": logs_table(logs),
     }
     disk.write_json(folder / "claims.json", list(every.values()))
     print(named["verdicts"])
@@ -417,7 +377,8 @@ def chapters(folder: Path) -> tuple[list[str], dict[str, str]]:
         named["card"],
         "## The paper's claims",
         f"{named['verdicts']} *Here* means this kit's committed results. *Setting* says how near they are to "
-        "the claim's. Where it is different, the claim is not judged. results/claims.md has the rule.",
+        "the claim's. Where it is different, the claim is not judged. results/claims.md has the rule and the "
+        "paper's public logs.",
         named["claims"],
         "## Claim by claim",
         named["details"],
@@ -425,11 +386,5 @@ def chapters(folder: Path) -> tuple[list[str], dict[str, str]]:
         named["limitations"],
         "## Also measured",
         named["also"],
-        "## The paper's public logs",
-        f"Counted in [the paper's repository]({logs['repository']}) at commit `{logs['commit'][:7]}`, folder "
-        f"`{logs['folder']}`. A seed is the evaluation's, not the training's. "
-        "Intervals count episodes that repeat another seed's once. Counts cannot tell whether seeds agree on "
-        "an init state.",
-        named["public-logs"],
     ]
     return blocks, named

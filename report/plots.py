@@ -4,8 +4,6 @@ matplotlib is imported when something is drawn, so that importing this module is
 """
 
 import io
-from collections.abc import Callable
-from operator import itemgetter
 from pathlib import Path
 
 from report import stats
@@ -28,19 +26,16 @@ STYLE = {
     "grid.linewidth": 0.7,
     "legend.frameon": False,
     "legend.fontsize": 8,
-    "figure.titlesize": 11,
     "savefig.dpi": 150,
 }
 
 
-def canvas(width: float, height: float, rows: int = 1, columns: int = 1, title: str = "", **keywords):
+def canvas(width: float, height: float, rows: int = 1, columns: int = 1, **keywords):
     """A figure and its axes, in the report's style."""
     from matplotlib import figure, rcParams
 
     rcParams.update(STYLE)
     drawn = figure.Figure(figsize=(width, height), layout="constrained")
-    if title:
-        drawn.suptitle(title, x=0.01, ha="left")
     return drawn, drawn.subplots(rows, columns, **keywords)
 
 
@@ -54,61 +49,25 @@ def save(figure, path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- success rates
-def labels(rows: list[dict]) -> list[str]:
-    """The name of each row, with its suite and seeds if the rows differ in them."""
-    texts = {
-        "suite": lambda row: short(row["suite"]),
-        "train_seeds": lambda row: f"seed {joined(row['train_seeds'])}",
-    }
-    varied = [key for key in texts if len({str(row.get(key)) for row in rows}) > 1]
-    return ["  ".join([row["name"], *(texts[key](row) for key in varied)]) for row in rows]
-
-
-def line_by_line(rows: list[dict], value: Callable, interval: Callable, note: Callable, bars: bool):
-    """A figure with a line for each row, from the top: name, bar or mark, interval, and a note beside it.
-
-    value, interval: of a row, as shares, which are drawn in percent.
-    """
+def forest(rows: list[dict]):
+    """Differences to the baseline on the same episodes, in points, with intervals and exact p-values."""
     rows = sorted(rows, key=by_suite)
     figure, ax = canvas(5.4, 0.85 + 0.34 * len(rows))
     places = range(len(rows))[::-1]
     for y, row in zip(places, rows, strict=True):
-        kind = row["adapter"] if row["policy"] == "dpo" else row["policy"]
-        colour = COLOURS.get(kind, COLOURS["other"])
-        if bars:
-            ax.barh(y, 100 * value(row), 0.66, color=colour)
-        else:
-            ax.plot(100 * value(row), y, "s", color=colour)
-        ax.plot([100 * bound for bound in interval(row)], [y, y], color=INK if bars else colour)
-        ax.text(1.02, y, note(row), transform=ax.get_yaxis_transform(), va="center", fontsize=9)
-    ax.set_yticks(places, labels(rows))
+        colour = COLOURS.get(row["adapter"], COLOURS["other"])
+        interval = [100 * bound for bound in stats.difference_interval(row)]
+        ax.plot(100 * row["diff_vs_sft"], y, "s", color=colour)
+        ax.plot(interval, [y, y], color=colour, linewidth=2)
+        note = f"p = {row['p_vs_sft']:.2g}"
+        ax.text(1.02, y, note, transform=ax.get_yaxis_transform(), va="center", fontsize=9)
+    seeds = [joined(row["train_seeds"]) for row in rows]
+    ax.set_yticks(
+        places,
+        [f"{row['name']}, {short(row['suite'])}, {seed}" for row, seed in zip(rows, seeds, strict=True)],
+    )
     ax.set_ylim(-0.6, len(rows) - 0.4)
     ax.grid(axis="x")
-    return figure, ax
-
-
-def success(rows: list[dict]):
-    """Success rates as horizontal bars, with their Wilson intervals."""
-    figure, ax = line_by_line(
-        rows,
-        value=lambda row: row["successes"] / max(1, row["n"]),
-        interval=itemgetter("ci95"),
-        note="{successes}/{n}".format_map,
-        bars=True,
-    )
-    ax.set(xlim=(0, 100), xlabel="success, % (lines: Wilson 95 %)")
-    return figure
-
-
-def forest(rows: list[dict]):
-    """Differences to the baseline on the same episodes, in points, with intervals and exact p-values."""
-    figure, ax = line_by_line(
-        rows,
-        value=itemgetter("diff_vs_sft"),
-        interval=stats.difference_interval,
-        note="p = {p_vs_sft:.2g}".format_map,
-        bars=False,
-    )
     ax.axvline(0, color=INK, linewidth=0.9)
     ax.set_xlabel(f"points against {baseline(rows)}, same episodes (95 %)", loc="right")
     return figure

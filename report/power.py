@@ -8,13 +8,10 @@ from scipy import special
 from report.stats import Z
 
 
-def t_power(shift: float, df: float = np.inf) -> float:
-    """Power of a two-sided t test at 5 %. shift: the true effect in standard errors.  df: inf: a z test."""
-    if np.isinf(df):
-        critical = Z
-    else:  # over quantiles of the estimated standard error
-        quantiles = special.gammaincinv(df / 2, (np.arange(2000) + 0.5) / 2000)
-        critical = special.stdtrit(df, 0.975) * np.sqrt(2 * quantiles / df)
+def t_power(shift: float, df: float) -> float:
+    """Power of a two-sided t test at 5 %. shift: the true effect in standard errors."""
+    quantiles = special.gammaincinv(df / 2, (np.arange(2000) + 0.5) / 2000)  # of the estimated standard error
+    critical = special.stdtrit(df, 0.975) * np.sqrt(2 * quantiles / df)
     return float(np.mean(special.ndtr(shift - critical) + special.ndtr(-shift - critical)))
 
 

@@ -83,12 +83,11 @@ def difference_interval(row: dict) -> tuple[float, float]:
 
 def holm(p: list[float]) -> list[float]:
     """Holm's step-down correction of p-values for testing them all."""
-    order = sorted(range(len(p)), key=lambda i: p[i])
-    corrected, largest = [0.0] * len(p), 0.0
-    for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(p) - rank) * p[i]))
-        corrected[i] = largest
-    return corrected
+    order = np.argsort(p, kind="stable")
+    multiplied = np.arange(len(p), 0, -1) * np.asarray(p, float)[order]
+    corrected = np.empty(len(p))
+    corrected[order] = np.minimum(1.0, np.maximum.accumulate(multiplied))
+    return corrected.tolist()
 
 
 # ------------------------------------------------------------------------- over trainings, tasks and attempts
