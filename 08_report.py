@@ -1,12 +1,12 @@
-"""08 - One page about all that has run: the paper's claims beside it, tables, plots, rollouts. And an audit.
+"""08 - One page about all that has run: tables, plots, rollouts. And an audit of episodes.
 
-reads   of a run, for each backbone and seed, <run>/<backbone>/seed<k>/: {sft,dpo-*}/metrics.jsonl (01, 03),
+reads   of a run, for each backbone and seed, <run>/<backbone>/seed<k>/: dpo-*/metrics.jsonl (03),
         results{,-val}.json and eval-*/ (04), and tables of rows by 05 to 07 and extras/cells.py (*.json,
         */table.json). With results=FOLDER, each folder at or below it that holds a table.json, as the
-        committed results do: table.json, training/, episodes/, videos/.
-        configs/paper.yaml (the paper's claims), the files below results/ that it names, README.md (the card)
-writes  <run>/report/, or FOLDER/report/: index.html; report.md and PNGs, the same for other readers;
-        claims.json; of a run table.json, all its rows. A run's page contains all but its largest pictures.
+        committed results do: table.json, training/, episodes/, videos/; and the paper's claims
+        (configs/paper.yaml), with the files below results/ that they name
+writes  <run>/report/, or FOLDER/report/: index.html; report.md and PNGs, the same for other readers; of a run
+        table.json, all its rows; with results= claims.json. A run's page contains its smaller pictures.
         With readme=PATH, the tables between <!-- table:NAME --> and <!-- /table --> in that Markdown file,
         or in every one below that folder. With audit=FOLDER, only <run>/report/audit.md; the exit code is 1
         if the audit finds something.
@@ -15,9 +15,9 @@ try     python 08_report.py configs/tiny.yaml results=results
         python 08_report.py configs/tiny.yaml results=results readme=results
         python 08_report.py configs/tiny.yaml audit=results/tiny_libero_object/episodes
 
-Success rates and metrics come from files of earlier stages. Computed here, from these files, are intervals of
-paired differences, tests between two files of episodes (report/audit.py), and differences of the paper's own
-counts (report/claims.py).
+A run's own report leaves the paper's claims out: the committed results alone judge them. Success rates and
+metrics come from files of earlier stages. Computed here, from these files, are intervals of paired
+differences, and tests between two files of episodes (report/audit.py).
 """
 
 import re
