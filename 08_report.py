@@ -61,7 +61,8 @@ def of_run(cfg: Config, backbone: str) -> Experiment:
     """All seeds of one backbone of a run."""
     folder = cfg.run_dir / backbone
     experiment = Experiment(f"{cfg.name} {backbone}", [], episodes=folder)
-    seed_dirs = sorted(folder.glob("seed*"), key=lambda path: int(path.name[4:]))
+    seed_dirs = [path for path in folder.glob("seed*") if path.name[4:].isdecimal()]
+    seed_dirs.sort(key=lambda path: int(path.name[4:]))
     for seed_dir in seed_dirs:
         finished = {  # group and name of the evaluations that are not being redone
             (group, facts["policy"])
@@ -124,8 +125,7 @@ def main(cfg: Config) -> None:
         its_blocks, its_tables = chapter(experiment, folder)
         blocks += its_blocks
         named |= its_tables
-    blocks.insert(0, f"# CrossVLA kit: {Path(cfg.results).name or cfg.name}")
-    write_report(blocks, folder, alone=not cfg.results)
+    write_report(Path(cfg.results).name or cfg.name, blocks, folder, alone=not cfg.results)
     pages = [readme] if readme.is_file() else readme.rglob("*.md")
     for path in pages if cfg.readme else []:
         disk.write_atomic(path, fill_in(path.read_text(), named))

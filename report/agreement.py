@@ -190,7 +190,7 @@ def against_what_acts(cfg, sft: dict, attempt: np.ndarray) -> Iterator[dict]:
             "sign agreement": right_signs(value, truth, attempt),
         }
         if name == "exact":
-            metrics["spread of the difference to it, nats"] = (truth - value[0]).std().item(), None, None
+            metrics["spread"] = (truth - value[0]).std().item(), None, None
         yield from rows_of(about | {"surrogate": name, "draws": int(k or 0)}, metrics)
 
 
@@ -234,8 +234,11 @@ def estimator_tables(rows: list[dict], guesses: list[dict], cfg) -> str:
 def acting_table(rows: list[dict]) -> str:
     if not rows:
         return "not measured: the noise behind the chunks is not known (that of branch pairs is)\n"
-    spread = "spread of the difference to it, nats"
-    heads = {"spearman": "rank correlation", "sign agreement": "right sign", spread: spread}
+    heads = {
+        "spearman": "rank correlation",
+        "sign agreement": "right sign",
+        "spread": "sd of the difference, nats",
+    }
     return pivot(rows, ["surrogate", "draws"], "metric", heads, lambda same: with_interval(same[0])) + "\n"
 
 

@@ -71,17 +71,9 @@ def read(folder: Path) -> tuple[Cells, list[Finding]]:
         bad = rows.count(None)
         begun = path.with_name("started.json").is_file() and not path.with_name("done.json").is_file()
         faults = [
-            (
-                "missing",
-                begun,
-                f"the stage that writes it has not finished: {len(rows) - bad} episodes so far",
-            ),
+            ("missing", begun, f"its stage has not finished: {len(rows) - bad} episodes so far"),
             ("unreadable", bad, f"{bad} of its lines are no complete episode and were left out"),
-            (
-                "duplicate",
-                twice,
-                f"{twice} of its episodes (task, init state, seed) are in an earlier line too",
-            ),
+            ("duplicate", twice, f"{twice} of its episodes (task, init state, seed) are there twice"),
         ]
         where = str(path.relative_to(folder))
         findings += [Finding(kind, where, text) for kind, there, text in faults if there]
@@ -103,23 +95,22 @@ def duplicates(cells: Cells) -> tuple[list[Finding], Cells]:
     """Episodes that agree under two seeds or two policies, and the cells that do not only repeat another."""
     findings, distinct = [], dict(cells)
     for x, y in itertools.combinations(sorted(cells), 2):
-        (policy, suite, seed), one, other = x, cells[x], cells[y]
         one_policy = x[:2] == y[:2]
         if not one_policy and x[1:] != y[1:]:
             continue
-        both = [(row, other[place]) for place, row in one.items() if place in other]
+        both = [(row, cells[y][place]) for place, row in cells[x].items() if place in cells[y]]
         alike = [a for a, b in both if (a["success"], a["steps"]) == (b["success"], b["steps"])]
         successes = sum(row["success"] for row in alike)  # failures all last to the limit: they prove nothing
         few = successes < max(3, sum(a["success"] and b["success"] for a, b in both) / 2)
-        whole = len(alike) == len(both) == len(one)
+        whole = len(alike) == len(both) == len(cells[x])
         if few or not (one_policy or whole):
             continue
-        whose = f"under seeds {seed} and {y[2]}" if one_policy else f"as {y[0]}, seed {seed}"
+        whose = f"under seeds {x[2]} and {y[2]}" if one_policy else f"as {y[0]}, seed {x[2]}"
         text = f"{len(alike)} of {len(both)} episodes have the same success and number of steps {whose}"
-        if one_policy and whole and len(both) == len(other):
+        if one_policy and whole and len(both) == len(cells[y]):
             distinct.pop(y, None)
             text += "; they count once below"
-        findings.append(Finding("duplicate", f"{policy}, {suite}", text))
+        findings.append(Finding("duplicate", f"{x[0]}, {x[1]}", text))
     return findings, distinct
 
 
@@ -179,19 +170,6 @@ def tables(folder: Path, cells: Cells) -> Iterator[Finding]:
 
 
 # ----------------------------------------------------------------------------------------------------- tables
-def rates(cells: Cells, distinct: Cells) -> Iterator[dict]:
-    """A row per policy and suite, all seeds together. Only the distinct episodes count in its rate."""
-    for policy, suite in sorted({key[:2] for key in cells}):
-        summary = summarise(together(distinct, policy, [suite]))
-        yield summary | {
-            "policy": policy,
-            "suite": suite,
-            "seeds": sorted(seed for p, s, seed in cells if (p, s) == (policy, suite)),
-            "episodes": len(together(cells, policy, [suite])),
-            "ci95_tasks": summary["ci95_tasks"] if len(summary["tasks"]) > 1 else None,
-        }
-
-
 def pairs(cells: Cells) -> list[dict]:
     """Each policy against its baseline, per suite and over all suites; Holm's correction covers all rows."""
     rows = []
@@ -216,12 +194,21 @@ def audit(folder: Path) -> dict:
     cells, findings = read(folder)
     refuse(not cells, f"audit: no episodes (*.jsonl with a line per episode) below {folder}")
     repeated, distinct = duplicates(cells)
-    table = list(rates(cells, distinct))
-    few = "{} distinct episodes: the 95 % interval of its rate runs from {:.0%} to {:.0%}"
     findings += [*repeated, *incomplete(cells), *tables(folder, cells)]
+    rates = [  # only distinct episodes count in a rate
+        {
+            "policy": policy,
+            "suite": suite,
+            "seeds": sorted(seed for p, s, seed in cells if (p, s) == (policy, suite)),
+            "episodes": len(together(cells, policy, [suite])),
+            **summarise(together(distinct, policy, [suite])),
+        }
+        for policy, suite in sorted({key[:2] for key in cells})
+    ]
+    few = "{n} distinct episodes: the 95 % interval of its rate runs from {ci95[0]:.0%} to {ci95[1]:.0%}"
     findings += [
-        Finding("few", f"{row['policy']}, {row['suite']}", few.format(row["n"], *row["ci95"]))
-        for row in table
+        Finding("few", f"{row['policy']}, {row['suite']}", few.format_map(row))
+        for row in rates
         if row["n"] + row["crashes"] < FEW
     ]
-    return {"rates": table, "pairs": pairs(distinct), "findings": findings}
+    return {"rates": rates, "pairs": pairs(distinct), "findings": findings}

@@ -37,26 +37,17 @@ class Experiment:
 
 
 # ------------------------------------------------------------------------------------------------------ plots
-def figures(experiment: Experiment, plain: list[dict], cells: list[dict], folder: Path) -> str:
-    """Plots of held-out rows and of DPO, as PNGs in `folder`, and those of other stages, as Markdown."""
+def figures(experiment: Experiment, paired: list[dict], folder: Path) -> str:
+    """Plots of paired rows and of DPO, as PNGs in `folder`, and those of other stages, as Markdown."""
     lines, curves = [], defaultdict(dict)
     for name, rows in experiment.training.items():
         _, adapter, pairs = name.split("-", 2)
         curves[pairs][adapter] = rows
+    plain, cells = split(paired)
     against = "Difference to {}, on the same episodes"
     drawings = [  # name, caption, function, what it draws
-        (
-            "differences",
-            against.format(tables.baseline(plain)),
-            plots.forest,
-            [row for row in plain if "gained" in row],
-        ),
-        (
-            "differences-cells",
-            against.format(tables.baseline(cells)),
-            plots.forest,
-            [row for row in cells if "gained" in row],
-        ),
+        ("differences", against.format(tables.baseline(plain)), plots.forest, plain),
+        ("differences-cells", against.format(tables.baseline(cells)), plots.forest, cells),
         *(
             (f"dpo-{slug(pairs)}", f"DPO's implicit rewards, pairs: {pairs}", plots.dpo, logs)
             for pairs, logs in sorted(curves.items())
@@ -100,7 +91,7 @@ def chapter(experiment: Experiment, folder: Path) -> tuple[list[str], dict[str, 
     metrics = [row | {"script": script(row)} for row in experiment.rows if "metric" in row]
     parts = [  # the same with texts
         *((suffix, heading, tables.success_table(rows)) for suffix, heading, rows in success if rows),
-        ("", "", figures(experiment, plain, cells, folder)),
+        ("", "", figures(experiment, [row for row in shown["test"] if "gained" in row], folder)),
         *(
             (f"/{stage.removesuffix('.py')}", STAGES.get(stage, stage), tables.metrics_table(rows))
             for (stage,), rows in sorted(grouped(metrics, "script").items())
@@ -135,9 +126,9 @@ def findings_list(findings: list[audit.Finding]) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------ files
-def write_report(blocks: list[str], folder: Path, alone: bool) -> None:
+def write_report(name: str, blocks: list[str], folder: Path, alone: bool) -> None:
     """Write the blocks into `folder`, as a page and as Markdown. alone: as for as_html."""
-    text = "\n\n".join(blocks) + "\n"
+    text = "\n\n".join([f"# CrossVLA kit: {name}", *blocks]) + "\n"
     disk.write_atomic(folder / "index.html", as_html(text, folder, alone))
     disk.write_atomic(folder / "report.md", text)
     print(f"report: {folder / 'index.html'}")

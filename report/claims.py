@@ -44,11 +44,11 @@ class Found:
     power: Callable[[float], float] | None = None  # of an effect
 
 
-Trainings = dict[tuple, tuple[list[dict], list[dict]]]  # a training -> its episodes, and its baseline's
+def effect(trainings: dict[tuple, tuple[list[dict], list[dict]]]) -> Found:
+    """The difference of paired success rates; over trainings where there are three or more.
 
-
-def effect(trainings: Trainings) -> Found:
-    """The difference of paired success rates; over trainings where there are three or more."""
+    trainings: a training -> its episodes, and its baseline's.
+    """
     gains = [episodes.paired(*sides)["diff_vs_sft"] for sides in trainings.values()]
     own, base = ([row for sides in trainings.values() for row in sides[side]] for side in (0, 1))
     test = episodes.compared(own, base)
@@ -65,7 +65,7 @@ def effect(trainings: Trainings) -> Found:
     return Found(test["diff_vs_sft"], (low, high), text, (high - low) / 2 / stats.Z, power=seen)
 
 
-def trainings_of(ours: dict, new: str = "new", base: str = "base") -> Trainings:
+def trainings_of(ours: dict, new: str = "new", base: str = "base") -> dict:
     """The episodes of two of the files (or lists of files) that a claim names, by training: file and seed."""
     found = defaultdict(lambda: ([], []))
     for side, name in enumerate((new, base)):
@@ -85,8 +85,7 @@ def look_up(ours: dict) -> dict:
     path = RESULTS / ours["file"]
     rows = disk.read_json(path) if path.suffix == ".json" else disk.read_jsonl(path)
     fits = [row for row in rows if all(row.get(key) == value for key, value in ours["where"].items())]
-    found = f"{len(fits)} rows of {path} have {ours['where']}"
-    refuse(len(fits) != 1, f"configs/paper.yaml: {found}; a claim needs one")
+    refuse(len(fits) != 1, f"{len(fits)} rows of {path} have {ours['where']}; a claim needs one")
     return fits[0]
 
 
@@ -103,10 +102,8 @@ def dpo_facts(config: dict, pairs: float) -> dict:
     """What a training with DPO is, from its config and the number of its pairs."""
     kept = ("backbone", "adapter", "suites", "pairs", "lr", "beta", "sft_coef")
     seen = config["steps"] * config["batch_size"]
-    own = {key: config[key] for key in kept}
-    if own["beta"] != "auto":
-        own["beta"] = float(own["beta"])
-    own["contrast"] = config.get("contrast", 1.0)
+    beta = config["beta"] if config["beta"] == "auto" else float(config["beta"])
+    own = {key: config[key] for key in kept} | {"beta": beta, "contrast": config.get("contrast", 1.0)}
     return own | {"pairs seen": seen, "visits to a pair": seen / pairs}
 
 
@@ -131,8 +128,8 @@ def our_facts(claim: dict, row: dict) -> dict:
     config = disk.read_json(RESULTS / claim["ours"]["folder"] / "configs.json")[name]
     if not claim.get("dpo"):
         return config | row
-    units = f"prefs-{name.split('-', 2)[2]}-units"
-    pairs = [sum(len(unit["pairs"]) for unit in log) for log in training_logs(claim["ours"], units)]
+    logs = training_logs(claim["ours"], f"prefs-{name.split('-', 2)[2]}-units")
+    pairs = [sum(len(unit["pairs"]) for unit in log) for log in logs]
     return config | dpo_facts(config, float(np.mean(pairs)))
 
 
@@ -317,20 +314,6 @@ COLUMNS = {
     "detectable, points": "{detectable}",
     "power for the claim": "{power}",
 }
-ALSO_COLUMNS = {
-    "question": "{claim}",
-    "here (95 % interval)": "{here}",
-    "outcome": "{verdict}",
-    "detectable, points": "{detectable}",
-    "command": "`{command}`",
-}
-CARD = {
-    "question": "{question}",
-    "paper": "{paper}",
-    "scope": "{scope}",
-    "compute": "{compute}",
-    "outcome": at_a_glance,
-}
 DETAILS = {
     "logs": "- Its public logs: {logs}.",
     "setting": "- Setting: {setting}.",
@@ -348,7 +331,11 @@ def details(claims: list[dict]) -> str:
     parts = []
     for row in claims:
         lines = [line.format_map(row) for key, line in DETAILS.items() if row[key]]
-        parts += ["**{id}** (section {section}, line {line})\n\n> {quote}".format_map(row), "\n".join(lines)]
+        parts += [
+            "**{id}** (section {section}, line {line})".format_map(row),
+            f"> {row['quote']}",
+            "\n".join(lines),
+        ]
     return "\n\n".join(parts)
 
 
@@ -361,11 +348,29 @@ def chapters(folder: Path) -> tuple[list[str], dict[str, str]]:
     verdicts = [row["verdict"] for row in rows]
     counts = [f"{verdict} {verdicts.count(verdict)}" for verdict in PILLS if verdict in verdicts]
     named = {
-        "card": listing([every[entry["row"]] | entry for entry in paper["card"]], CARD),
+        "card": listing(
+            [every[entry["row"]] | entry for entry in paper["card"]],
+            {
+                "question": "{question}",
+                "paper": "{paper}",
+                "scope": "{scope}",
+                "compute": "{compute}",
+                "outcome": at_a_glance,
+            },
+        ),
         "verdicts": f"By verdict: {', '.join(counts)}.",
         "claims": listing(rows, COLUMNS),
         "details": details(rows),
-        "also": listing([every[claim["id"]] for claim in paper["also"]], ALSO_COLUMNS),
+        "also": listing(
+            [every[claim["id"]] for claim in paper["also"]],
+            {
+                "question": "{claim}",
+                "here (95 % interval)": "{here}",
+                "outcome": "{verdict}",
+                "detectable, points": "{detectable}",
+                "command": "`{command}`",
+            },
+        ),
         "blocks": contrasts_table(paper["blocks"]),
         "limitations": "\n".join(map('- Line {0[0]}: "{0[1]}"'.format, paper["limitations"])),
     }

@@ -59,13 +59,10 @@ def forest(rows: list[dict]):
         interval = [100 * bound for bound in stats.difference_interval(row)]
         ax.plot(100 * row["diff_vs_sft"], y, "s", color=colour)
         ax.plot(interval, [y, y], color=colour, linewidth=2)
-        note = f"p = {row['p_vs_sft']:.2g}"
-        ax.text(1.02, y, note, transform=ax.get_yaxis_transform(), va="center", fontsize=9)
-    seeds = [joined(row["train_seeds"]) for row in rows]
-    ax.set_yticks(
-        places,
-        [f"{row['name']}, {short(row['suite'])}, {seed}" for row, seed in zip(rows, seeds, strict=True)],
-    )
+        p = f"p = {row['p_vs_sft']:.2g}"
+        ax.text(1.02, y, p, transform=ax.get_yaxis_transform(), va="center", fontsize=9)
+    names = [f"{row['name']}, {short(row['suite'])}, {joined(row['train_seeds'])}" for row in rows]
+    ax.set_yticks(places, names)
     ax.set_ylim(-0.6, len(rows) - 0.4)
     ax.grid(axis="x")
     ax.axvline(0, color=INK, linewidth=0.9)

@@ -159,7 +159,7 @@ rates_table = partial(  # the audit's success rates: all seeds of a policy and s
         "episodes": "{episodes}",
         "success": "{successes} / {n}",
         "95 % interval": lambda row: percent(row["ci95"]),
-        "over tasks": lambda row: percent(row["ci95_tasks"]),
+        "over tasks": lambda row: percent(row["ci95_tasks"]) if len(row["tasks"]) > 1 else "",
         "crashes": "{crashes}",
     },
 )
