@@ -52,7 +52,7 @@ def save(figure, path: Path) -> None:
 def forest(rows: list[dict]):
     """Differences to the baseline on the same episodes, in points, with intervals and exact p-values."""
     rows = sorted(rows, key=by_suite)
-    figure, ax = canvas(5.4, 0.85 + 0.34 * len(rows))
+    figure, ax = canvas(6.4, 0.85 + 0.34 * len(rows))
     places = range(len(rows))[::-1]
     for y, row in zip(places, rows, strict=True):
         colour = COLOURS.get(row["adapter"], COLOURS["other"])
@@ -61,7 +61,7 @@ def forest(rows: list[dict]):
         ax.plot(interval, [y, y], color=colour, linewidth=2)
         p = f"p = {row['p_vs_sft']:.2g}"
         ax.text(1.02, y, p, transform=ax.get_yaxis_transform(), va="center", fontsize=9)
-    names = [f"{row['name']}, {short(row['suite'])}, {joined(row['train_seeds'])}" for row in rows]
+    names = [f"{row['name']}, {short(row['suite'])}, seed {joined(row['train_seeds'])}" for row in rows]
     ax.set_yticks(places, names)
     ax.set_ylim(-0.6, len(rows) - 0.4)
     ax.grid(axis="x")
