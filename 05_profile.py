@@ -1,7 +1,7 @@
 """05 - Where the time of an inference goes (the paper's section on inference).
 
 reads   <run>/<backbone>/seed<k>/sft/ (01); nothing with profile.weights=random
-writes  <run>/<backbone>/seed<k>/profile/: latency.json, table.{json,md}, anatomy.png, done.json
+writes  <run>/<backbone>/seed<k>/profile/: latency.json, table.{json,md}, done.json
 cost    an estimate: minutes
 try     python 05_profile.py configs/tiny.yaml
         python 05_profile.py configs/pi05.yaml device=cpu profile.weights=random profile.repeats=2
@@ -289,7 +289,7 @@ def random_policy(cfg: Config):
 
 
 def main(cfg: Config, run: stage.Run) -> None:
-    """Measure every point; write latency.json, table.md and the plot; print the table."""
+    """Measure every point; write latency.json and table.md; print the table."""
     policy, rows = backbones.load_sft(cfg) if cfg.weights == "sft" else random_policy(cfg), []
     for label, point in workers.progress(list(points(cfg, policy)), desc="profile", unit="point"):
         rows.append({"label": label} | point | measure(policy, cfg, point))
@@ -307,9 +307,6 @@ def main(cfg: Config, run: stage.Run) -> None:
         run.dir / "latency.json", facts | {"points": rows, "roofline": bounds, "paper": latency.PAPER}
     )
     disk.write_atomic(run.dir / "table.md", table)
-    latency.plot(
-        rows, f"{cfg.backbone}, {facts['parameters']:,} parameters, {cfg.device}", run.dir / "anatomy.png"
-    )
     print(table, flush=True)
 
 

@@ -2,7 +2,7 @@
 
 reads   <run>/data/ (00), <run>/<backbone>/seed<k>/sft/ (01) or `checkpoint`
 writes  <run>/<backbone>/seed<k>/head[-at<start>][-random]/: heads/<split>-<variant>.safetensors,
-        metrics.jsonl, rows.json, table.{json,md}, loss.png, done.json
+        metrics.jsonl, rows.json, table.{json,md}, done.json
 cost    the tower sees each image once; then 36 heads train (with ten tasks): 2 minutes on one core
 try     python 06_pretrain_head.py configs/tiny.yaml start=final
         python 06_pretrain_head.py configs/tiny.yaml start=final encoder=random
@@ -46,7 +46,7 @@ import backbones
 import common
 from backbones.layers import siglip_features
 from report import stats
-from report.head import plot_losses, retrieval_report
+from report.head import retrieval_report
 from runtime import Count, disk, refuse, stage, workers
 from sim.demos import demonstrations
 
@@ -506,9 +506,6 @@ def main(cfg: Config, run: stage.Run) -> dict:
         run.dir / "rows.json",
         recall_rows(frames, heads, cfg) + (progress_rows(frames, heads, cfg) if frames.held.any() else []),
     )
-
-    # 3. the plot
-    plot_losses(disk.read_jsonl(run.dir / "metrics.jsonl"), cfg, run.dir / "loss.png")
     return {
         "parameters": trained,
         "anchors": len(frames.anchors),

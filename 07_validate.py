@@ -27,8 +27,9 @@ between its mean over endless repeats and the exact values. report/agreement.py 
 noise behind every branch pair is known, so that density is measured too, and all are compared with it.
 
 Bias and variance of DPO's loss are bounded by the variance of the estimated margin (VRPO, arXiv 2505.19223).
-Its three levers have a table: more draws, one noise for each time, and shared draws. (There, shared draws are
-called antithetic. Here `mirrored` draws are a noise and its mirror image.)
+Its three levers are among the estimators: more draws, one noise for each time (`paper, one time` has several
+noises at one), and shared draws. (There, shared draws are called antithetic. Here `mirrored` draws are a
+noise and its mirror image.)
 
 An autoregressive policy's log p is exact, in closed form, so there is nothing to validate.
 Left out: marginals of the executed actions (no closed form), policies in bfloat16, GPUs.

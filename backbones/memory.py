@@ -13,7 +13,6 @@ workspaces, the data. The image towers are counted as part of every DPO step. Bu
 the tokens of all pairs, which are not counted.
 """
 
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -140,14 +140,21 @@ def estimator_rows(cfg, measures: dict[str, dict], dims: int, attempt: np.ndarra
     measures: policy -> tensors that 07 measured.  dims: dimensions of a chunk.
     """
     for policy, tensors in measures.items():
-        truth, n = tensors["exact"], len(tensors["exact"])
-        for key in [key for key in tensors if "/" in key]:
-            name, k = key.split("/")[0], int(key.split("/")[1])
-            estimates, tabled, results = tensors[key], k in (cfg.draws, cfg.max_draws), []
+        names = {key: key for key in tensors if "/" in key} | {"by_time": f"paper, one time/{cfg.draws}"}
+        for key, (name, _, k) in {key: name.partition("/") for key, name in names.items()}.items():
+            estimates, tabled = tensors[key], int(k) in (cfg.draws, cfg.max_draws)
+            about = {
+                "policy": policy,
+                "surrogate": name,
+                "draws": int(k),
+                "passes": int(k),  # of the action expert per chunk; a vector-Jacobian product counts as one
+                "passes_exact": 2 * cfg.ode_steps * (1 + dims),
+            }
             if tabled:
-                flat = estimates[0].flatten().numpy(), truth.flatten().numpy(), attempt.repeat(2)
-                results.append(({"shared": True, "quantity": "log p", "n": 2 * n}, correlations(*flat)))
-            shareds = [False] if name == "independent" else [True, False]
+                flat = estimates[0].flatten().numpy(), tensors["exact"].flatten().numpy()
+                of = {"shared": True, "quantity": "log p", "n": 2 * len(attempt)}
+                yield from rows_of(about | of, correlations(*flat, attempt.repeat(2)))
+            shareds = {"independent": [False], "paper, one time": [True]}.get(name, [True, False])
             for shared, (what, ref) in itertools.product(shareds, references(policy, measures).items()):
                 exact, kept = exactly(cfg, measures, policy, what, ref, attempt)
                 value, together = (
@@ -156,18 +163,14 @@ def estimator_rows(cfg, measures: dict[str, dict], dims: int, attempt: np.ndarra
                 metrics = compare(value, exact, attempt[kept], None if shared else together)
                 if tabled:
                     metrics |= correlations(value[0].numpy(), exact.numpy(), attempt[kept])
-                results.append(({"shared": shared, "quantity": what, "n": len(exact)}, metrics))
-            about = {
-                "policy": policy,
-                "surrogate": name,
-                "draws": k,
-                "passes": k,  # of the action expert per chunk; a vector-Jacobian product counts as one
-                "passes_exact": 2 * cfg.ode_steps * (1 + dims),
-            }
-            for of, metrics in results:
-                for metric, (value, low, high) in metrics.items():
-                    bounds = None if low is None else [float(low), float(high)]
-                    yield about | of | {"metric": metric, "value": value, "ci95": bounds}
+                yield from rows_of(about | {"shared": shared, "quantity": what, "n": len(exact)}, metrics)
+
+
+def rows_of(about: dict, metrics: dict[str, tuple]) -> Iterator[dict]:
+    """A row for each metric: (value, low, high), where the last two may be None."""
+    for metric, (value, low, high) in metrics.items():
+        bounds = None if low is None else [float(low), float(high)]
+        yield about | {"metric": metric, "value": value, "ci95": bounds}
 
 
 def against_what_acts(cfg, sft: dict, attempt: np.ndarray) -> Iterator[dict]:
@@ -176,47 +179,19 @@ def against_what_acts(cfg, sft: dict, attempt: np.ndarray) -> Iterator[dict]:
     if known.sum() < 3:
         return
     truth, attempt = quantity(sft["euler"][None, known], None, True)[0], attempt[known.numpy()]
-    ode = quantity(sft["exact"][None, known], None, True)
     about = {"policy": "sft", "quantity": "difference", "against": "euler", "n": len(truth)}
-    spread = (truth - ode[0]).std().item()
-    yield about | {"surrogate": "exact", "metric": "less the flow's, spread", "value": spread, "unit": "nats"}
     keys = [key for key in sft if "/" in key and int(key.split("/")[1]) in (cfg.draws, cfg.max_draws)]
     for key in ["exact", *keys]:
-        value = (
-            ode if key == "exact" else quantity(sft[key][:, known], None, not key.startswith("independent"))
-        )
-        metrics = {"spearman": correlations(value[0].numpy(), truth.numpy(), attempt)["spearman"]}
-        metrics["sign agreement"] = right_signs(value, truth, attempt)
         name, _, k = key.partition("/")
-        for metric, (x, *bounds) in metrics.items():
-            row = {"surrogate": name, "draws": int(k or 0), "metric": metric, "value": x}
-            yield about | row | {"ci95": list(map(float, bounds))}
-
-
-def levers(cfg, measures: dict[str, dict], attempt: np.ndarray) -> Iterator[dict]:
-    """Noise of the paper's surrogate with each of VRPO's three levers pulled or let go (arXiv 2505.19223)."""
-    few, many = f"paper/{cfg.draws}", f"paper/{cfg.max_draws}"
-    tried = {
-        f"{cfg.draws} draws at {cfg.draws} times, shared": (few, True),
-        f"more of them: {cfg.max_draws}": (many, True),
-        f"one time, {cfg.draws} noises": ("by_time", True),
-        "not shared between the terms": (few, False),
-    }
-    for policy, tensors in measures.items():
-        for (name, (key, shared)), (what, ref) in itertools.product(
-            tried.items(), references(policy, measures).items()
-        ):
-            exact, kept = exactly(cfg, measures, policy, what, ref, attempt)
-            own, together = (quantity(tensors[key], ref and ref[key], s)[:, kept] for s in (shared, True))
-            value, *bounds = compare(own, exact, attempt[kept], None if shared else together)["noise"]
-            row = {
-                "policy": policy,
-                "quantity": what,
-                "lever": name,
-                "metric": "noise of a lever",
-                "n": len(exact),
-            }
-            yield row | {"value": value, "ci95": None if bounds[0] is None else list(map(float, bounds))}
+        scores = sft[key] if k else sft[key][None]
+        value = quantity(scores[:, known], None, name != "independent")
+        metrics = {
+            "spearman": correlations(value[0].numpy(), truth.numpy(), attempt)["spearman"],
+            "sign agreement": right_signs(value, truth, attempt),
+        }
+        if name == "exact":
+            metrics["spread"] = (truth - value[0]).std().item(), None, None
+        yield from rows_of(about | {"surrogate": name, "draws": int(k or 0)}, metrics)
 
 
 # ----------------------------------------------------------------------------------------------------- tables
@@ -257,11 +232,14 @@ def estimator_tables(rows: list[dict], guesses: list[dict], cfg) -> str:
 
 
 def acting_table(rows: list[dict]) -> str:
-    lines = [row for row in rows if row["metric"] in ("spearman", "sign agreement")]
-    if not lines:
+    if not rows:
         return "not measured: the noise behind the chunks is not known (that of branch pairs is)\n"
-    heads = {"spearman": "rank correlation", "sign agreement": "right sign"}
-    return pivot(lines, ["surrogate", "draws"], "metric", heads, lambda same: with_interval(same[0])) + "\n"
+    heads = {
+        "spearman": "rank correlation",
+        "sign agreement": "right sign",
+        "spread": "sd of the difference, nats",
+    }
+    return pivot(rows, ["surrogate", "draws"], "metric", heads, lambda same: with_interval(same[0])) + "\n"
 
 
 def gradient_table(cosines: list[dict]) -> str:
@@ -275,11 +253,8 @@ def gradient_table(cosines: list[dict]) -> str:
         values = [row["cosine"] for row in rows]
         return f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
-    exact = {"estimator": "exact: this many probes against others"}
-    rows = [row | exact if row["estimator"] == "exact" else row for row in cosines]
-    return (
-        pivot(rows, ["estimator", "draws"], "state", {"start": "first step", "end": "last step"}, cell) + "\n"
-    )
+    heads = {"start": "first step", "end": "last step"}
+    return pivot(cosines, ["estimator", "draws"], "state", heads, cell) + "\n"
 
 
 # ----------------------------------------------------------------------------------------------------- report
@@ -293,11 +268,8 @@ def report(cfg, folder: Path) -> None:
         measures.setdefault(policy, {})[name] = stored[key]
     cosines, timing = disk.read_jsonl(folder / "gradients.jsonl"), disk.read_json(folder / "timing.json")
     rows = list(estimator_rows(cfg, measures, dims, attempt))
-    guesses, acts = (
-        list(base_rates(cfg, measures, attempt)),
-        list(against_what_acts(cfg, measures["sft"], attempt)),
-    )
-    pulled = list(levers(cfg, measures, attempt))
+    guesses = list(base_rates(cfg, measures, attempt))
+    acts = list(against_what_acts(cfg, measures["sft"], attempt))
     about = {
         "suite": " ".join(cfg.suites),
         "backbone": cfg.backbone,
@@ -307,14 +279,17 @@ def report(cfg, folder: Path) -> None:
         "commit": timing["commit"],
     }
     gradients = [
-        {"policy": "dpo", "metric": "gradient cosine", "surrogate": row["estimator"], "value": row["cosine"]}
+        row
+        | {
+            "policy": "dpo",
+            "metric": "gradient cosine",
+            "surrogate": row["estimator"],
+            "value": row["cosine"],
+        }
         for row in cosines
     ]
-    disk.write_json(
-        folder.with_suffix(".json"),
-        [about | row for row in (*rows, *guesses, *acts, *pulled, *map(dict.__or__, cosines, gradients))],
-    )
-    columns = {"policy": "{policy}", "quantity": "{quantity}", "draws": "{lever}", "noise": with_interval}
+    found = [*rows, *guesses, *acts, *gradients]
+    disk.write_json(folder.with_suffix(".json"), [about | row for row in found])
     text = "\n".join(
         [
             f"# {cfg.name}, {cfg.pairs} pairs, start {cfg.start}, seed {cfg.seed}\n",
@@ -322,15 +297,13 @@ def report(cfg, folder: Path) -> None:
             estimator_tables(rows, guesses, cfg),
             "## Against the density of the Euler map, which acts\n",
             acting_table(acts),
-            "## VRPO's three levers (arXiv 2505.19223)\n",
-            listing(pulled, columns),
-            "\n## The exact values themselves\n",
+            "## The exact values themselves\n",
             *(
                 "- {policy}, {quantity}, {metric}: {value:.3f} {unit} (n = {n})".format(**row)
                 for row in guesses
             ),
-            *("- {metric}: {value:.4g} {unit} (n = {n})".format(**row) for row in acts[:1]),
             "\n## Cosine between the DPO gradients of an estimator and of the exact likelihood\n",
+            "(Of the exact one: with this many probes, against others.)\n",
             gradient_table(cosines),
             f"`{timing['command']}` at {timing['commit']}",
         ]

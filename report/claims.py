@@ -9,16 +9,16 @@ import csv
 import math
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import yaml
 
-from report import audit, episodes, stats
+from report import episodes, power, stats
 from report.page import PILLS
-from report.tables import joined, listing, number, p_value, percent, points, table
+from report.tables import difference, joined, listing, number, p_value, points
 from runtime import HERE, disk, refuse
 
 RESULTS = HERE / "results"
@@ -29,38 +29,6 @@ ENOUGH = 3  # trainings, from which on an interval is over trainings
 
 def read_paper(path: Path = HERE / "configs" / "paper.yaml") -> dict:
     return yaml.safe_load(path.read_bytes())
-
-
-# -------------------------------------------------------------------------------------------- the public logs
-def logged(logs: dict, policy: str, suites: list[str]) -> tuple[int, int]:
-    """Successes and episodes of a policy in the public logs, over suites and seeds."""
-    cells = [cell for suite in suites for cell in logs["counts"][policy][suite].values()]
-    return sum(won for won, _ in cells), sum(n for _, n in cells)
-
-
-def paired_logs(entry: dict, logs: dict) -> np.ndarray | None:
-    """Gained, lost and n of the paired episodes that the logs have of a claim, if any."""
-    counts = logs["paired"].get(entry.get("new"), {})
-    return (
-        np.sum([counts[suite] for suite in entry["suites"]], axis=0) if counts and "base" in entry else None
-    )
-
-
-def log_text(entry: dict, logs: dict) -> str:
-    """What the public logs say about a claim: counts, their difference, and the words in its entry."""
-    parts = []
-    if "new" in entry:
-        policies = entry["new"], entry.get("base", entry["new"])
-        new, base = (logged(logs, policy, entry["suites"]) for policy in policies)
-        parts.append("{}/{}".format(*new))
-        if "base" in entry:
-            gap = f"{100 * (new[0] / new[1] - base[0] / base[1]):+.1f} points"
-            parts = [f"{gap} ({parts[0]} against {base[0]}/{base[1]})"]
-    if (pairs := paired_logs(entry, logs)) is not None:
-        gained, lost, n = map(int, pairs)
-        interval = points((gained - lost) / n, stats.paired_interval(gained, lost, n))
-        parts.append(f"paired on {n} episodes: {interval}, {gained} gained and {lost} lost")
-    return "; ".join([*parts, *filter(None, [entry.get("text")])])
 
 
 # ---------------------------------------------------------------------------------------- what was found here
@@ -74,84 +42,69 @@ class Found:
     error: float = math.nan  # standard error
     df: float = math.inf
     power: Callable[[float], float] | None = None  # of an effect
-    row: dict | None = None  # of table.json, whose keys are facts
 
 
-Trainings = dict[tuple, tuple[list[dict], list[dict]]]  # a training -> its episodes, and its baseline's
+def effect(trainings: dict[tuple, tuple[list[dict], list[dict]]]) -> Found:
+    """The difference of paired success rates; over trainings where there are three or more.
 
-
-def effect(trainings: Trainings) -> Found:
-    """The difference of paired success rates; over trainings where there are three or more."""
-    tests = [audit.compared(*sides) for sides in trainings.values()]
-    gains, counts = [test["diff"] for test in tests], [[*test["wins"], test["paired_n"]] for test in tests]
-    wins = "{} against {} of {}".format(*np.sum(counts, axis=0))
+    trainings: a training -> its episodes, and its baseline's.
+    """
+    gains = [episodes.paired(*sides)["diff_vs_sft"] for sides in trainings.values()]
+    own, base = ([row for sides in trainings.values() for row in sides[side]] for side in (0, 1))
+    test = episodes.compared(own, base)
+    wins = "{wins[0]} against {wins[1]} of {paired_n}".format_map(test)
     if len(gains) >= ENOUGH:
         df, error = len(gains) - 1, max(1e-9, float(np.std(gains, ddof=1) / np.sqrt(len(gains))))
         interval, mean = stats.t_interval(gains), float(np.mean(gains))
         text = f"{points(mean, interval)} over {len(gains)} trainings, {wins}"
-        return Found(mean, interval, text, error, df, lambda d: stats.t_power(d / error, df))
-    test = episodes.paired(*([row for sides in trainings.values() for row in sides[i]] for i in range(2)))
-    (low, high), diff, n = stats.difference_interval(test), test["diff_vs_sft"], test["paired_n"]
-    text = f"{points(diff, (low, high))} for this training, {wins}, p = {p_value(test['p_vs_sft'])}"
-    seen = {"n": n, "discordance": (test["gained"] + test["lost"]) / n, "deff": test["deff"]}
-    power = partial(stats.paired_power, **seen)
-    return Found(diff, (low, high), text, (high - low) / 2 / stats.Z, math.inf, power)
+        return Found(mean, interval, text, error, df, power.over_trainings(error, df))
+    low, high = stats.difference_interval(test)
+    text = f"{difference(test)} for this training, {wins}, p = {p_value(test['p_vs_sft'])}"
+    discordance = (test["gained"] + test["lost"]) / test["paired_n"]
+    seen = partial(power.paired_power, n=test["paired_n"], discordance=discordance, deff=test["deff"])
+    return Found(test["diff_vs_sft"], (low, high), text, (high - low) / 2 / stats.Z, power=seen)
 
 
-def trainings_of(ours: dict, new: str = "new", base: str = "base") -> Trainings:
+def trainings_of(ours: dict, new: str = "new", base: str = "base") -> dict:
     """The episodes of two of the files (or lists of files) that a claim names, by training: file and seed."""
     found = defaultdict(lambda: ([], []))
     for side, name in enumerate((new, base)):
         for i, file in enumerate(np.atleast_1d(ours[name])):
-            for row in audit.episodes_of(RESULTS / file):
+            for row in disk.read_jsonl(RESULTS / file):
                 if row["suite"] in ours.get("suites", [row["suite"]]):
                     found[i, row["seed"]][side].append(row | {"seed": (i, row["seed"])})
     return {training: sides for training, sides in found.items() if all(sides)}
 
 
-def look_up(ours: dict) -> dict | None:
-    """The one row of the committed results that a claim names; None where its file is not there.
+def look_up(ours: dict) -> dict:
+    """The one row of the committed results that a claim names.
 
     Raises:
-        UserError: the file is there, but not exactly one row fits.
+        UserError: not exactly one row fits.
     """
     path = RESULTS / ours["file"]
-    if not path.is_file():
-        return None
-    rows = disk.read_json(path) if path.suffix == ".json" else audit.read_lines(path)[0]
+    rows = disk.read_json(path) if path.suffix == ".json" else disk.read_jsonl(path)
     fits = [row for row in rows if all(row.get(key) == value for key, value in ours["where"].items())]
-    found = f"{len(fits)} rows of {path} have {ours['where']}"
-    refuse(len(fits) != 1, f"configs/paper.yaml: {found}; a claim needs one")
+    refuse(len(fits) != 1, f"{len(fits)} rows of {path} have {ours['where']}; a claim needs one")
     return fits[0]
 
 
-def find(ours: dict) -> Found | None:
-    """What this kit has about a claim: an effect, or a row's figure. None where a file is not there."""
-    row = look_up(ours) if "file" in ours else None
-    if "new" in ours:
-        trainings = trainings_of(ours)
-        return replace(effect(trainings), row=row) if trainings else None
-    if row is None:
-        return None
-    key = ours.get("key", "value")
+def figure_of(row: dict, key: str) -> Found:
+    """A row's figure, with its interval if it has one."""
     interval = tuple(row["ci95"]) if row.get("ci95") and key == "value" else None
     bounds = "({:.4g} to {:.4g})".format(*interval) if interval else ""
     text = " ".join(filter(None, (number(row[key]), bounds, row.get("unit") or row.get("metric", key))))
-    return Found(row[key], interval, text, row=row)
+    return Found(row[key], interval, text)
 
 
 # ------------------------------------------------------------------------------------------------ the setting
 def dpo_facts(config: dict, pairs: float) -> dict:
     """What a training with DPO is, from its config and the number of its pairs."""
-    seen = config["steps"] * config["batch_size"]
     kept = ("backbone", "adapter", "suites", "pairs", "lr", "beta", "sft_coef")
-    own = {key: config[key] for key in kept}
-    own["beta"] = config["beta"] if config["beta"] == "auto" else float(config["beta"])
-    return own | {
-        "contrast": config.get("contrast", 1.0),
-        "pairs seen": seen,
-        "visits to a pair": seen / pairs,
-    }
+    seen = config["steps"] * config["batch_size"]
+    beta = config["beta"] if config["beta"] == "auto" else float(config["beta"])
+    own = {key: config[key] for key in kept} | {"beta": beta, "contrast": config.get("contrast", 1.0)}
+    return own | {"pairs seen": seen, "visits to a pair": seen / pairs}
 
 
 def paper_facts(claim: dict, paper: dict) -> dict:
@@ -163,24 +116,27 @@ def paper_facts(claim: dict, paper: dict) -> dict:
     return dpo_facts(settings | stated, settings["logs.n_pairs"]) | {"parameters": stated["parameters"]}
 
 
-def our_facts(claim: dict, found: Found) -> dict:
+def training_logs(ours: dict, name: str) -> list[list[dict]]:
+    """The rows of each committed log of this name, one for each seed."""
+    files = sorted((RESULTS / ours["folder"]).glob("training/*.jsonl"))
+    return [disk.read_jsonl(file) for file in files if file.stem.partition("-seed")[0] == name]
+
+
+def our_facts(claim: dict, row: dict) -> dict:
     """The same of the experiment: its stored config, a row's keys and, for DPO, a count of its pairs."""
-    folder, name = RESULTS / claim["ours"]["folder"], claim["ours"]["config"]
-    config = disk.read_json(folder / "configs.json")[name]
+    name = claim["ours"]["config"]
+    config = disk.read_json(RESULTS / claim["ours"]["folder"] / "configs.json")[name]
     if not claim.get("dpo"):
-        return config | (found.row or {})
-    units = f"prefs-{name.split('-', 2)[2]}-units"
-    files = [f for f in folder.glob("training/*.jsonl") if f.stem.partition("-seed")[0] == units]
-    refuse(not files, f"{folder}: no {units}*.jsonl, so the pairs cannot be counted")
-    pairs = np.mean([sum(len(row["pairs"]) for row in audit.read_lines(file)[0]) for file in files])
-    return config | dpo_facts(config, float(pairs))
+        return config | row
+    logs = training_logs(claim["ours"], f"prefs-{name.split('-', 2)[2]}-units")
+    pairs = [sum(len(unit["pairs"]) for unit in log) for log in logs]
+    return config | dpo_facts(config, float(np.mean(pairs)))
 
 
 def alike(one, other) -> bool:
-    """Equal in kind, and within a factor of two."""
-    if isinstance(one, str | list) or isinstance(other, str | list):
-        return one == other
-    return one == other or (one * other > 0 and 1 / FACTOR <= one / other <= FACTOR)
+    """Equal, or numbers within a factor of two."""
+    words = isinstance(one, str | list) or isinstance(other, str | list)
+    return one == other or (not words and one * other > 0 and 1 / FACTOR <= one / other <= FACTOR)
 
 
 def setting(claim: dict, stated: dict, own: dict) -> tuple[str, str, str]:
@@ -199,15 +155,14 @@ def said(value) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ the verdict
-def delivered(claim: dict, paper: dict) -> tuple[float, bool]:
+def delivered(claim: dict, paper: dict) -> tuple[str, bool]:
     """DPO's margin in the second half of the training, and whether the authors' own logs end near it."""
-    ours, margins = claim["ours"], []
-    for path in sorted((RESULTS / ours["folder"]).glob("training/*.jsonl")):
-        if path.stem.partition("-seed")[0] == ours["config"]:
-            rows = audit.read_lines(path)[0]
-            margins += [row["rewards/margins"] for row in rows[len(rows) // 2 :]]
-    margin = float(np.mean(margins)) if margins else 0.0
-    return margin, margin * FACTOR >= paper["settings"]["logs.margin"][0]
+    logs = training_logs(claim["ours"], claim["ours"]["config"])
+    margins = [row["rewards/margins"] for rows in logs for row in rows[len(rows) // 2 :]]
+    margin, theirs = float(np.mean(margins or [0.0])), paper["settings"]["logs.margin"][0]
+    given = margin * FACTOR >= theirs
+    words = "delivered" if given else "not delivered"
+    return f"mean margin {margin:.2g}, {words} (the authors' logs end at {theirs} or more)", given
 
 
 def verdict(claim: dict, found: Found, works: bool = True, given: bool = True) -> str:
@@ -222,7 +177,7 @@ def verdict(claim: dict, found: Found, works: bool = True, given: bool = True) -
         below, above = claimed - claim.get("band", 0), claimed + claim.get("band", 0)
         ours, apart = below <= low and high <= above, high < below or low > above
     elif kind == "equivalent":
-        ours = stats.tost(found.value, found.error, found.df, delta) < 0.05
+        ours = power.tost(found.value, found.error, found.df, delta) < 0.05
         apart = low > delta or high < -delta
     elif kind == "non-inferior":
         ours, apart = works and low > -delta, high < -delta
@@ -234,40 +189,35 @@ def verdict(claim: dict, found: Found, works: bool = True, given: bool = True) -
     return "supported" if ours else "contradicted" if apart else "inconclusive"
 
 
-WORDS = ("id", "section", "line", "quote", "claim", "paper", "note", "command")
-BLANK = dict.fromkeys(("here", "differs", "scale", "detectable", "power", "would", "given", "d33"), "")
+WORDS = ("id", "section", "line", "quote", "claim", "paper", "logs", "d33", "note", "command")
+COMPUTED = ("here", "setting", "verdict", "differs", "scale", "detectable", "power", "would", "given")
 
 
 def judged(claim: dict, paper: dict) -> dict:
     """A claim as a row of text: what the paper says, its logs, our result, setting and verdict."""
-    found, ours, logs = find(claim.get("ours", {})), claim.get("ours", {}), claim.get("logs", {})
-    row = {key: claim.get(key, "") for key in WORDS} | BLANK | {"logs": log_text(logs, paper["logs"])}
-    if found is None:
+    ours = claim.get("ours", {})
+    row = {key: claim.get(key, "") for key in WORDS} | dict.fromkeys(COMPUTED, "")
+    if not ours:
         return row | {"setting": "not run", "verdict": "not run"}
+    one = look_up(ours) if "file" in ours else {}
+    found = effect(trainings_of(ours)) if "new" in ours else figure_of(one, ours.get("key", "value"))
+    beside = [f"{words} {number(look_up(each)['value'])}" for words, each in claim.get("beside", {}).items()]
+    row["here"] = "; ".join([found.text, *beside])
     works = given = True
     if claim.get("dpo"):
-        margin, given = delivered(claim, paper)
-        theirs = f"the authors' logs end at {paper['settings']['logs.margin'][0]} or more"
-        row["given"] = f"mean margin {margin:.2g}, {'delivered' if given else 'not delivered'} ({theirs})"
+        row["given"], given = delivered(claim, paper)
     if claim["kind"] == "non-inferior":
         arms = [effect(trainings_of(ours, arm, "start")) for arm in ("new", "base")]
         works = any(arm.interval[0] > 0 for arm in arms)
-    beside = [f"{words} {number(look_up(each)['value'])}" for words, each in claim.get("beside", {}).items()]
-    row |= {"here": "; ".join([found.text, *beside]), "setting": ""}
-    row["verdict"] = row["would"] = verdict(claim, found, works, given)
+    row["verdict"] = verdict(claim, found, works, given)
     if "folder" in ours:
-        facts = setting(claim, paper_facts(claim, paper), our_facts(claim, found))
-        row |= dict(zip(("setting", "differs", "scale"), facts, strict=True))
-    different = row["setting"] == "different"
-    row |= {"verdict": "not judged"} if different else {"would": ""}
+        facts = setting(claim, paper_facts(claim, paper), our_facts(claim, one))
+        row["setting"], row["differs"], row["scale"] = facts
+    if row["setting"] == "different":
+        row |= {"verdict": "not judged", "would": row["verdict"]}
     if found.power:
-        row["detectable"] = f"{100 * stats.detectable(found.power):.1f}"
+        row["detectable"] = f"{100 * power.detectable(found.power):.1f}"
         row["power"] = f"{found.power(claim['effect']):.0%}" if claim.get("effect") else ""
-    if (pairs := paired_logs(logs, paper["logs"])) is not None:
-        gained, lost, n = map(int, pairs)
-        d33 = stats.detectable(lambda d: stats.paired_power(d, n, (gained + lost) / n), 1 / 3)
-        seen = "excludes" if found.interval[1] < d33 else "does not exclude"
-        row["d33"] = f"{100 * d33:.1f} points" + ("" if different else f"; this interval {seen} it")
     return row
 
 
@@ -277,22 +227,16 @@ def read_blocks(folder: Path) -> tuple[dict, dict]:
 
     folder: what extras/blocks.py writes. Nats are the mean difference of log-ratios, without beta, on
     held-out pairs of the block.
-
-    Raises:
-        UserError: an episode is there twice.
     """
     arms, nats = defaultdict(lambda: defaultdict(list)), defaultdict(list)
     for path in sorted(folder.glob("*.csv")):
         for line in csv.DictReader(disk.read_text(path).splitlines()):
             numbers = {key: int(line[key]) for key in ("task", "init_state", "seed")}
-            row = {"suite": line["suite"], "success": line["success"] == "1", "crash": line["crash"]}
-            arms[line["arm"]][int(line["block"])].append(row | numbers)
+            row = line | numbers | {"success": line["success"] == "1"}
+            arms[line["arm"]][int(line["block"])].append(row)
         for arm, facts in disk.read_json(path.with_suffix(".json"))["arms"].items():
-            nats[arm] += [facts["delivered"]["nats"]] if "delivered" in facts else []
-    for arm, blocks in arms.items():
-        for block, rows in blocks.items():
-            keys = {(episodes.place_of(row), row["seed"]) for row in rows}
-            refuse(len(keys) < len(rows), f"{folder}: arm {arm}, block {block}: an episode is there twice")
+            if "delivered" in facts:
+                nats[arm].append(facts["delivered"]["nats"])
     return arms, nats
 
 
@@ -309,13 +253,13 @@ def contrasts(plan: dict) -> list[dict]:
             continue
         found = effect({block: (arms[new][block], arms[base][block]) for block in blocks})
         whole = found.error * np.sqrt(len(blocks) / plan["blocks"])  # the standard error of all blocks
-        power = partial(lambda d, error: stats.t_power(d / error, plan["blocks"] - 1), error=whole)
-        row = {"new": new, "base": base, "blocks": len(blocks), "detectable": stats.detectable(power)}
+        detectable = power.detectable(power.over_trainings(whole, plan["blocks"] - 1))
+        row = {"new": new, "base": base, "blocks": len(blocks), "detectable": detectable, "nats": nats[new]}
         complete = len(blocks) >= plan["blocks"]
-        p = stats.t_test(found.value, found.error, found.df) if complete else None
-        rows.append(row | {"found": found if complete else None, "nats": nats[new], "p": p, "p_holm": None})
-    primary = [row for row in rows if [row["new"], row["base"]] in plan["primary"]]
-    if len(primary) == len(plan["primary"]) and all(row["found"] for row in primary):
+        p = power.t_test(found.value, found.error, found.df) if complete else None
+        rows.append(row | {"found": found if complete else None, "p": p, "p_holm": None})
+    primary = [row for row in rows if row["found"] and [row["new"], row["base"]] in plan["primary"]]
+    if len(primary) == len(plan["primary"]):
         for row, p in zip(primary, stats.holm([row["p"] for row in primary]), strict=True):
             row["p_holm"] = p
     return rows
@@ -323,16 +267,13 @@ def contrasts(plan: dict) -> list[dict]:
 
 def outcome(row: dict) -> str:
     """Of a comparison of arms, in the plan's words. Only a primary one concludes anything."""
-    if row["p_holm"] is None:
-        return "exploratory" if row["found"] else "not complete"
     found = row["found"]
+    if row["p_holm"] is None:
+        return "exploratory" if found else "not complete"
     if row["p_holm"] < 0.05:
         return "supported" if found.value > 0 else "harmful"
-    return (
-        "no effect of interest"
-        if stats.tost(found.value, found.error, found.df, DELTA) < 0.05
-        else "inconclusive"
-    )
+    none = power.tost(found.value, found.error, found.df, DELTA) < 0.05
+    return "no effect of interest" if none else "inconclusive"
 
 
 def contrasts_table(plan: dict) -> str:
@@ -357,37 +298,31 @@ def contrasts_table(plan: dict) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------- tables
-def tally(claims: list[dict]) -> str:
-    verdicts = [claim["verdict"] for claim in claims]
-    counts = [f"{verdict} {verdicts.count(verdict)}" for verdict in PILLS if verdict in verdicts]
-    return f"By verdict: {', '.join(counts)}."
+def at_a_glance(row: dict) -> str:
+    other = "different setting, " if row["would"] else ""
+    return f"{other}{row['verdict']}: {row['here'].partition('; ')[0]}"
 
 
-def claims_table(claims: list[dict]) -> str:
-    return listing(
-        claims,
-        {
-            "section": "{section}",
-            "claim": "{claim}",
-            "paper": "{paper}",
-            "here (95 % interval)": "{here}",
-            "setting": "{setting}",
-            "verdict": "{verdict}",
-            "scale": "{scale}",
-            "detectable, points": "{detectable}",
-            "power for the claim": "{power}",
-        },
-    )
-
-
+COLUMNS = {
+    "section": "{section}",
+    "claim": "{claim}",
+    "paper": "{paper}",
+    "here (95 % interval)": "{here}",
+    "setting": "{setting}",
+    "verdict": "{verdict}",
+    "scale": "{scale}",
+    "detectable, points": "{detectable}",
+    "power for the claim": "{power}",
+}
 DETAILS = {
-    "logs": "Its public logs",
-    "setting": "Setting",
-    "differs": "It differs in",
-    "would": "If it did not differ",
-    "given": "Treatment",
-    "d33": "Effect that the authors' paired episodes had a third of a chance to show",
-    "note": "Note",
+    "logs": "- Its public logs: {logs}.",
+    "setting": "- Setting: {setting}.",
+    "differs": "- It differs in: {differs}.",
+    "would": "- If it did not differ: {would}.",
+    "given": "- Treatment: {given}.",
+    "d33": "- Effect that the authors' paired episodes had a third of a chance to show: {d33}.",
+    "note": "- Note: {note}.",
+    "command": "- `{command}`",
 }
 
 
@@ -395,52 +330,66 @@ def details(claims: list[dict]) -> str:
     """Each claim in the paper's words, with everything that its row in the table is based on."""
     parts = []
     for row in claims:
-        lines = [f"- {words}: {row[key]}." for key, words in DETAILS.items() if row[key]]
-        lines += [f"- `{row['command']}`"] * bool(row["command"])
-        parts += ["**{id}** (section {section}, line {line})\n\n> {quote}".format_map(row), "\n".join(lines)]
+        lines = [line.format_map(row) for key, line in DETAILS.items() if row[key]]
+        parts += [
+            "**{id}** (section {section}, line {line})".format_map(row),
+            f"> {row['quote']}",
+            "\n".join(lines),
+        ]
     return "\n\n".join(parts)
 
 
-def also_table(claims: list[dict]) -> str:
-    columns = {"question": "{claim}", "here (95 % interval)": "{here}", "outcome": "{verdict}"}
-    return listing(claims, columns | {"detectable, points": "{detectable}", "command": "`{command}`"})
-
-
-def card(entries: list[dict], rows: dict[str, dict]) -> str:
-    """The results at a glance. entries: a question, its scope and its price, and the row that answers it."""
-    return listing(
-        [rows[entry["row"]] | entry for entry in entries],
-        {
-            "question": "{question}",
-            "paper": "{paper}",
-            "scope": lambda row: f"{row['scope']}{', toy' * bool(row['scale'])}",
-            "compute": "{compute}",
-            "outcome": lambda row: (
-                f"{'different setting, ' * bool(row['would'])}{row['verdict']}: "
-                + row["here"].partition("; ")[0]
-            ),
-        },
-    )
-
-
-def logs_table(logs: dict) -> str:
-    """The public logs beside the paper's tables. Intervals count episodes that repeat another seed's once."""
-    rows = []
-    for policy, suite in [(p, suite) for p, suites in logs["counts"].items() for suite in suites]:
-        cells, (won, n) = logs["counts"][policy][suite], logged(logs, policy, [suite])
-        repeated, paper = (logs[key].get(policy, {}).get(suite) for key in ("same", "paper"))
-        once = [cell for seed, cell in cells.items() if seed not in (repeated or [])]
-        distinct = sum(k for _, k in once)
-        rows.append(
+# ----------------------------------------------------------------------------------------------- the chapters
+def chapters(folder: Path) -> tuple[list[str], dict[str, str]]:
+    """The report's chapters about the paper, and their tables by name. Writes claims.json into `folder`."""
+    paper = read_paper()
+    every = {claim["id"]: judged(claim, paper) for claim in [*paper["claims"], *paper["also"]]}
+    rows = [every[claim["id"]] for claim in paper["claims"]]
+    verdicts = [row["verdict"] for row in rows]
+    counts = [f"{verdict} {verdicts.count(verdict)}" for verdict in PILLS if verdict in verdicts]
+    named = {
+        "card": listing(
+            [every[entry["row"]] | entry for entry in paper["card"]],
             {
-                "policy": policy,
-                "suite": suite,
-                "successes by seed": ", ".join(f"{seed}: {w}/{k}" for seed, (w, k) in cells.items()),
-                "together": f"{won} / {n}",
-                "rate": f"{100 * won / n:.1f} %",
-                "paper's table": "" if paper is None else f"{paper} %",
-                "distinct": distinct,
-                "95 % interval": percent(stats.wilson(sum(w for w, _ in once), distinct)),
-            }
-        )
-    return table(list(rows[0]), [list(row.values()) for row in rows])
+                "question": "{question}",
+                "paper": "{paper}",
+                "scope": "{scope}",
+                "compute": "{compute}",
+                "outcome": at_a_glance,
+            },
+        ),
+        "verdicts": f"By verdict: {', '.join(counts)}.",
+        "claims": listing(rows, COLUMNS),
+        "details": details(rows),
+        "also": listing(
+            [every[claim["id"]] for claim in paper["also"]],
+            {
+                "question": "{claim}",
+                "here (95 % interval)": "{here}",
+                "outcome": "{verdict}",
+                "detectable, points": "{detectable}",
+                "command": "`{command}`",
+            },
+        ),
+        "blocks": contrasts_table(paper["blocks"]),
+        "limitations": "\n".join(map('- Line {0[0]}: "{0[1]}"'.format, paper["limitations"])),
+    }
+    disk.write_json(folder / "claims.json", list(every.values()))
+    print(named["verdicts"])
+    blocks = [
+        f"What this kit finds about [{paper['title']}](https://arxiv.org/abs/{paper['arxiv']}).",
+        "## At a glance",
+        named["card"],
+        "## The paper's claims",
+        f"{named['verdicts']} *Here* means this kit's committed results. *Setting* says how near they are to "
+        "the claim's. Where it is different, the claim is not judged. results/claims.md has the rule and the "
+        "paper's public logs.",
+        named["claims"],
+        "## Claim by claim",
+        named["details"],
+        "## Limitations that the authors state",
+        named["limitations"],
+        "## Also measured",
+        named["also"],
+    ]
+    return blocks, named

@@ -128,3 +128,9 @@ def paired(rows: list[dict], base: list[dict]) -> dict:
         "deff": test["deff"],
         "paired_n": len(both),
     }
+
+
+def compared(rows: list[dict], base: list[dict]) -> dict:
+    """The same, with how many of these episodes each of the two has solved."""
+    both = matched(rows, base)
+    return paired(rows, base) | {"wins": [sum(episode[side] for episode in both) for side in (1, 2)]}

@@ -1,22 +1,17 @@
-"""The tables and the plot of 05_profile.py: where the time of an inference goes."""
+"""The tables of 05_profile.py: where the time of an inference goes."""
 
-from pathlib import Path
-
-import numpy as np
-
-from report.plots import canvas, save
 from report.tables import listing
 
-COLOURS = {  # the parts of an inference, in the order in which they run
-    "preprocessing": "#bbbbbb",
-    "vision tower": "#1f77b4",
-    "projection": "#6baed6",
-    "prefix": "#9ecae1",
-    "denoising": "#d9822b",
-    "action tokens": "#d9822b",
-    "post-processing": "#777777",
-    "rest": "#dddddd",
-}
+PARTS = (  # of an inference, in the order in which they run
+    "preprocessing",
+    "vision tower",
+    "projection",
+    "prefix",
+    "denoising",
+    "action tokens",
+    "post-processing",
+    "rest",
+)
 PAPER = {"prefix_share": 0.214, "denoise_share": 0.786}  # of 280 ms
 
 
@@ -27,7 +22,7 @@ def amdahl(share: float) -> float:
 
 def parts_of(times: list[dict[str, float]]) -> list[str]:
     """The parts that occur in any of these times by part, in order."""
-    return [part for part in COLOURS if any(part in row for row in times)]
+    return [part for part in PARTS if any(part in row for row in times)]
 
 
 def latency_report(rows: list[dict], roofline: dict, gpu: str) -> str:
@@ -49,12 +44,20 @@ def latency_report(rows: list[dict], roofline: dict, gpu: str) -> str:
         "ceiling": "{ceiling:.2f}x",
     }
     bounds = [{"gpu": name, "ceiling": amdahl(b["prefix_share"])} | b for name, b in roofline["gpus"].items()]
-    bounds.sort(key=lambda row: row["gpu"] != gpu)
     paper = (
         f"Paper: prefix {PAPER['prefix_share']:.1%}, denoising {PAPER['denoise_share']:.1%}, eager code on "
         f"one GPU: a ceiling of {amdahl(PAPER['prefix_share']):.2f}x."
     )
-    return "\n\n".join([listing(rows, measured), paper, listing(bounds, least)]) + "\n"
+    return (
+        "\n\n".join(
+            [
+                listing(rows, measured),
+                paper,
+                listing(sorted(bounds, key=lambda row: row["gpu"] != gpu), least),
+            ]
+        )
+        + "\n"
+    )
 
 
 def metric_rows(backbone: str, point: dict, timing: dict) -> list[dict]:
@@ -79,22 +82,3 @@ def metric_rows(backbone: str, point: dict, timing: dict) -> list[dict]:
         }
         for name, (value, unit) in values.items()
     ]
-
-
-def plot(rows: list[dict], title: str, path: Path) -> None:
-    figure, ax = canvas(7.2, 1.2 + 0.28 * len(rows))
-    left, place = np.zeros(len(rows)), np.arange(len(rows))[::-1]
-    for part in parts_of([row["parts_ms"] for row in rows]):
-        width = np.array([row["parts_ms"].get(part, 0.0) for row in rows])
-        ax.barh(place, width, 0.7, left=left, color=COLOURS[part], label=part)
-        left += width
-    for y, x, row in zip(place, left, rows, strict=True):
-        ax.text(x, y, f" prefix {row['prefix_share']:.0%}", va="center", fontsize=7)
-    ax.set_yticks(place, [row["label"] for row in rows], fontsize=8)
-    ax.set(
-        xlim=(0, 1.12 * left.max()),
-        title=title,
-        xlabel="ms per inference, median (blue: what a prefix cache could save)",
-    )
-    figure.legend(fontsize=7, ncols=4, loc="outside lower center")
-    save(figure, path)

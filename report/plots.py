@@ -26,19 +26,16 @@ STYLE = {
     "grid.linewidth": 0.7,
     "legend.frameon": False,
     "legend.fontsize": 8,
-    "figure.titlesize": 11,
     "savefig.dpi": 150,
 }
 
 
-def canvas(width: float, height: float, rows: int = 1, columns: int = 1, title: str = "", **keywords):
+def canvas(width: float, height: float, rows: int = 1, columns: int = 1, **keywords):
     """A figure and its axes, in the report's style."""
     from matplotlib import figure, rcParams
 
     rcParams.update(STYLE)
     drawn = figure.Figure(figsize=(width, height), layout="constrained")
-    if title:
-        drawn.suptitle(title, x=0.01, ha="left")
     return drawn, drawn.subplots(rows, columns, **keywords)
 
 
@@ -51,75 +48,29 @@ def save(figure, path: Path) -> None:
     Image.open(png).convert("RGB").quantize(64).save(path, optimize=True)
 
 
-def draw_rows(
-    ax,
-    names: list[str],
-    values: list[float],
-    intervals: list[list[float]],
-    colours: list[str],
-    notes: list[str],
-    bars: bool = True,
-) -> None:
-    """One horizontal line per row, from the top: name, bar or mark, interval, and a note beside it."""
-    places = range(len(names))[::-1]
-    for y, value, interval, colour, note in zip(places, values, intervals, colours, notes, strict=True):
-        if bars:
-            ax.barh(y, value, 0.66, color=colour)
-        else:
-            ax.plot(value, y, "s", color=colour)
-        ax.plot(interval, [y, y], color=INK if bars else colour, linewidth=1.2 if bars else 2)
-        ax.text(1.02, y, note, transform=ax.get_yaxis_transform(), va="center", fontsize=9)
-    ax.set_yticks(places, names)
-    ax.set_ylim(-0.6, len(names) - 0.4)
-    ax.grid(axis="x")
-
-
-def percents(rows: list[dict]) -> tuple[list[float], list[list[float]]]:
-    """Success rates and their intervals, in percent."""
-    rates = [100 * row["successes"] / max(1, row["n"]) for row in rows]
-    return rates, [[100 * bound for bound in row["ci95"]] for row in rows]
-
-
-def colours(rows: list[dict]) -> list[str]:
-    kinds = [row["adapter"] if row["policy"] == "dpo" else row["policy"] for row in rows]
-    return [COLOURS.get(kind, COLOURS["other"]) for kind in kinds]
-
-
-def labels(rows: list[dict]) -> list[str]:
-    """The name of each row, with its suite and seeds if the rows differ in them."""
-    texts = {
-        "suite": lambda row: short(row["suite"]),
-        "train_seeds": lambda row: f"seed {joined(row['train_seeds'])}",
-    }
-    varied = [key for key in texts if len({str(row.get(key)) for row in rows}) > 1]
-    return ["  ".join([row["name"], *(texts[key](row) for key in varied)]) for row in rows]
-
-
 # ---------------------------------------------------------------------------------------------- success rates
-def success(rows: list[dict]):
-    """Success rates as horizontal bars, with their Wilson intervals."""
-    rows = sorted(rows, key=by_suite)
-    figure, ax = canvas(5.4, 0.8 + 0.34 * len(rows))
-    draw_rows(
-        ax, labels(rows), *percents(rows), colours(rows), [f"{row['successes']}/{row['n']}" for row in rows]
-    )
-    ax.set(xlim=(0, 100), xlabel="success, % (lines: Wilson 95 %)")
-    return figure
-
-
 def forest(rows: list[dict]):
     """Differences to the baseline on the same episodes, in points, with intervals and exact p-values."""
     rows = sorted(rows, key=by_suite)
-    figure, ax = canvas(5.4, 0.85 + 0.34 * len(rows))
-    values = [100 * row["diff_vs_sft"] for row in rows]
-    intervals = [[100 * bound for bound in stats.difference_interval(row)] for row in rows]
-    notes = [f"p = {row['p_vs_sft']:.2g}" for row in rows]
-    draw_rows(ax, labels(rows), values, intervals, colours(rows), notes, bars=False)
+    figure, ax = canvas(6.4, 0.85 + 0.34 * len(rows))
+    places = range(len(rows))[::-1]
+    for y, row in zip(places, rows, strict=True):
+        colour = COLOURS.get(row["adapter"], COLOURS["other"])
+        interval = [100 * bound for bound in stats.difference_interval(row)]
+        ax.plot(100 * row["diff_vs_sft"], y, "s", color=colour)
+        ax.plot(interval, [y, y], color=colour, linewidth=2)
+        p = f"p = {row['p_vs_sft']:.2g}"
+        ax.text(1.02, y, p, transform=ax.get_yaxis_transform(), va="center", fontsize=9)
+    names = [f"{row['name']}, {short(row['suite'])}, seed {joined(row['train_seeds'])}" for row in rows]
+    ax.set_yticks(places, names)
+    ax.set_ylim(-0.6, len(rows) - 0.4)
+    ax.grid(axis="x")
     ax.axvline(0, color=INK, linewidth=0.9)
     ax.set_xlabel(f"points against {baseline(rows)}, same episodes (95 %)", loc="right")
     return figure
 
 
+# -------------------------------------------------------------------------------------------------------- DPO
 def dpo(curves: dict[str, list[dict]]):
     """Implicit rewards of chosen (solid) and rejected (dashed) chunks during DPO, by adapter."""
     figure, ax = canvas(5.2, 3.3)

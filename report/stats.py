@@ -3,10 +3,11 @@
 A place is a (task, init state). Episodes of one place under several seeds are not independent, and these
 functions allow for that: by grouping episodes by place, or by the design effect `deff`, the factor by which
 dependence raises the variance. A p-value of `mcnemar` generalises over init states, for the policies at hand.
-Over trainings generalise the functions that take one value for each training: `t_interval`, `t_power`.
+`t_interval`, which takes one value for each training, generalises over trainings. report/power.py has what an
+experiment can see.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from scipy import special
@@ -82,12 +83,11 @@ def difference_interval(row: dict) -> tuple[float, float]:
 
 def holm(p: list[float]) -> list[float]:
     """Holm's step-down correction of p-values for testing them all."""
-    order = sorted(range(len(p)), key=lambda i: p[i])
-    corrected, largest = [0.0] * len(p), 0.0
-    for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(p) - rank) * p[i]))
-        corrected[i] = largest
-    return corrected
+    order = np.argsort(p, kind="stable")
+    multiplied = np.arange(len(p), 0, -1) * np.asarray(p, float)[order]
+    corrected = np.empty(len(p))
+    corrected[order] = np.minimum(1.0, np.maximum.accumulate(multiplied))
+    return corrected.tolist()
 
 
 # ------------------------------------------------------------------------- over trainings, tasks and attempts
@@ -110,47 +110,3 @@ def over_clusters(values: np.ndarray, clusters: np.ndarray) -> tuple[float, floa
         return float(np.min(values)), float(np.max(values))
     counts, mean = np.bincount(cluster), np.mean(values)
     return t_interval(mean + (np.bincount(cluster, values) - mean * counts) / counts.mean())
-
-
-# ----------------------------------------------------------- what an experiment can see, and what it excludes
-def t_power(shift: float, df: float = np.inf) -> float:
-    """Power of a two-sided t test at 5 %. shift: the true effect in standard errors.  df: inf: a z test."""
-    if np.isinf(df):
-        critical = Z
-    else:  # over quantiles of the estimated standard error
-        quantiles = special.gammaincinv(df / 2, (np.arange(2000) + 0.5) / 2000)
-        critical = special.stdtrit(df, 0.975) * np.sqrt(2 * quantiles / df)
-    return float(np.mean(special.ndtr(shift - critical) + special.ndtr(-shift - critical)))
-
-
-def paired_power(effect: float, n: int, discordance: float, deff: float = 1.0) -> float:
-    """Power of McNemar's test at 5 % for a difference of success rates.
-
-    discordance: the share of pairs that differ, at least |effect| (Connor, Biometrics 43, 1987).
-    """
-    d = min(abs(effect), 0.9999)
-    both = max(discordance, d, 1e-9)
-    return float(special.ndtr((d * np.sqrt(n / deff) - Z * np.sqrt(both)) / np.sqrt(both - d * d)))
-
-
-def detectable(power: Callable[[float], float], target: float = 0.8) -> float:
-    """The smallest effect, up to 1, that is found with the target's power; 1 where none is.
-
-    target = 1/3 gives d33 of a replication (Simonsohn, Psychol. Sci. 26, 2015): an interval below it says
-    that the first study could hardly have seen an effect so small.
-    """
-    low, high = 0.0, 1.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (low, middle) if power(middle) >= target else (middle, high)
-    return high
-
-
-def tost(value: float, error: float, df: float, delta: float) -> float:
-    """p of two one-sided tests: that the truth lies within +-delta (Schuirmann, 1987). error: standard."""
-    return float(special.stdtr(df, (abs(value) - delta) / error))
-
-
-def t_test(value: float, error: float, df: float) -> float:
-    """Two-sided p of a value with this standard error."""
-    return float(2 * special.stdtr(df, -abs(value) / error))

@@ -9,10 +9,6 @@ from report import stats
 
 SUITES = ["libero_spatial", "libero_object", "libero_goal", "libero_10"]  # in the paper's order
 NO_NAMES = {"metric", "value", "unit", "n", "ci95", "command", "commit"}  # keys that tell no metrics apart
-RENAMED = {
-    "05_cells.py": "extras.cells",
-    "05_distill.py": "extras.distill",
-}  # in the commands of older results
 
 
 def table(head: list[str], lines: list[list]) -> str:
@@ -78,8 +74,7 @@ def joined(values: Sequence) -> str:
 def script(row: dict) -> str:
     """The stage that made a row, from its command: 04_eval.py, extras.cells."""
     words = [word for word in row["command"].split() if word.endswith(".py") or word.startswith("extras.")]
-    name = Path(words[0]).name if words else ""
-    return RENAMED.get(name, name)
+    return Path(words[0]).name if words else ""
 
 
 def short(suite: str) -> str:
@@ -103,14 +98,6 @@ def by_suite(row: dict) -> tuple:
         row["policy"] != "sft",
         row["name"],
     )
-
-
-def metric_names(rows: list[dict]) -> list[str]:
-    """A name for each row of metrics: the metric, and every key in which the rows differ."""
-    keys = sorted({key for row in rows for key in row} - NO_NAMES)
-    varied = [key for key in ["metric", *keys] if len({str(row.get(key)) for row in rows}) > 1] or ["metric"]
-    named = [[str(row.get(key)) for key in varied if row.get(key) not in (None, "", "none")] for row in rows]
-    return [" ".join(values).replace("_", " ") for values in named]
 
 
 # ----------------------------------------------------------------------------------------------------- tables
@@ -147,9 +134,12 @@ def success_table(rows: list[dict]) -> str:
 
 
 def metrics_table(rows: list[dict]) -> str:
-    titled = [row | {"title": title} for title, row in zip(metric_names(rows), rows, strict=True)]
+    """Metrics, each named by itself and by every key in which the rows differ."""
+    keys = sorted({key for row in rows for key in row} - NO_NAMES)
+    varied = [key for key in ["metric", *keys] if len({str(row.get(key)) for row in rows}) > 1] or ["metric"]
+    named = [[str(row.get(key)) for key in varied if row.get(key) not in (None, "", "none")] for row in rows]
     return listing(
-        titled,
+        [row | {"title": " ".join(names).replace("_", " ")} for row, names in zip(rows, named, strict=True)],
         {
             "metric": "{title}",
             "value": lambda row: number(row["value"]),
@@ -169,7 +159,7 @@ rates_table = partial(  # the audit's success rates: all seeds of a policy and s
         "episodes": "{episodes}",
         "success": "{successes} / {n}",
         "95 % interval": lambda row: percent(row["ci95"]),
-        "over tasks": lambda row: percent(row["ci95_tasks"]),
+        "over tasks": lambda row: percent(row["ci95_tasks"]) if len(row["tasks"]) > 1 else "",
         "crashes": "{crashes}",
     },
 )
@@ -181,9 +171,9 @@ pairs_table = partial(  # its paired comparisons; the last column corrects p for
         "suite": "{suite}",
         "pairs": "{paired_n}",
         "successes": "{wins[0]} against {wins[1]}",
-        "difference (95 %)": lambda row: points(row["diff"], row["ci95"]),
+        "difference (95 %)": difference,
         "gained / lost": "{gained} / {lost}",
-        "p": lambda row: p_value(row["p"]),
+        "p": lambda row: p_value(row["p_vs_sft"]),
         "p (Holm)": lambda row: p_value(row["p_holm"]),
     },
 )

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from scipy import stats as scipys
 
-from report import claims, page, stats, tables
+from report import claims, page, power, stats, tables
 from runtime import disk
 from runtime.config import HERE, load_config
 from runtime.errors import UserError
@@ -182,6 +182,13 @@ def test_visits_to_a_pair_count():
         assert claims.setting(claim, claims.paper_facts(claim, PAPER), facts)[0] == label, pairs
 
 
+def test_the_card_says_toy_where_the_claim_is_one_of_a_toy():
+    rows = {name: claims.judged(claim, PAPER) for name, claim in CLAIMS.items()}
+    for entry in PAPER["card"]:
+        if entry["row"] in rows:
+            assert ("toy" in entry["scope"]) == (rows[entry["row"]]["scale"] == "toy"), entry
+
+
 def test_a_fact_that_is_not_recorded_is_an_error():
     with pytest.raises(UserError, match="do not record draws"):
         claims.setting(CLAIMS["surrogate-tracks"], {"draws": 4}, {"backbone": "pi05"})
@@ -315,7 +322,6 @@ def test_a_look_up_that_finds_no_row_or_two_is_an_error():
     for where in ({"name": "nobody"}, {"policy": "dpo"}):
         with pytest.raises(UserError, match="a claim needs one"):
             claims.look_up({"file": file, "where": where})
-    assert claims.look_up({"file": "not_there/table.json", "where": {}}) is None
 
 
 # ------------------------------------------------------------------------------------ an experiment in blocks
@@ -387,29 +393,69 @@ def test_no_test_is_made_before_all_blocks_are_there(tmp_path, monkeypatch):
     assert claims.contrasts_table(plan | {"folder": "nowhere"}).startswith("Not run yet")
 
 
-def test_an_episode_twice_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(claims, "RESULTS", tmp_path)
-    plan = blocks(tmp_path / "b", {"A": 0, "B": 0.1}, n_blocks=3)
-    lines = (tmp_path / "b/seed0.csv").read_text().split("\n")
-    (tmp_path / "b/seed0.csv").write_text("\n".join([*lines, lines[-1]]))
-    with pytest.raises(UserError, match="an episode is there twice"):
-        claims.contrasts(plan)
-
-
 # --------------------------------------------------------------------------------------------------- the logs
+def logged(policy: str, suites: list[str]) -> tuple[int, int]:
+    """Successes and episodes of a policy in the public logs, over suites and seeds."""
+    cells = [cell for suite in suites for cell in PAPER["logs"]["counts"][policy][suite].values()]
+    return sum(won for won, _ in cells), sum(n for _, n in cells)
+
+
 def test_the_public_logs_add_up():
     """Against the totals that the paper and the repository give themselves."""
     logs = PAPER["logs"]
-    assert claims.logged(logs, "openvla_dpo_dora", SUITES) == (439, 600)
-    assert claims.logged(logs, "openvla_dpo_lora", SUITES) == (421, 600)
-    assert claims.logged(logs, "openvla_sft", SUITES) == (138, 200)
+    assert logged("openvla_dpo_dora", SUITES) == (439, 600)
+    assert logged("openvla_dpo_lora", SUITES) == (421, 600)
+    assert logged("openvla_sft", SUITES) == (138, 200)
     for suite, rate in logs["paper"]["openvla_dpo_dora"].items():
-        won, n = claims.logged(logs, "openvla_dpo_dora", [suite])
+        won, n = logged("openvla_dpo_dora", [suite])
         assert n == 150 and round(100 * won / n, 1) == rate
         gained, lost, paired = logs["paired"]["openvla_dpo_dora"][suite]
         own, base = (logs["counts"][p][suite]["42"] for p in ("openvla_dpo_dora", "openvla_sft"))
         assert own[1] == base[1] == paired and own[0] - base[0] == gained - lost
-    (line,) = [
-        row for row in claims.logs_table(logs).splitlines() if "openvla_dpo_dora | libero_object" in row
-    ]
-    assert line.endswith(f"| 114 / 150 | 76.0 % | 76 % | 50 | {tables.percent(stats.wilson(38, 50))} |")
+
+
+OF_CLAIM = {  # policy, what it is compared with, suites
+    "openvla-sft": ("openvla_sft", None, SUITES),
+    "pi05-sft": ("pi05_sft", None, SUITES),
+    "seed-variance": ("openvla_dpo_dora", None, ["libero_object"]),
+    "dora-mean": ("openvla_dpo_dora", "openvla_sft", SUITES),
+    "dora-object": ("openvla_dpo_dora", "openvla_sft", ["libero_object"]),
+    "dora-long": ("openvla_dpo_dora", "openvla_sft", ["libero_10"]),
+    "dora-goal": ("openvla_dpo_dora", "openvla_sft", ["libero_goal"]),
+    "dora-spatial": ("openvla_dpo_dora", "openvla_sft", ["libero_spatial"]),
+    "dora-lora": ("openvla_dpo_dora", "openvla_dpo_lora", SUITES),
+}
+
+
+@pytest.mark.parametrize("name", OF_CLAIM)
+def test_what_a_claim_says_of_the_logs_is_what_they_count(name):
+    policy, against, suites = OF_CLAIM[name]
+    won, n = logged(policy, suites)
+    text = f"{won}/{n}"
+    if against:
+        base = logged(against, suites)
+        text = f"{100 * (won / n - base[0] / base[1]):+.1f} points ({text} against {base[0]}/{base[1]})"
+    if against == "openvla_sft":  # the only pairs of which the logs have single episodes
+        counts = [PAPER["logs"]["paired"][policy][suite] for suite in suites]
+        gained, lost, n = np.sum(counts, axis=0)
+        interval = tables.points((gained - lost) / n, stats.paired_interval(gained, lost, n))
+        text += f"; paired on {n} episodes: {interval}, {gained} gained and {lost} lost"
+        d33 = power.detectable(lambda d: power.paired_power(d, n, (gained + lost) / n), 1 / 3)
+        assert CLAIMS[name]["d33"] == f"{100 * d33:.1f} points"
+    assert CLAIMS[name]["logs"].partition("; ")[0] == text.partition("; ")[0]
+    assert CLAIMS[name]["logs"].startswith(text) and ("d33" in CLAIMS[name]) == (against == "openvla_sft")
+
+
+def test_the_table_of_the_public_logs_is_what_they_count():
+    """The one in results/claims.md: episodes that repeat another seed's count once in an interval."""
+    page, logs = (HERE / "results" / "claims.md").read_text(), PAPER["logs"]
+    for policy, suites in logs["counts"].items():
+        for suite, cells in suites.items():
+            won, n = logged(policy, [suite])
+            repeated = logs["same"].get(policy, {}).get(suite, [])
+            once = np.sum([cell for seed, cell in cells.items() if seed not in repeated], axis=0)
+            seeds = ", ".join(f"{seed}: {w}/{k}" for seed, (w, k) in cells.items())
+            paper, interval = logs["paper"][policy][suite], tables.percent(stats.wilson(*once))
+            row = f"| {policy} | {suite} | {seeds} | {won} / {n} | {100 * won / n:.1f} % | {paper} % |"
+            assert f"{row} {once[1]} | {interval} |" in page
+    assert "| 114 / 150 | 76.0 % | 76 % | 50 |" in page

@@ -79,9 +79,7 @@ def test_info_nce_is_the_mean_cross_entropy_of_both_directions():
     assert head.info_nce(a, b, 0.3).item() == pytest.approx(by_hand(a, b, 0.3, everywhere), rel=1e-12)
     assert head.info_nce(b, a, 0.3).item() == pytest.approx(head.info_nce(a, b, 0.3).item(), rel=1e-12)
     same = units(1, 5).expand(7, 5)
-    assert head.info_nce(same, same, 0.07).item() == pytest.approx(
-        math.log(7)
-    )  # the chance line of the plots
+    assert head.info_nce(same, same, 0.07).item() == pytest.approx(math.log(7))  # chance
 
 
 def test_its_gradient_is_that_of_finite_differences():
@@ -368,7 +366,6 @@ def test_killed_twice_and_run_again_gives_the_same_files(configured, monkeypatch
     run(cfg)
     want, table = files_of(folder), disk.read_json(folder / "table.json")
     assert {
-        "loss.png",
         "metrics.jsonl",
         "heads/tasks-2-corrected.safetensors",
     } <= want.keys()

@@ -133,7 +133,11 @@ def test_an_edited_script_is_rerun_with_what_depends_on_it_and_nothing_else(fini
     for untouched in ("00_demos", "01_sft", "02_collect_prefs"):
         assert f"[{untouched}] already done" in result.stdout
     report = kit / "runs" / "micro" / "report"
-    assert {path.name for path in report.iterdir()} >= {"index.html", "table.json", "success-micro-pi05.png"}
+    assert {path.name for path in report.iterdir()} >= {
+        "index.html",
+        "table.json",
+        "differences-micro-pi05.png",
+    }
     names = [row["name"] for row in disk.read_json(report / "table.json") if "successes" in row]
     assert names == ["sft", "dpo-lora-episode"] and str(report.relative_to(kit)) in result.stdout
     folder = STAGES["dpo"][1]

@@ -102,7 +102,7 @@ def test_timers_leave_the_policy_as_it_was_and_see_every_part(name):
         clock.mark()
         assert torch.equal(profile.look(policy, obs, noise, 2), wanted)
         spent = clock.read()
-    assert set(spent) == {*profile.PARTS[name].values(), "rest"} and set(spent) <= set(latency.COLOURS)
+    assert set(spent) == {*profile.PARTS[name].values(), "rest"} and set(spent) <= set(latency.PARTS)
     assert sum(spent.values()) == 1000 * (calls.time - 1)  # nothing lost, nothing twice
     assert vars(policy).keys() == before.keys()
 
@@ -198,7 +198,7 @@ def test_a_gpu_is_bound_by_the_slower_of_both():
 
 
 # ------------------------------------------------------------------------------------------------------ stage
-def test_the_stage_writes_tables_and_a_plot(tmp_path, capsys, monkeypatch):
+def test_the_stage_writes_tables(tmp_path, capsys, monkeypatch):
     bounds = roofline("pi05")
     monkeypatch.setattr(profile, "roofline", lambda cfg: bounds)
     cfg = timed(root=str(tmp_path), name="x", weights="random", model=MODELS["pi05"], repeats=1, sweeps=False)
@@ -208,12 +208,10 @@ def test_the_stage_writes_tables_and_a_plot(tmp_path, capsys, monkeypatch):
     point = found["points"][0]
     assert (
         point["steps"] == 2
-        and set(point["parts_ms"]) <= set(latency.COLOURS)
+        and set(point["parts_ms"]) <= set(latency.PARTS)
         and point["parts_ms"]["denoising"] > 0
     )
-    assert (folder / "anatomy.png").stat().st_size > 5000 and "published size" in (
-        folder / "table.md"
-    ).read_text()
+    assert "published size" in (folder / "table.md").read_text()
     said = {row["metric"]: row["value"] for row in disk.read_json(folder / "table.json")}
     assert said["p50"] == point["p50_ms"] and 0 < said["denoise_share"] < 1 - said["prefix_share"]
     assert (folder / "table.md").read_text() in capsys.readouterr().out

@@ -479,7 +479,7 @@ def test_stage_07_from_end_to_end_killed_and_resumed(run, monkeypatch, capsys):
         -1.001 <= r["value"] <= 1.001 for r in cosine
     )
     text = folder.with_suffix(".md").read_text()
-    assert "| paper | 4 | yes |" in text and "| one time, 4 noises |" in text
+    assert "| paper | 4 | yes |" in text and "| paper, one time | 4 | yes |" in text
     assert "| always positive |" in text and "| the better constant guess |" in text
     assert "not measured: the noise behind the chunks is not known" in text, "these are episode pairs"
 
