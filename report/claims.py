@@ -49,15 +49,16 @@ def effect(trainings: dict[tuple, tuple[list[dict], list[dict]]]) -> Found:
 
     trainings: a training -> its episodes, and its baseline's.
     """
-    gains = [episodes.paired(*sides)["diff_vs_sft"] for sides in trainings.values()]
-    own, base = ([row for sides in trainings.values() for row in sides[side]] for side in (0, 1))
-    test = episodes.compared(own, base)
-    wins = "{wins[0]} against {wins[1]} of {paired_n}".format_map(test)
+    tests = [episodes.compared(*sides) for sides in trainings.values()]
+    gains = [test["diff_vs_sft"] for test in tests]
+    wins = "{} against {} of {}".format(*np.sum([[*t["wins"], t["paired_n"]] for t in tests], axis=0))
     if len(gains) >= ENOUGH:
         df, error = len(gains) - 1, max(1e-9, float(np.std(gains, ddof=1) / np.sqrt(len(gains))))
         interval, mean = stats.t_interval(gains), float(np.mean(gains))
         text = f"{points(mean, interval)} over {len(gains)} trainings, {wins}"
         return Found(mean, interval, text, error, df, power.over_trainings(error, df))
+    own, base = ([row for sides in trainings.values() for row in sides[side]] for side in (0, 1))
+    test = episodes.paired(own, base)
     low, high = stats.difference_interval(test)
     text = f"{difference(test)} for this training, {wins}, p = {p_value(test['p_vs_sft'])}"
     discordance = (test["gained"] + test["lost"]) / test["paired_n"]
@@ -211,8 +212,8 @@ def judged(claim: dict, paper: dict) -> dict:
         works = any(arm.interval[0] > 0 for arm in arms)
     row["verdict"] = verdict(claim, found, works, given)
     if "folder" in ours:
-        facts = setting(claim, paper_facts(claim, paper), our_facts(claim, one))
-        row["setting"], row["differs"], row["scale"] = facts
+        stated, own = paper_facts(claim, paper), our_facts(claim, one)
+        row["setting"], row["differs"], row["scale"] = setting(claim, stated, own)
     if row["setting"] == "different":
         row |= {"verdict": "not judged", "would": row["verdict"]}
     if found.power:
