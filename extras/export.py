@@ -132,7 +132,7 @@ def write_adapter(
     folder.mkdir(exist_ok=True)
     disk.write_json(folder / SETTINGS, own | {"base_model_name_or_path": str(c.folder.resolve())})
     save_file(renamed, folder / TENSORS, {"format": "pt"})  # as peft writes it
-    if c.kind == "lerobot":  # which reads these from the adapter's folder
+    if c.format is published.FORMATS["lerobot"]:  # which reads these from the adapter's folder
         disk.write_json(folder / "config.json", c.config | {"use_peft": True})
         for path in c.folder.glob("policy_*processor*"):
             shutil.copyfile(path, folder / path.name)
@@ -192,7 +192,7 @@ def eval_info(rows: list[dict], seconds: float) -> dict:
 def show(cfg: Config) -> None:
     """The commands that evaluate the export; and eval_info.json, if 04 has evaluated the policy."""
     c = published.open_checkpoint(Path(cfg.checkpoint), cfg.model)
-    kind = c.kind
+    kind = next(kind for kind, its in published.FORMATS.items() if its is c.format)
     if kind == "lerobot" and not any("language_model.embed_tokens" in key for key in c.shapes):
         kind = "lerobot <= 0.4.4"  # the embedding has one name there, lm_head
     for suite in cfg.suites[: 1 if "lerobot" in kind else None]:

@@ -38,7 +38,7 @@ def files(cfg) -> dict:
     found = [line.replace(str(c.folder), "FOLDER") for line in policy.found]
     names = sorted(str(path.relative_to(c.folder)) for path in c.folder.rglob("[!.]*"))
     return {
-        "format": c.kind,
+        "format": c.format["writer"],
         "found": found,
         "model": asdict(policy.cfg),
         "tensors": len(c.shapes),

@@ -71,7 +71,7 @@ def print_config(argv: list[str], numbers: list[str]) -> None:
 # ------------------------------------------------------------------------------------------------ the machine
 # Every check returns whether it passed, and what was seen and what to do.
 def check_versions() -> tuple[bool, str]:
-    pinned = dict(line.split("==") for line in (HERE / "requirements.txt").read_text().split())
+    pinned = dict(line.split("==") for line in disk.read_text(HERE / "requirements.txt").split())
     other = [f"{name}=={pinned[name]}" for name in SIMULATOR if version(name) != pinned[name]]
     return not other, f"others are here; pip install {' '.join(other)}" if other else "as in requirements.txt"
 

@@ -5,7 +5,7 @@
 A stage whose config has `processes` starts them itself, as many on every machine: no last bit of a result
 depends on its cores.
 
-Training (01, 03, 06): every rank takes its rows of the same batch and gradients are averaged, so the result
+Training (01, 03): every rank takes its rows of the same batch and gradients are averaged, so the result
 is that of one process but for rounding. (03 with surrogate=independent: each rank has draws of its own.)
 Rollouts (02, 04, cells): every rank takes its share of the tasks; the result is the same. Only the first rank
 opens and finishes a stage. A rank that ends too early ends the job: torchrun stops the others, and the same

@@ -50,7 +50,7 @@ def start(main: Callable, cls: type, preview: Callable | None = None, after: Cal
     """Run a stage from the command line.
 
     main: (cfg, run) -> facts for done.json; called unless the stage is finished.
-    preview: (cfg, section), checks what the stage starts from; for a dry run it prints memory and hours.
+    preview: (cfg, section), checks what the stage starts from; for a dry run it prints memory.
     after: (cfg), called every time, shows what there is.
     """
     command_line(lambda: execute(main, load_config(cls, sys.argv[1:]), preview, after))

@@ -151,7 +151,6 @@ def torchrun(kit: Path, *arguments: str, processes: int = 2) -> subprocess.Compl
 
 TRAINED = {
     "dpo": "adapter_model.safetensors",
-    "head": "heads/episodes-corrected.safetensors",
     "sft": "model.safetensors",
 }
 
