@@ -96,8 +96,12 @@ def dpo_forward(policy, cfg) -> Tensor:
     return policy.log_prob(prefix, chunk.repeat(2, 1, 1), draws, mask.repeat(2, 1), "velocity").sum()
 
 
-FORWARD = {"sft": sft_forward, "dpo": dpo_forward}
-TRAINED = {"sft": "train", "dpo": "adapter"}  # the config key that says what a stage trains
+FORWARD = {"sft": sft_forward, "dpo": dpo_forward, "grpo": sft_forward}  # grpo: one chunk each, too
+TRAINED = {
+    "sft": "train",
+    "dpo": "adapter",
+    "grpo": "adapter",
+}  # the config key that says what a stage trains
 
 
 # ----------------------------------------------------------------------------------------------------- memory
@@ -145,7 +149,7 @@ def kept_for_backward(policy, forward) -> int:
 
 
 def estimate(cfg, stage: str) -> dict:
-    """Bytes by part, and counts. stage: "sft", "dpo", or another one, which only runs the policy."""
+    """Bytes by part, and counts. stage: one that trains ("sft", "dpo", "grpo"), or one that only runs the policy."""
     policy = make_policy(cfg, getattr(cfg, TRAINED.get(stage, ""), ""))
     trainable = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     with torch.no_grad():
