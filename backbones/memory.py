@@ -76,7 +76,7 @@ def make_batch(policy, n: int) -> tuple[dict, Tensor, Tensor]:
     )
 
 
-def sft_forward(policy, cfg) -> Tensor:  # what 01_sft.py differentiates
+def sft_forward(policy, cfg) -> Tensor:  # what 01_sft.py differentiates, and grpo: a chunk per observation
     obs, chunk, _ = make_batch(policy, cfg.batch_size)
     return policy.sft_loss(
         policy.encode(obs), chunk, policy.draws(len(chunk), cfg.draws, torch.Generator(), "beta")
@@ -96,7 +96,7 @@ def dpo_forward(policy, cfg) -> Tensor:
     return policy.log_prob(prefix, chunk.repeat(2, 1, 1), draws, mask.repeat(2, 1), "velocity").sum()
 
 
-FORWARD = {"sft": sft_forward, "dpo": dpo_forward, "grpo": sft_forward}  # grpo: one chunk each, too
+FORWARD = {"sft": sft_forward, "dpo": dpo_forward, "grpo": sft_forward}
 TRAINED = {
     "sft": "train",
     "dpo": "adapter",
