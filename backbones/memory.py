@@ -149,7 +149,7 @@ def kept_for_backward(policy, forward) -> int:
 
 
 def estimate(cfg, stage: str) -> dict:
-    """Bytes by part, and counts. stage: one that trains ("sft", "dpo", "grpo"), or one that only runs the policy."""
+    """Bytes by part, and counts. stage: "sft", "dpo", "grpo", or one that only runs the policy."""
     policy = make_policy(cfg, getattr(cfg, TRAINED.get(stage, ""), ""))
     trainable = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     with torch.no_grad():
