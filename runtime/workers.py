@@ -91,10 +91,12 @@ def run_in_processes(function: Callable, jobs: Sequence, workers: int) -> None:
             "run the same command again, it goes on, with workers=1 if it dies again"
         ) from None
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
             process.kill()
             process.join()
+        pool.shutdown(
+            cancel_futures=True
+        )  # waits for the pool's thread, which else fails now and then at exit
 
 
 def _begin_worker() -> None:
