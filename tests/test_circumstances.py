@@ -146,7 +146,8 @@ def test_a_renderer_without_a_driver_is_not_told_to_unset_what_is_not_set():
 
 
 def test_a_notebooks_backend_for_plots_does_not_matter():
-    code = "import runtime; from report import plots; plots.canvas(1, 1)\nfrom sim.env import libraries; libraries()"
+    code = "import runtime; from report import plots; plots.canvas(1, 1)\n"
+    code += "from sim.env import libraries; libraries()"
     env = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     result = subprocess.run([sys.executable, "-c", code], cwd=HERE, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
