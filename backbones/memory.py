@@ -97,11 +97,8 @@ def dpo_forward(policy, cfg) -> Tensor:
 
 
 FORWARD = {"sft": sft_forward, "dpo": dpo_forward, "grpo": sft_forward}
-TRAINED = {
-    "sft": "train",
-    "dpo": "adapter",
-    "grpo": "adapter",
-}  # the config key that says what a stage trains
+# the config key that says what a stage trains
+TRAINED = {"sft": "train", "dpo": "adapter", "grpo": "adapter"}
 
 
 # ----------------------------------------------------------------------------------------------------- memory

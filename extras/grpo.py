@@ -110,11 +110,8 @@ def play_group(group: Group) -> None:
         return
     cfg, policy = group.cfg, backbones.load_sft(group.cfg)
     policy = common.load_adapter(policy, group.folder / "adapter").freeze()
-    env, chunks, returns = (
-        TaskEnv(group.suite, group.task, cfg.image_size, cfg.render),
-        [],
-        torch.zeros(GROUP),
-    )
+    env = TaskEnv(group.suite, group.task, cfg.image_size, cfg.render)
+    chunks, returns = [], torch.zeros(GROUP)
     for i in range(GROUP):
         try:
             env.reset(group.init)
@@ -129,7 +126,8 @@ def play_group(group: Group) -> None:
             row = {key: torch.as_tensor(value) for key, value in arrays.items()}
             chunks.append(row | {"mask": torch.arange(policy.horizon) < seen.n, "episode": torch.tensor(i)})
     env.close()
-    stacked = {key: torch.stack([chunk[key] for chunk in chunks]) for key in chunks[0]}
+    keys = chunks[0] if chunks else ()  # none where all crashed
+    stacked = {key: torch.stack([chunk[key] for chunk in chunks]) for key in keys}
     disk.save_tensors(group.file, stacked | {"returns": returns})
 
 

@@ -53,7 +53,7 @@ class Config(dpo.Config):
         super().__post_init__()
         refuse(
             self.loss == "nft" and self.backbone != "pi05",
-            f"nft compares velocities, which {self.backbone} has not; take another dpo.loss",
+            f"nft compares velocities, which {self.backbone} does not have; take another dpo.loss",
         )
         refuse(
             self.surrogate in ("exact", "independent") or self.whole_chunk,
@@ -107,7 +107,9 @@ def balanced(losses: Tensor, won: Tensor) -> Tensor:
 def load_tried(cfg: Config, policy) -> dict:
     """The first chunks of 02's play-outs, as 03's batches have pairs, and whether they `won`."""
     path = cfg.pairs_dir / "tried.safetensors"
-    refuse(not path.is_file(), f"{path} is not there: kto and nft need the play-outs of a newer 02; run it")
+    refuse(
+        not path.is_file(), f"{path} is not there: kto and nft need the play-outs that 02 keeps; run 02 again"
+    )
     tried, rows = disk.load_finite(path), disk.read_jsonl(path.with_suffix(".jsonl"), "instruction success")
     tried |= {"won": torch.tensor([row["success"] for row in rows])}
     refuse(len(tried["won"].unique()) < 2, f"{path} holds successes only, or failures only; play more")

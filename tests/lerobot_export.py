@@ -3,7 +3,7 @@
     python tests/lerobot_export.py write FOLDER     the kit: exports of tests/fixtures/lerobot061_quantile
     PYTHON tests/lerobot_export.py read FOLDER      lerobot 0.6.1: loads and runs them
 
-PYTHON is an environment of its own, with lerobot[pi,peft] 0.6.1. The first command also makes the two
+PYTHON belongs to another environment, with lerobot[pi,peft] 0.6.1. The first command also makes the two
 adapters, if the fixture lacks them. The second one takes lerobot's own make_policy, processors and policy.
 Only the sizes in lerobot's source are replaced, since it has them as numbers.
 """

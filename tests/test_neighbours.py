@@ -257,6 +257,25 @@ def test_grpo_killed_and_resumed_equals_never_killed(tmp_path, monkeypatch):
     assert max(v.abs().max() for v in moved) > 0
 
 
+def test_a_group_of_crashes_alone_is_written_and_dropped(tmp_path, monkeypatch):
+    class Crashing:
+        def __init__(self, *_):
+            pass
+
+        def reset(self, init):
+            raise grpo.CRASHES[0]("diverged")
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(grpo, "TaskEnv", Crashing)
+    monkeypatch.setattr(common, "load_adapter", lambda policy, folder: policy)
+    group = grpo.groups_of(grpo.Config(groups=1, checkpoint=str(TRY / "sft")), tmp_path, 0)[0]
+    grpo.play_group(group)
+    chunks, returns = grpo.chunks_of([group])
+    assert chunks == {} and returns.isnan().all()
+
+
 def test_grpo_where_no_group_can_teach_anything(tmp_path, monkeypatch):
     def always(group):
         fake_play(group)

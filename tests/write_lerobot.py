@@ -3,7 +3,7 @@
     PYTHON tests/write_lerobot.py tests/fixtures v30_video v30_image      with lerobot 0.6.1 (format v3.0)
     PYTHON tests/write_lerobot.py tests/fixtures v21_video v21_image      with lerobot 0.3.3 (format v2.1)
 
-PYTHON is an environment of its own: the kit does not install lerobot. Names of columns are those of the
+PYTHON belongs to another environment, since the kit does not install lerobot. Columns are named as in the
 published sets: v21_image as physical-intelligence/libero, the others as lerobot/libero. What the episodes
 hold is a function of episode and step, so the tests know it without the files.
 """
