@@ -308,6 +308,13 @@ def do_missing(function: Callable[[tuple], None], jobs: list[tuple], cfg: Config
     )
 
 
+def spread(n: int, batches: int) -> list[list[int]]:
+    """Batches of the numbers of n pairs. Pairs are sorted by task, so each batch has some from all over."""
+    size = min(BLOCK, n)
+    batches = min(batches, n // size)
+    return [[(batches * i + b) * n // (batches * size) for i in range(size)] for b in range(batches)]
+
+
 def main(cfg: Config, run: stage.Run) -> dict:
     parts, policies = run.dir / "parts", {"sft": None, **cfg.dpo_folders()}
     parts.mkdir(exist_ok=True)
@@ -330,10 +337,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
             for key in tensors[0]
         }
 
-    # 2. gradients of DPO's loss under LoRA, on the paper's surrogate where there are several, over pairs of
-    # all tasks: every stride-th one
-    stride = max(1, len(every) // BLOCK)
-    spread = [list(every[b::stride])[:BLOCK] for b in range(min(stride, cfg.gradient_batches))]
+    # 2. gradients of DPO's loss under LoRA, on the paper's surrogate where there are several
     scores = {
         **{name: measures[f"sft|{name}/{cfg.draws}"].mean(0) for name in ESTIMATORS},
         "exact": measures["sft|exact"],
@@ -344,7 +348,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
         (cfg, parts / f"gradient-{state}-{b}.jsonl", block, policies[name], state, betas)
         for name in sorted((name for name in policies if name.startswith("dpo-lora")), key=len)[:1]
         for state in ("start", "end")
-        for b, block in enumerate(spread)
+        for b, block in enumerate(spread(len(every), cfg.gradient_batches))
     ]
     do_missing(gradients, steps, cfg, "gradients")
 

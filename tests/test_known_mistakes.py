@@ -9,6 +9,7 @@ import gc
 import hashlib
 import importlib
 import itertools
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,7 +25,9 @@ from runtime.errors import UserError
 from sim import env
 from sim.demos import read_demos
 
-sft, prefs, evaluation = (importlib.import_module(name) for name in ("01_sft", "02_collect_prefs", "04_eval"))
+sft, prefs, evaluation, validate = (
+    importlib.import_module(name) for name in ("01_sft", "02_collect_prefs", "04_eval", "07_validate")
+)
 
 
 # -------------------------------------------------------------------------------------------------- the table
@@ -258,6 +261,102 @@ def test_a_pair_takes_a_success_and_a_failure(won, monkeypatch):
         assert tensors["chosen"][0, 0] == pytest.approx(0.1) and tensors["rejected"][0, 0] == pytest.approx(
             0.2
         )
+
+
+@pytest.fixture
+def collected(policy, tmp_path, monkeypatch):
+    """Branch pairs as 02 collects them in a World, where a decision's second try wins.
+
+    And all that the policy sampled meanwhile: noise and chunk, one by one.
+    """
+    seen = []
+
+    class Lucky(World):
+        def restore(self, state):
+            super().restore(state)
+            self.wins = 8 if len(self.restored) % 2 == 0 else 10**9
+
+        def reset(self, init):
+            super().reset(init)
+            self.wins = 10**9
+
+    sample = policy.sample_actions
+
+    def recorded(prefix, noise, steps):
+        chunks = sample(prefix, noise, steps)
+        seen.extend(zip(noise, chunks, strict=True))
+        return chunks
+
+    cfg = prefs.Config(
+        **{"name": "x", "root": str(tmp_path), "seed": 7, "execute": 3, "denoise_steps": 2, "n_init": 2},
+        **{"branch_scale": 1.5, "noise_scale": 0.75},
+    )
+    (cfg.folder / "parts").mkdir(parents=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(prefs, "TaskEnv", lambda suite, task, *_: Lucky(suite=suite, task=task))
+        patch.setattr(prefs.backbones, "load_sft", lambda cfg: policy)
+        patch.setattr(policy, "sample_actions", recorded)
+        for task in (1, 3):
+            prefs.collect(prefs.Job(cfg, cfg.folder, "libero_object", task, quota=9, budget=99))
+    prefs.assemble(cfg.folder)
+    disk.write_json(cfg.folder / "done.json", {"config": dataclasses.asdict(cfg)})
+    return cfg.folder, seen
+
+
+def acting_log_p(folder, policy, **changes):
+    """log p (n, 2) of all pairs under the map that acts, as 07 measures it."""
+    cfg = validate.Config(pairs_from=str(folder), denoise_steps=2, **changes)
+    pairs = validate.load_pairs(cfg)
+    return validate.acting(cfg, policy, policy.encode(pairs), pairs), pairs
+
+
+def test_the_noise_behind_a_pair_is_what_02_drew(policy, collected):
+    folder, seen = collected
+    found, pairs = acting_log_p(folder, policy)
+    source = pairs["source"]
+    assert len(source) == 18 and {row["tried"] for row in source} == {2}
+    assert {row["unit"] // 2 for row in source} == {0, 1}, "no init state was attempted twice"
+    noise = validate.noise_behind(validate.Config(pairs_from=str(folder)), policy, source)
+    for i, proposed in enumerate(pairs["proposed"]):
+        for side in range(2):
+            drawn, _ = min(seen, key=lambda each: (each[1] - proposed[side]).abs().max())
+            assert torch.equal(noise[i, side], drawn)
+
+    row, side = 4, 1  # the density by its definition: that of the noise, over the map's determinant
+    prefix = policy.encode(
+        {key: pairs[key][row : row + 1] for key in (*common.CAMERAS, "state", "instruction")}
+    )
+
+    def two_steps(z):
+        for t in (1.0, 0.5):
+            z = z - policy.velocity(prefix, z, torch.tensor([t])) / 2
+        return z
+
+    z = noise[row, side][None]
+    close(two_steps(z)[0], pairs["proposed"][row, side])
+    jacobian = torch.autograd.functional.jacobian(two_steps, z)
+    log_p = -0.5 * (z.square().sum() + z.numel() * math.log(2 * math.pi))
+    log_p = log_p - torch.linalg.slogdet(jacobian.reshape(z.numel(), -1)).logabsdet
+    assert found[row, side].item() == pytest.approx(log_p.item(), abs=1e-3) and found.isfinite().all()
+
+
+def test_a_chunk_that_its_noise_does_not_make_has_no_acting_density(policy, collected):
+    folder, _ = collected
+    rows, facts = disk.read_jsonl(folder / "pairs.jsonl"), disk.read_json(folder / "done.json")
+    assert acting_log_p(folder, policy, pairs="episode")[0].isnan().all(), "their chunks carry action noise"
+    disk.write_rows(folder / "pairs.jsonl", [rows[0] | {"tried": 1}, *rows[1:]])
+    found, _ = acting_log_p(folder, policy)
+    assert found.isnan().nonzero().tolist() == [[0, 0]], (
+        "only the first pair's chosen chunk is of other noise"
+    )
+    disk.write_rows(folder / "pairs.jsonl", [{k: v for k, v in row.items() if k != "tried"} for row in rows])
+    assert acting_log_p(folder, policy)[0].isnan().all()
+    disk.write_rows(folder / "pairs.jsonl", rows)
+    for key, wrong in (("seed", 8), ("n_init", 15)):
+        facts["config"] |= {key: wrong}
+        disk.write_json(folder / "done.json", facts)
+        assert acting_log_p(folder, policy)[0].isnan().any(), key
+        facts["config"] |= {"seed": 7, "n_init": 2}
 
 
 # ------------------------------------------------------------------------------------------------ fine-tuning

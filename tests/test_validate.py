@@ -484,6 +484,18 @@ def test_stage_07_from_end_to_end_killed_and_resumed(run, monkeypatch, capsys):
     assert "not measured: the noise behind the chunks is not known" in text, "these are episode pairs"
 
 
+@pytest.mark.parametrize("n", [3, 8, 15, 20, 31, 88, 189])
+def test_gradient_batches_are_spread_over_all_pairs(n):
+    """Pairs come sorted by task. Batches of the first 16 pairs were all of one task once."""
+    batches = validate.spread(n, 2)
+    assert len(batches) == (1 if n < 16 else 2)
+    assert len({i for batch in batches for i in batch}) == sum(map(len, batches)), "a pair stands in two"
+    for batch in batches:
+        assert len(batch) == min(8, n)
+        gaps = np.diff([-1, *batch, n])
+        assert gaps.max() <= 1 + n / 8 and batch == sorted(batch), batch
+
+
 def test_torchrun_and_a_gpu_are_refused(run, monkeypatch):
     with pytest.raises(UserError, match="set device=cpu"):
         validate.Config(device="cuda", dry_run=True).inputs()
