@@ -46,18 +46,20 @@ def run(script: str, *settings: str) -> None:
     refuse(code, f"{script} stopped with code {code}; mend it, and give the same command again")
 
 
+def trained_on(prefs: Path, held_out: int) -> list[int]:
+    """Which play-outs of 02 may be trained on: all but those of attempts whose pairs 03 holds out."""
+    pairs, tried = (
+        disk.read_jsonl(prefs / f"{name}.jsonl", "suite task unit") for name in ("pairs", "tried")
+    )
+    attempts = [[(row["suite"], row["task"], row["unit"]) for row in rows] for rows in (pairs, tried)]
+    held = list(dict.fromkeys(attempts[0]))[::held_out] if held_out else []  # as common.read_pairs counts
+    return [i for i, attempt in enumerate(attempts[1]) if attempt not in held]
+
+
 def successes(prefs: Path, folder: Path, held_out: int) -> None:
-    """Pairs that clone what worked: chosen and rejected are the first chunk of a successful play-out.
-    Attempts whose pairs 03 holds out are left out here too.
-    """
-    names = [(row["suite"], row["task"], row["unit"]) for row in disk.read_jsonl(prefs / "pairs.jsonl")]
-    held = list(dict.fromkeys(names))[::held_out]  # as common.read_pairs counts attempts
+    """Pairs that clone what worked: chosen and rejected are the first chunk of a successful play-out."""
     rows, tried = disk.read_jsonl(prefs / "tried.jsonl"), disk.load_tensors(prefs / "tried.safetensors")
-    won = [
-        i
-        for i, row in enumerate(rows)
-        if row["success"] and (row["suite"], row["task"], row["unit"]) not in held
-    ]
+    won = [i for i in trained_on(prefs, held_out) if rows[i]["success"]]
     tried |= {"chosen": tried["chunk"], "rejected": tried["chunk"]}
     keys = ("agentview", "wrist", "state", "chosen", "rejected", "mask")
     folder.mkdir(parents=True, exist_ok=True)

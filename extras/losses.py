@@ -34,6 +34,7 @@ from torch import Tensor
 
 import backbones
 import common
+from extras.blocks import trained_on
 from runtime import disk, refuse, stage
 
 dpo = importlib.import_module("03_dpo")
@@ -105,16 +106,21 @@ def balanced(losses: Tensor, won: Tensor) -> Tensor:
 
 # -------------------------------------------------------------------------------------------------- unpaired
 def load_tried(cfg: Config, policy) -> dict:
-    """The first chunks of 02's play-outs, as 03's batches have pairs, and whether they `won`."""
+    """The first chunks of 02's play-outs, as 03's batches have pairs, and whether they `won`.
+
+    Attempts whose pairs are held out are left out.
+    """
     path = cfg.pairs_dir / "tried.safetensors"
     refuse(
         not path.is_file(), f"{path} is not there: kto and nft need the play-outs that 02 keeps; run 02 again"
     )
     tried, rows = disk.load_finite(path), disk.read_jsonl(path.with_suffix(".jsonl"), "instruction success")
+    kept = torch.tensor(trained_on(cfg.pairs_dir, cfg.held_out))
     tried |= {"won": torch.tensor([row["success"] for row in rows])}
+    tried |= {"instruction": [row["instruction"] for row in rows]}
+    tried = common.select(tried, kept)
     refuse(len(tried["won"].unique()) < 2, f"{path} holds successes only, or failures only; play more")
-    tried["obs"] = {key: tried[key] for key in (*common.CAMERAS, "state")}
-    tried["obs"]["instruction"] = [row["instruction"] for row in rows]
+    tried["obs"] = {key: tried[key] for key in (*common.CAMERAS, "state", "instruction")}
     refuse(
         tried["chunk"].shape[1] != policy.horizon,
         f"{path} has chunks of {tried['chunk'].shape[1]} actions, the policy of {policy.horizon}",

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -298,8 +299,7 @@ def tried(tmp_path):
         "chunk": pairs["chosen"]
     }
     disk.save_tensors(folder / "tried.safetensors", tensors)
-    lines = [{"instruction": r["instruction"], "success": i % 3 > 0} for i, r in enumerate(rows)]
-    disk.write_rows(folder / "tried.jsonl", lines)
+    disk.write_rows(folder / "tried.jsonl", [row | {"success": i % 3 > 0} for i, row in enumerate(rows)])
     return folder
 
 
@@ -314,6 +314,21 @@ def test_each_loss_trains_an_adapter_that_04_can_load(loss, tried, tmp_path):
     before = {key: value.clone() for key, value in policy.state_dict().items()}
     after = common.load_adapter(policy, folder).state_dict()
     assert any(not torch.equal(before[key], after[key]) for key in before)
+
+
+def test_play_outs_of_attempts_whose_pairs_are_held_out_are_not_trained_on(tried):
+    policy = backbones.load_policy(TRY / "sft")
+    cfg = load_config(
+        losses.Config, ["configs/try.yaml", f"pairs_from={tried}", "dpo.loss=kto", "held_out=2"]
+    )
+    kept, every = losses.load_tried(cfg, policy), losses.load_tried(replace(cfg, held_out=0), policy)
+    attempt = common.read_pairs(tried, policy)["attempt"]  # here each play-out stands for a pair
+    assert len(every["won"]) == len(attempt) and 0 < len(kept["won"]) < len(attempt)
+    rows = (attempt % 2 == 1).nonzero()[:, 0]
+    for key in ("chosen", "mask", "won"):
+        assert torch.equal(kept[key], every[key][rows])
+    assert torch.equal(kept["obs"]["state"], every["obs"]["state"][rows])
+    assert kept["obs"]["instruction"] == [every["obs"]["instruction"][i] for i in rows]
 
 
 def test_bad_input_of_the_losses(tried, tmp_path):
