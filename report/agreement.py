@@ -192,6 +192,9 @@ def against_what_acts(cfg, sft: dict, attempt: np.ndarray) -> Iterator[dict]:
         if name == "exact":
             metrics["spread"] = (truth - value[0]).std().item(), None, None
         yield from rows_of(about | {"surrogate": name, "draws": int(k or 0)}, metrics)
+    positive = (truth > 0).double().numpy()
+    guess = {"sign agreement": (positive.mean(), *stats.over_clusters(positive, attempt))}
+    yield from rows_of(about | {"surrogate": "always positive", "draws": 0}, guess)
 
 
 # ----------------------------------------------------------------------------------------------------- tables

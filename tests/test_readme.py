@@ -10,6 +10,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 from runtime.config import HERE, STAGES, load_config
 
@@ -24,8 +25,11 @@ COMMAND = re.compile(
     r"(?:python (?:\d\d_\w+\.py|-m extras\.\w+)|bash run_all\.sh|torchrun [^`\n#]*?\.py)[^`\n#]*"
 )
 HEADERS = "\n".join(path.read_text() for path in (HERE / "configs").glob("*.yaml"))
+PAPER = yaml.safe_load((HERE / "configs/paper.yaml").read_text())
+CLAIMED = {row["command"] for row in PAPER["claims"] + PAPER["also"] if row.get("command")}
 COMMANDS = sorted(
     {command.partition("   ")[0].strip() for command in COMMAND.findall(ALL + HEADERS) if "$" not in command}
+    | CLAIMED
 )
 LINKS = [(page, link) for page, text in TEXTS.items() for link in re.findall(r"\]\(([^)\s]+)\)", text)]
 COUNTS = re.findall(r"^(?:\| `)?([\w.]+(?:\.py|/))`?[ |]+(\d+) ", README, re.MULTILINE)

@@ -509,6 +509,28 @@ def test_an_autoregressive_policy_is_exact_already(tmp_path, capsys):
     assert "closed form" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
+def test_what_acts_is_compared_over_the_pairs_whose_noise_is_known():
+    acts = torch.tensor([3.0, -1, 2, 5, float("nan"), 4, -6])  # difference of chosen and rejected
+    sft = {"euler": torch.stack([acts, torch.zeros(7)], 1)}
+    flow = torch.stack([torch.where(acts.isnan(), 9, acts.exp() - 2), torch.zeros(7)], 1)  # same order
+    sft |= {"exact": flow, "paper/4": -flow.expand(4, 7, 2)}
+    rows = list(agreement.against_what_acts(validate.Config(), sft, np.arange(7)))
+    found = {(row["surrogate"], row["metric"]): row for row in rows}
+    assert {row["n"] for row in rows} == {6}
+    assert found["exact", "spearman"]["value"] == pytest.approx(1)
+    assert found["paper", "spearman"]["value"] == pytest.approx(-1)
+    assert found["exact", "sign agreement"]["value"] == 1 and found["paper", "sign agreement"]["value"] == 0
+    assert found["always positive", "sign agreement"]["value"] == pytest.approx(4 / 6)
+    known = acts[~acts.isnan()]
+    assert found["exact", "spread"]["value"] == pytest.approx(
+        (known - known.exp() + 2).std().item(), rel=1e-5
+    )
+    text = agreement.acting_table(rows)
+    assert "| always positive | 0 |  | 0.667" in text
+    none = sft | {"euler": torch.full((7, 2), math.nan)}
+    assert list(agreement.against_what_acts(validate.Config(), none, np.arange(7))) == []
+
+
 def test_noise_of_draws_that_are_not_shared_is_that_of_independent_ones():
     g, n, repeats = common.stream(0, "unshared"), 2000, 4
     truth, both = (
