@@ -6,6 +6,7 @@ belong together.
 
 import itertools
 from collections.abc import Iterator
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 
@@ -100,38 +101,35 @@ def references(policy: str, measures: dict[str, dict]) -> dict[str, dict | None]
 
 
 def exactly(cfg, measures: dict, policy: str, what: str, ref: dict | None, attempt: np.ndarray) -> tuple:
-    """The exact difference or margin of the pairs that count for it, and which those are.
+    """The exact difference or margin of all pairs, and which pairs count for it.
 
     For margins they are the pairs that DPO was not trained on, where there are any.
     """
     some = cfg.held_out and what == "margin"
     kept = attempt % cfg.held_out == 0 if some else np.full(len(attempt), True)
-    return quantity(measures[policy]["exact"][None], ref and ref["exact"][None], True)[0][kept], kept
+    return quantity(measures[policy]["exact"][None], ref and ref["exact"][None], True)[0], kept
 
 
 def base_rates(cfg, measures: dict[str, dict], attempt: np.ndarray) -> Iterator[dict]:
     """How often guessing is right without looking: always "positive", or the better of both constant guesses.
 
     And the exact difference or margin itself, in nats: of a margin, the treatment that DPO has delivered.
+    Where pairs are held out, also that of the pairs that DPO was trained on.
     """
     for policy in measures:
         for what, ref in references(policy, measures).items():
-            exact, kept = exactly(cfg, measures, policy, what, ref, attempt)
-            share = (exact > 0).double().mean().item()
-            guesses = {"positive": (exact > 0).double(), "mean": exact.double()}
-            rows = {
-                key: (x.mean().item(), stats.over_clusters(x.numpy(), attempt[kept]))
-                for key, x in guesses.items()
-            }
-            for metric, (value, bounds) in (rows | {"blind guess": (max(share, 1 - share), None)}).items():
-                about = {"policy": policy, "surrogate": "exact", "quantity": what, "n": len(exact)}
-                unit = "nats" if metric == "mean" else "share"
-                yield about | {
-                    "metric": metric,
-                    "value": value,
-                    "unit": unit,
-                    "ci95": bounds and list(bounds),
-                }
+            every, kept = exactly(cfg, measures, policy, what, ref, attempt)
+            parts = {what: kept}
+            if cfg.held_out and what == "margin":
+                parts["margin of trained pairs"] = ~kept
+            for name, part in parts.items():
+                exact = every[part].double().numpy()
+                positive = (exact > 0).astype(float)
+                share, over = positive.mean(), partial(stats.over_clusters, clusters=attempt[part])
+                about = {"policy": policy, "surrogate": "exact", "quantity": name, "n": len(exact)}
+                yield about | {"metric": "blind guess", "unit": "share", "value": max(share, 1 - share)}
+                for metric, unit, x in (("positive", "share", positive), ("mean", "nats", exact)):
+                    yield about | {"metric": metric, "unit": unit, "value": x.mean(), "ci95": list(over(x))}
 
 
 def estimator_rows(cfg, measures: dict[str, dict], dims: int, attempt: np.ndarray) -> Iterator[dict]:
@@ -156,10 +154,11 @@ def estimator_rows(cfg, measures: dict[str, dict], dims: int, attempt: np.ndarra
                 yield from rows_of(about | of, correlations(*flat, attempt.repeat(2)))
             shareds = {"independent": [False], "paper, one time": [True]}.get(name, [True, False])
             for shared, (what, ref) in itertools.product(shareds, references(policy, measures).items()):
-                exact, kept = exactly(cfg, measures, policy, what, ref, attempt)
+                every, kept = exactly(cfg, measures, policy, what, ref, attempt)
                 value, together = (
                     quantity(estimates, ref and ref[key], each)[:, kept] for each in (shared, True)
                 )
+                exact = every[kept]
                 metrics = compare(value, exact, attempt[kept], None if shared else together)
                 if tabled:
                     metrics |= correlations(value[0].numpy(), exact.numpy(), attempt[kept])
@@ -302,7 +301,7 @@ def report(cfg, folder: Path) -> None:
             acting_table(acts),
             "## The exact values themselves\n",
             *(
-                "- {policy}, {quantity}, {metric}: {value:.3f} {unit} (n = {n})".format(**row)
+                "- {policy}, {quantity}, {metric}: {} {unit} (n = {n})".format(with_interval(row), **row)
                 for row in guesses
             ),
             "\n## Cosine between the DPO gradients of an estimator and of the exact likelihood\n",

@@ -509,6 +509,27 @@ def test_an_autoregressive_policy_is_exact_already(tmp_path, capsys):
     assert "closed form" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
+def test_margins_are_those_of_held_out_pairs_with_those_of_trained_ones_beside_them():
+    attempt = np.array([0, 0, 1, 2, 3, 4])  # held_out=2: attempts 0, 2 and 4
+    margins = torch.tensor([1.0, -3, 5, -2, 7, 6])
+    sft = {"exact": torch.zeros(6, 2)}
+    measures = {"sft": sft, "dpo": {"exact": torch.stack([margins, torch.zeros(6)], 1)}}
+    rows = list(agreement.base_rates(validate.Config(held_out=2), measures, attempt))
+    found = {(r["policy"], r["quantity"], r["metric"]): r for r in rows}
+    held, trained = ("dpo", "margin"), ("dpo", "margin of trained pairs")
+    assert (
+        found[*held, "mean"]["value"] == pytest.approx((1 - 3 - 2 + 6) / 4) and found[*held, "mean"]["n"] == 4
+    )
+    assert found[*held, "positive"]["value"] == 0.5 and found[*trained, "positive"]["value"] == 1
+    assert found[*trained, "mean"]["value"] == 6 and found[*trained, "mean"]["n"] == 2
+    assert found["dpo", "difference", "mean"]["n"] == 6
+    of_attempts = [0.5 + (total - 0.5 * n) / (4 / 3) for total, n in ((-2, 2), (-2, 1), (6, 1))]
+    interval = stats.ttest_1samp(of_attempts, 0).confidence_interval()
+    assert found[*held, "mean"]["ci95"] == pytest.approx(list(interval))
+    none = list(agreement.base_rates(validate.Config(), measures, attempt))
+    assert {r["quantity"] for r in none} == {"difference", "margin"} and {r["n"] for r in none} == {6}
+
+
 def test_what_acts_is_compared_over_the_pairs_whose_noise_is_known():
     acts = torch.tensor([3.0, -1, 2, 5, float("nan"), 4, -6])  # difference of chosen and rejected
     sft = {"euler": torch.stack([acts, torch.zeros(7)], 1)}
