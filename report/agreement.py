@@ -120,7 +120,7 @@ def base_rates(cfg, measures: dict[str, dict], attempt: np.ndarray) -> Iterator[
         for what, ref in references(policy, measures).items():
             every, kept = exactly(cfg, measures, policy, what, ref, attempt)
             parts = {what: kept}
-            if cfg.held_out and what == "margin":
+            if not kept.all():
                 parts["margin of trained pairs"] = ~kept
             for name, part in parts.items():
                 exact = every[part].double().numpy()
