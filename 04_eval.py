@@ -30,7 +30,7 @@ import backbones
 import common
 from report import episodes
 from report.tables import listing
-from runtime import Count, disk, ranks, stage, workers
+from runtime import Count, disk, stage
 from sim.env import CRASHES, TaskEnv, carry_out, tasks
 from sim.expert import target_places
 
@@ -201,11 +201,7 @@ RESULTS = {  # heading -> cell. over tasks: their t interval. p: exact McNemar o
 
 
 def main(cfg: Config, run: stage.Run) -> dict:
-    jobs = [(cfg, run.dir, suite, task) for suite, task in tasks(cfg)]
-    total, title = len(jobs) * cfg.n_init, f"eval {cfg.policy_name}"
-    so_far = (lambda: len(episodes.played(run.dir))), total, (lambda: episodes.solved(run.dir))
-    workers.run(evaluate, ranks.share(jobs), cfg.workers, title, *so_far)
-    return episodes.finish(run, policy=cfg.policy_name)
+    return episodes.play_all(run, evaluate, tasks(cfg), f"eval {cfg.policy_name}", policy=cfg.policy_name)
 
 
 def show_table(cfg: Config) -> None:
