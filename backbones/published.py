@@ -15,16 +15,16 @@ Not tried on a real published file. The key lists and formats are those of the o
 own code wrote.
 """
 
-import contextlib
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from backbones.policy import (
@@ -55,24 +55,11 @@ class Checkpoint:  # none of its tensors is loaded
         )
 
 
-@contextlib.contextmanager
-def reading(path: str | Path) -> Iterator[None]:
-    """One line for whatever goes wrong with files that are not as their format demands."""
-    try:
-        yield
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-        SafetensorError,
-    ) as error:
-        raise UserError(
-            f"{path} is no checkpoint of OpenVLA or pi-0.5, or truncated or damaged ({one_line(error)});"
-            " get it again"
-        ) from error
+reading = partial(  # one line for whatever goes wrong with files that are not as their format demands
+    disk.reading,
+    otherwise="get it again",
+    wrong="is no checkpoint of OpenVLA or pi-0.5, or truncated or damaged",
+)
 
 
 def weight_files(path: Path) -> list[Path]:

@@ -44,7 +44,6 @@ NAMES = {  # what the kit needs -> what published sets call it
     "action": ("action", "actions"),
 }
 OBSERVED = ("ee_pos", "ee_ori", "gripper_states", "agentview_rgb", "eye_in_hand_rgb")  # LIBERO's names
-ERRORS = (OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
 
 
 def read_info(folder: Path) -> tuple[dict, dict[str, str]]:
@@ -189,7 +188,7 @@ def main(source: str = "", target: str = "", *suites: str) -> None:
             tasks.setdefault(instruction(suite, task).lower(), []).append(name)
     try:
         print(convert(Path(source), place, tasks))
-    except ERRORS as error:  # of pyarrow, PyAV, Pillow and h5py
+    except disk.UNREADABLE as error:  # of pyarrow, PyAV, Pillow and h5py
         why = f"is not a whole LeRobotDataset, or {target} can't be written ({one_line(error)})"
         raise UserError(f"{source} {why}") from error
 
