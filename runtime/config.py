@@ -218,9 +218,7 @@ def load_config(cls: type, argv: list[str]):
     path = path if path.is_file() else HERE / path
     data = {"name": path.stem, "root": cls.root} | read_yaml(path)
     overrides = [parsed(item) for item in argv[1:]]
-    for section, key, value in overrides:
-        if not section and key == "backbone":
-            data[key] = value
+    data |= {key: value for section, key, value in overrides if (section, key) == ("", "backbone")}
     sections = [*STAGES, *BACKBONES]
     if (backbone := str(data.get("backbone", "pi05"))) in BACKBONES and isinstance(data.get(backbone), dict):
         data = laid_over(data, data[backbone])

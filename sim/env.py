@@ -12,8 +12,6 @@ shortcuts save time, and none changes a bit of the state or of a `default` image
 tests/test_sim.py compares with LIBERO's own loop; tests/bench/simulator.py measures the time.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import copy
@@ -63,8 +61,7 @@ CRASHES = (Diverged, np.linalg.LinAlgError)  # what a step may raise when the si
 def package_folder(name: str) -> Path:
     """The folder of an installed package, found without importing it."""
     spec = importlib.util.find_spec(name)
-    if spec is None:
-        raise UserError(f"the package {name} is not installed; run: pip install -r requirements.txt")
+    refuse(spec is None, f"the package {name} is not installed; run: pip install -r requirements.txt")
     return Path(next(iter(spec.submodule_search_locations)))
 
 
@@ -139,8 +136,10 @@ def tasks(cfg) -> list[tuple[str, int]]:
     """
     for suite in cfg.suites:
         last = task_count(suite) - 1
-        if max(cfg.tasks, default=0) > last:
-            raise UserError(f"{suite} has tasks 0 to {last}, not {max(cfg.tasks)}")
+        refuse(
+            max(cfg.tasks, default=0) > last,
+            f"{suite} has tasks 0 to {last}, not {max(cfg.tasks, default=0)}",
+        )
     return [(suite, task) for suite in cfg.suites for task in cfg.tasks or range(task_count(suite))]
 
 

@@ -7,8 +7,6 @@ when the task is solved. All primitives share one law of motion (Expert.towards)
 begin, and do not try again: a missed grasp ends the attempt.
 """
 
-from __future__ import annotations
-
 from collections.abc import Generator
 
 import numpy as np
@@ -51,17 +49,10 @@ class Expert:
         self.last = np.zeros(6)  # the last action without noise, without the gripper
         self.jitter = lambda: rng.uniform(-1, 1, 3) * waypoint_jitter  # of one waypoint, metres
 
-    @property
-    def position(self) -> np.ndarray:
-        return self.data.site_xpos[self.robot.eef_site_id].copy()
-
-    @property
-    def rotation(self) -> np.ndarray:
-        return self.data.site_xmat[self.robot.eef_site_id].reshape(3, 3).copy()
-
-    @property
-    def gap(self) -> float:  # metres between the fingers, whose coordinates run from -0.04 to 0.04
-        return np.ptp(self.data.qpos[self.robot._ref_gripper_joint_pos_indexes])
+    # of the hand: (3,) and (3, 3); metres between its fingers, whose coordinates run from -0.04 to 0.04
+    position = property(lambda self: self.data.site_xpos[self.robot.eef_site_id].copy())
+    rotation = property(lambda self: self.data.site_xmat[self.robot.eef_site_id].reshape(3, 3).copy())
+    gap = property(lambda self: np.ptp(self.data.qpos[self.robot._ref_gripper_joint_pos_indexes]))
 
     def near(self, position, rotation, tolerance: float, turn_tolerance: float) -> bool:
         """Whether the hand is within the tolerances (metres, radians) of a pose."""
