@@ -33,15 +33,12 @@ baseline that a cache has to beat.
 """
 
 import contextlib
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # also without -m
 
 import numpy as np
 import torch

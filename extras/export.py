@@ -26,8 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import common
-from backbones import published
-from backbones.load import load_policy
+from backbones import load_policy, published
 from backbones.policy import is_own
 from runtime import disk, refuse, stage
 

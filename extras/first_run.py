@@ -21,8 +21,7 @@ import torch
 
 import backbones
 import common
-from backbones import published
-from backbones.load import load_policy
+from backbones import load_policy, published
 from runtime import disk, load_config, refuse, stage
 from sim.env import TaskEnv, tasks
 

@@ -22,8 +22,6 @@ from contextlib import suppress
 from operator import itemgetter
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # also without -m
-
 import h5py
 import numpy as np
 from PIL import Image
