@@ -51,9 +51,8 @@ class Config(common.SceneConfig, common.ActingConfig, common.AdapterConfig):
         name = self.made_adapter.name if self.policy == "dpo" else self.variant("sft")
         return name + "-blank" * self.blank_images + (f"-noise{self.noise_seed}" if self.noise_seed else "")
 
-    @property
-    def folder(self) -> Path:
-        return self.seed_dir / f"eval-{self.policy_name}{'' if self.group == 'test' else '-val'}"
+    suffix = property(lambda self: "" if self.group == "test" else "-val")
+    folder = property(lambda self: self.seed_dir / f"eval-{self.policy_name}{self.suffix}")
 
     def left_out(self) -> tuple[str, ...]:
         of_dpo = ("adapter", "pairs", "surrogate")
@@ -207,9 +206,8 @@ def main(cfg: Config, run: stage.Run) -> dict:
 def show_table(cfg: Config) -> None:
     """All evaluations so far of this seed and group: results.json, results.md."""
     rows = results_table(cfg)
-    stem = "results" if cfg.group == "test" else f"results-{cfg.group}"
-    disk.write_json(cfg.seed_dir / f"{stem}.json", rows)
-    disk.write_atomic(cfg.seed_dir / f"{stem}.md", listing(rows, RESULTS) + "\n")
+    disk.write_json(cfg.seed_dir / f"results{cfg.suffix}.json", rows)
+    disk.write_atomic(cfg.seed_dir / f"results{cfg.suffix}.md", listing(rows, RESULTS) + "\n")
     print(listing(rows, RESULTS), flush=True)
 
 

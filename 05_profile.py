@@ -290,9 +290,11 @@ def random_policy(cfg: Config):
 
 def main(cfg: Config, run: stage.Run) -> None:
     """Measure every point; write latency.json and table.md; print the table."""
-    policy, rows = backbones.load_sft(cfg) if cfg.weights == "sft" else random_policy(cfg), []
-    for label, point in workers.progress(list(points(cfg, policy)), desc="profile", unit="point"):
-        rows.append({"label": label} | point | measure(policy, cfg, point))
+    policy = backbones.load_sft(cfg) if cfg.weights == "sft" else random_policy(cfg)
+    rows = [
+        {"label": label} | point | measure(policy, cfg, point)
+        for label, point in workers.progress(list(points(cfg, policy)), desc="profile", unit="point")
+    ]
     bounds = roofline(cfg)
     facts = {
         "device": cfg.device,

@@ -32,8 +32,7 @@ import numpy as np
 import yaml
 
 import common
-from runtime.disk import writing
-from runtime.errors import UserError, one_line, refuse
+from runtime import UserError, disk, one_line, refuse
 from sim import meshes
 
 GL = os.environ.get("MUJOCO_GL", "").strip().lower() or "egl"  # or osmesa; neither needs a screen
@@ -83,7 +82,7 @@ def libraries() -> types.SimpleNamespace:
         "datasets": root.parent / "datasets",
         "assets": assets,
     }
-    with writing(Path(os.environ.get("TMPDIR", "/tmp"))):
+    with disk.writing(Path(os.environ.get("TMPDIR", "/tmp"))):
         config = tempfile.TemporaryDirectory(prefix="libero-config-")
     atexit.register(config.cleanup)
     lines = yaml.safe_dump({key: str(path) for key, path in paths.items()})

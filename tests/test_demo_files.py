@@ -231,7 +231,7 @@ def test_frames_on_disk_are_those_in_memory(tmp_path, monkeypatch):
     monkeypatch.setattr("sim.demos.IN_MEMORY", 0)
     assert isinstance(frames(films), Films) and torch.equal(frames(films).select(index), images[index])
     films[0].path.unlink()
-    with pytest.raises(UserError, match="cannot be read .*it is not there"):
+    with pytest.raises(UserError, match=r"cannot be read .*it is not there"):
         frames(films).select(index)
 
 
