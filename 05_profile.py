@@ -283,8 +283,6 @@ def random_policy(cfg: Config):
     policy = memory.make_policy(replace(cfg, dry_run=True), "").to_empty(device=cfg.device)
     for p in policy.parameters():
         torch.nn.init.normal_(p, std=0.02)
-    for module in [m for m in policy.modules() if getattr(m, "position_ids", None) is not None]:
-        module.position_ids = torch.arange(module.position_ids.shape[-1], device=cfg.device)[None]
     return policy.eval()
 
 
