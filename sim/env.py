@@ -122,24 +122,17 @@ def suite_of(suite: str):
     return tasks_and_files
 
 
-def task_count(suite: str) -> int:
-    """Number of tasks: 90 in libero_90, 10 in every other suite."""
-    return suite_of(suite).get_num_tasks()
-
-
 def tasks(cfg) -> list[tuple[str, int]]:
-    """(suite, task number) of every task that a config selects.
+    """(suite, task number) of every task that a config selects; libero_90 has 90, every other suite 10.
 
     Raises:
         UserError: a suite has no task of that number.
     """
-    for suite in cfg.suites:
-        last = task_count(suite) - 1
-        refuse(
-            max(cfg.tasks, default=0) > last,
-            f"{suite} has tasks 0 to {last}, not {max(cfg.tasks, default=0)}",
-        )
-    return [(suite, task) for suite in cfg.suites for task in cfg.tasks or range(task_count(suite))]
+    count = {suite: suite_of(suite).get_num_tasks() for suite in cfg.suites}
+    most = max(cfg.tasks, default=0)
+    for suite, n in count.items():
+        refuse(most >= n, f"{suite} has tasks 0 to {n - 1}, not {most}")
+    return [(suite, task) for suite, n in count.items() for task in cfg.tasks or range(n)]
 
 
 def instruction(suite: str, task_id: int) -> str:
