@@ -159,9 +159,7 @@ def results_table(cfg: Config) -> list[dict]:
         facts, played, timing = of_policy[name]
         used, start = facts["config"], start_of(facts["config"])
         row = {
-            key: used.get(key, "none") for key in ("adapter", "pairs", "surrogate")
-        }  # sft has none of them
-        row |= {
+            **{key: used.get(key, "none") for key in ("adapter", "pairs", "surrogate")},  # sft has none
             "backbone": cfg.backbone,
             "policy": used["policy"],
             "name": name,

@@ -284,5 +284,5 @@ class Policy(nn.Module):
                     )
             missing -= tensors.keys()
             self.load_state_dict(tensors, strict=False, assign=assign)
-        lacks = ", ".join(sorted(missing)[:1])
-        refuse(missing, f"{path}: {lacks} is missing; a file is not complete, or it is another model's")
+        lacks = f"{path}: {min(missing, default='')} is missing"
+        refuse(missing, f"{lacks}; a file is not complete, or it is another model's")

@@ -195,8 +195,12 @@ def show(cfg: Config) -> None:
     if kind == "lerobot" and not any("language_model.embed_tokens" in key for key in c.shapes):
         kind = "lerobot <= 0.4.4"  # the embedding has one name there, lm_head
     for suite in cfg.suites[: 1 if "lerobot" in kind else None]:
-        words = {"folder": shlex.quote(str(cfg.folder.resolve())), "suites": ",".join(cfg.suites)}
-        words |= {"suite": suite, "episodes": "--eval.batch_size=1 --eval.n_episodes=10"}
+        words = {
+            "folder": shlex.quote(str(cfg.folder.resolve())),
+            "suites": ",".join(cfg.suites),
+            "suite": suite,
+            "episodes": "--eval.batch_size=1 --eval.n_episodes=10",
+        }
         print(EVALUATION[kind].format(**words), flush=True)
     played = cfg.seed_dir / f"eval-{cfg.made_adapter.name}"
     if (played / "done.json").is_file():

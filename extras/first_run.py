@@ -69,8 +69,12 @@ def episodes(cfg) -> dict:
     summary, done, timing = (disk.read_json(cfg.folder / f"{n}.json") for n in ("summary", "done", "timing"))
     hashes = {Path(name).name: its for name, its in done["inputs"].items()}
     timing |= {"command": "", "gpu": torch.cuda.get_device_name() if cfg.device == "cuda" else ""}
-    config = done["config"] | {"checkpoint": ""}
-    return summary | {"config": config, "versions": done["versions"], "hashes": hashes, "timing": timing}
+    return summary | {
+        "config": done["config"] | {"checkpoint": ""},
+        "versions": done["versions"],
+        "hashes": hashes,
+        "timing": timing,
+    }
 
 
 def main() -> None:

@@ -113,7 +113,6 @@ def episode() -> dict:
         if row["success"]:
             break
     env.close()
-    (OUT / "episode.gif").unlink(missing_ok=True)
     evaluation.save_gif(OUT / "episode.gif", frames[::2])
     return {"init": init, "looks": len(frames), "steps": row["steps"]}
 

@@ -102,8 +102,7 @@ def typed(value, kind, key: str):
         )
         return str(value)
     number = as_number(value, kind) if kind in (int, float) and plain else None
-    named = getattr(kind, "__name__", kind)
-    refuse(number is None, f"config key {key!r} must be {named}, not {value!r}")
+    refuse(number is None, f"config key {key!r} must be {getattr(kind, '__name__', kind)}, not {value!r}")
     refuse(number < least, f"config key {key!r} must be at least {least}, not {value}")
     refuse(number > most, f"config key {key!r} must be at most {most}, not {value}")
     return number
