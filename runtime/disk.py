@@ -151,9 +151,11 @@ def append_jsonl(path: Path, row: dict) -> None:
     """Add one line, or raise UserError and add none. Several processes may append to one file."""
     with writing(path), open(path, "a+b", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+        end = file.seek(0, os.SEEK_END)
         file.seek(0)
-        end = file.read().rfind(b"\n") + 1
-        file.truncate(end)  # a kill may have cut the last line: drop it
+        if end and not (content := file.read()).endswith(b"\n"):  # a kill has cut the last line: drop it
+            end = content.rfind(b"\n") + 1
+            file.truncate(end)
         line = json_text(path, row).encode()
         try:
             if file.write(line) < len(line):

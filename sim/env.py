@@ -85,8 +85,9 @@ def libraries() -> types.SimpleNamespace:
     with disk.writing(Path(os.environ.get("TMPDIR", "/tmp"))):
         config = tempfile.TemporaryDirectory(prefix="libero-config-")
     atexit.register(config.cleanup)
-    lines = yaml.safe_dump({key: str(path) for key, path in paths.items()})
-    (Path(config.name) / "config.yaml").write_text(lines)
+    disk.write_atomic(
+        Path(config.name) / "config.yaml", yaml.safe_dump({key: str(path) for key, path in paths.items()})
+    )
     os.environ["LIBERO_CONFIG_PATH"] = config.name
     os.environ.setdefault("MPLCONFIGDIR", config.name)  # LIBERO imports matplotlib
     if not (os.access(package_folder("robosuite"), os.W_OK) and os.access(__file__, os.W_OK)):
