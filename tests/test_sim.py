@@ -155,8 +155,8 @@ def test_long_contact_rich_episodes_are_robosuites_own_loop_bit_for_bit(suite, t
     env.reset(init)
     if suite == "libero_object":
         hand = Expert(env, rng, 0.0)
-        for primitive, parameters in TASKS[suite, task]:
-            for action in primitive(hand, **parameters):
+        for primitive in TASKS[suite, task]:
+            for action in primitive(hand):
                 robosuite(action)
         assert env.success  # the object was grasped, carried and released
     push = np.zeros(7)
