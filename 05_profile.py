@@ -294,18 +294,19 @@ def main(cfg: Config, run: stage.Run) -> None:
         for label, point in workers.progress(list(points(cfg, policy)), desc="profile", unit="point")
     ]
     bounds = roofline(cfg)
-    facts = {
+    table = latency.latency_report(rows, bounds, cfg.gpu)
+    measured = {
         "device": cfg.device,
         "weights": cfg.weights,
         "clock": "CUDA events" if cfg.device == "cuda" else "CPU time",
         "threads": cfg.threads,
         "torch": torch.__version__,
         "parameters": sum(p.numel() for p in policy.parameters()),
+        "points": rows,
+        "roofline": bounds,
+        "paper": latency.PAPER,
     }
-    table = latency.latency_report(rows, bounds, cfg.gpu)
-    disk.write_json(
-        run.dir / "latency.json", facts | {"points": rows, "roofline": bounds, "paper": latency.PAPER}
-    )
+    disk.write_json(run.dir / "latency.json", measured)
     disk.write_atomic(run.dir / "table.md", table)
     print(table, flush=True)
 

@@ -147,9 +147,12 @@ def main(cfg: Config, run: stage.Run) -> dict:
     names = adapted_keys(c.shapes, cfg.backbone, policy.cfg, layers)
     tensors = merged(c, policy, names, cfg.adapter_dir)
     with disk.writing(run.dir):
-        hidden = shutil.ignore_patterns(".*")
         shutil.copytree(
-            c.folder, run.dir / "policy", ignore=hidden, copy_function=shutil.copyfile, dirs_exist_ok=True
+            c.folder,
+            run.dir / "policy",
+            ignore=shutil.ignore_patterns(".*"),
+            copy_function=shutil.copyfile,
+            dirs_exist_ok=True,
         )
         for path in c.files:
             overwrite(run.dir / "policy" / path.name, tensors)
@@ -178,8 +181,13 @@ def eval_info(rows: list[dict], seconds: float) -> dict:
 
     def means(wins: list[bool]) -> dict:
         share = sum(wins) / max(1, len(wins))
-        rates = {"avg_sum_reward": share, "avg_max_reward": share, "pc_success": 100 * share}
-        return rates | {"n_episodes": len(wins), "video_paths": []}
+        return {
+            "avg_sum_reward": share,
+            "avg_max_reward": share,
+            "pc_success": 100 * share,
+            "n_episodes": len(wins),
+            "video_paths": [],
+        }
 
     return {
         "per_task": [{"task_group": s, "task_id": t, "metrics": lists(wins(s, t))} for s, t in tasks],

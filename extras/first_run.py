@@ -58,9 +58,14 @@ def first_looks(cfg) -> dict:
     normalised = torch.cat(chunks)[:, : common.ACTION_DIM]
     actions = policy.unnormalise(normalised)
     moments = {name: getattr(torch, name)(actions, 0).tolist() for name in ("mean", "std", "amin", "amax")}
-    facts = {"actions": moments, "beyond_1": (normalised.abs() > 1).float().mean().item(), "seconds": times}
-    seen = {"instruction": obs["instruction"], "state": obs["state"].tolist()}
-    return facts | seen | {"statistics": policy.norm_stats}
+    return {
+        "actions": moments,
+        "beyond_1": (normalised.abs() > 1).float().mean().item(),
+        "seconds": times,
+        "instruction": obs["instruction"],
+        "state": obs["state"].tolist(),
+        "statistics": policy.norm_stats,
+    }
 
 
 def episodes(cfg) -> dict:

@@ -54,9 +54,18 @@ WRITING = ANYWHERE | {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room, or choose another root="),
     **dict.fromkeys((errno.EACCES, errno.EPERM), "let this user write there, or choose another root="),
 }
-UNREADABLE = (
-    *(OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, EOFError),
-    *(SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile),
+UNREADABLE = (  # what a library may raise while it reads a file that is not as it should be
+    OSError,
+    RuntimeError,
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    ArithmeticError,
+    EOFError,
+    SafetensorError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
 )
 
 
@@ -69,7 +78,10 @@ def remedy(error: BaseException, remedies: dict[int, str], otherwise: str) -> st
 
 @contextlib.contextmanager
 def reading(path: str | Path, otherwise: str, wrong: str = "is damaged") -> Iterator[None]:
-    """Turn what goes wrong while `path` is read into one line. otherwise: what to do about a damaged file."""
+    """Turn what goes wrong while `path` is read into one line.
+
+    otherwise: what to do about a file that is there and `wrong`.
+    """
     try:
         yield
     except UNREADABLE as error:

@@ -282,10 +282,11 @@ def open_folder(script: Path, cfg) -> Run | None:
         print(f"[{name}] redone, because of: {because}", flush=True)
         for marker in markers:  # first: a half removed folder must not look like a finished one
             marker.unlink()
-    elif list(folder.glob("[!.]*")) and not cfg.overwrite:
-        raise UserError(
+    else:
+        refuse(
+            list(folder.glob("[!.]*")) and not cfg.overwrite,
             f"{folder} holds files, but no done.json of the stage that made them; "
-            "move them away, or add overwrite=true to remove them"
+            "move them away, or add overwrite=true to remove them",
         )
     for path in cfg.inputs():
         refuse(

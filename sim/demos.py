@@ -31,8 +31,12 @@ ENDING = "_demo.hdf5"  # of LIBERO's names, and of all who follow them
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[h5py.File]:
     """An HDF5 file to read; what is wrong with it becomes a UserError."""
-    again, wrong = "get it again, or record it with 00_demos.py", "is not a complete LIBERO HDF5 file"
-    with disk.reading(path, again, wrong), h5py.File(path, "r", locking=False) as file:
+    with (
+        disk.reading(
+            path, "get it again, or record it with 00_demos.py", "is not a complete LIBERO HDF5 file"
+        ),
+        h5py.File(path, "r", locking=False) as file,
+    ):
         yield file
 
 
