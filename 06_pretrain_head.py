@@ -120,8 +120,9 @@ def info_nce(a: Tensor, b: Tensor, temperature: float, negatives: Tensor) -> Ten
     arXiv 1807.03748, in both directions as CLIP's. Guessing gives log(B).
     negatives: (B, B), True where b[j] may be a negative of a[i].
     """
-    seen = negatives | torch.eye(len(a), dtype=torch.bool, device=a.device)  # the positives always
-    logits = (a @ b.T / temperature).masked_fill(~seen, -torch.inf)  # (B, B)
+    logits = a @ b.T / temperature  # (B, B), the positives on the diagonal
+    positives = torch.eye(len(a), dtype=torch.bool, device=a.device)
+    logits = logits.masked_fill(~(negatives | positives), -torch.inf)
     log_p = logits.log_softmax(1).diagonal() + logits.log_softmax(0).diagonal()  # (B,)
     return -log_p.mean() / 2
 
