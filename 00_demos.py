@@ -103,9 +103,7 @@ def attempt(
     """
     env.reset(init_state)
     expert, rows, first_success = Expert(env, rng, cfg.waypoint_jitter), {}, None
-    actions = itertools.chain.from_iterable(
-        primitive(expert, **parameters) for primitive, parameters in TASKS[env.suite, env.task_id]
-    )
+    actions = itertools.chain.from_iterable(primitive(expert) for primitive in TASKS[env.suite, env.task_id])
     spread = cfg.action_noise * np.array([1, 1, 1, 0.3, 0.3, 0.3, 0])
     try:
         for step, action in enumerate(itertools.islice(actions, env.max_steps)):

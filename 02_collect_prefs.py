@@ -29,7 +29,6 @@ Left out: learned reward models, relabelling.
 """
 
 import shutil
-from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -39,6 +38,7 @@ import torch
 
 import backbones
 import common
+from report.tables import grouped, table
 from runtime import Count, disk, ranks, refuse, stage, workers
 from sim.env import CRASHES, TaskEnv, carry_out, tasks
 
@@ -287,14 +287,16 @@ def assemble(folder: Path) -> None:
 def summary(rows: list[dict]) -> str:
     """Table of what was tried and kept, by task."""
     outcomes = sorted({row["outcome"] for row in rows})
-    lines = ["task | pairs | play-outs | " + " | ".join(outcomes)]
-    for suite, task in sorted({(row["suite"], row["task"]) for row in rows}):
-        of_task = [row for row in rows if (row["suite"], row["task"]) == (suite, task)]
-        counts = Counter(row["outcome"] for row in of_task)
-        cells = [f"{suite} {task}", sum(len(row["pairs"]) for row in of_task)]
-        cells += [sum(row["playouts"] for row in of_task), *(counts[outcome] for outcome in outcomes)]
-        lines.append(" | ".join(map(str, cells)))
-    return "\n".join(lines)
+    lines = [
+        [
+            f"{suite} {task}",
+            sum(len(row["pairs"]) for row in of_task),
+            sum(row["playouts"] for row in of_task),
+            *(sum(row["outcome"] == outcome for row in of_task) for outcome in outcomes),
+        ]
+        for (suite, task), of_task in sorted(grouped(rows, "suite", "task").items())
+    ]
+    return table(["task", "pairs", "play-outs", *outcomes], lines)
 
 
 def main(cfg: Config, run: stage.Run) -> dict | None:

@@ -30,7 +30,7 @@ import backbones
 import common
 from report import episodes
 from report.tables import listing
-from runtime import Count, disk, ranks, stage, workers
+from runtime import Count, disk, stage
 from sim.env import CRASHES, TaskEnv, carry_out, tasks
 from sim.expert import target_places
 
@@ -51,9 +51,8 @@ class Config(common.SceneConfig, common.ActingConfig, common.AdapterConfig):
         name = self.made_adapter.name if self.policy == "dpo" else self.variant("sft")
         return name + "-blank" * self.blank_images + (f"-noise{self.noise_seed}" if self.noise_seed else "")
 
-    @property
-    def folder(self) -> Path:
-        return self.seed_dir / f"eval-{self.policy_name}{'' if self.group == 'test' else '-val'}"
+    suffix = property(lambda self: "" if self.group == "test" else "-val")
+    folder = property(lambda self: self.seed_dir / f"eval-{self.policy_name}{self.suffix}")
 
     def left_out(self) -> tuple[str, ...]:
         of_dpo = ("adapter", "pairs", "surrogate")
@@ -160,9 +159,7 @@ def results_table(cfg: Config) -> list[dict]:
         facts, played, timing = of_policy[name]
         used, start = facts["config"], start_of(facts["config"])
         row = {
-            key: used.get(key, "none") for key in ("adapter", "pairs", "surrogate")
-        }  # sft has none of them
-        row |= {
+            **{key: used.get(key, "none") for key in ("adapter", "pairs", "surrogate")},  # sft has none
             "backbone": cfg.backbone,
             "policy": used["policy"],
             "name": name,
@@ -201,19 +198,14 @@ RESULTS = {  # heading -> cell. over tasks: their t interval. p: exact McNemar o
 
 
 def main(cfg: Config, run: stage.Run) -> dict:
-    jobs = [(cfg, run.dir, suite, task) for suite, task in tasks(cfg)]
-    total, title = len(jobs) * cfg.n_init, f"eval {cfg.policy_name}"
-    so_far = (lambda: len(episodes.played(run.dir))), total, (lambda: episodes.solved(run.dir))
-    workers.run(evaluate, ranks.share(jobs), cfg.workers, title, *so_far)
-    return episodes.finish(run, policy=cfg.policy_name)
+    return episodes.play_all(run, evaluate, tasks(cfg), f"eval {cfg.policy_name}", policy=cfg.policy_name)
 
 
 def show_table(cfg: Config) -> None:
     """All evaluations so far of this seed and group: results.json, results.md."""
     rows = results_table(cfg)
-    stem = "results" if cfg.group == "test" else f"results-{cfg.group}"
-    disk.write_json(cfg.seed_dir / f"{stem}.json", rows)
-    disk.write_atomic(cfg.seed_dir / f"{stem}.md", listing(rows, RESULTS) + "\n")
+    disk.write_json(cfg.seed_dir / f"results{cfg.suffix}.json", rows)
+    disk.write_atomic(cfg.seed_dir / f"results{cfg.suffix}.md", listing(rows, RESULTS) + "\n")
     print(listing(rows, RESULTS), flush=True)
 
 

@@ -283,29 +283,30 @@ def random_policy(cfg: Config):
     policy = memory.make_policy(replace(cfg, dry_run=True), "").to_empty(device=cfg.device)
     for p in policy.parameters():
         torch.nn.init.normal_(p, std=0.02)
-    for module in [m for m in policy.modules() if getattr(m, "position_ids", None) is not None]:
-        module.position_ids = torch.arange(module.position_ids.shape[-1], device=cfg.device)[None]
     return policy.eval()
 
 
 def main(cfg: Config, run: stage.Run) -> None:
     """Measure every point; write latency.json and table.md; print the table."""
-    policy, rows = backbones.load_sft(cfg) if cfg.weights == "sft" else random_policy(cfg), []
-    for label, point in workers.progress(list(points(cfg, policy)), desc="profile", unit="point"):
-        rows.append({"label": label} | point | measure(policy, cfg, point))
+    policy = backbones.load_sft(cfg) if cfg.weights == "sft" else random_policy(cfg)
+    rows = [
+        {"label": label} | point | measure(policy, cfg, point)
+        for label, point in workers.progress(list(points(cfg, policy)), desc="profile", unit="point")
+    ]
     bounds = roofline(cfg)
-    facts = {
+    table = latency.latency_report(rows, bounds, cfg.gpu)
+    measured = {
         "device": cfg.device,
         "weights": cfg.weights,
         "clock": "CUDA events" if cfg.device == "cuda" else "CPU time",
         "threads": cfg.threads,
         "torch": torch.__version__,
         "parameters": sum(p.numel() for p in policy.parameters()),
+        "points": rows,
+        "roofline": bounds,
+        "paper": latency.PAPER,
     }
-    table = latency.latency_report(rows, bounds, cfg.gpu)
-    disk.write_json(
-        run.dir / "latency.json", facts | {"points": rows, "roofline": bounds, "paper": latency.PAPER}
-    )
+    disk.write_json(run.dir / "latency.json", measured)
     disk.write_atomic(run.dir / "table.md", table)
     print(table, flush=True)
 

@@ -114,17 +114,15 @@ class Head(nn.Module):
         return self
 
 
-def info_nce(a: Tensor, b: Tensor, temperature: float, negatives: Tensor | None = None) -> Tensor:
+def info_nce(a: Tensor, b: Tensor, temperature: float, negatives: Tensor) -> Tensor:
     """Symmetric InfoNCE: a[i] (B, D) has to find b[i] among all of b, and b[i] a[i] among all of a.
 
     arXiv 1807.03748, in both directions as CLIP's. Guessing gives log(B).
-    negatives: (B, B), True where b[j] may be a negative of a[i]; None: everywhere.
+    negatives: (B, B), True where b[j] may be a negative of a[i].
     """
     logits = a @ b.T / temperature  # (B, B), the positives on the diagonal
-    if negatives is not None:
-        logits = logits.masked_fill(
-            ~(negatives | torch.eye(len(a), dtype=torch.bool, device=a.device)), -torch.inf
-        )
+    positives = torch.eye(len(a), dtype=torch.bool, device=a.device)
+    logits = logits.masked_fill(~(negatives | positives), -torch.inf)
     log_p = logits.log_softmax(1).diagonal() + logits.log_softmax(0).diagonal()  # (B,)
     return -log_p.mean() / 2
 
@@ -268,8 +266,8 @@ def loss_terms(head: Head, views: dict, frames: Frames, index: np.ndarray, maske
         torch.cat([views["agentview"][at], views["wrist"][at], views["agentview"][frames.partners[index]]])
     ).chunk(3)  # (B, D) each
     step, episode = frames.step[at], frames.episode[at]
-    far = (abs(step[:, None] - step) > MASK) | (episode[:, None] != episode)
-    negatives = torch.from_numpy(far).to(now.device) if masked else None
+    near = (abs(step[:, None] - step) <= MASK) & (episode[:, None] == episode)
+    negatives = torch.from_numpy(~(near & masked)).to(now.device)
     return {
         "views": info_nce(now, wrist, TEMPERATURE, negatives),
         "temporal": info_nce(now, then, TEMPERATURE, negatives),
@@ -426,27 +424,25 @@ def recall_rows(frames: Frames, heads: dict, cfg: Config) -> list[dict]:
         asked = frames.anchors[np.concatenate([queries for _, _, queries, *_ in parts])]
         suites = sorted(set(frames.suite[asked]))
         # where no frame can be right, such as another one of the own episode, there is nothing to find
-        kept = [key for key in recalls if key[0] != "chance" and recalls["chance", key[1]].any()]
+        kept = [key for key in recalls if recalls["chance", key[1]].any()]
         places = itertools.product(kept, suites if len(suites) == 1 else [*suites, "all"], enumerate(AT))
         for (name, kind), suite, (i, k) in places:
             of = (frames.suite[asked] == suite) | (suite == "all")
             recall = recalls[name, kind][of, i]
-            row = {
-                "suite": suite,
-                "protocol": protocol,
-                "right": kind,
-                "n": int(of.sum()),
-                "unit": "share",
-                "metric": f"recall@{k}",
-                "features": name,
-                "value": recall.mean(),
-                "ci95": stats.over_clusters(recall, frames.episode[asked][of]),
-            }
-            rows.append(row)
-            if name == "proprioception":  # chance once, as the last row
-                rows.append(
-                    row | {"features": "chance", "value": recalls["chance", kind][of, i].mean(), "ci95": None}
-                )
+            bounds = stats.over_clusters(recall, frames.episode[asked][of])
+            rows.append(
+                {
+                    "suite": suite,
+                    "protocol": protocol,
+                    "right": kind,
+                    "n": int(of.sum()),
+                    "unit": "share",
+                    "metric": f"recall@{k}",
+                    "features": name,
+                    "value": recall.mean(),
+                    "ci95": None if name == "chance" else bounds,  # it is no estimate
+                }
+            )
     return rows
 
 

@@ -62,8 +62,7 @@ def of_run(cfg: Config, backbone: str) -> Experiment:
     folder = cfg.run_dir / backbone
     experiment = Experiment(f"{cfg.name} {backbone}", [], episodes=folder)
     seed_dirs = [path for path in folder.glob("seed*") if path.name[4:].isdecimal()]
-    seed_dirs.sort(key=lambda path: int(path.name[4:]))
-    for seed_dir in seed_dirs:
+    for seed_dir in sorted(seed_dirs, key=lambda path: int(path.name[4:])):
         finished = {  # group and name of the evaluations that are not being redone
             (group, facts["policy"])
             for group in ("test", "val")

@@ -126,9 +126,6 @@ class Rows:
     def select(self, index: Tensor) -> Self:  # (N,) observations; may be on another device
         return type(self)(*(x[index.to(x.device)] for x in self.tensors()))
 
-    def detach(self) -> Self:
-        return type(self)(*(x.detach() for x in self.tensors()))
-
     def widen(self, length: int) -> Self:  # by invalid tokens, which change no result
         n = length - self.valid.shape[1]
         *tokens, valid = self.tensors()

@@ -13,7 +13,6 @@ from backbones.policy import (
     is_own,
     read_object,
     read_tokenizer,
-    saved_config,
 )
 from runtime import BACKBONES, disk, one_of, refuse
 
@@ -85,7 +84,8 @@ def load_policy(
         f" {sorted(path.name for path in folder.glob('*.safetensors'))}; run 01_sft.py, see"
         " sft.snapshots",
     )
-    name, config = saved_config(folder)
+    config = read_object(folder / "config.json")
+    name = config.pop("backbone")
     with torch.device("cpu" if read else "meta"):
         policy = build_it(name, config | (model or {}))
     if read:

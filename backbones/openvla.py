@@ -17,7 +17,7 @@ L layers.
 """
 
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ from backbones.layers import (
     siglip_features,
 )
 from backbones.openvla_images import center_crop, jpeg, resize_bicubic, resize_lanczos3
-from backbones.policy import DIMS, DecoderSize, Id, Policy, Size, TowerSize
+from backbones.policy import DIMS, LARGEST, DecoderSize, Id, Policy, Size, TowerSize
 from common import ACTION_DIM, CAMERAS
 from runtime.errors import UserError, refuse
 
@@ -65,7 +65,7 @@ class OpenVLAConfig:  # defaults: OpenVLA-7B as published for LIBERO (openvla-7b
     siglip: TowerSize = field(default_factory=lambda: TowerSize(1152, 26, 16, 4304))
     image_size: Size = 224
     patch_size: Size = 14
-    n_bins: Size = 256  # edges of the bins of [-1, 1], one token each
+    n_bins: Annotated[int, 2, LARGEST] = 256  # edges of the bins of [-1, 1], one token each
     prompt: str = "In: What action should the robot take to {task}?\nOut:"
     # "openvla": JPEG, lanczos3, centre crop, as its LIBERO evaluation; "none": resize only
     image_pipeline: Literal["openvla", "none"] = "openvla"
@@ -106,7 +106,6 @@ class OpenVLAConfig:  # defaults: OpenVLA-7B as published for LIBERO (openvla-7b
             "model: a tower's hidden_size must be a multiple of its num_attention_heads",
         )
         refuse(self.image_size < self.patch_size, "model.image_size must be at least model.patch_size")
-        refuse(self.n_bins < 2, "model.n_bins must be 2 or more")
         refuse(
             {len(row) for row in (*self.pixel_means, *self.pixel_stds)} != {3}
             or [len(self.pixel_means), len(self.pixel_stds)] != [len(TOWERS)] * 2
@@ -143,7 +142,7 @@ def make_tower(name: str, cfg: OpenVLAConfig) -> nn.Module:
     }
     if name == "siglip":
         tower = SiglipVisionModel(SiglipVisionConfig(**size, **shared, vision_use_head=False))
-        tower.post_layernorm = None
+        tower.post_layernorm = tower.embeddings.position_ids = None
         if cfg.conv_stem:
             tower.embeddings.patch_embedding = conv_stem(cfg.siglip.hidden_size, cfg.patch_size)
         return tower

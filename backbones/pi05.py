@@ -199,6 +199,7 @@ class Pi05(Policy):
         self.vision_tower = SiglipVisionModel(
             SiglipVisionConfig(**asdict(vision), hidden_act=GELU, layer_norm_eps=EPS, vision_use_head=False)
         )
+        self.vision_tower.embeddings.position_ids = None  # no file has them, and nothing here reads them
         if cfg.conv_stem:
             self.vision_tower.embeddings.patch_embedding = conv_stem(vision.hidden_size, vision.patch_size)
         self.multi_modal_projector = nn.ModuleDict({"linear": nn.Linear(vision.hidden_size, cfg.vlm.width)})

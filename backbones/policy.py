@@ -59,11 +59,6 @@ def read_object(path: Path) -> dict:  # a JSON file that holds an object
     return content
 
 
-def saved_config(folder: Path) -> tuple[str, dict]:  # the backbone's name and the model's config
-    config = read_object(folder / "config.json")
-    return config.pop("backbone"), config
-
-
 def is_own(folder: Path) -> bool:
     """True unless the folder holds a checkpoint that someone else's code wrote."""
     config = folder / "config.json"
@@ -106,8 +101,7 @@ def config_from(value, kind: type, where: str):
     refuse(not isinstance(value, dict), f"{where} must hold `key: value` lines, not {value!r}")
     types, values = get_type_hints(kind, include_extras=True), {}
     for key, given in value.items():
-        if key not in types:
-            raise UserError(f"unknown key {where}.{key}; {did_you_mean(key, types)}")
+        refuse(key not in types, f"unknown key {where}.{key}; {did_you_mean(key, types)}")
         convert = config_from if is_dataclass(types[key]) else typed
         values[key] = convert(given, types[key], f"{where}.{key}")
     try:
@@ -290,5 +284,5 @@ class Policy(nn.Module):
                     )
             missing -= tensors.keys()
             self.load_state_dict(tensors, strict=False, assign=assign)
-        lacks = ", ".join(sorted(missing)[:1])
-        refuse(missing, f"{path}: {lacks} is missing; a file is not complete, or it is another model's")
+        lacks = f"{path}: {min(missing, default='')} is missing"
+        refuse(missing, f"{lacks}; a file is not complete, or it is another model's")

@@ -15,16 +15,16 @@ Not tried on a real published file. The key lists and formats are those of the o
 own code wrote.
 """
 
-import contextlib
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from backbones.policy import (
@@ -55,24 +55,11 @@ class Checkpoint:  # none of its tensors is loaded
         )
 
 
-@contextlib.contextmanager
-def reading(path: str | Path) -> Iterator[None]:
-    """One line for whatever goes wrong with files that are not as their format demands."""
-    try:
-        yield
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-        SafetensorError,
-    ) as error:
-        raise UserError(
-            f"{path} is no checkpoint of OpenVLA or pi-0.5, or truncated or damaged ({one_line(error)});"
-            " get it again"
-        ) from error
+reading = partial(  # one line for whatever goes wrong with files that are not as their format demands
+    disk.reading,
+    otherwise="get it again",
+    wrong="is no checkpoint of OpenVLA or pi-0.5, or truncated or damaged",
+)
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -110,18 +97,18 @@ def weight_files(path: Path) -> list[Path]:
                 f"{path} lacks the shard {name!r} of its index; get the checkpoint again",
             )
         return [path / name for name in names]
-    if "model.safetensors" not in there:
-        pickles = [name for name in there if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
-        refuse(
-            "adapter_model.safetensors" in there,
-            f"{path} holds an adapter alone; merge it into its base model first",
-        )
-        refuse(
-            pickles,
-            f"{path} holds {', '.join(pickles)}, a pickle, which nothing here opens;"
-            " convert it to safetensors first",
-        )
-        refuse(True, f"{path} holds no model.safetensors and no {index.name}; is it a checkpoint's folder?")
+    absent = "model.safetensors" not in there
+    pickles = [name for name in there if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    refuse(
+        absent and "adapter_model.safetensors" in there,
+        f"{path} holds an adapter alone; merge it into its base model first",
+    )
+    refuse(
+        absent and pickles,
+        f"{path} holds {', '.join(pickles)}, a pickle, which nothing here opens;"
+        " convert it to safetensors first",
+    )
+    refuse(absent, f"{path} holds no model.safetensors and no {index.name}; is it a checkpoint's folder?")
     return [path / "model.safetensors"]
 
 
@@ -603,7 +590,4 @@ def load(path: Path, build: Callable, given: dict, suites: list[str], read: bool
     with reading(path):
         read = ((f, {k: t for k, t in disk.load_finite(f).items() if k in c.shapes}) for f in c.files)
         policy.load_weights(((f, renamed(t, policy.backbone, policy.cfg)) for f, t in read), assign=True)
-    for module in policy.modules():  # SigLIP's; no file has them, and nothing here reads them
-        if getattr(module, "position_ids", None) is not None:
-            module.position_ids = torch.arange(module.position_ids.shape[-1])[None]
     return policy

@@ -33,15 +33,12 @@ baseline that a cache has to beat.
 """
 
 import contextlib
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # also without -m
 
 import numpy as np
 import torch
@@ -53,7 +50,7 @@ import common
 from backbones.layers import Prefix, project_kv, rotary, rotate
 from report import episodes
 from report.tables import listing
-from runtime import Count, disk, ranks, refuse, stage, workers
+from runtime import Count, disk, refuse, stage
 from sim.env import CRASHES, TaskEnv, carry_out, tasks
 
 # What a look that reuses all it may can still learn, of what the policy sees (test_extras.py measures it)
@@ -299,10 +296,8 @@ def play(env: TaskEnv, actor: Actor, init: int) -> dict:
 def evaluate(job: tuple[Config, Path, str, int]) -> None:
     """Worker: play the episodes of one task that played.jsonl lacks, and append a row for each."""
     cfg, folder, suite, task = job
-    played = episodes.played(folder)
-    missing = [
-        init for init in common.init_states(cfg.group, cfg.n_init) if (suite, task, init) not in played
-    ]
+    inits, played = common.init_states(cfg.group, cfg.n_init), episodes.played(folder)
+    missing = [init for init in inits if (suite, task, init) not in played]
     if not missing:
         return
     policy = backbones.load_sft(cfg)
@@ -388,17 +383,7 @@ def cells_markdown(rows: list[dict]) -> str:
 
 
 def main(cfg: Config, run: stage.Run) -> dict:
-    jobs = [(cfg, run.dir, suite, task) for suite, task in tasks(cfg)]
-    workers.run(
-        evaluate,
-        ranks.share(jobs),
-        cfg.workers,
-        f"cell {cfg.cell}",
-        lambda: len(episodes.played(run.dir)),
-        len(jobs) * cfg.n_init,
-        lambda: episodes.solved(run.dir),
-    )
-    return episodes.finish(run, cell=cfg.cell)
+    return episodes.play_all(run, evaluate, tasks(cfg), f"cell {cfg.cell}", cell=cfg.cell)
 
 
 def show_table(cfg: Config) -> None:

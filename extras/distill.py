@@ -15,12 +15,9 @@ values serves both policies and all epochs.
 Left out: consistency and shortcut losses, which need no teacher's trajectories; adversarial ones.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # also without -m
 
 import numpy as np
 import torch

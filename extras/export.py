@@ -26,8 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import common
-from backbones import published
-from backbones.load import load_policy
+from backbones import load_policy, published
 from backbones.policy import is_own
 from runtime import disk, refuse, stage
 
@@ -148,9 +147,12 @@ def main(cfg: Config, run: stage.Run) -> dict:
     names = adapted_keys(c.shapes, cfg.backbone, policy.cfg, layers)
     tensors = merged(c, policy, names, cfg.adapter_dir)
     with disk.writing(run.dir):
-        hidden = shutil.ignore_patterns(".*")
         shutil.copytree(
-            c.folder, run.dir / "policy", ignore=hidden, copy_function=shutil.copyfile, dirs_exist_ok=True
+            c.folder,
+            run.dir / "policy",
+            ignore=shutil.ignore_patterns(".*"),
+            copy_function=shutil.copyfile,
+            dirs_exist_ok=True,
         )
         for path in c.files:
             overwrite(run.dir / "policy" / path.name, tensors)
@@ -179,8 +181,13 @@ def eval_info(rows: list[dict], seconds: float) -> dict:
 
     def means(wins: list[bool]) -> dict:
         share = sum(wins) / max(1, len(wins))
-        rates = {"avg_sum_reward": share, "avg_max_reward": share, "pc_success": 100 * share}
-        return rates | {"n_episodes": len(wins), "video_paths": []}
+        return {
+            "avg_sum_reward": share,
+            "avg_max_reward": share,
+            "pc_success": 100 * share,
+            "n_episodes": len(wins),
+            "video_paths": [],
+        }
 
     return {
         "per_task": [{"task_group": s, "task_id": t, "metrics": lists(wins(s, t))} for s, t in tasks],
@@ -196,8 +203,12 @@ def show(cfg: Config) -> None:
     if kind == "lerobot" and not any("language_model.embed_tokens" in key for key in c.shapes):
         kind = "lerobot <= 0.4.4"  # the embedding has one name there, lm_head
     for suite in cfg.suites[: 1 if "lerobot" in kind else None]:
-        words = {"folder": shlex.quote(str(cfg.folder.resolve())), "suites": ",".join(cfg.suites)}
-        words |= {"suite": suite, "episodes": "--eval.batch_size=1 --eval.n_episodes=10"}
+        words = {
+            "folder": shlex.quote(str(cfg.folder.resolve())),
+            "suites": ",".join(cfg.suites),
+            "suite": suite,
+            "episodes": "--eval.batch_size=1 --eval.n_episodes=10",
+        }
         print(EVALUATION[kind].format(**words), flush=True)
     played = cfg.seed_dir / f"eval-{cfg.made_adapter.name}"
     if (played / "done.json").is_file():

@@ -21,8 +21,7 @@ import torch
 
 import backbones
 import common
-from backbones import published
-from backbones.load import load_policy
+from backbones import load_policy, published
 from runtime import disk, load_config, refuse, stage
 from sim.env import TaskEnv, tasks
 
@@ -59,9 +58,14 @@ def first_looks(cfg) -> dict:
     normalised = torch.cat(chunks)[:, : common.ACTION_DIM]
     actions = policy.unnormalise(normalised)
     moments = {name: getattr(torch, name)(actions, 0).tolist() for name in ("mean", "std", "amin", "amax")}
-    facts = {"actions": moments, "beyond_1": (normalised.abs() > 1).float().mean().item(), "seconds": times}
-    seen = {"instruction": obs["instruction"], "state": obs["state"].tolist()}
-    return facts | seen | {"statistics": policy.norm_stats}
+    return {
+        "actions": moments,
+        "beyond_1": (normalised.abs() > 1).float().mean().item(),
+        "seconds": times,
+        "instruction": obs["instruction"],
+        "state": obs["state"].tolist(),
+        "statistics": policy.norm_stats,
+    }
 
 
 def episodes(cfg) -> dict:
@@ -70,8 +74,12 @@ def episodes(cfg) -> dict:
     summary, done, timing = (disk.read_json(cfg.folder / f"{n}.json") for n in ("summary", "done", "timing"))
     hashes = {Path(name).name: its for name, its in done["inputs"].items()}
     timing |= {"command": "", "gpu": torch.cuda.get_device_name() if cfg.device == "cuda" else ""}
-    config = done["config"] | {"checkpoint": ""}
-    return summary | {"config": config, "versions": done["versions"], "hashes": hashes, "timing": timing}
+    return summary | {
+        "config": done["config"] | {"checkpoint": ""},
+        "versions": done["versions"],
+        "hashes": hashes,
+        "timing": timing,
+    }
 
 
 def main() -> None:

@@ -22,8 +22,6 @@ from contextlib import suppress
 from operator import itemgetter
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # also without -m
-
 import h5py
 import numpy as np
 from PIL import Image
@@ -31,7 +29,7 @@ from PIL import Image
 import common
 from runtime import UserError, disk, one_line, one_of, refuse, stage, workers
 from sim.demos import ENDING, check_meaning
-from sim.env import instruction, suite_of, task_count
+from sim.env import suite_of
 
 with suppress(ModuleNotFoundError):  # main says so
     import av
@@ -44,7 +42,6 @@ NAMES = {  # what the kit needs -> what published sets call it
     "action": ("action", "actions"),
 }
 OBSERVED = ("ee_pos", "ee_ori", "gripper_states", "agentview_rgb", "eye_in_hand_rgb")  # LIBERO's names
-ERRORS = (OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
 
 
 def read_info(folder: Path) -> tuple[dict, dict[str, str]]:
@@ -121,9 +118,10 @@ def videos(folder: Path, info: dict, key: str, episodes: dict[int, int]) -> Iter
 
 def pngs(folder: Path, info: dict, key: str, episodes: dict[int, int]) -> Iterator[np.ndarray]:
     """The same of a dataset with images in parquet, a few of which are in memory at a time."""
-    paths = sorted(folder.glob("data/*/*.parquet"))
-    # in small buffers: else it holds whole row groups
-    files = (pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False) for path in paths)
+    files = (  # in small buffers: else it holds whole row groups
+        pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False)
+        for path in sorted(folder.glob("data/*/*.parquet"))
+    )
     batches = (batch for file in files for batch in file.iter_batches(16, columns=["episode_index", key]))
     rows = (row for batch in batches for row in zip(*(c.to_pylist() for c in batch), strict=True))
     for number, cells in itertools.groupby(rows, itemgetter(0)):
@@ -184,12 +182,11 @@ def main(source: str = "", target: str = "", *suites: str) -> None:
     refuse(place.exists() or not place.parent.is_dir(), f"{target} must be a new folder in one that exists")
     for suite in suites or common.SUITES[:4]:
         one_of("suite", suite, common.MAX_STEPS)
-        for task in range(task_count(suite)):
-            name = f"{suite}/{suite_of(suite).get_task(task).name}{ENDING}"
-            tasks.setdefault(instruction(suite, task).lower(), []).append(name)
+        for task in suite_of(suite).tasks:
+            tasks.setdefault(task.language.lower(), []).append(f"{suite}/{task.name}{ENDING}")
     try:
         print(convert(Path(source), place, tasks))
-    except ERRORS as error:  # of pyarrow, PyAV, Pillow and h5py
+    except disk.UNREADABLE as error:  # of pyarrow, PyAV, Pillow and h5py
         why = f"is not a whole LeRobotDataset, or {target} can't be written ({one_line(error)})"
         raise UserError(f"{source} {why}") from error
 

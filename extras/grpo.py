@@ -25,12 +25,9 @@ Left out: a KL term (they have none either), a value function, dense rewards.
 
 import importlib
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # also without -m
 
 import torch
 from torch import Tensor

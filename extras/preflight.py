@@ -15,17 +15,13 @@ import os
 import sys
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # also without -m
 
 import numpy as np
 import psutil
 
 from backbones import horizon, preview
-from runtime import HERE, disk, stage
-from runtime.config import STAGES, load_config, own_keys
-from runtime.errors import UserError
+from runtime import HERE, STAGES, disk, load_config, refuse, stage
+from runtime.config import own_keys
 from sim.env import TaskEnv, libraries, package_folder
 
 # later versions of mujoco render darker floors, said to cost OpenVLA about 20 points (LIBERO issue 88)
@@ -135,11 +131,11 @@ def main() -> None:
         print(f"{'ok  ' if passed else 'FAIL'} {name}: {message}", flush=True)
         if not passed:
             failed.append(name)
-    if failed:
-        raise UserError(
-            f"{len(failed)} checks failed ({', '.join(failed)}): "
-            "the kit would not run here, or its results would not be comparable"
-        )
+    refuse(
+        failed,
+        f"{len(failed)} checks failed ({', '.join(failed)}): "
+        "the kit would not run here, or its results would not be comparable",
+    )
 
 
 if __name__ == "__main__":

@@ -18,8 +18,7 @@ import torch
 import backbones
 import common
 from report.plots import COLOURS, canvas, save
-from runtime import HERE, disk, stage
-from runtime.config import load_config
+from runtime import HERE, disk, load_config, stage
 
 dpo, evaluation = importlib.import_module("03_dpo"), importlib.import_module("04_eval")
 
@@ -114,7 +113,6 @@ def episode() -> dict:
         if row["success"]:
             break
     env.close()
-    (OUT / "episode.gif").unlink(missing_ok=True)
     evaluation.save_gif(OUT / "episode.gif", frames[::2])
     return {"init": init, "looks": len(frames), "steps": row["steps"]}
 

@@ -6,12 +6,13 @@ A row: suite, task, init_state, seed, success, steps, crash (the simulator's err
 import functools
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from report import stats
-from runtime import HERE, disk, ranks
+from runtime import HERE, disk, ranks, workers
 
 Place = tuple[str, int, int]  # suite, task, init state
 
@@ -25,9 +26,22 @@ def played(run_dir: Path) -> set[Place]:
     return set(map(place_of, disk.read_jsonl(run_dir / "played.jsonl", "suite task init_state success")))
 
 
-def solved(run_dir: Path) -> str:
-    """For the progress line: how many episodes have succeeded so far."""
-    return f"{sum(row['success'] for row in disk.read_jsonl(run_dir / 'played.jsonl'))} solved"
+def play_all(run, play_task: Callable, tasks: list[tuple[str, int]], title: str, **facts) -> dict:
+    """Play the episodes of all tasks (suite, number), each process its share, and `finish`.
+
+    play_task: what a worker does with (cfg, folder, suite, task).
+    """
+    folder, jobs = run.dir, [(run.cfg, run.dir, *task) for task in tasks]
+    workers.run(
+        play_task,
+        ranks.share(jobs),
+        run.cfg.workers,
+        title,
+        lambda: len(played(folder)),
+        len(jobs) * run.cfg.n_init,
+        lambda: f"{sum(row['success'] for row in disk.read_jsonl(folder / 'played.jsonl'))} solved",
+    )
+    return finish(run, **facts)
 
 
 def finish(run, **facts) -> dict:

@@ -8,7 +8,7 @@ from urllib.parse import unquote
 
 from markdown_it import MarkdownIt
 
-from runtime import UserError, did_you_mean, disk, refuse
+from runtime import did_you_mean, disk, refuse
 
 PILLS = {  # verdict -> its CSS class
     "supported": "holds",
@@ -65,8 +65,10 @@ def fill_in(text: str, tables: dict[str, str]) -> str:
     start, end = r"<!-- table:(\S+) -->", "<!-- /table -->"
 
     def renewed(marker: re.Match) -> str:
-        if marker[1] not in tables:
-            raise UserError(f"no table is called {marker[1]!r}; {did_you_mean(marker[1], tables)}")
+        refuse(
+            marker[1] not in tables,
+            f"no table is called {marker[1]!r}; {did_you_mean(marker[1], tables)}",
+        )
         return f"<!-- table:{marker[1]} -->\n\n{tables[marker[1]]}\n\n{end}"
 
     filled, n = re.subn(rf"{start}((?!<!-- table:).)*?{end}", renewed, text, flags=re.DOTALL)

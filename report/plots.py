@@ -62,8 +62,7 @@ def forest(rows: list[dict]):
         p = f"p = {row['p_vs_sft']:.2g}"
         ax.text(1.02, y, p, transform=ax.get_yaxis_transform(), va="center", fontsize=9)
     names = [f"{row['name']}, {short(row['suite'])}, seed {joined(row['train_seeds'])}" for row in rows]
-    ax.set_yticks(places, names)
-    ax.set_ylim(-0.6, len(rows) - 0.4)
+    ax.set(yticks=places, yticklabels=names, ylim=(-0.6, len(rows) - 0.4))
     ax.grid(axis="x")
     ax.axvline(0, color=INK, linewidth=0.9)
     ax.set_xlabel(f"points against {baseline(rows)}, same episodes (95 %)", loc="right")

@@ -64,21 +64,17 @@ def mcnemar(a: list[bool], b: list[bool], places: list) -> dict:
     return {"only_a": differences.count(1), "only_b": differences.count(-1), "p": p, "deff": deff}
 
 
-def paired_interval(gained: int, lost: int, n: int, deff: float = 1.0) -> tuple[float, float]:
-    """95 % interval of a difference of paired proportions.
+def difference_interval(row: dict) -> tuple[float, float]:
+    """95 % interval of a difference of paired proportions: of a row that counts gained and lost episodes.
 
     Bonett and Price's (J. Educ. Behav. Stat. 37, 2012): a Wald interval after one episode is added to each of
     gained and lost, so it has a width even where nothing was gained or lost.
-    deff: from mcnemar, for pairs that are not independent.
+    Its deff is from mcnemar, for pairs that are not independent.
     """
-    up, down = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
+    n, deff = row["paired_n"], row.get("deff", 1.0)
+    up, down = (row["gained"] + 1) / (n + 2), (row["lost"] + 1) / (n + 2)
     half = Z * np.sqrt(deff * (up + down - (up - down) ** 2) / (n + 2))
     return float(max(-1.0, up - down - half)), float(min(1.0, up - down + half))
-
-
-def difference_interval(row: dict) -> tuple[float, float]:
-    """The paired interval of a row that counts gained and lost episodes."""
-    return paired_interval(row["gained"], row["lost"], row["paired_n"], row.get("deff", 1.0))
 
 
 def holm(p: list[float]) -> list[float]:

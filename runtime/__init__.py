@@ -4,8 +4,10 @@ import os
 import sys
 
 if sys.platform != "linux":  # before anything that only Linux has is imported
-    line = "use WSL2 on Windows, or a Linux container with libegl1 and libgl1"
-    sys.stderr.write(f"error: the kit runs on Linux, not on {sys.platform}: {line}\n")
+    sys.stderr.write(
+        f"error: the kit runs on Linux, not on {sys.platform}: use WSL2 on Windows, or a Linux container"
+        " with libegl1 and libgl1\n"
+    )
     sys.exit(2)
 
 os.environ["MPLBACKEND"] = "agg"  # plots become files: a notebook sets a backend that only it has
@@ -24,8 +26,15 @@ from runtime.config import (
 )
 from runtime.errors import UserError, did_you_mean, one_line, one_of, refuse, regex, warn
 
-__all__ = ["BACKBONES", "HERE", "STAGES", "Count", "Place", "PlaceConfig", "Positive", "UserError"]
-__all__ += [
+__all__ = [
+    "BACKBONES",
+    "HERE",
+    "STAGES",
+    "Count",
+    "Place",
+    "PlaceConfig",
+    "Positive",
+    "UserError",
     "did_you_mean",
     "laid_over",
     "load_config",

@@ -102,8 +102,7 @@ def typed(value, kind, key: str):
         )
         return str(value)
     number = as_number(value, kind) if kind in (int, float) and plain else None
-    named = getattr(kind, "__name__", kind)
-    refuse(number is None, f"config key {key!r} must be {named}, not {value!r}")
+    refuse(number is None, f"config key {key!r} must be {getattr(kind, '__name__', kind)}, not {value!r}")
     refuse(number < least, f"config key {key!r} must be at least {least}, not {value}")
     refuse(number > most, f"config key {key!r} must be at most {most}, not {value}")
     return number
@@ -218,9 +217,7 @@ def load_config(cls: type, argv: list[str]):
     path = path if path.is_file() else HERE / path
     data = {"name": path.stem, "root": cls.root} | read_yaml(path)
     overrides = [parsed(item) for item in argv[1:]]
-    for section, key, value in overrides:
-        if not section and key == "backbone":
-            data[key] = value
+    data |= {key: value for section, key, value in overrides if (section, key) == ("", "backbone")}
     sections = [*STAGES, *BACKBONES]
     if (backbone := str(data.get("backbone", "pi05"))) in BACKBONES and isinstance(data.get(backbone), dict):
         data = laid_over(data, data[backbone])

@@ -54,7 +54,19 @@ WRITING = ANYWHERE | {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room, or choose another root="),
     **dict.fromkeys((errno.EACCES, errno.EPERM), "let this user write there, or choose another root="),
 }
-UNREADABLE = (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, EOFError)
+UNREADABLE = (  # what a library may raise while it reads a file that is not as it should be
+    OSError,
+    RuntimeError,
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    ArithmeticError,
+    EOFError,
+    SafetensorError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+)
 
 
 def remedy(error: BaseException, remedies: dict[int, str], otherwise: str) -> str:
@@ -65,13 +77,16 @@ def remedy(error: BaseException, remedies: dict[int, str], otherwise: str) -> st
 
 
 @contextlib.contextmanager
-def reading(path: Path, otherwise: str) -> Iterator[None]:
-    """Turn what goes wrong while `path` is read into one line. otherwise: what to do about a damaged file."""
+def reading(path: str | Path, otherwise: str, wrong: str = "is damaged") -> Iterator[None]:
+    """Turn what goes wrong while `path` is read into one line.
+
+    otherwise: what to do about a file that is there and `wrong`.
+    """
     try:
         yield
-    except (*UNREADABLE, SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         what = remedy(error, READING, otherwise)
-        why = f"{'is damaged' if what == otherwise else 'cannot be read'} ({one_line(error)})"
+        why = f"{wrong if what == otherwise else 'cannot be read'} ({one_line(error)})"
         raise UserError(f"{path} {why}; {what}") from error
 
 

@@ -42,9 +42,6 @@ PACKAGES = ("torch", "transformers", "peft", "numpy", "mujoco", "robosuite", "li
 UNSIGNED = ("timing.json", "started.json", "checkpoint.pt", "played.jsonl")  # done.json has no hash of these
 
 
-PROCESSES = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-
-
 # -------------------------------------------------------------------------------------- from the command line
 def start(main: Callable, cls: type, preview: Callable | None = None, after: Callable | None = None) -> None:
     """Run a stage from the command line.
@@ -213,7 +210,10 @@ class Run:
         outputs = {name: disk.sha256(path) for name, path in files.items() if name not in UNSIGNED}
         timing = {
             "last_process_s": round(time.time() - self.began, 1),
-            "peak_rss_mb": sum(resource.getrusage(who).ru_maxrss for who in PROCESSES) // 1024,
+            "peak_rss_mb": sum(
+                resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+            )
+            // 1024,
             "host": platform.platform(),
             "command": command(),
             "commit": git_commit(),
@@ -282,10 +282,11 @@ def open_folder(script: Path, cfg) -> Run | None:
         print(f"[{name}] redone, because of: {because}", flush=True)
         for marker in markers:  # first: a half removed folder must not look like a finished one
             marker.unlink()
-    elif list(folder.glob("[!.]*")) and not cfg.overwrite:
-        raise UserError(
+    else:
+        refuse(
+            list(folder.glob("[!.]*")) and not cfg.overwrite,
             f"{folder} holds files, but no done.json of the stage that made them; "
-            "move them away, or add overwrite=true to remove them"
+            "move them away, or add overwrite=true to remove them",
         )
     for path in cfg.inputs():
         refuse(

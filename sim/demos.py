@@ -22,9 +22,8 @@ import numpy as np
 import torch
 
 from common import INIT_GROUPS
-from runtime import UserError, disk, one_line, refuse
+from runtime import disk, refuse
 
-H5PY_ERRORS = (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError)
 IN_MEMORY = 4 * 10**8  # bytes of a camera's images that a stage reads all at once; more stay on disk
 ENDING = "_demo.hdf5"  # of LIBERO's names, and of all who follow them
 
@@ -32,12 +31,13 @@ ENDING = "_demo.hdf5"  # of LIBERO's names, and of all who follow them
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[h5py.File]:
     """An HDF5 file to read; what is wrong with it becomes a UserError."""
-    try:
-        with h5py.File(path, "r", locking=False) as file:
-            yield file
-    except H5PY_ERRORS as error:
-        what = disk.remedy(error, disk.READING, "get it again, or record it with 00_demos.py")
-        raise UserError(f"{path} is not a complete LIBERO HDF5 file ({one_line(error)}); {what}") from error
+    with (
+        disk.reading(
+            path, "get it again, or record it with 00_demos.py", "is not a complete LIBERO HDF5 file"
+        ),
+        h5py.File(path, "r", locking=False) as file,
+    ):
+        yield file
 
 
 @dataclass

@@ -12,8 +12,6 @@ shortcuts save time, and none changes a bit of the state or of a `default` image
 tests/test_sim.py compares with LIBERO's own loop; tests/bench/simulator.py measures the time.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import copy
@@ -34,8 +32,7 @@ import numpy as np
 import yaml
 
 import common
-from runtime.disk import writing
-from runtime.errors import UserError, one_line, refuse
+from runtime import UserError, disk, one_line, refuse
 from sim import meshes
 
 GL = os.environ.get("MUJOCO_GL", "").strip().lower() or "egl"  # or osmesa; neither needs a screen
@@ -63,8 +60,7 @@ CRASHES = (Diverged, np.linalg.LinAlgError)  # what a step may raise when the si
 def package_folder(name: str) -> Path:
     """The folder of an installed package, found without importing it."""
     spec = importlib.util.find_spec(name)
-    if spec is None:
-        raise UserError(f"the package {name} is not installed; run: pip install -r requirements.txt")
+    refuse(spec is None, f"the package {name} is not installed; run: pip install -r requirements.txt")
     return Path(next(iter(spec.submodule_search_locations)))
 
 
@@ -86,11 +82,12 @@ def libraries() -> types.SimpleNamespace:
         "datasets": root.parent / "datasets",
         "assets": assets,
     }
-    with writing(Path(os.environ.get("TMPDIR", "/tmp"))):
+    with disk.writing(Path(os.environ.get("TMPDIR", "/tmp"))):
         config = tempfile.TemporaryDirectory(prefix="libero-config-")
     atexit.register(config.cleanup)
-    lines = yaml.safe_dump({key: str(path) for key, path in paths.items()})
-    (Path(config.name) / "config.yaml").write_text(lines)
+    disk.write_atomic(
+        Path(config.name) / "config.yaml", yaml.safe_dump({key: str(path) for key, path in paths.items()})
+    )
     os.environ["LIBERO_CONFIG_PATH"] = config.name
     os.environ.setdefault("MPLCONFIGDIR", config.name)  # LIBERO imports matplotlib
     if not (os.access(package_folder("robosuite"), os.W_OK) and os.access(__file__, os.W_OK)):
@@ -126,22 +123,17 @@ def suite_of(suite: str):
     return tasks_and_files
 
 
-def task_count(suite: str) -> int:
-    """Number of tasks: 90 in libero_90, 10 in every other suite."""
-    return suite_of(suite).get_num_tasks()
-
-
 def tasks(cfg) -> list[tuple[str, int]]:
-    """(suite, task number) of every task that a config selects.
+    """(suite, task number) of every task that a config selects; libero_90 has 90, every other suite 10.
 
     Raises:
         UserError: a suite has no task of that number.
     """
-    for suite in cfg.suites:
-        last = task_count(suite) - 1
-        if max(cfg.tasks, default=0) > last:
-            raise UserError(f"{suite} has tasks 0 to {last}, not {max(cfg.tasks)}")
-    return [(suite, task) for suite in cfg.suites for task in cfg.tasks or range(task_count(suite))]
+    count = {suite: suite_of(suite).get_num_tasks() for suite in cfg.suites}
+    most = max(cfg.tasks, default=0)
+    for suite, n in count.items():
+        refuse(most >= n, f"{suite} has tasks 0 to {n - 1}, not {most}")
+    return [(suite, task) for suite, n in count.items() for task in cfg.tasks or range(n)]
 
 
 def instruction(suite: str, task_id: int) -> str:

@@ -7,9 +7,8 @@ when the task is solved. All primitives share one law of motion (Expert.towards)
 begin, and do not try again: a missed grasp ends the attempt.
 """
 
-from __future__ import annotations
-
 from collections.abc import Generator
+from functools import partial
 
 import numpy as np
 from scipy.spatial.transform import Rotation
@@ -51,17 +50,10 @@ class Expert:
         self.last = np.zeros(6)  # the last action without noise, without the gripper
         self.jitter = lambda: rng.uniform(-1, 1, 3) * waypoint_jitter  # of one waypoint, metres
 
-    @property
-    def position(self) -> np.ndarray:
-        return self.data.site_xpos[self.robot.eef_site_id].copy()
-
-    @property
-    def rotation(self) -> np.ndarray:
-        return self.data.site_xmat[self.robot.eef_site_id].reshape(3, 3).copy()
-
-    @property
-    def gap(self) -> float:  # metres between the fingers, whose coordinates run from -0.04 to 0.04
-        return np.ptp(self.data.qpos[self.robot._ref_gripper_joint_pos_indexes])
+    # of the hand: (3,) and (3, 3); metres between its fingers, whose coordinates run from -0.04 to 0.04
+    position = property(lambda self: self.data.site_xpos[self.robot.eef_site_id].copy())
+    rotation = property(lambda self: self.data.site_xmat[self.robot.eef_site_id].reshape(3, 3).copy())
+    gap = property(lambda self: np.ptp(self.data.qpos[self.robot._ref_gripper_joint_pos_indexes]))
 
     def near(self, position, rotation, tolerance: float, turn_tolerance: float) -> bool:
         """Whether the hand is within the tolerances (metres, radians) of a pose."""
@@ -430,25 +422,21 @@ CABINET = "wooden_cabinet_1"
 BURNER = "flat_stove_1_cook_region"
 
 
-def do(primitive, **parameters) -> tuple:
-    return primitive, parameters
-
-
-def carry(pick, target: str, on: str, grasp: dict, **where) -> list[tuple]:
+def carry(pick, target: str, on: str, grasp: dict, **where) -> list[partial]:
     """Pick an object up and place it on something."""
-    return [do(pick, target=target, **grasp), do(place, target=target, on=on, **where)]
+    return [partial(pick, target=target, **grasp), partial(place, target=target, on=on, **where)]
 
 
-def bowl(on: str, **where) -> list[tuple]:
+def bowl(on: str, **where) -> list[partial]:
     return carry(pick_rim, BOWL, on, {"goal": on}, **where)
 
 
-def into_basket(name: str, shift=(0, 0), rise=0, **grasp) -> list[tuple]:
-    drop = do(drop_into, target=name, container="basket_1", shift=shift, rise=rise)
-    return [do(pick_top, target=name, **grasp), drop]
+def into_basket(name: str, shift=(0, 0), rise=0, **grasp) -> list[partial]:
+    drop = partial(drop_into, target=name, container="basket_1", shift=shift, rise=rise)
+    return [partial(pick_top, target=name, **grasp), drop]
 
 
-def both_into_basket(first: str, second: str) -> list[tuple]:
+def both_into_basket(first: str, second: str) -> list[partial]:
     high = {"above": 0.18, "rise": 0.08}  # over the cartons, which fall when they are touched
     return into_basket(first, shift=(0.03, 0), **high) + into_basket(second, shift=(-0.03, 0), **high)
 
@@ -474,11 +462,11 @@ SUITES = {
         *[bowl("plate_1")] * 5,
     ],
     "libero_goal": [
-        [do(pull_open, joint=f"{CABINET}_middle_level", to=-0.15, tilt=80)],
+        [partial(pull_open, joint=f"{CABINET}_middle_level", to=-0.15, tilt=80)],
         bowl(BURNER),
         carry(pick_top, BOTTLE, f"{CABINET}_top_side", {"depth": 0.030}, shift=(0, 0.03)),
         [
-            do(pull_open, joint=f"{CABINET}_top_level", to=-0.133, tilt=70),
+            partial(pull_open, joint=f"{CABINET}_top_level", to=-0.133, tilt=70),
             # The open drawer hangs over the bowl: turn above it, grasp on the robot's side, and draw the bowl
             # out before lifting it.
             *carry(
@@ -497,13 +485,13 @@ SUITES = {
             ),
         ],
         bowl(f"{CABINET}_top_side", shift=(0, 0.02)),
-        [do(slide, target="plate_1", to="main_table_stove_front_region")],
+        [partial(slide, target="plate_1", to="main_table_stove_front_region")],
         carry(pick_top, "cream_cheese_1", BOWL, {"depth": 0.012}),
-        [do(turn_knob, joint="flat_stove_1_button")],
+        [partial(turn_knob, joint="flat_stove_1_button")],
         bowl("plate_1"),
         [
-            do(pick_top, target=BOTTLE, depth=0.035, yaws=[90], lift=0.15),
-            do(
+            partial(pick_top, target=BOTTLE, depth=0.035, yaws=[90], lift=0.15),
+            partial(
                 insert,
                 target=BOTTLE,
                 site="wine_rack_1_top_region",
@@ -522,12 +510,12 @@ SUITES = {
         both_into_basket("alphabet_soup_1", "tomato_sauce_1"),
         both_into_basket("cream_cheese_1", "butter_1"),
         [
-            do(turn_knob, joint="flat_stove_1_button"),
+            partial(turn_knob, joint="flat_stove_1_button"),
             *carry(pick_top, "moka_pot_1", BURNER, {"depth": 0.030}),
         ],
         [
             *bowl("white_cabinet_1_bottom_region", up=0.13),
-            do(push_shut, joint="white_cabinet_1_bottom_level", tilt=50),
+            partial(push_shut, joint="white_cabinet_1_bottom_level", tilt=50),
         ],
         [
             *carry(pick_rim, "porcelain_mug_1", "plate_1", {"depth": 0.025}),
@@ -557,8 +545,8 @@ SUITES = {
             *carry(pick_top, "moka_pot_1", BURNER, {"depth": 0.030}, shift=(-0.045, 0)),
         ],
         [
-            do(pick_handle, target=YELLOW_MUG),
-            do(
+            partial(pick_handle, target=YELLOW_MUG),
+            partial(
                 insert,
                 target=YELLOW_MUG,
                 site="microwave_1_heating_region",
@@ -569,7 +557,7 @@ SUITES = {
                     (-0.035, -0.01, -0.075),
                 ],
             ),
-            do(push_shut, joint="microwave_1_microjoint", tilt=0, lead=0.4),
+            partial(push_shut, joint="microwave_1_microjoint", tilt=0, lead=0.4),
         ],
     ],
 }
@@ -588,9 +576,8 @@ def target_places(env: TaskEnv, init_state: int) -> np.ndarray:
     an object that moves by less than the 5 cm by which places vary between init states.
     """
     other = common.LAYOUTS.get(env.suite, f"{env.suite}_swap")
-    target = TASKS.get((common.LAYOUTS.get(env.suite, env.suite), env.task_id), [do(None)])[0][1].get(
-        "target"
-    )
+    steps = TASKS.get((common.LAYOUTS.get(env.suite, env.suite), env.task_id))
+    target = steps and steps[0].keywords.get("target")
     if target is None or other not in common.MAX_STEPS:
         return np.full((2, 3), np.nan)
     at = 1 + env.model.joint(f"{target}_joint0").qposadr[0]  # behind the time

@@ -438,7 +438,9 @@ def test_what_a_claim_says_of_the_logs_is_what_they_count(name):
     if against == "openvla_sft":  # the only pairs of which the logs have single episodes
         counts = [PAPER["logs"]["paired"][policy][suite] for suite in suites]
         gained, lost, n = np.sum(counts, axis=0)
-        interval = tables.points((gained - lost) / n, stats.paired_interval(gained, lost, n))
+        interval = tables.points(
+            (gained - lost) / n, stats.difference_interval({"gained": gained, "lost": lost, "paired_n": n})
+        )
         text += f"; paired on {n} episodes: {interval}, {gained} gained and {lost} lost"
         d33 = power.detectable(lambda d: power.paired_power(d, n, (gained + lost) / n), 1 / 3)
         assert CLAIMS[name]["d33"] == f"{100 * d33:.1f} points"

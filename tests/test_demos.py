@@ -194,15 +194,15 @@ def test_rim_grasp_straddles_the_wall_and_keeps_off_handle_and_neighbours():
     assert grasps.collisions(wall, beside, turned[:, 0]) < hits
 
 
-def faults(suite: str, task: int, steps: list[tuple]) -> list[str]:
+def faults(suite: str, task: int, steps: list) -> list[str]:
     """What is wrong with a row: names that the BDDL file lacks, and parts of its goal that no step serves."""
     bddl = Path(suite_of(suite).get_task_bddl_file_path(task)).read_text()
     sections = re.split(r"\(:(?:fixtures|objects|obj_of_interest|init|goal)", bddl)
     regions, fixtures, objects, _, init, goal = sections
     declared = set(re.findall(r"\w+_\d+", fixtures + objects))
     sites = {f"{target}_{name}" for name, target in re.findall(r"\((\w+)\s*\(:target (\w+)\)", regions)}
-    joints = [parameters["joint"] for _, parameters in steps if "joint" in parameters]
-    moves = [parameters for _, parameters in steps if "joint" not in parameters]
+    joints = [step.keywords["joint"] for step in steps if "joint" in step.keywords]
+    moves = [step.keywords for step in steps if "joint" not in step.keywords]
     names = {value for parameters in moves for value in parameters.values() if isinstance(value, str)}
     owners = tuple(f"{name}_" for name in declared)
     wrong = sorted(names - declared - sites) + [joint for joint in joints if not joint.startswith(owners)]
@@ -240,8 +240,8 @@ def test_drawer_opens_by_its_handle_and_nothing_else_moves():
     assert abs(bar[1] - front[:, 1].max()) < 0.02  # what sticks out most
     before = {name: hand.spot(name) for name in (BOWL, BOTTLE, "plate_1", "cream_cheese_1")}
     coordinates = []
-    ((primitive, parameters),) = TASKS["libero_goal", 0]
-    for action in primitive(hand, **parameters):
+    (primitive,) = TASKS["libero_goal", 0]
+    for action in primitive(hand):
         env.step(action)
         joints = [f"wooden_cabinet_1_{level}_level" for level in ("top", "middle", "bottom")]
         coordinates.append([env.data.joint(joint).qpos[0] for joint in joints])

@@ -414,10 +414,9 @@ def test_a_student_is_paired_with_its_teacher(checkpoint, made_by, cell, tmp_pat
 # --------------------------------------------------------------------------------------------------- students
 def test_one_step_is_what_sampling_in_one_step_gives_and_trains_the_expert_alone():
     policy = make_policy()
-    prefix, noise = (
-        policy.encode(collate([scene(0), scene(1)])).detach(),
-        policy.noise(2, common.stream(0, "n")),
-    )
+    noise = policy.noise(2, common.stream(0, "n"))
+    with torch.no_grad():
+        prefix = policy.encode(collate([scene(0), scene(1)]))
     torch.testing.assert_close(
         distill.one_step(policy, prefix, noise), policy.sample_actions(prefix, noise, 1)
     )
@@ -430,7 +429,8 @@ def test_one_step_is_what_sampling_in_one_step_gives_and_trains_the_expert_alone
 
 def test_a_student_learns_its_teachers_map():
     teacher, student = make_policy(), make_policy()
-    prefix = teacher.encode(collate([scene(i) for i in range(4)])).detach()
+    with torch.no_grad():
+        prefix = teacher.encode(collate([scene(i) for i in range(4)]))
     student.requires_grad_(False).expert.requires_grad_(True)
     held_out = teacher.noise(4, common.stream(0, "held out"))
     before = distill.distance(student, teacher, prefix, held_out, 10).item()

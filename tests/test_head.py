@@ -75,11 +75,12 @@ def by_hand(a, b, temperature: float, allowed) -> float:
 
 def test_info_nce_is_the_mean_cross_entropy_of_both_directions():
     a, b = units(7, 5, "a"), units(7, 5, "b")
-    everywhere = [[True] * 7] * 7
-    assert head.info_nce(a, b, 0.3).item() == pytest.approx(by_hand(a, b, 0.3, everywhere), rel=1e-12)
-    assert head.info_nce(b, a, 0.3).item() == pytest.approx(head.info_nce(a, b, 0.3).item(), rel=1e-12)
+    everywhere = torch.ones(7, 7, dtype=torch.bool)
+    found = head.info_nce(a, b, 0.3, everywhere).item()
+    assert found == pytest.approx(by_hand(a, b, 0.3, everywhere.tolist()), rel=1e-12)
+    assert head.info_nce(b, a, 0.3, everywhere).item() == pytest.approx(found, rel=1e-12)
     same = units(1, 5).expand(7, 5)
-    assert head.info_nce(same, same, 0.07).item() == pytest.approx(math.log(7))  # chance
+    assert head.info_nce(same, same, 0.07, everywhere).item() == pytest.approx(math.log(7))  # chance
 
 
 def test_its_gradient_is_that_of_finite_differences():
@@ -96,7 +97,7 @@ def test_a_masked_pair_leaves_the_denominators_and_a_positive_never_does():
     allowed.fill_diagonal_(False)
     masked = head.info_nce(a, b, 0.2, allowed)
     assert masked.item() == pytest.approx(by_hand(a, b, 0.2, allowed.tolist()), rel=1e-12)
-    assert masked < head.info_nce(a, b, 0.2) - 0.1
+    assert masked < head.info_nce(a, b, 0.2, torch.ones(6, 6, dtype=torch.bool)) - 0.1
     nothing = head.info_nce(a, b, 0.2, torch.zeros(6, 6, dtype=torch.bool))
     assert nothing.item() == pytest.approx(0, abs=1e-12)  # nothing but the positive is left to choose
 

@@ -271,6 +271,10 @@ def test_holm_by_hand():
     assert stats.holm([0.9, 0.8]) == [1.0, 1.0] and stats.holm([]) == []
 
 
+def interval(gained: int, lost: int, n: int) -> tuple[float, float]:
+    return stats.difference_interval({"gained": gained, "lost": lost, "paired_n": n})
+
+
 @pytest.mark.parametrize("up, down", [(0.1, 0.1), (0.02, 0.02), (0.3, 0.1), (0.0, 0.05)])
 def test_the_paired_interval_covers_the_truth(up, down):
     """Its coverage, summed over all outcomes of 40 paired episodes."""
@@ -278,14 +282,14 @@ def test_the_paired_interval_covers_the_truth(up, down):
     for gained in range(n + 1):
         for lost in range(n + 1 - gained):
             ways = math.comb(n, gained) * math.comb(n - gained, lost)
-            low, high = stats.paired_interval(gained, lost, n)
+            low, high = interval(gained, lost, n)
             same = 1 - up - down
             covered += (
                 ways * up**gained * down**lost * same ** (n - gained - lost) * (low <= up - down <= high)
             )
     assert covered >= 0.94
-    low, high = stats.paired_interval(7, 3, 40)
-    assert stats.paired_interval(3, 7, 40) == pytest.approx((-high, -low)) and low < 0.1 < high
+    low, high = interval(7, 3, 40)
+    assert interval(3, 7, 40) == pytest.approx((-high, -low)) and low < 0.1 < high
 
 
 # ----------------------------------------------------------------------------------------------------- claims
