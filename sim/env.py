@@ -263,17 +263,14 @@ class TaskEnv:
         """
         action = np.asarray(action, dtype=np.float64)
         assert action.shape == (7,) and np.isfinite(action).all(), f"not 7 finite numbers: {action}"
-        for substep in range(1, self._substeps + 1):
-            self._mj.mj_forwardSkip(self.model, self.data, self._mj.mjtStage.mjSTAGE_NONE, 1)  # no sensors
-            if substep == 1:
-                self._osc.begin(action)
-            self._osc.actuate()
-            if substep == self._substeps:
-                self._before = self._state()
-            qpos = self.data.qpos.copy()  # poses are computed at the start of a substep
-            self._mj.mj_step2(self.model, self.data)  # mj_step without its first half
-            if substep == self._substeps - 1:  # robosuite's observables are 4 ms ahead: they sample here
-                self._see(qpos)
+        self._mj.mj_forwardSkip(self.model, self.data, self._mj.mjtStage.mjSTAGE_NONE, 1)  # no sensors
+        self._osc.begin(action)
+        self._osc.advance(self._substeps - 2)
+        qpos = self.data.qpos.copy()  # poses are computed at the start of a substep
+        self._osc.advance(1)
+        self._see(qpos)  # robosuite's observables are 4 ms ahead: they sample here
+        self._before = self._state()
+        self._mj.mj_step2(self.model, self.data)
         self.env._post_action(action)
         self.steps += 1
         if self.data.warning.number[4:7].any():  # BADQPOS, BADQVEL, BADQACC: mujoco has reset the state
