@@ -18,6 +18,7 @@ import atexit
 import contextlib
 import copy
 import functools
+import gc
 import importlib.util
 import io
 import math
@@ -109,6 +110,7 @@ def libraries() -> types.SimpleNamespace:
             from robosuite.utils.binding_utils import MjSim
 
             from sim import osc
+        gc.freeze()  # what is imported stays: closing a task collects garbage, in all that is not frozen
     except (ImportError, AttributeError, RuntimeError) as error:
         what = gl_remedy(error, "install the packages anew: pip install -r requirements.txt")
         raise UserError(f"cannot import LIBERO ({one_line(error)}); {what}") from error
@@ -186,10 +188,14 @@ class TaskEnv:
         self.max_steps = common.MAX_STEPS[suite]
         self._mj = libraries().mujoco
         bddl = suite_of(suite).get_task_bddl_file_path(task_id)
-        compiled, sims = functools.cache(self._mj.MjModel.from_xml_string), libraries().MjSim
+        compiled, sims = {}, libraries().MjSim  # XML -> its model, until LIBERO asks for the second one
 
         def simulation(xml: str):
-            sim = sims(copy.copy(compiled(xml)))
+            model = compiled.pop(xml, None)
+            if model is None:
+                compiled[xml] = self._mj.MjModel.from_xml_string(xml)
+                model = copy.copy(compiled[xml])
+            sim = sims(model)
             sim.forward()  # robosuite with a renderer does so twice: it shows in the warm start's last bits
             return sim
 
@@ -372,6 +378,10 @@ class TaskEnv:
         model, mj = self.model, self._mj
         if self.render_mode == "fast":
             meshes.simplify(model)
+        materials = np.append(model.geom_matid, model.site_matid)
+        unused = ~np.isin(np.arange(model.ntex), model.mat_texid[materials])
+        unused &= model.tex_type != mj.mjtTexture.mjTEXTURE_SKYBOX
+        model.tex_width[unused] = model.tex_height[unused] = 1  # a third of what goes to the renderer, in Object
         model.vis.quality.offsamples = 0 if self.render_mode == "fast" else 4
         # or one that fails says more at its end
         mj.GLContext._context = mj.Renderer._gl_context = mj.Renderer._mjr_context = None
