@@ -381,7 +381,7 @@ class TaskEnv:
         materials = np.append(model.geom_matid, model.site_matid)
         unused = ~np.isin(np.arange(model.ntex), model.mat_texid[materials])
         unused &= model.tex_type != mj.mjtTexture.mjTEXTURE_SKYBOX
-        model.tex_width[unused] = model.tex_height[unused] = 1  # a third of what goes to the renderer, in Object
+        model.tex_width[unused] = model.tex_height[unused] = 1  # a third of all texture bytes in Object
         model.vis.quality.offsamples = 0 if self.render_mode == "fast" else 4
         # or one that fails says more at its end
         mj.GLContext._context = mj.Renderer._gl_context = mj.Renderer._mjr_context = None
