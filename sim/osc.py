@@ -137,8 +137,8 @@ class Controller:
     def advance(self, n: int) -> None:
         """Finish a substep, begin the next one and command its motors; and so n times.
 
-        In each of them mujoco clears a list of the bounding boxes that it tested, 0.8 MB, which only pictures of
-        these boxes read: a seventh of the time. Told that there are none, it clears nothing.
+        In each of them mujoco clears a list of the bounding boxes that it tested, 0.8 MB, which only pictures
+        of these boxes read: a seventh of the time. Told that there are none, it clears nothing.
         """
         c, hand, number = self.state, self.hand, self.boxes[0]
         motion = self.sim, self.arm, GOAL(c), MOTION(c)
