@@ -41,7 +41,9 @@ from sim import meshes
 
 GL = os.environ.get("MUJOCO_GL", "").strip().lower() or "egl"  # or osmesa; neither needs a screen
 os.environ |= {"MUJOCO_GL": GL, "PYOPENGL_PLATFORM": GL}
-os.environ.setdefault("LP_NUM_THREADS", "1")  # more threads do not speed up Mesa, the renderer on CPUs, here
+os.environ.setdefault(
+    "LP_NUM_THREADS", "0"
+)  # Mesa, the renderer on CPUs, draws in this thread: it waits for no other
 
 LIBERO_CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}  # our name -> LIBERO's
 
