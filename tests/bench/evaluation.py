@@ -5,7 +5,7 @@
 standard  one process with LIBERO's OffScreenRenderEnv, as in published evaluation scripts: both cameras
           rendered at every step, env.reset() before every episode, `mesa` threads of Mesa's renderer (left
           alone, it takes all cores)
-default   04_eval.py: `processes` processes that render when the policy looks, in their own thread, LIBERO's own
+default   04_eval.py: `processes` processes that render when the policy looks, without threads, LIBERO's own
           pixels
 fast      the same without antialiasing, shadows and reflections, and with simplified meshes: other frames
 
