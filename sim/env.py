@@ -7,7 +7,7 @@ shortcuts save time, and none changes a bit of the state or of a `default` image
 - A reset restores saved arrays. LIBERO compiles the model again.
 - Cameras render when somebody looks. LIBERO renders at every step.
 - A substep evaluates positions and velocities once. robosuite does so three times.
-- The controller (osc.py) skips robosuite's look-ups and checks, and keeps its arithmetic.
+- Substeps are one compiled call (osc.py), without robosuite's look-ups and checks, but with its arithmetic.
 
 tests/test_sim.py compares with LIBERO's own loop; tests/bench/simulator.py measures the time.
 """
@@ -41,9 +41,7 @@ from sim import meshes
 
 GL = os.environ.get("MUJOCO_GL", "").strip().lower() or "egl"  # or osmesa; neither needs a screen
 os.environ |= {"MUJOCO_GL": GL, "PYOPENGL_PLATFORM": GL}
-os.environ.setdefault(
-    "LP_NUM_THREADS", "0"
-)  # Mesa, the renderer on CPUs, draws in this thread: it waits for no other
+os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa, the renderer on CPUs, draws in this thread: no hand-over
 
 LIBERO_CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}  # our name -> LIBERO's
 
