@@ -48,12 +48,15 @@ def run(script: str, *settings: str) -> None:
 
 def trained_on(prefs: Path, held_out: int) -> list[int]:
     """Which play-outs of 02 may be trained on: all but those of attempts whose pairs 03 holds out."""
-    pairs, tried = (
-        disk.read_jsonl(prefs / f"{name}.jsonl", "suite task unit") for name in ("pairs", "tried")
+    with_pairs, tried = (
+        [
+            (row["suite"], row["task"], row["unit"])
+            for row in disk.read_jsonl(prefs / f"{name}.jsonl", "suite task unit")
+        ]
+        for name in ("pairs", "tried")
     )
-    attempts = [[(row["suite"], row["task"], row["unit"]) for row in rows] for rows in (pairs, tried)]
-    held = list(dict.fromkeys(attempts[0]))[::held_out] if held_out else []  # as common.read_pairs counts
-    return [i for i, attempt in enumerate(attempts[1]) if attempt not in held]
+    held = list(dict.fromkeys(with_pairs))[::held_out] if held_out else []  # as common.read_pairs counts
+    return [i for i, attempt in enumerate(tried) if attempt not in held]
 
 
 def successes(prefs: Path, folder: Path, held_out: int) -> None:

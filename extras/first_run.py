@@ -35,13 +35,12 @@ def files(cfg) -> dict:
         cfg.checkpoint, model=cfg.model, suites=cfg.suites, backbone=cfg.backbone, read=False
     )
     found = [line.replace(str(c.folder), "FOLDER") for line in policy.found]
-    names = sorted(str(path.relative_to(c.folder)) for path in c.folder.rglob("[!.]*"))
     return {
         "format": c.format["writer"],
         "found": found,
         "model": asdict(policy.cfg),
         "tensors": len(c.shapes),
-        "files": names,
+        "files": sorted(str(path.relative_to(c.folder)) for path in c.folder.rglob("[!.]*")),
     }
 
 

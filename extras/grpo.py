@@ -193,8 +193,13 @@ def main(cfg: Config, run: stage.Run) -> dict:
             optimizer.zero_grad()
             losses.append(loss.item())
         kept = advantages(returns).isfinite().all(1).double().mean().item()
-        success = returns.nanmean().item()
-        run.log(step, success=success, kept=kept, chunks=n, loss=sum(losses) / max(1, len(losses)))
+        run.log(
+            step,
+            success=returns.nanmean().item(),
+            kept=kept,
+            chunks=n,
+            loss=sum(losses) / max(1, len(losses)),
+        )
         shutil.rmtree(folder)
 
     common.save_adapter(adapted, run.dir)

@@ -21,12 +21,8 @@ Left out: ORPO (arXiv 2403.07691). Its odds p / (1 - p) need p < 1, and a densit
 """
 
 import importlib
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar, Literal
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # also without -m
 
 import torch
 import torch.nn.functional as F

@@ -192,8 +192,10 @@ def against_what_acts(cfg, sft: dict, attempt: np.ndarray) -> Iterator[dict]:
             metrics["spread"] = (truth - value[0]).std().item(), None, None
         yield from rows_of(about | {"surrogate": name, "draws": int(k or 0)}, metrics)
     positive = (truth > 0).double().numpy()
-    guess = {"sign agreement": (positive.mean(), *stats.over_clusters(positive, attempt))}
-    yield from rows_of(about | {"surrogate": "always positive", "draws": 0}, guess)
+    yield from rows_of(
+        about | {"surrogate": "always positive", "draws": 0},
+        {"sign agreement": (positive.mean(), *stats.over_clusters(positive, attempt))},
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- tables
@@ -290,8 +292,9 @@ def report(cfg, folder: Path) -> None:
         }
         for row in cosines
     ]
-    found = [*rows, *guesses, *acts, *gradients]
-    disk.write_json(folder.with_suffix(".json"), [about | row for row in found])
+    disk.write_json(
+        folder.with_suffix(".json"), [about | row for row in [*rows, *guesses, *acts, *gradients]]
+    )
     text = "\n".join(
         [
             f"# {cfg.name}, {cfg.pairs} pairs, start {cfg.start}, seed {cfg.seed}\n",

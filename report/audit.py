@@ -75,8 +75,9 @@ def read(folder: Path) -> tuple[Cells, list[Finding]]:
             ("unreadable", bad, f"{bad} of its lines are no complete episode and were left out"),
             ("duplicate", twice, f"{twice} of its episodes (task, init state, seed) are there twice"),
         ]
-        where = str(path.relative_to(folder))
-        findings += [Finding(kind, where, text) for kind, there, text in faults if there]
+        findings += [
+            Finding(kind, str(path.relative_to(folder)), text) for kind, there, text in faults if there
+        ]
     return dict(cells), findings
 
 

@@ -52,8 +52,8 @@ def as_html(text: str, folder: Path, alone: bool) -> str:
     links = [f'<a href="#{name}">{words}</a>' for name, words in re.findall(r'<h2 id="(.*?)">(.*?)<', body)]
     title = re.search(r"<h1>(.*?)</h1>", body)[1]
     body = body.replace("</h1>", f"</h1>\n<nav>{''.join(links)}</nav>", 1)
-    template = disk.read_text(Path(__file__).with_name("template.html"))
-    return string.Template(template).substitute(title=title, body=body)
+    template = string.Template(disk.read_text(Path(__file__).with_name("template.html")))
+    return template.substitute(title=title, body=body)
 
 
 def fill_in(text: str, tables: dict[str, str]) -> str:

@@ -7,7 +7,7 @@ shortcuts save time, and none changes a bit of the state or of a `default` image
 - A reset restores saved arrays. LIBERO compiles the model again.
 - Cameras render when somebody looks. LIBERO renders at every step.
 - A substep evaluates positions and velocities once. robosuite does so three times.
-- The controller (osc.py) skips robosuite's look-ups and checks, and keeps its arithmetic.
+- Substeps are one compiled call (osc.py), without robosuite's look-ups and checks, but with its arithmetic.
 
 tests/test_sim.py compares with LIBERO's own loop; tests/bench/simulator.py measures the time.
 """
@@ -16,6 +16,7 @@ import atexit
 import contextlib
 import copy
 import functools
+import gc
 import importlib.util
 import io
 import math
@@ -37,7 +38,7 @@ from sim import meshes
 
 GL = os.environ.get("MUJOCO_GL", "").strip().lower() or "egl"  # or osmesa; neither needs a screen
 os.environ |= {"MUJOCO_GL": GL, "PYOPENGL_PLATFORM": GL}
-os.environ.setdefault("LP_NUM_THREADS", "1")  # more threads do not speed up Mesa, the renderer on CPUs, here
+os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa, the renderer on CPUs, draws in this thread: no hand-over
 
 LIBERO_CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}  # our name -> LIBERO's
 
@@ -106,6 +107,7 @@ def libraries() -> types.SimpleNamespace:
             from robosuite.utils.binding_utils import MjSim
 
             from sim import osc
+        gc.freeze()  # what is imported stays: closing a task collects garbage, in all that is not frozen
     except (ImportError, AttributeError, RuntimeError) as error:
         what = gl_remedy(error, "install the packages anew: pip install -r requirements.txt")
         raise UserError(f"cannot import LIBERO ({one_line(error)}); {what}") from error
@@ -178,10 +180,14 @@ class TaskEnv:
         self.max_steps = common.MAX_STEPS[suite]
         self._mj = libraries().mujoco
         bddl = suite_of(suite).get_task_bddl_file_path(task_id)
-        compiled, sims = functools.cache(self._mj.MjModel.from_xml_string), libraries().MjSim
+        compiled, sims = {}, libraries().MjSim  # XML -> its model, until LIBERO asks for the second one
 
         def simulation(xml: str):
-            sim = sims(copy.copy(compiled(xml)))
+            model = compiled.pop(xml, None)
+            if model is None:
+                compiled[xml] = self._mj.MjModel.from_xml_string(xml)
+                model = copy.copy(compiled[xml])
+            sim = sims(model)
             sim.forward()  # robosuite with a renderer does so twice: it shows in the warm start's last bits
             return sim
 
@@ -255,17 +261,14 @@ class TaskEnv:
         """
         action = np.asarray(action, dtype=np.float64)
         assert action.shape == (7,) and np.isfinite(action).all(), f"not 7 finite numbers: {action}"
-        for substep in range(1, self._substeps + 1):
-            self._mj.mj_forwardSkip(self.model, self.data, self._mj.mjtStage.mjSTAGE_NONE, 1)  # no sensors
-            if substep == 1:
-                self._osc.begin(action)
-            self._osc.actuate()
-            if substep == self._substeps:
-                self._before = self._state()
-            qpos = self.data.qpos.copy()  # poses are computed at the start of a substep
-            self._mj.mj_step2(self.model, self.data)  # mj_step without its first half
-            if substep == self._substeps - 1:  # robosuite's observables are 4 ms ahead: they sample here
-                self._see(qpos)
+        self._mj.mj_forwardSkip(self.model, self.data, self._mj.mjtStage.mjSTAGE_NONE, 1)  # no sensors
+        self._osc.begin(action)
+        self._osc.advance(self._substeps - 2)
+        qpos = self.data.qpos.copy()  # poses are computed at the start of a substep
+        self._osc.advance(1)
+        self._see(qpos)  # robosuite's observables are 4 ms ahead: they sample here
+        self._before = self._state()
+        self._mj.mj_step2(self.model, self.data)
         self.env._post_action(action)
         self.steps += 1
         if self.data.warning.number[4:7].any():  # BADQPOS, BADQVEL, BADQACC: mujoco has reset the state
@@ -367,6 +370,10 @@ class TaskEnv:
         model, mj = self.model, self._mj
         if self.render_mode == "fast":
             meshes.simplify(model)
+        materials = np.append(model.geom_matid, model.site_matid)
+        unused = ~np.isin(np.arange(model.ntex), model.mat_texid[materials])
+        unused &= model.tex_type != mj.mjtTexture.mjTEXTURE_SKYBOX
+        model.tex_width[unused] = model.tex_height[unused] = 1  # a third of all texture bytes in Object
         model.vis.quality.offsamples = 0 if self.render_mode == "fast" else 4
         # or one that fails says more at its end
         mj.GLContext._context = mj.Renderer._gl_context = mj.Renderer._mjr_context = None

@@ -3,6 +3,8 @@
 Only the renderer reads the faces of a mesh. Contacts read its vertices and its hull, and these stay.
 """
 
+import functools
+
 import numpy as np
 
 GRID = 0.008  # metres
@@ -18,7 +20,7 @@ def simplify(model, grid: float = GRID) -> None:
         first, start = model.mesh_faceadr[mesh], model.mesh_vertadr[mesh]
         rows = slice(first, first + model.mesh_facenum[mesh])
         faces, vertices = model.mesh_face[rows], model.mesh_vert[start : start + model.mesh_vertnum[mesh]]
-        corners = nearest_to_centres(vertices, grid)[faces]  # (F, 3)
+        corners = nearest_to_centres(vertices.tobytes(), grid)[faces]  # (F, 3)
         kept = (normals(vertices[corners]) * normals(vertices[faces])).sum(axis=1) > 0
         new = slice(first, first + kept.sum())
         model.mesh_face[new] = corners[kept]
@@ -32,8 +34,10 @@ def normals(triangles: np.ndarray) -> np.ndarray:
     return np.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
 
 
-def nearest_to_centres(vertices: np.ndarray, grid: float) -> np.ndarray:
-    """(V, 3) -> (V,): the vertex of its cell that is nearest to the centre."""
+@functools.lru_cache(200)  # meshes: the next task has most of them too
+def nearest_to_centres(vertices: bytes, grid: float) -> np.ndarray:
+    """float32 (V, 3) -> (V,): the vertex of its cell that is nearest to the centre."""
+    vertices = np.frombuffer(vertices, np.float32).reshape(-1, 3)
     place = (vertices - vertices.min(axis=0)) / grid
     order = np.argsort(((place % 1 - 0.5) ** 2).sum(axis=1), kind="stable")  # nearest first
     cells = (place // 1)[order] @ [1.0, 1 << 17, 1 << 34]  # one number each

@@ -315,19 +315,19 @@ def test_simplified_meshes_keep_their_shape_and_what_physics_reads(env):
         if np.ptp(vertices, axis=0).min() > 2 * grid:  # screws vanish
             for side in (np.min, np.max):
                 assert np.abs(side(vertices[corners], axis=0) - side(vertices, axis=0)).max() < grid
-        moved = vertices[meshes.nearest_to_centres(vertices, grid)] - vertices
+        moved = vertices[meshes.nearest_to_centres(vertices.tobytes(), grid)] - vertices
         assert np.abs(moved).max() < grid
 
 
 def test_a_triangle_whose_corners_merge_or_that_turns_over_goes():
     """On a grid of 1, vertex 0 moves to 1: triangle 0 vanishes, 1 turns over, 2 stays."""
-    vertices = np.array([[0, 0.9, 0], [0.5, 0.5, 0], [3.5, 0.7, 0], [1.5, 0.7, 0], [5.5, 0, 0]])
+    vertices = np.array([[0, 0.9, 0], [0.5, 0.5, 0], [3.5, 0.7, 0], [1.5, 0.7, 0], [5.5, 0, 0]], np.float32)
     faces = np.array([[0, 1, 4], [0, 3, 2], [0, 2, 4]])
     zeros = np.zeros(1, int)
     model = types.SimpleNamespace(nmesh=1, mesh_faceadr=zeros, mesh_vertadr=zeros, mesh_vert=vertices)
     vars(model).update(mesh_facenum=np.array([3]), mesh_vertnum=np.array([5]), mesh_face=faces.copy())
     vars(model).update(mesh_facenormal=faces.copy(), mesh_facetexcoord=faces.copy())
-    assert meshes.nearest_to_centres(vertices, 1.0).tolist() == [1, 1, 2, 3, 4]
+    assert meshes.nearest_to_centres(vertices.tobytes(), 1.0).tolist() == [1, 1, 2, 3, 4]
     meshes.simplify(model, 1.0)
     assert model.mesh_facenum.tolist() == [1] and model.mesh_face[0].tolist() == [1, 2, 4]
     assert model.mesh_facenormal[0].tolist() == model.mesh_facetexcoord[0].tolist() == [0, 2, 4]
@@ -338,8 +338,10 @@ def test_unstable_physics_is_a_crash_and_the_next_reset_is_clean(env, tmp_path, 
     env.reset(1)
     first = physics(env.model, env.data)
     env.data.qvel[:] = 1e12
+    boxes = env.model.nbvh
     with pytest.raises(CRASHES):
         env.step(np.zeros(7))
+    assert env.model.nbvh == boxes > 0  # a step tells mujoco that there are none
     env.reset(1)
     assert np.array_equal(first, physics(env.model, env.data))
 

@@ -5,8 +5,8 @@
 standard  one process with LIBERO's OffScreenRenderEnv, as in published evaluation scripts: both cameras
           rendered at every step, env.reset() before every episode, `mesa` threads of Mesa's renderer (left
           alone, it takes all cores)
-default   04_eval.py: `processes` processes that render when the policy looks, one Mesa thread each, LIBERO's
-          own pixels
+default   04_eval.py: `processes` processes that render when the policy looks, without threads, LIBERO's own
+          pixels
 fast      the same without antialiasing, shadows and reflections, and with simplified meshes: other frames
 
 The policy is checkpoints/tiny_libero_object. It executes 8 of 10 actions between two looks and resizes frames
@@ -112,7 +112,7 @@ def measure(kind: str, task: int, inits: list[int], pixels: int) -> None:
 def start(kind: str, tasks: list[int], inits: str, pixels: str, mesa: str) -> list[subprocess.Popen]:
     """A process for each task."""
     environment = os.environ | {
-        "LP_NUM_THREADS": mesa if kind == "standard" else "1",
+        "LP_NUM_THREADS": mesa if kind == "standard" else "0",
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, __file__, "measure", kind]
@@ -157,7 +157,7 @@ def main(
     for kind in KINDS:
         cpu = sum(row["cpu_s"] for row in rows[kind]) / n
         solved = sum(row["success"] for row in rows[kind])
-        shape = f"1 | {mesa}" if kind == "standard" else f"{processes} | 1"
+        shape = f"1 | {mesa}" if kind == "standard" else f"{processes} | 0"
         same = sum(a["success"] == b["success"] for a, b in zip(rows["standard"], rows[kind], strict=True))
         speed = f"{3600 * n / wall[kind]:.0f} | {wall['standard'] / wall[kind]:.1f}"
         print(f"| {kind} | {shape} | {solved} | {same} of {n} | {speed} | {cpu:.1f} |")

@@ -73,7 +73,7 @@ def start(kind: str, root: str) -> subprocess.Popen:
         stderr=subprocess.DEVNULL,
         text=True,
         cwd=root,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "LP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "LP_NUM_THREADS": "0" if kind == "now" else "1"},
     )
     assert process.stdout.readline() == "ready\n", kind
     return process

@@ -1,12 +1,14 @@
 """Throughput of the other jobs: recording demonstrations, SFT steps, surrogate and exact log-probabilities.
 
     python tests/bench/throughput.py [repeats=9]        about 2 CPU minutes
+    python tests/bench/throughput.py processes=2        the SFT step alone, in two processes as 01_sft.py
 
 Times are CPU seconds of this process in one thread, so other load on the machine matters little; medians over
 the repeats.
 demonstrations  what 00_demos.py does for tasks 0 and 5 of LIBERO-Object, init states 0 and 1, without writing
                 files; failed tries included
-SFT             forward pass, backward pass and AdamW of 01_sft.py with configs/tiny.yaml. A sample is an
+SFT             (CPU seconds and peak of the first process, the others at work beside it)
+                forward pass, backward pass and AdamW of 01_sft.py with configs/tiny.yaml. A sample is an
                 observation, scored under `draws` draws. PyTorch counts the operations (matrix products,
                 attention and convolutions only). The peak is the rate at which the same process multiplies
                 two 1024 x 1024 float32 matrices.
@@ -32,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import backbones
 import common
 from backbones import likelihood, memory
+from runtime import ranks
 from runtime.config import HERE, load_config
 from sim.env import TaskEnv
 
@@ -73,6 +76,7 @@ def recording() -> dict:
 
 def training(repeats: int) -> dict:
     cfg = load_config(sft.Config, [TINY])
+    cfg.batch_size //= ranks.size()
     policy = memory.make_policy(cfg, "full").to_empty(device="cpu").train()
     for p in policy.parameters():
         torch.nn.init.normal_(p, std=0.02)
@@ -80,6 +84,7 @@ def training(repeats: int) -> dict:
 
     def step() -> None:
         memory.sft_forward(policy, cfg).backward()
+        ranks.average_gradients(policy.parameters())
         optimizer.step()
         optimizer.zero_grad()
 
@@ -88,6 +93,7 @@ def training(repeats: int) -> dict:
     a = torch.randn(1024, 1024)
     peak = 2 * 1024**3 / seconds(lambda: a @ a, 3 * repeats)
     each = seconds(step, repeats)
+    ranks.part()
     flops = counter.get_total_flops()
     return {
         "ms": 1e3 * each,
@@ -122,8 +128,14 @@ def log_probs(repeats: int) -> dict:
     }
 
 
-def main(repeats: int) -> None:
+def main(repeats: int, processes: int) -> None:
     torch.set_num_threads(1)
+    if processes > 1:
+        if ranks.size() == 1:
+            ranks.launch(processes)
+        ranks.join("cpu")
+        t = training(repeats)
+        return ranks.first() and print(json.dumps(t))
     r = recording()
     print(
         "| demonstrations | CPU s each | per minute and core | steps | looks | tries |\n" + 6 * "|---" + "|"
@@ -154,4 +166,4 @@ def main(repeats: int) -> None:
 
 if __name__ == "__main__":
     arguments = dict(a.split("=") for a in sys.argv[1:])
-    main(int(arguments.get("repeats", 9)))
+    main(int(arguments.get("repeats", 9)), int(arguments.get("processes", 1)))
