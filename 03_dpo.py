@@ -173,11 +173,12 @@ def choose_beta(policy, pairs: dict, draw: Callable, score: Callable, cfg: Confi
     """dpo.beta. "auto" is 1 / std of log p_ref(chosen) - log p_ref(rejected), known before training.
 
     It scales the margins to order 1, where DPO's sigmoid is neither flat nor saturated. A number that is five
-    orders of magnitude away from it is refused. 64 to 127 evenly spread pairs count (all if fewer).
+    orders of magnitude away from it is refused, unless there is no contrast that needs it. 64 to 127 evenly
+    spread pairs count (all if fewer).
     """
     n, given = len(pairs["mask"]), as_number(cfg.beta, float)
     refuse(n < 2 and not given, "dpo.beta=auto needs two pairs or more; give it a number")
-    if n < 2:
+    if given and (n < 2 or not cfg.contrast):
         return given
     index = torch.arange(0, n, max(1, n // 64))
     draws, log_ratios = draw(len(index), common.stream(cfg.seed, "beta")), []

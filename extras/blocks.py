@@ -31,7 +31,8 @@ ARMS = {  # arm -> what 03 is given beside the config; A is the snapshot itself
     "C": "dpo.sft_coef=0.25 dpo.contrast=0",  # the anchor alone
     "D": "dpo.sft_coef=0.25",  # contrast and anchor
     "E": "dpo.sft_coef=2",  # mostly anchor, the kit's default
-    "F": "dpo.sft_coef=0.25 dpo.contrast=0 held_out=0",  # filtered behaviour cloning
+    # filtered behaviour cloning; its "pairs" are twice the same chunk, so beta can't be auto: about that of C
+    "F": "dpo.sft_coef=0.25 dpo.contrast=0 dpo.beta=0.5 held_out=0",
     "D-dora": "dpo.sft_coef=0.25 adapter=dora",
     "D-elbo": "dpo.sft_coef=0.25 surrogate=elbo",
     "D-exact": "dpo.sft_coef=0.25 surrogate=exact",

@@ -487,6 +487,18 @@ def test_beta_makes_the_references_log_ratios_of_order_one():
     assert beta * (w - rejected_too).std(correction=0).item() == pytest.approx(1, rel=1e-4)
 
 
+def test_a_beta_needs_no_pairs_that_differ_where_there_is_no_contrast():
+    """Filtered cloning has the same chunk twice: nothing to derive a beta from, and nothing that needs it."""
+    policy, pairs = adapted()[0], random_pairs(10)
+    pairs |= {"rejected": pairs["chosen"]}
+    cfg = dpo.Config(batch_size=10, contrast=0.0, beta=0.5)
+    assert dpo.choose_beta(policy, pairs, *dpo.scorer(policy, cfg), cfg) == 0.5
+    for changes in ({"contrast": 1.0}, {"beta": "auto"}):
+        cfg = replace(dpo.Config(batch_size=10, contrast=0.0, beta=0.5), **changes)
+        with pytest.raises(UserError, match="standard deviation of 0"):
+            dpo.choose_beta(policy, pairs, *dpo.scorer(policy, cfg), cfg)
+
+
 # --------------------------------------------------------------------------------------------------------- 04
 def rows_of(successes, task=0, crash=""):
     row = {"suite": "s", "task": task, "seed": 1, "crash": crash, "steps": 100}
