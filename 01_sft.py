@@ -128,7 +128,7 @@ def statistics(x: np.ndarray) -> dict:
 def rows_of_step(cfg: Config, step: int, data: dict) -> torch.Tensor:
     """The rows (batch_size,) of a training step: any, and then the share of early looks."""
     n = round(cfg.early * cfg.batch_size)
-    early = (data["step"] <= 16).nonzero()[:, 0]  # up to the fifth look, where every fourth step has one
+    early = (data["step"] <= 16).nonzero()[:, 0]  # the first five frames: every fourth step has one
     parts = [("sft", cfg.batch_size - n, torch.arange(len(data["step"]))), ("sft early", n, early)]
     return torch.cat([r[common.shuffled(cfg.seed, name, step, k, len(r))] for name, k, r in parts if k])
 
@@ -204,8 +204,9 @@ def validation_loss(policy, data: dict, cfg: Config) -> float:
 
 @torch.no_grad()
 def right_place(policy, data: dict, cfg: Config) -> dict:
-    """Share of the chunks, four for each first look held out, that head for the target's place in this layout
-    and not for that in the other. A policy that does not look gets one half. Empty where no target moves.
+    """Share of chunks, four for each first look of the demonstrations held out, that head for the target's
+    place in this layout and not for that in the other. Over both layouts, a blind policy gets one half. Empty
+    where no target moves.
     """
     first = ((data["step"] == 0) & data["places"].isfinite().all(-1).all(-1)).nonzero()[:, 0]
     right = []

@@ -19,9 +19,9 @@ added, clipped), since it earned the label. The proposed one is stored beside it
 two episodes step by step, and scores every chunk under the *first* observation.
 
 `pairs: branch` is what DPO's derivation asks for. At decision points of a failed episode the simulator's
-state is restored. Other chunks are sampled from the same observation. The policy plays each of them out to
-the end, *with the same later noise*. A policy that acts greedily (noise_scale 0) still tries other chunks
-(branch_scale).
+state is restored. Other chunks are sampled from the same observation. The policy plays them out, one after
+another until one succeeds, *with the same later noise*. A policy that acts greedily (noise_scale 0) still
+tries other chunks (branch_scale).
 
 Differs from the paper: it uses init states 20-34, which no demonstration and no evaluation uses. Two failures
 never form a pair.
@@ -80,8 +80,8 @@ class Decision:
     state: object
     obs: dict
     proposed: np.ndarray  # (H, 7)
-    executed: np.ndarray  # (H, 7) equals proposed but for noise and clipping
-    n: int  # actions executed
+    executed: np.ndarray  # (H, 7) with noise and clipped, as the first n of them were executed
+    n: int
 
 
 def play(

@@ -5,8 +5,8 @@ writes  <run>/<backbone>/seed<k>/dpo-<adapter>-<pairs>[-<surrogate>][-at<start>]
         adapter_config.json (peft's format), metrics.jsonl, done.json
 cost    per step one pass of the language model each for policy and reference, and 4 x draws expert passes per
         pair; configs/tiny.yaml: half a minute.
-        surrogate=exact: 2 x ode_steps passes per pair, with two derivatives each
-try     python 03_dpo.py configs/try.yaml name=mine adapter=dora dpo.beta=0.1
+        surrogate=exact: 8 x ode_steps passes per pair (2 a step, for 4 scores), with two derivatives each
+try     python 03_dpo.py configs/try.yaml name=mine dpo.beta=0.1
 
 The loss is that of Rafailov et al. (arXiv 2305.18290, Eq. 7) on four log-probabilities. Autoregressive
 backbones have them in closed form. For flow matching the paper puts a surrogate in their place: the negative
@@ -181,13 +181,13 @@ def choose_beta(policy, pairs: dict, draw: Callable, score: Callable, cfg: Confi
     if given and (n < 2 or not cfg.contrast):
         return given
     index = torch.arange(0, n, max(1, n // 64))
-    draws, log_ratios = draw(len(index), common.stream(cfg.seed, "beta")), []
+    draws, differences = draw(len(index), common.stream(cfg.seed, "beta")), []
     with policy.reference():
         for rows in torch.arange(len(index)).split(cfg.batch_size):  # no more memory than a training step
-            shared = common.select(draws, rows)
-            ref_w, ref_l = score(*batch_of(pairs, index[rows]), shared, ("beta", int(rows[0])))
-            log_ratios.append(ref_w - ref_l)
-    spread = torch.cat(log_ratios).std(correction=0).item()
+            own = common.select(draws, rows)
+            ref_w, ref_l = score(*batch_of(pairs, index[rows]), own, ("beta", int(rows[0])))
+            differences.append(ref_w - ref_l)
+    spread = torch.cat(differences).std(correction=0).item()
     why = f"log p_ref(chosen) - log p_ref(rejected) has a standard deviation of {spread:.3g} over the pairs"
     refuse(not 1e-5 < spread < 1e9, f"{why}; look at the weights, statistics and pairs")
     beta = given or 1.0 / spread

@@ -5,7 +5,7 @@ writes  <run>/<backbone>/seed<k>/eval-<policy>[-val]/: episodes.jsonl (a line pe
         videos/, done.json; and results.{json,md} beside these folders: all evaluations so far in one table,
         paired with the SFT policy
 cost    1 to 3 s per episode and core
-try     python 04_eval.py configs/try.yaml name=mine policy=dpo
+try     python 04_eval.py configs/try.yaml name=mine policy=dpo adapters_from=    (without it, the kit's own)
 
 An episode is identified by (suite, task, init state, seed). These alone determine the policy's noise at each
 look. So two policies are compared on the same episodes, with the same noise, in any order and on any number
@@ -72,7 +72,7 @@ def load_policy(cfg: Config):
 
 def first_look(env: TaskEnv, policy, cfg: Config, init: int) -> dict:
     """Share of four chunks at the first look that head for the target's place in this layout and not for that
-    in the other. A policy that does not look gets one half. Empty where no target moves.
+    in the other. Over both layouts, a policy that is blind gets one half. Empty where no target moves.
     """
     places, names = target_places(env, init), ("first look", env.suite, env.task_id, init)
     if np.isnan(places).any():

@@ -7,7 +7,7 @@ writes  <run>/<backbone>/seed<k>/validate-<pairs>[-at<start>]/: measures.safeten
         beside the folder its tables, validate-<pairs>[-at<start>].{json,md}
 cost    an estimate takes a pass of the action expert per draw, the exact value 2 x ode_steps x (1 +
         dimensions of a chunk), the density of the Euler map half of that
-try     python 07_validate.py configs/tiny.yaml validate.n_pairs=8
+try     python 07_validate.py configs/try.yaml name=mine validate.n_pairs=8
 
 Three quantities are compared. `log p` is that of a chunk. `difference` is log p of the chosen chunk minus
 that of the rejected one, under one policy. `margin` is the difference under a DPO policy minus that under its
@@ -24,7 +24,8 @@ variance between repeats over that between pairs. Its `bias` is what more repeat
 between its mean over endless repeats and the exact values. report/agreement.py makes the tables.
 
 "Exact" is the likelihood of the flow. The policy acts by ten Euler steps, whose density is another one. The
-noise behind every branch pair is known, so that density is measured too, and all are compared with it.
+noise behind a branch pair can be drawn again, so that density is measured too, and all are compared with it.
+(Where it does not give the chunk back, the value is nan.)
 
 Bias and variance of DPO's loss are bounded by the variance of the estimated margin (VRPO, arXiv 2505.19223).
 Its three levers are among the estimators: more draws, one noise for each time (`paper, one time` has several

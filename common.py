@@ -389,7 +389,7 @@ class AdapterConfig(PairsConfig):
     adapter: Literal["lora", "dora"] = "lora"
     adapters_from: Place = ""  # folder with lora/ and dora/, adapters that 04 and 07 take; empty = 03's
     surrogate: Literal[tuple(SURROGATES)] = "paper"  # what DPO takes for log p of a flow policy
-    held_out: int = 0  # N: the pairs of every N-th attempt are only measured, not trained on; 0 = none
+    held_out: int = 0  # N: every N-th attempt that gave a pair is only measured, not trained on; 0 = none
 
     @property
     def made_adapter(self) -> Path:

@@ -3,7 +3,7 @@
 #
 #   bash run_all.sh [CONFIG] [STAGES] [key=value ...]
 #   bash run_all.sh                                       configs/tiny.yaml: half an hour on two cores, no GPU
-#   bash run_all.sh configs/smoke.yaml                    the same in a few minutes, to see that everything works
+#   bash run_all.sh configs/smoke.yaml                    every stage in a few minutes, to see that everything works
 #   bash run_all.sh configs/tiny.yaml "03 04" dpo.beta=2  only DPO and the evaluations, with another beta
 #   bash run_all.sh configs/tiny.yaml adapters=dora       without the LoRA variant
 #   bash run_all.sh configs/tiny.yaml backbones=both      both paradigms, one after the other

@@ -38,7 +38,8 @@ def preview(cfg, section: str) -> None:
     if cfg.given:
         refuse(
             not Path(cfg.given).exists(),
-            f"no checkpoint {cfg.given}; give the folder that holds its .safetensors, or get one:"
+            f"no checkpoint {cfg.given}; if a run makes it, run that first (01_sft.py); else give the folder"
+            " that holds its .safetensors, or get one:"
             f" `hf download {EXAMPLES[cfg.backbone]} --local-dir {cfg.given}`",
         )
         weights, execute = weights_of(getattr(cfg, "start", "final")), getattr(cfg, "execute", 1)
@@ -64,7 +65,7 @@ def load_sft(cfg) -> Policy:
 
 @torch.inference_mode()
 def propose(policy: Policy, obs: dict, cfg, generators: list[torch.Generator]) -> torch.Tensor:
-    """One normalised chunk (H, 7) per generator for one observation, which is encoded once: (N, H, 7)."""
+    """One normalised chunk (H, D) per generator for one observation, which is encoded once: (N, H, D)."""
     refuse(cfg.execute > policy.horizon, TOO_MANY.format(cfg.execute, policy.horizon))
     batch = collate([blank_images(obs) if cfg.blank_images else obs])
     prefix = policy.encode(batch).select(torch.zeros(len(generators), dtype=torch.long))

@@ -3,9 +3,9 @@
 The stages ask five things of a policy and know nothing of what is behind them:
 
     encode(obs) -> Prefix              images, text and state -> what every later call shares; the costly part
-    sample_actions(prefix, noise)      -> (B, H, 7) normalised action chunk
-    log_prob(prefix, chunk, draws)     -> (B,) sum of token log-probabilities (action tokens), or a surrogate
-                                       (flow matching)
+    sample_actions(prefix, noise)      -> (B, H, D) normalised action chunk, the actions first in D
+    log_prob(prefix, chunk, draws, mask) -> (B,) sum of token log-probabilities (action tokens), or a
+                                       surrogate (flow matching)
     sft_loss(prefix, chunk, draws)     -> scalar, the loss of supervised fine-tuning
     reference()                        context: the same weights with the adapter off, without gradients
 

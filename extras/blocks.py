@@ -30,7 +30,7 @@ ARMS = {  # arm -> what 03 is given beside the config; A is the snapshot itself
     "B": f"dpo.sft_coef=0 {PAPER}",  # the paper's dose and loss
     "C": "dpo.sft_coef=0.25 dpo.contrast=0",  # the anchor alone
     "D": "dpo.sft_coef=0.25",  # contrast and anchor
-    "E": "dpo.sft_coef=2",  # mostly anchor, the kit's default
+    "E": "dpo.sft_coef=2",  # mostly anchor, as in tiny.yaml
     # filtered behaviour cloning; its "pairs" are twice the same chunk, so beta can't be auto: about that of C
     "F": "dpo.sft_coef=0.25 dpo.contrast=0 dpo.beta=0.5 held_out=0",
     "D-dora": "dpo.sft_coef=0.25 adapter=dora",

@@ -163,7 +163,7 @@ def delivered(claim: dict, paper: dict) -> tuple[str, bool]:
     margin, theirs = float(np.mean(margins or [0.0])), paper["settings"]["logs.margin"][0]
     given = margin * FACTOR >= theirs
     words = "delivered" if given else "not delivered"
-    return f"mean margin {margin:.2g}, {words} (the authors' logs end at {theirs} or more)", given
+    return f"mean margin {margin:.3g}, {words} (the authors' logs end at {theirs} or more)", given
 
 
 def verdict(claim: dict, found: Found, works: bool = True, given: bool = True) -> str:
@@ -280,7 +280,7 @@ def outcome(row: dict) -> str:
 def contrasts_table(plan: dict) -> str:
     rows = contrasts(plan)
     if not rows:
-        return f"Not run yet: fewer than {ENOUGH} of {plan['blocks']} blocks."
+        return f"Fewer than {ENOUGH} of {plan['blocks']} blocks are complete: no figures yet."
     return listing(
         rows,
         {
