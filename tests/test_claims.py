@@ -390,7 +390,7 @@ def test_no_test_is_made_before_all_blocks_are_there(tmp_path, monkeypatch):
         )
         assert 0 < row["detectable"] < 0.2
     assert "| B - A | 3 of 12 |  |  |  |" in claims.contrasts_table(plan)
-    assert claims.contrasts_table(plan | {"folder": "nowhere"}).startswith("Not run yet")
+    assert claims.contrasts_table(plan | {"folder": "nowhere"}).startswith("Fewer than 3")
 
 
 # --------------------------------------------------------------------------------------------------- the logs
