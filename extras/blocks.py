@@ -1,50 +1,71 @@
-"""A block of the look experiment (results/look/plan.md): one training seed, its pairs, and every arm.
+"""A block of an experiment: one training seed, its pairs, and every arm.
 
-    python -m extras.blocks SEED [ARM ...]        without arms: A to F
+    python -m extras.blocks SEED [ARM ...]                    flow policy, results/look/plan.md
+    python -m extras.blocks autoregressive SEED [ARM ...]     results/autoregressive/plan.md
 
-reads   configs/blocks.yaml, results/look/plan.md
-writes  runs/blocks/ and runs/blocks_<arm>/, by the stages themselves; results/look/blocks/seed<k>.csv, a line
-        per episode, and seed<k>.json: what each arm trained on, and how far it moved the held-out pairs
-cost    an hour and a half on two idle cores for six arms; stopped at any moment, the same command goes on
+reads   the experiment's config and plan.md
+writes  runs/<config>/ and runs/<config>_<arm>/, by the stages themselves; beside the plan blocks/seed<k>.csv,
+        a line per episode, and seed<k>.json: what each arm trained on, how far it moved the held-out pairs
+cost    40 minutes on two idle cores for arms A to F; stopped at any moment, the same command goes on
 
-All arms start from one snapshot and train on one set of pairs, and each plays the same 400 episodes. Every
-fifth attempt with a pair is kept from all arms, to measure what they learned.
+All arms start from one snapshot and train on one set of pairs, and each plays the same episodes. Every fifth
+attempt with a pair is kept from all arms, to measure what they learned. Without arms the first six are made,
+or all of fewer. Those from ipo on belong to results/neighbours/plan.md.
 """
 
 import csv
 import io
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import common
 from runtime import HERE, disk, one_of, refuse, stage
-from runtime.config import read_yaml
+from runtime.config import load_config
 
-CONFIG, OUT = "configs/blocks.yaml", HERE / "results" / "look"
-START = 2000  # the snapshot of 01 that all arms start from, chosen on validation states
-# the paper's; its beta of 0.1 multiplies a mean over 8 x 7 numbers, ours a sum
-PAPER = "dpo.beta=0.0017857 dpo.batch_size=1 dpo.steps=500 dpo.lr=5e-5 dpo.warmup=100"
-ARMS = {  # arm -> what 03 is given beside the config; A is the snapshot itself
+# the paper's dose; its beta of 0.1 multiplies a mean over 8 x 7 numbers, ours a sum
+PAPER = "dpo.sft_coef=0 dpo.beta=0.0017857 dpo.batch_size=1 dpo.steps=500 dpo.lr=5e-5 dpo.warmup=100"
+ANCHOR = "dpo.sft_coef=0.25"
+LOOK = {  # arm -> what makes it from the snapshot: a script and its settings; "" = nothing
     "A": "",
-    "B": f"dpo.sft_coef=0 {PAPER}",  # the paper's dose and loss
-    "C": "dpo.sft_coef=0.25 dpo.contrast=0",  # the anchor alone
-    "D": "dpo.sft_coef=0.25",  # contrast and anchor
-    "E": "dpo.sft_coef=2",  # mostly anchor, as in tiny.yaml
+    "B": f"03_dpo.py {PAPER}",  # the paper's dose and loss
+    "C": f"03_dpo.py {ANCHOR} dpo.contrast=0",  # the anchor alone
+    "D": f"03_dpo.py {ANCHOR}",  # contrast and anchor
+    "E": "03_dpo.py dpo.sft_coef=2",  # mostly anchor, as in tiny.yaml
     # filtered behaviour cloning; its "pairs" are twice the same chunk, so beta can't be auto: about that of C
-    "F": "dpo.sft_coef=0.25 dpo.contrast=0 dpo.beta=0.5 held_out=0",
-    "D-dora": "dpo.sft_coef=0.25 adapter=dora",
-    "D-elbo": "dpo.sft_coef=0.25 surrogate=elbo",
-    "D-exact": "dpo.sft_coef=0.25 surrogate=exact",
+    "F": f"03_dpo.py {ANCHOR} dpo.contrast=0 dpo.beta=0.5 held_out=0",
+    "D-dora": f"03_dpo.py {ANCHOR} adapter=dora",
+    "D-elbo": f"03_dpo.py {ANCHOR} surrogate=elbo",
+    "D-exact": f"03_dpo.py {ANCHOR} surrogate=exact",
+    **{loss: f"03_dpo.py {ANCHOR} dpo.loss={loss}" for loss in ("ipo", "hinge")},
+    **{loss: f"extras.losses {ANCHOR} dpo.loss={loss}" for loss in ("proximal", "simpo", "kto", "nft")},
+    "grpo": "extras.grpo",
 }
+AUTOREGRESSIVE = {
+    "A": "",
+    "lora-paper": f"03_dpo.py {PAPER}",
+    "dora-paper": f"03_dpo.py {PAPER} adapter=dora",
+    "lora-anchor": f"03_dpo.py {ANCHOR}",
+    "dora-anchor": f"03_dpo.py {ANCHOR} adapter=dora",
+}
+EXPERIMENTS = {  # -> its config, under how many noise seeds each arm plays, its arms
+    "look": ("blocks", 2, LOOK),
+    "autoregressive": ("blocks_openvla", 1, AUTOREGRESSIVE),  # greedy decoding has no noise
+}
+RECORDED = ("beta", "pairs", "chunks", "playouts", "delivered", "commit")  # of what an arm trained on
 FIELDS = ("seed", "suite", "task", "init_state", "success", "steps", "crash", "right_place")
 
 
+def folder_of(cfg: common.AdapterConfig, arm: str) -> Path:
+    return HERE / replace(cfg, name=cfg.name + f"_{arm}" * (arm != "A")).seed_dir
+
+
 def run(script: str, *settings: str) -> None:
-    command = [sys.executable, script, CONFIG, *settings, "overwrite=true"]
-    print("\n$ python", *command[1:], flush=True)
-    code = subprocess.run(command, cwd=HERE).returncode
-    refuse(code, f"{script} stopped with code {code}; mend it, and give the same command again")
+    script = ["-m", script] if script.startswith("extras.") else [script]
+    print("\n$ python", *script, *settings, flush=True)
+    code = subprocess.run([sys.executable, *script, *settings, "overwrite=true"], cwd=HERE).returncode
+    refuse(code, f"{script[-1]} stopped with code {code}; mend it, and give the same command again")
 
 
 def trained_on(prefs: Path, held_out: int) -> list[int]:
@@ -71,52 +92,52 @@ def successes(prefs: Path, folder: Path, held_out: int) -> None:
     disk.write_rows(folder / "pairs.jsonl", [rows[i] for i in won])
 
 
-def collect(seed: int) -> None:
+def collect(name: str, cfg: common.AdapterConfig, arms: dict) -> None:
     """Write what a block has played on held-out states, and what its arms trained on."""
-    about = {"block": seed, "plan": disk.sha256(OUT / "plan.md"), "commit": stage.git_commit()}
-    table, trained = io.StringIO(), {}
+    out, seed, table, trained = HERE / "results" / name, cfg.seed, io.StringIO(), {}
     writer = csv.DictWriter(table, ("block", "arm", *FIELDS), extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    for arm in ARMS:
-        folder = HERE / "runs" / ("blocks" if arm == "A" else f"blocks_{arm}") / "pi05" / f"seed{seed}"
-        for path in folder.glob("dpo-*/done.json"):
-            facts = disk.read_json(path)
-            trained[arm] = {key: facts[key] for key in ("beta", "pairs", "delivered") if key in facts}
+    for arm in arms:
+        folder = folder_of(cfg, arm)
+        for path in folder.rglob("done.json"):
+            if path.with_name("adapter_config.json").is_file():  # 03 or an extra has trained here
+                facts = disk.read_json(path) | disk.read_json(path.with_name("timing.json"))
+                trained[arm] = {key: facts[key] for key in RECORDED if key in facts}
         for path in sorted(folder.glob("eval-*/episodes.jsonl")):
             for row in disk.read_jsonl(path):
                 if row["init_state"] in common.INIT_GROUPS["test"]:
                     writer.writerow(row | {"block": seed, "arm": arm, "success": int(row["success"])})
-    (OUT / "blocks").mkdir(exist_ok=True)
-    disk.write_atomic(OUT / "blocks" / f"seed{seed}.csv", table.getvalue())
-    disk.write_json(OUT / "blocks" / f"seed{seed}.json", about | {"arms": trained})
+    (out / "blocks").mkdir(exist_ok=True)
+    disk.write_atomic(out / "blocks" / f"seed{seed}.csv", table.getvalue())
+    cost = disk.read_json(HERE / cfg.made_pairs / "done.json")["playouts"]
+    about = {"block": seed, "plan": disk.sha256(out / "plan.md"), "playouts": cost, "arms": trained}
+    disk.write_json(out / "blocks" / f"seed{seed}.json", about)
 
 
-def main(seed: str, *arms: str) -> None:
-    refuse(not seed.isdecimal(), f"the training seed must be a whole number, not {seed!r}")
-    for arm in arms:
-        one_of("arm", arm, list(ARMS))
-    own, at, held_out = f"seed={seed}", f"start={START}", read_yaml(HERE / CONFIG)["held_out"]
-    block = Path("runs/blocks/pi05", f"seed{seed}")
-    prefs = block / f"prefs-branch-at{START}"
-    run("00_demos.py")
-    run("01_sft.py", own)
-    run("02_collect_prefs.py", own, at)
-    successes(HERE / prefs, HERE / block / "successes", held_out)
-    for arm in arms or list(ARMS)[:6]:
-        given, policy = [own, at], "policy=sft"
+def main(*words: str) -> None:
+    words = words if words[0] in EXPERIMENTS else ("look", *words)
+    name, seed, named = words[0], "".join(words[1:2]), words[2:]
+    config, noises, arms = EXPERIMENTS[name]
+    for arm in named:
+        one_of("arm", arm, list(arms))
+    block = f"configs/{config}.yaml", f"seed={seed}"
+    cfg = load_config(common.AdapterConfig, [*block])
+    for script in ("00_demos.py", "01_sft.py", "02_collect_prefs.py"):
+        run(script, *block)
+    successes(HERE / cfg.made_pairs, HERE / cfg.seed_dir / "successes", cfg.held_out)
+    for arm in named or [*arms][:6]:
+        given, policy = block, "policy=sft"
         if arm != "A":
-            pairs = block / "successes" if arm == "F" else prefs
-            given += [
-                f"name=blocks_{arm}",
-                f"checkpoint={block}/sft",
-                f"pairs_from={pairs}",
-                *ARMS[arm].split(),
-            ]
-            policy = "policy=dpo"
-            run("03_dpo.py", *given)
-        for noise in (0, 1000 + int(seed)):
+            script, *settings = arms[arm].split()
+            pairs = cfg.seed_dir / "successes" if arm == "F" else cfg.made_pairs
+            own = f"name={cfg.name}_{arm}", f"checkpoint={cfg.seed_dir}/sft", f"pairs_from={pairs}"
+            given, policy = (*block, *own, *settings), "policy=dpo"
+            run(script, *given)
+            made = folder_of(cfg, arm).glob("*/*/adapter_config.json")  # by an extra, where 04 does not look
+            given += tuple(f"adapters_from={path.parents[1].relative_to(HERE)}" for path in made)
+        for noise in [0, 1000 + cfg.seed][:noises]:
             run("04_eval.py", *given, policy, f"eval.noise_seed={noise}")
-        collect(int(seed))
+        collect(name, cfg, arms)
 
 
 if __name__ == "__main__":

@@ -56,9 +56,10 @@ def first_looks(cfg) -> dict:
         chunks.append(backbones.propose(policy, obs, cfg, [common.stream(0, "first run", look)])[0])
     normalised = torch.cat(chunks)[:, : common.ACTION_DIM]
     actions = policy.unnormalise(normalised)
-    moments = {name: getattr(torch, name)(actions, 0).tolist() for name in ("mean", "std", "amin", "amax")}
     return {
-        "actions": moments,
+        "actions": {
+            name: getattr(torch, name)(actions, 0).tolist() for name in ("mean", "std", "amin", "amax")
+        },
         "beyond_1": (normalised.abs() > 1).float().mean().item(),
         "seconds": times,
         "instruction": obs["instruction"],

@@ -192,11 +192,10 @@ def main(cfg: Config, run: stage.Run) -> dict:
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-        kept = advantages(returns).isfinite().all(1).double().mean().item()
         run.log(
             step,
             success=returns.nanmean().item(),
-            kept=kept,
+            kept=advantages(returns).isfinite().all(1).double().mean().item(),
             chunks=n,
             loss=sum(losses) / max(1, len(losses)),
         )

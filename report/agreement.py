@@ -182,8 +182,7 @@ def against_what_acts(cfg, sft: dict, attempt: np.ndarray) -> Iterator[dict]:
     keys = [key for key in sft if "/" in key and int(key.split("/")[1]) in (cfg.draws, cfg.max_draws)]
     for key in ["exact", *keys]:
         name, _, k = key.partition("/")
-        scores = sft[key] if k else sft[key][None]
-        value = quantity(scores[:, known], None, name != "independent")
+        value = quantity((sft[key] if k else sft[key][None])[:, known], None, name != "independent")
         metrics = {
             "spearman": correlations(value[0].numpy(), truth.numpy(), attempt)["spearman"],
             "sign agreement": right_signs(value, truth, attempt),

@@ -21,10 +21,9 @@ from report import stats
 from report.episodes import compared, paired, place_of, summarise
 from runtime import disk, refuse
 
-FEW = 100  # with fewer episodes an interval is wider than 20 points at a success rate of one half
 NOISE = r"^eval-|libero_(spatial|object|goal|10|90|long10)|\d+x\d+|multiseed|seed\d+"  # not the policy's name
 Cells = dict[tuple[str, str, int], dict[tuple, dict]]  # (policy, suite, seed) -> place -> row
-# kind: duplicate, table, missing, crash, few or unreadable
+# kind: duplicate, table, missing, crash or unreadable
 Finding = namedtuple("Finding", "kind where text")
 
 
@@ -205,11 +204,5 @@ def audit(folder: Path) -> dict:
             **summarise(together(distinct, policy, [suite])),
         }
         for policy, suite in sorted({key[:2] for key in cells})
-    ]
-    few = "{n} distinct episodes: the 95 % interval of its rate runs from {ci95[0]:.0%} to {ci95[1]:.0%}"
-    findings += [
-        Finding("few", f"{row['policy']}, {row['suite']}", few.format_map(row))
-        for row in rates
-        if row["n"] + row["crashes"] < FEW
     ]
     return {"rates": rates, "pairs": pairs(distinct), "findings": findings}

@@ -100,14 +100,14 @@ def chapter(experiment: Experiment, folder: Path) -> tuple[list[str], dict[str, 
     if experiment.episodes and rates:
         found = audit.audit(experiment.episodes)
         if len({str(row["train_seeds"]) for row in rates}) > 1:
-            heading = "Success from single episodes, all seeds together"
-            parts.append(("/together", heading, tables.rates_table(found["rates"])))
+            parts.append(("/together", "Success, all seeds together", tables.rates_table(found["rates"])))
         if found["pairs"]:
-            heading = "From single episodes, all seeds together"
-            parts.append(("/pairs", heading, tables.pairs_table(found["pairs"])))
+            parts.append(("/pairs", "Compared, all seeds together", tables.pairs_table(found["pairs"])))
         parts.append(("", "", findings_list(found["findings"])))
-    videos = experiment.videos[:: math.ceil(len(experiment.videos) / CLIPS) or 1]  # spread over the tasks
-    clips = ["!" + link_to(path, f"{path.parent.parent.name}: {path.stem}", folder) for path in videos]
+    clips = [
+        "!" + link_to(path, f"{path.parent.parent.name}: {path.stem}", folder)
+        for path in experiment.videos[:: math.ceil(len(experiment.videos) / CLIPS) or 1]  # of all tasks
+    ]
     commands = {f"- `{row['command']}` at {row['commit'] or 'no commit'}" for row in experiment.rows}
     parts += [
         ("", "Rollouts", "\n".join(clips)),

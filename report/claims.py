@@ -257,7 +257,8 @@ def contrasts(plan: dict) -> list[dict]:
         detectable = power.detectable(power.over_trainings(whole, plan["blocks"] - 1))
         row = {"new": new, "base": base, "blocks": len(blocks), "detectable": detectable, "nats": nats[new]}
         complete = len(blocks) >= plan["blocks"]
-        p = power.t_test(found.value, found.error, found.df) if complete else None
+        # a plan that tests nothing gives intervals alone
+        p = power.t_test(found.value, found.error, found.df) if complete and plan["primary"] else None
         rows.append(row | {"found": found if complete else None, "p": p, "p_holm": None})
     primary = [row for row in rows if row["found"] and [row["new"], row["base"]] in plan["primary"]]
     if len(primary) == len(plan["primary"]):
@@ -300,8 +301,7 @@ def contrasts_table(plan: dict) -> str:
 
 # ----------------------------------------------------------------------------------------------------- tables
 def at_a_glance(row: dict) -> str:
-    other = "different setting, " if row["would"] else ""
-    return f"{other}{row['verdict']}: {row['here'].partition('; ')[0]}"
+    return "different setting, " * bool(row["would"]) + f"{row['verdict']}: {row['here'].partition('; ')[0]}"
 
 
 COLUMNS = {
@@ -372,7 +372,7 @@ def chapters(folder: Path) -> tuple[list[str], dict[str, str]]:
                 "command": "`{command}`",
             },
         ),
-        "blocks": contrasts_table(paper["blocks"]),
+        **{f"blocks/{name}": contrasts_table(plan) for name, plan in paper["blocks"].items()},
         "limitations": "\n".join(map('- Line {0[0]}: "{0[1]}"'.format, paper["limitations"])),
     }
     disk.write_json(folder / "claims.json", list(every.values()))

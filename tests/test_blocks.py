@@ -1,15 +1,19 @@
-"""The blocks of the look experiment (extras/blocks.py): F's data, and what is written of a block."""
+"""The blocks of the experiments (extras/blocks.py): F's data, the commands, what is written of a block."""
 
+import importlib
 import json
 
 import pytest
 import torch
 
-from extras import blocks
+import common
+from extras import blocks, grpo, losses
 from report import claims
 from runtime import disk
+from runtime.config import load_config
 from runtime.errors import UserError
 
+SCRIPTS = ("00_demos.py", "01_sft.py", "02_collect_prefs.py", "03_dpo.py", "04_eval.py")
 KEYS = ("agentview", "wrist", "state", "mask")
 
 
@@ -38,12 +42,13 @@ def test_cloning_takes_the_successes_of_attempts_that_are_not_held_out(tmp_path)
 
 def test_a_block_writes_every_held_out_episode_of_its_arms(tmp_path, monkeypatch):
     monkeypatch.setattr(blocks, "HERE", tmp_path)
-    monkeypatch.setattr(blocks, "OUT", tmp_path / "out")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/plan.md").write_text("plan", encoding="utf-8")
+    cfg = load_config(common.AdapterConfig, ["configs/blocks.yaml", "seed=7"])
+    (tmp_path / "results/look").mkdir(parents=True)
+    (tmp_path / "results/look/plan.md").write_text("plan", encoding="utf-8")
     facts = {"beta": 2.0, "pairs": 9, "delivered": {"nats": 1.0}}
-    for arm, folder in (("A", "blocks"), ("D", "blocks_D")):
-        seed_dir = tmp_path / "runs" / folder / "pi05" / "seed7"
+    made = {"A": "prefs-branch-at2000", "D": "dpo-lora-branch-at2000", "kto": "losses-kto-at2000/lora"}
+    for arm, folder in made.items():
+        seed_dir = tmp_path / "runs" / ("blocks" if arm == "A" else f"blocks_{arm}") / "pi05" / "seed7"
         row = {
             "suite": "libero_object",
             "task": 0,
@@ -55,22 +60,84 @@ def test_a_block_writes_every_held_out_episode_of_its_arms(tmp_path, monkeypatch
         for name, seed, init in (("eval-x", 7, 40), ("eval-x-noise1007", 1007, 41), ("eval-x-val", 7, 35)):
             (seed_dir / name).mkdir(parents=True)
             disk.write_rows(seed_dir / name / "episodes.jsonl", [row | {"seed": seed, "init_state": init}])
-        if arm == "D":
-            (seed_dir / "dpo-lora").mkdir()
-            disk.write_json(seed_dir / "dpo-lora/done.json", facts | {"more": 1})
-    blocks.collect(7)
-    arms, nats = claims.read_blocks(tmp_path / "out/blocks")  # what the report makes of it
-    assert {arm: list(of_arm) for arm, of_arm in arms.items()} == {"A": [7], "D": [7]} and nats["D"] == [1.0]
-    for arm in "AD":
-        assert [(r["seed"], r["init_state"], r["success"]) for r in arms[arm][7]] == [
-            (7, 40, True),
-            (1007, 41, True),
-        ]
-    record = json.loads((tmp_path / "out/blocks/seed7.json").read_text(encoding="utf-8"))
-    assert record["arms"] == {"D": facts} and record["plan"] == disk.sha256(tmp_path / "out/plan.md")
+        (seed_dir / folder).mkdir(parents=True)
+        disk.write_json(seed_dir / folder / "done.json", facts | {"more": 1, "playouts": 950})
+        disk.write_json(seed_dir / folder / "timing.json", {"commit": "abc", "host": "x"})
+        if arm != "A":
+            disk.write_json(seed_dir / folder / "adapter_config.json", {})
+    blocks.collect("look", cfg, blocks.LOOK)
+    out = tmp_path / "results/look/blocks"
+    arms, nats = claims.read_blocks(out)  # what the report makes of it
+    assert {arm: list(of_arm) for arm, of_arm in arms.items()} == {"A": [7], "D": [7], "kto": [7]}
+    assert nats == {"D": [1.0], "kto": [1.0]}
+    for arm in made:
+        played = [(r["seed"], r["init_state"], r["success"]) for r in arms[arm][7]]
+        assert played == [(7, 40, True), (1007, 41, True)]
+    record = json.loads((out / "seed7.json").read_text(encoding="utf-8"))
+    assert record["arms"] == dict.fromkeys(("D", "kto"), facts | {"playouts": 950, "commit": "abc"})
+    assert record["plan"] == disk.sha256(tmp_path / "results/look/plan.md") and record["playouts"] == 950
 
 
-@pytest.mark.parametrize("words", [[""], ["x"], ["7", "G"]])
-def test_bad_words_are_named(words):
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    """What a block runs, as (config, words): the config that the script makes of them. Nothing is run."""
+    configs = {script: importlib.import_module(script.removesuffix(".py")).Config for script in SCRIPTS}
+    configs |= {"extras.losses": losses.Config, "extras.grpo": grpo.Config}
+    ran = []
+
+    def run(*words):
+        ran.append((load_config(configs[words[0]], words[1:]), words))
+        if words[0].startswith("extras."):
+            (tmp_path / ran[-1][0].folder).mkdir(parents=True)
+            disk.write_json(tmp_path / ran[-1][0].folder / "adapter_config.json", {})
+
+    monkeypatch.setattr(blocks, "HERE", tmp_path)
+    monkeypatch.setattr(blocks, "run", run)
+    monkeypatch.setattr(blocks, "successes", lambda *_: None)
+    monkeypatch.setattr(blocks, "collect", lambda *_: None)
+    return ran
+
+
+def test_each_arm_is_played_with_the_adapter_that_was_trained_for_it(commands):
+    blocks.main("7", *blocks.LOOK)
+    blocks.main("autoregressive", "7")
+    assert len(commands) == 2 * 3 + 3 * len(blocks.LOOK) - 1 + 2 * 5 - 1
+    assert len({cfg.folder for cfg, _ in commands}) == len(commands), "two commands write one folder"
+    trained = None
+    for cfg, words in commands:
+        if words[0] == "04_eval.py" and cfg.policy == "dpo":
+            assert cfg.adapter_dir == trained
+        trained = cfg.folder if words[0] in ("03_dpo.py", "extras.losses", "extras.grpo") else trained
+
+
+def test_arms_share_their_start_and_pairs_and_play_the_same_noise(commands):
+    blocks.main("7")
+    trained = [words for _, words in commands if words[0] == "03_dpo.py"]
+    played = [words for _, words in commands if words[0] == "04_eval.py"]
+    assert len(trained) == 5 and len(played) == 12, "A to F, each under two noise seeds"
+    assert all("checkpoint=runs/blocks/pi05/seed7/sft" in words for words in trained)
+    pairs = [[word for word in words if word.startswith("pairs_from=")] for words in trained]
+    assert pairs == [["pairs_from=runs/blocks/pi05/seed7/prefs-branch-at2000"]] * 4 + [
+        ["pairs_from=runs/blocks/pi05/seed7/successes"]
+    ]
+    assert [words[-1] for words in played] == ["eval.noise_seed=0", "eval.noise_seed=1007"] * 6
+
+
+def test_greedy_decoding_is_played_once(commands):
+    blocks.main("autoregressive", "201", "A", "dora-paper")
+    assert [words[0] for _, words in commands[3:]] == ["04_eval.py", "03_dpo.py", "04_eval.py"]
+    cfg = commands[-1][0]
+    assert (cfg.backbone, cfg.noise_scale, cfg.adapter, cfg.held_out, cfg.start) == (
+        "openvla",
+        0,
+        "dora",
+        5,
+        "2000",
+    )
+
+
+@pytest.mark.parametrize("words", [[""], ["x"], ["7", "G"], ["autoregressive"], ["autoregressive", "7", "B"]])
+def test_bad_words_are_named(words, commands):
     with pytest.raises(UserError):
         blocks.main(*words)
+    assert not commands

@@ -345,7 +345,7 @@ def blocks(folder, gains: dict[str, float], n_blocks: int = 12, spread: float = 
         (folder / f"seed{block}.csv").write_text("\n".join(lines))
         arms = {"B": {"delivered": {"nats": 2.0 + block}}, "F": {}}
         disk.write_json(folder / f"seed{block}.json", {"arms": arms})
-    return copy.deepcopy(PAPER["blocks"]) | {"folder": folder.name}
+    return copy.deepcopy(PAPER["blocks"]["look"]) | {"folder": folder.name}
 
 
 def test_planted_blocks_with_holm_over_the_three_primaries(tmp_path, monkeypatch):
@@ -391,6 +391,17 @@ def test_no_test_is_made_before_all_blocks_are_there(tmp_path, monkeypatch):
         assert 0 < row["detectable"] < 0.2
     assert "| B - A | 3 of 12 |  |  |  |" in claims.contrasts_table(plan)
     assert claims.contrasts_table(plan | {"folder": "nowhere"}).startswith("Fewer than 3")
+
+
+def test_a_plan_without_primary_comparisons_gives_intervals_and_no_p(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "RESULTS", tmp_path)
+    plan = blocks(tmp_path / "b", {"A": 0, "D": 0.1, "kto": 0.05}, n_blocks=3, spread=0.02)
+    plan |= {"blocks": 3, "primary": [], "exploratory": [["kto", "A"], ["kto", "D"]]}
+    rows = claims.contrasts(plan)
+    assert [(row["p"], row["p_holm"], claims.outcome(row)) for row in rows] == [
+        (None, None, "exploratory")
+    ] * 2
+    assert all(row["found"].interval[0] < row["found"].value < row["found"].interval[1] for row in rows)
 
 
 # --------------------------------------------------------------------------------------------------- the logs
