@@ -33,14 +33,14 @@ LOOK = {  # arm -> what makes it from the snapshot: a script and its settings; "
     "C": f"03_dpo.py {ANCHOR} dpo.contrast=0",  # the anchor alone
     "D": f"03_dpo.py {ANCHOR}",  # contrast and anchor
     "E": "03_dpo.py dpo.sft_coef=2",  # mostly anchor, as in tiny.yaml
-    # filtered behaviour cloning; its "pairs" are twice the same chunk, so beta can't be auto: about that of C
+    # filtered behaviour cloning; no pairs, so beta can't be auto: about that of C
     "F": f"03_dpo.py {ANCHOR} dpo.contrast=0 dpo.beta=0.5 held_out=0",
     "D-dora": f"03_dpo.py {ANCHOR} adapter=dora",
     "D-elbo": f"03_dpo.py {ANCHOR} surrogate=elbo",
     "D-exact": f"03_dpo.py {ANCHOR} surrogate=exact",
     **{loss: f"03_dpo.py {ANCHOR} dpo.loss={loss}" for loss in ("ipo", "hinge")},
     **{loss: f"extras.losses {ANCHOR} dpo.loss={loss}" for loss in ("proximal", "simpo", "kto", "nft")},
-    "grpo": "extras.grpo",
+    "grpo": "extras.grpo grpo.max_steps=150",  # as 02's play-outs
 }
 AUTOREGRESSIVE = {
     "A": "",
@@ -64,7 +64,7 @@ def folder_of(cfg: common.AdapterConfig, arm: str) -> Path:
 def run(script: str, *settings: str) -> None:
     script = ["-m", script] if script.startswith("extras.") else [script]
     print("\n$ python", *script, *settings, flush=True)
-    code = subprocess.run([sys.executable, *script, *settings, "overwrite=true"], cwd=HERE).returncode
+    code = subprocess.run([sys.executable, *script, *settings], cwd=HERE).returncode
     refuse(code, f"{script[-1]} stopped with code {code}; mend it, and give the same command again")
 
 
@@ -82,13 +82,16 @@ def trained_on(prefs: Path, held_out: int) -> list[int]:
 
 
 def successes(prefs: Path, folder: Path, held_out: int) -> None:
-    """Pairs that clone what worked: chosen and rejected are the first chunk of a successful play-out."""
+    """Pairs that clone what worked: chosen is the first chunk of a successful play-out.
+
+    Rejected is that of another one: 03 wants a pair, but without contrast nothing is learned from it.
+    """
     rows, tried = disk.read_jsonl(prefs / "tried.jsonl"), disk.load_tensors(prefs / "tried.safetensors")
     won = [i for i in trained_on(prefs, held_out) if rows[i]["success"]]
-    tried |= {"chosen": tried["chunk"], "rejected": tried["chunk"]}
-    keys = ("agentview", "wrist", "state", "chosen", "rejected", "mask")
+    kept = {key: tried[key][won] for key in ("agentview", "wrist", "state", "mask")}
+    kept |= {"chosen": tried["chunk"][won], "rejected": tried["chunk"][won].roll(1, 0)}
     folder.mkdir(parents=True, exist_ok=True)
-    disk.save_tensors(folder / "pairs.safetensors", {key: tried[key][won] for key in keys})
+    disk.save_tensors(folder / "pairs.safetensors", kept)
     disk.write_rows(folder / "pairs.jsonl", [rows[i] for i in won])
 
 
@@ -103,9 +106,10 @@ def collect(name: str, cfg: common.AdapterConfig, arms: dict) -> None:
             if path.with_name("adapter_config.json").is_file():  # 03 or an extra has trained here
                 facts = disk.read_json(path) | disk.read_json(path.with_name("timing.json"))
                 trained[arm] = {key: facts[key] for key in RECORDED if key in facts}
-        for path in sorted(folder.glob("eval-*/episodes.jsonl")):
-            for row in disk.read_jsonl(path):
-                if row["init_state"] in common.INIT_GROUPS["test"]:
+        for path in sorted(folder.glob("eval-*/done.json")):
+            used = disk.read_json(path)["config"]
+            if (used["group"], used["start"], used["blank_images"]) == ("test", cfg.start, False):
+                for row in disk.read_jsonl(path.with_name("episodes.jsonl")):
                     writer.writerow(row | {"block": seed, "arm": arm, "success": int(row["success"])})
     (out / "blocks").mkdir(exist_ok=True)
     disk.write_atomic(out / "blocks" / f"seed{seed}.csv", table.getvalue())

@@ -3,7 +3,7 @@
 reads   checkpoint=, a published folder; .../dpo-<adapter>-<pairs>/ (03)
 writes  <run>/<backbone>/seed<k>/export-dpo-<adapter>-<pairs>/: policy/, the checkpoint's folder with the
         adapter merged in; adapter/, the adapter for plain peft; done.json; and eval_info.json, 04's episodes
-        as lerobot-eval writes them, once 04 has played them
+        as lerobot-eval writes them, once 04 has played this adapter
 cost    disk: the checkpoint once more; memory: the adapted matrices twice (OpenVLA-7B: 9 GB)
 try     python -m extras.export configs/pi05.yaml checkpoint=FOLDER
 
@@ -28,6 +28,7 @@ from torch import Tensor
 import common
 from backbones import load_policy, published
 from backbones.policy import is_own
+from report import episodes
 from runtime import disk, refuse, stage
 
 PREFIX = "base_model.model."  # peft's, of every key
@@ -203,18 +204,20 @@ def show(cfg: Config) -> None:
     if kind == "lerobot" and not any("language_model.embed_tokens" in key for key in c.shapes):
         kind = "lerobot <= 0.4.4"  # the embedding has one name there, lm_head
     for suite in cfg.suites[: 1 if "lerobot" in kind else None]:
-        words = {
-            "folder": shlex.quote(str(cfg.folder.resolve())),
-            "suites": ",".join(cfg.suites),
-            "suite": suite,
-            "episodes": "--eval.batch_size=1 --eval.n_episodes=10",
-        }
-        print(EVALUATION[kind].format(**words), flush=True)
-    played = cfg.seed_dir / f"eval-{cfg.made_adapter.name}"
-    if (played / "done.json").is_file():
-        seconds = disk.read_json(played / "timing.json")["episodes_s"].values()
-        info = eval_info(disk.read_jsonl(played / "episodes.jsonl"), sum(s or 0 for s in seconds))
-        disk.write_json(cfg.folder / "eval_info.json", info)
+        print(
+            EVALUATION[kind].format(
+                folder=shlex.quote(str(cfg.folder.resolve())),
+                suites=",".join(cfg.suites),
+                suite=suite,
+                episodes="--eval.batch_size=1 --eval.n_episodes=10",
+            ),
+            flush=True,
+        )
+    exported = disk.read_json(cfg.folder / "done.json")["inputs"]
+    for facts, rows, timing in episodes.finished(cfg.seed_dir, f"eval-{cfg.made_adapter.name}", "test"):
+        if exported.items() <= facts["inputs"].items():  # 04 has played this adapter on this checkpoint
+            info = eval_info(rows, sum(s or 0 for s in timing["episodes_s"].values()))
+            disk.write_json(cfg.folder / "eval_info.json", info)
 
 
 if __name__ == "__main__":

@@ -34,10 +34,9 @@ def files(cfg) -> dict:
     policy = load_policy(
         cfg.checkpoint, model=cfg.model, suites=cfg.suites, backbone=cfg.backbone, read=False
     )
-    found = [line.replace(str(c.folder), "FOLDER") for line in policy.found]
     return {
         "format": c.format["writer"],
-        "found": found,
+        "found": [line.replace(str(c.folder), "FOLDER") for line in policy.found],
         "model": asdict(policy.cfg),
         "tensors": len(c.shapes),
         "files": sorted(str(path.relative_to(c.folder)) for path in c.folder.rglob("[!.]*")),
@@ -73,12 +72,11 @@ def episodes(cfg) -> dict:
     stage.execute(evaluation.main, cfg)
     summary, done, timing = (disk.read_json(cfg.folder / f"{n}.json") for n in ("summary", "done", "timing"))
     hashes = {Path(name).name: its for name, its in done["inputs"].items()}
-    timing |= {"command": "", "gpu": torch.cuda.get_device_name() if cfg.device == "cuda" else ""}
     return summary | {
         "config": done["config"] | {"checkpoint": ""},
         "versions": done["versions"],
         "hashes": hashes,
-        "timing": timing,
+        "timing": timing | {"command": "", "gpu": cfg.device == "cuda" and torch.cuda.get_device_name()},
     }
 
 

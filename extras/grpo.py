@@ -51,6 +51,7 @@ class Config(common.SceneConfig, common.ActingConfig, common.AdapterConfig):
     warmup: ClassVar = 0
     steps: Count = 6  # rounds
     groups: Count = 20  # init states played in a round, spread evenly over the tasks
+    max_steps: int = 0  # play-outs end here at the latest, as in 02; 0 = the suite's own limit
     batch_size: Count = 64  # chunks per update
     draws: Count = 4
     lr: float = 5e-5  # peak; cosine over the rounds to 1 % of it
@@ -64,6 +65,9 @@ class Config(common.SceneConfig, common.ActingConfig, common.AdapterConfig):
     def inputs(self) -> list[Path]:
         most = len(tasks(self)) * len(common.INIT_GROUPS["prefs"])
         refuse(self.groups > most, f"grpo.groups={self.groups}: there are {most} init states in all")
+        refuse(
+            self.noise_scale == 0, "without noise all play-outs of a group are equal; set grpo.noise_scale"
+        )
         return self.sft_inputs()
 
 
@@ -108,6 +112,7 @@ def play_group(group: Group) -> None:
     cfg, policy = group.cfg, backbones.load_sft(group.cfg)
     policy = common.load_adapter(policy, group.folder / "adapter").freeze()
     env = TaskEnv(group.suite, group.task, cfg.image_size, cfg.render)
+    env.max_steps = min(cfg.max_steps or env.max_steps, env.max_steps)
     chunks, returns = [], torch.zeros(GROUP)
     for i in range(GROUP):
         try:
@@ -119,12 +124,13 @@ def play_group(group: Group) -> None:
             continue
         returns[i] = float(env.success)
         for seen in made:
-            arrays = {key: seen.obs[key] for key in (*common.CAMERAS, "state")} | {"chunk": seen.executed}
+            obs = common.blank_images(seen.obs) if cfg.blank_images else seen.obs
+            arrays = {key: obs[key] for key in (*common.CAMERAS, "state")} | {"chunk": seen.executed}
             row = {key: torch.as_tensor(value) for key, value in arrays.items()}
             chunks.append(row | {"mask": torch.arange(policy.horizon) < seen.n, "episode": torch.tensor(i)})
     env.close()
-    keys = chunks[0] if chunks else ()  # none where all crashed
-    stacked = {key: torch.stack([chunk[key] for chunk in chunks]) for key in keys}
+    # nothing where all crashed
+    stacked = {key: torch.stack([chunk[key] for chunk in chunks]) for key in (chunks[0] if chunks else ())}
     disk.save_tensors(group.file, stacked | {"returns": returns})
 
 
@@ -165,8 +171,14 @@ def main(cfg: Config, run: stage.Run) -> dict:
         folder = run.dir / f"round-{step + 1}"
         common.save_adapter(adapted, folder / "adapter")
         groups = groups_of(cfg, folder, step)
-        so_far = (lambda groups=groups: sum(group.file.is_file() for group in groups)), cfg.groups
-        workers.run(play_group, groups, cfg.workers, f"grpo round {step + 1}", *so_far)
+        workers.run(
+            play_group,
+            groups,
+            cfg.workers,
+            f"grpo round {step + 1}",
+            lambda groups=groups: sum(group.file.is_file() for group in groups),
+            cfg.groups,
+        )
 
         # 2. advantages, and the old policy's log p under the draws that the new one will share
         chunks, returns = chunks_of(groups)

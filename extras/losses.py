@@ -112,17 +112,20 @@ def load_tried(cfg: Config, policy) -> dict:
     )
     tried, rows = disk.load_finite(path), disk.read_jsonl(path.with_suffix(".jsonl"), "instruction success")
     kept = torch.tensor(trained_on(cfg.pairs_dir, cfg.held_out))
-    tried |= {"won": torch.tensor([row["success"] for row in rows])}
-    tried |= {"instruction": [row["instruction"] for row in rows]}
+    tried |= {
+        "won": torch.tensor([row["success"] for row in rows]),
+        "instruction": [row["instruction"] for row in rows],
+    }
     tried = common.select(tried, kept)
     refuse(len(tried["won"].unique()) < 2, f"{path} holds successes only, or failures only; play more")
-    tried["obs"] = {key: tried[key] for key in (*common.CAMERAS, "state", "instruction")}
+    obs = {key: tried[key] for key in (*common.CAMERAS, "state", "instruction")}
+    tried["obs"] = common.blank_images(obs) if cfg.blank_images else obs
     refuse(
         tried["chunk"].shape[1] != policy.horizon,
         f"{path} has chunks of {tried['chunk'].shape[1]} actions, the policy of {policy.horizon}",
     )
     common.same_origin(policy, path)
-    return tried | {"chosen": tried["chunk"], "rejected": tried["chunk"].roll(1, 0)}
+    return tried | {"chosen": tried["chunk"], "rejected": tried["chunk"].roll(len(kept) // 2, 0)}
 
 
 def flow_errors(policy, obs, chunk: Tensor, draws, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,8 +152,9 @@ def main(cfg: Config, run: stage.Run) -> dict:
     policy = backbones.load_sft(cfg)
     unpaired = cfg.loss in ("kto", "nft")
     pairs, _ = dpo.load_pairs(cfg, policy)
-    targets = cfg.targets or policy.adapter_targets
-    adapted = common.attach_adapter(policy, cfg.adapter, cfg.rank, cfg.alpha, targets, cfg.seed)
+    adapted = common.attach_adapter(
+        policy, cfg.adapter, cfg.rank, cfg.alpha, cfg.targets or policy.adapter_targets, cfg.seed
+    )
     trained = torch.nn.ParameterList(p for p in policy.parameters() if p.requires_grad)
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
     draw, score = dpo.scorer(policy, cfg)

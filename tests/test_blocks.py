@@ -9,7 +9,7 @@ import torch
 import common
 from extras import blocks, grpo, losses
 from report import claims
-from runtime import disk
+from runtime import HERE, disk
 from runtime.config import load_config
 from runtime.errors import UserError
 
@@ -36,8 +36,23 @@ def test_cloning_takes_the_successes_of_attempts_that_are_not_held_out(tmp_path)
         disk.load_tensors(tmp_path / "f/pairs.safetensors"),
         disk.read_jsonl(tmp_path / "f/pairs.jsonl"),
     )
-    assert made["chosen"][:, 0].tolist() == made["rejected"][:, 0].tolist() == [1, 3, 4]
+    assert made["chosen"][:, 0].tolist() == [1, 3, 4] and made["rejected"][:, 0].tolist() == [4, 1, 3]
     assert [(row["task"], row["unit"]) for row in rows] == [(0, 1), (0, 2), (1, 0)]
+
+
+def test_03_takes_the_pairs_of_cloning(tmp_path):
+    """Each chosen chunk is a success; 03 refuses pairs in which no two chunks differ."""
+    source = HERE / "checkpoints" / "try" / "pi05" / "prefs"
+    pairs, rows = disk.load_tensors(source / "pairs.safetensors"), disk.read_jsonl(source / "pairs.jsonl")
+    names = ("agentview", "wrist", "state", "mask")
+    disk.save_tensors(
+        tmp_path / "tried.safetensors", {n: pairs[n] for n in names} | {"chunk": pairs["chosen"]}
+    )
+    disk.write_rows(tmp_path / "tried.jsonl", [row | {"success": True} for row in rows])
+    disk.write_rows(tmp_path / "pairs.jsonl", rows)
+    blocks.successes(tmp_path, tmp_path / "f", 0)
+    cloned = common.read_pairs(tmp_path / "f")
+    assert torch.equal(cloned["chosen"], pairs["chosen"])
 
 
 def test_a_block_writes_every_held_out_episode_of_its_arms(tmp_path, monkeypatch):
@@ -57,9 +72,17 @@ def test_a_block_writes_every_held_out_episode_of_its_arms(tmp_path, monkeypatch
             "crash": "",
             "right_place": 0.5,
         }
-        for name, seed, init in (("eval-x", 7, 40), ("eval-x-noise1007", 1007, 41), ("eval-x-val", 7, 35)):
+        for name, seed, init, *used in (
+            ("eval-x", 7, 40, "test", "2000", False),
+            ("eval-x-noise1007", 1007, 41, "test", "2000", False),
+            ("eval-x-val", 7, 35, "val", "2000", False),
+            ("eval-final", 7, 40, "test", "final", False),  # of the same folder, but not of the block
+            ("eval-x-blank", 7, 40, "test", "2000", True),
+        ):
             (seed_dir / name).mkdir(parents=True)
             disk.write_rows(seed_dir / name / "episodes.jsonl", [row | {"seed": seed, "init_state": init}])
+            config = dict(zip(("group", "start", "blank_images"), used, strict=True))
+            disk.write_json(seed_dir / name / "done.json", {"config": config})
         (seed_dir / folder).mkdir(parents=True)
         disk.write_json(seed_dir / folder / "done.json", facts | {"more": 1, "playouts": 950})
         disk.write_json(seed_dir / folder / "timing.json", {"commit": "abc", "host": "x"})

@@ -347,12 +347,17 @@ def test_eval_info_appears_once_04_has_played(tmp_path):
     assert not (folder / "eval_info.json").exists()
     played = folder.with_name(folder.name.replace("export-", "eval-"))
     row = {"suite": "libero_object", "task": 3, "init_state": 40, "success": True, "steps": 9, "crash": ""}
-    for name, content in (("done.json", {}), ("timing.json", {"episodes_s": {"a": 2.5, "b": None}})):
-        played.mkdir(exist_ok=True)
-        disk.write_json(played / name, content)
+    played.mkdir()
+    disk.write_json(played / "timing.json", {"episodes_s": {"a": 2.5, "b": None}})
     disk.write_rows(played / "episodes.jsonl", [row])
     argv = arguments("lerobot", base, tmp_path / "adapters", tmp_path / "runs", "adapter=lora")
-    run_stage("extras.export", *argv, after=export.show)  # the export itself is done already
+    inputs = disk.read_json(folder / "done.json")["inputs"]
+    weights = next(name for name in inputs if name.endswith("adapter_model.safetensors"))
+    for of_adapter in ("0" * 64, inputs[weights]):  # another adapter's episodes, then its own
+        assert not (folder / "eval_info.json").exists()
+        facts = {"config": {"group": "test"}, "inputs": inputs | {weights: of_adapter}}
+        disk.write_json(played / "done.json", facts)
+        run_stage("extras.export", *argv, after=export.show)  # the export itself is done already
     info = disk.read_json(folder / "eval_info.json")
     assert info["overall"]["pc_success"] == 100 and info["overall"]["eval_s"] == 2.5
 
