@@ -143,8 +143,8 @@ def flow_errors(policy, obs, chunk: Tensor, draws, mask: Tensor) -> tuple[Tensor
             v_ref = policy.velocity(ref_prefix.select(index), x_t, t)
         return 2 * v_ref - velocities[0]
 
-    errors = [common.flow_matching_error(v, policy.pad(chunk), draws, mask).mean(0) for v in (own, mirror)]
-    return errors[0], errors[1]
+    scored = [x.to(prefix.valid.device) for x in (policy.pad(chunk), draws, mask)]
+    return tuple(common.flow_matching_error(v, *scored).mean(0) for v in (own, mirror))
 
 
 # -------------------------------------------------------------------------------------------------- training
@@ -155,6 +155,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
     adapted = common.attach_adapter(
         policy, cfg.adapter, cfg.rank, cfg.alpha, cfg.targets or policy.adapter_targets, cfg.seed
     )
+    policy.recompute = cfg.recompute
     trained = torch.nn.ParameterList(p for p in policy.parameters() if p.requires_grad)
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
     draw, score = dpo.scorer(policy, cfg)
@@ -175,17 +176,16 @@ def main(cfg: Config, run: stage.Run) -> dict:
         pi_w, pi_l = score(obs, chosen, rejected, mask, draws, (step, "policy"))
 
         # 3. the loss, and 03's anchor on what was chosen, or has won
-        good = pairs["won"][index] if unpaired else torch.ones(len(index), dtype=torch.bool)
+        good = (pairs["won"][index] if unpaired else torch.ones(len(index)) > 0).to(pi_w.device)
         if cfg.loss == "kto":
             loss = kto(pi_w - ref_w, pi_l - ref_l, good, beta)
         elif cfg.loss == "nft":
             loss = nft(*flow_errors(policy, obs, chosen, draws, mask), good, beta)
         elif cfg.loss == "simpo":
-            loss = simpo(pi_w, pi_l, mask.sum(1).float() * common.ACTION_DIM, beta)
+            loss = simpo(pi_w, pi_l, mask.sum(1).to(pi_w) * common.ACTION_DIM, beta)
         else:
             loss = proximal(pi_w, pi_l, ref_w, ref_l, beta)
-        anchor = (pi_w * good).sum() / len(index)
-        total = cfg.contrast * loss - cfg.sft_coef * beta * anchor
+        total = cfg.contrast * loss - cfg.sft_coef * beta * (pi_w * good).sum() / len(index)
         run.check(total, step)
 
         # 4. one step of the optimiser, and the log

@@ -213,6 +213,8 @@ def test_rounds_go_through_the_init_states_of_pairs_only():
     assert places[30:] == places[:12]
     with pytest.raises(UserError, match="there are 30 init states"):
         grpo.Config(groups=31, tasks=[0, 3], checkpoint=str(TRY / "sft")).inputs()
+    with pytest.raises(UserError, match="without noise"):
+        grpo.Config(groups=1, noise_scale=0, checkpoint=str(TRY / "sft")).inputs()
 
 
 def fake_play(group) -> None:
@@ -277,6 +279,17 @@ def test_a_group_of_crashes_alone_is_written_and_dropped(tmp_path, monkeypatch):
     assert chunks == {} and returns.isnan().all()
 
 
+def test_grpo_scores_what_the_policy_saw_and_plays_no_longer_than_02(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "load_adapter", lambda policy, folder: policy)
+    monkeypatch.setattr(grpo, "GROUP", 1)
+    cfg = grpo.Config(groups=1, tasks=[0], max_steps=16, blank_images=True, checkpoint=str(TRY / "sft"))
+    group = grpo.groups_of(cfg, tmp_path, 0)[0]
+    grpo.play_group(group)
+    played = disk.load_tensors(group.file)
+    assert len(played["chunk"]) == 2, "two looks of eight steps"
+    assert all(played[camera].max() == 0 for camera in common.CAMERAS) and played["state"].abs().max() > 0
+
+
 def test_grpo_where_no_group_can_teach_anything(tmp_path, monkeypatch):
     def always(group):
         fake_play(group)
@@ -329,6 +342,18 @@ def test_play_outs_of_attempts_whose_pairs_are_held_out_are_not_trained_on(tried
         assert torch.equal(kept[key], every[key][rows])
     assert torch.equal(kept["obs"]["state"], every["obs"]["state"][rows])
     assert kept["obs"]["instruction"] == [every["obs"]["instruction"][i] for i in rows]
+
+
+def test_unpaired_losses_see_what_the_policy_saw_and_compare_with_other_observations(tried):
+    policy = backbones.load_policy(TRY / "sft")
+    cfg = load_config(losses.Config, ["configs/try.yaml", f"pairs_from={tried}", "dpo.loss=kto"])
+    made, rows = losses.load_tried(cfg, policy), disk.read_jsonl(tried / "pairs.jsonl")
+    source = [next(j for j, c in enumerate(made["chosen"]) if torch.equal(c, r)) for r in made["rejected"]]
+    where = [(row["task"], row["unit"]) for row in rows]  # 02 writes the tries of one decision side by side
+    assert all(where[i] != where[j] for i, j in enumerate(source))
+    assert made["obs"]["agentview"].max() > 0
+    black = losses.load_tried(replace(cfg, blank_images=True), policy)["obs"]
+    assert all(black[camera].max() == 0 for camera in common.CAMERAS)
 
 
 def test_bad_input_of_the_losses(tried, tmp_path):
