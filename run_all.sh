@@ -2,7 +2,7 @@
 # The whole method, one stage after the other.
 #
 #   bash run_all.sh [CONFIG] [STAGES] [key=value ...]
-#   bash run_all.sh                                       configs/look.yaml: 40 minutes on two cores, no GPU
+#   bash run_all.sh                                       configs/tiny.yaml: half an hour on two cores, no GPU
 #   bash run_all.sh configs/smoke.yaml                    every stage in a few minutes, to see that everything works
 #   bash run_all.sh configs/tiny.yaml "03 04" dpo.beta=2  only DPO and the evaluations, with another beta
 #   bash run_all.sh configs/tiny.yaml adapters=dora       without the LoRA variant
@@ -17,7 +17,7 @@ export PYTHONPATH=$kit${PYTHONPATH:+:$PYTHONPATH}
 [[ $kit != "$(pwd -P)/" ]] || kit="" # scripts are shown as they are typed
 
 unset ADAPTERS # "adapters=" means none
-CONFIG=configs/look.yaml STAGES="" BACKBONES="" OVERRIDES=()
+CONFIG=configs/tiny.yaml STAGES="" BACKBONES="" OVERRIDES=()
 for argument in "$@"; do
   case $argument in
     -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit ;;
