@@ -315,7 +315,10 @@ def test_the_commands_are_printed(kind, words, tmp_path, capsys):
 
 
 def test_the_version_follows_the_files(tmp_path, capsys):
-    export.show(load_config(export.Config, arguments("lerobot", OURS, tmp_path, tmp_path)))
+    cfg = load_config(export.Config, arguments("lerobot", OURS, tmp_path, tmp_path))
+    cfg.folder.mkdir(parents=True)
+    disk.write_json(cfg.folder / "done.json", {"inputs": {}})
+    export.show(cfg)
     assert "lerobot[pi,libero,peft]==0.6.1" in capsys.readouterr().out
 
 

@@ -262,6 +262,8 @@ def test_grpo_killed_and_resumed_equals_never_killed(tmp_path, monkeypatch):
 
 def test_a_group_of_crashes_alone_is_written_and_dropped(tmp_path, monkeypatch):
     class Crashing:
+        max_steps = 280
+
         def __init__(self, *_):
             pass
 
