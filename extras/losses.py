@@ -176,7 +176,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
         pi_w, pi_l = score(obs, chosen, rejected, mask, draws, (step, "policy"))
 
         # 3. the loss, and 03's anchor on what was chosen, or has won
-        good = (pairs["won"][index] if unpaired else torch.ones(len(index)) > 0).to(pi_w.device)
+        good = (pairs["won"][index] if unpaired else torch.ones(len(index), dtype=torch.bool)).to(pi_w.device)
         if cfg.loss == "kto":
             loss = kto(pi_w - ref_w, pi_l - ref_l, good, beta)
         elif cfg.loss == "nft":

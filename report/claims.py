@@ -301,7 +301,9 @@ def contrasts_table(plan: dict) -> str:
 
 # ----------------------------------------------------------------------------------------------------- tables
 def at_a_glance(row: dict) -> str:
-    return "different setting, " * bool(row["would"]) + f"{row['verdict']}: {row['here'].partition('; ')[0]}"
+    return (
+        f"{'different setting, ' if row['would'] else ''}{row['verdict']}: {row['here'].partition('; ')[0]}"
+    )
 
 
 COLUMNS = {
