@@ -40,6 +40,7 @@ MAX_STEPS = dict(zip(SUITES, (220, 280, 300, 520, 400), strict=True))
 # LIBERO-PRO's layouts of a suite's tasks -> the suite: objects change places, or Object's target moves 7 cm
 # per 0.1 along x or y. (Not 0.5 along y: the pinned package lacks the init states of its task 1.)
 LAYOUTS = {f"{suite}_swap": suite for suite in SUITES[:4]}
+LAYOUTS["libero_object_look"] = SUITES[1]  # libero_object_swap, but the arm starts as in libero_object
 LAYOUTS |= {f"libero_object_temp_{a}0.{n}": SUITES[1] for a in "xy" for n in range(1, 6 if a == "x" else 5)}
 MAX_STEPS |= {layout: MAX_STEPS[suite] for layout, suite in LAYOUTS.items()}
 SETTLE_STEPS = 10  # steps after a reset in which objects come to rest; MAX_STEPS does not count them

@@ -129,8 +129,7 @@ def main() -> None:
         except Exception as error:  # a check that cannot be made has failed, and this is why
             passed, message = False, f"{type(error).__name__}: {error}"
         print(f"{'ok  ' if passed else 'FAIL'} {name}: {message}", flush=True)
-        if not passed:
-            failed.append(name)
+        failed += [] if passed else [name]
     refuse(
         failed,
         f"{len(failed)} checks failed ({', '.join(failed)}): "

@@ -119,9 +119,7 @@ def base_rates(cfg, measures: dict[str, dict], attempt: np.ndarray) -> Iterator[
     for policy in measures:
         for what, ref in references(policy, measures).items():
             every, kept = exactly(cfg, measures, policy, what, ref, attempt)
-            parts = {what: kept}
-            if not kept.all():
-                parts["margin of trained pairs"] = ~kept
+            parts = {what: kept} | ({} if kept.all() else {"margin of trained pairs": ~kept})
             for name, part in parts.items():
                 exact = every[part].double().numpy()
                 positive = (exact > 0).astype(float)
@@ -256,8 +254,10 @@ def gradient_table(cosines: list[dict]) -> str:
         values = [row["cosine"] for row in rows]
         return f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
-    heads = {"start": "first step", "end": "last step"}
-    return pivot(cosines, ["estimator", "draws"], "state", heads, cell) + "\n"
+    return (
+        pivot(cosines, ["estimator", "draws"], "state", {"start": "first step", "end": "last step"}, cell)
+        + "\n"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- report

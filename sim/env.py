@@ -118,10 +118,12 @@ def libraries() -> types.SimpleNamespace:
 
 @functools.cache
 def suite_of(suite: str):
-    """LIBERO's object for a suite. A layout has its suite's tasks, and a folder of its own."""
+    """LIBERO's object for a suite. A layout has its suite's tasks, and a folder of its own in LIBERO-PRO."""
     with contextlib.redirect_stdout(io.StringIO()):
         tasks_and_files = libraries().benchmark.get_benchmark_dict()[common.LAYOUTS.get(suite, suite)]()
-    tasks_and_files.tasks = [task._replace(problem_folder=suite) for task in tasks_and_files.tasks]
+    tasks_and_files.tasks = [
+        task._replace(problem_folder=suite.replace("_look", "_swap")) for task in tasks_and_files.tasks
+    ]
     return tasks_and_files
 
 
@@ -145,8 +147,14 @@ def instruction(suite: str, task_id: int) -> str:
 
 @functools.cache
 def init_state_array(suite: str, task_id: int) -> np.ndarray:
-    """The stored init states, float64 (50, D): time, qpos, qvel. Read-only, and read without unpickling."""
+    """The stored init states, float64 (50, D): time, qpos, qvel. Read-only, and read without unpickling.
+
+    LIBERO-PRO starts the arm in one pose, LIBERO in one that varies. So the robot's state would tell a policy
+    which of the two layouts it is in. In libero_object_look it does not.
+    """
     states = np.ascontiguousarray(suite_of(suite).get_task_init_states(task_id), dtype=np.float64)
+    if suite == "libero_object_look":
+        states[:, 1:10] = init_state_array("libero_object", task_id)[:, 1:10]  # seven joints and two fingers
     states.setflags(write=False)
     return states
 

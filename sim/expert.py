@@ -566,6 +566,7 @@ TASKS = {(suite, task): steps for suite, rows in SUITES.items() for task, steps 
 UNSOLVED = {("libero_spatial", 4), ("libero_goal", 3), ("libero_goal", 5), ("libero_10", 3), ("libero_10", 9)}
 TASKS |= {(f"{pair[0]}_swap", pair[1]): TASKS[pair] for pair in TASKS if pair not in UNSOLVED}
 TASKS["libero_object_swap", 8] = into_basket("chocolate_pudding_1", above=0.18)  # a carton stands on the way
+TASKS |= {("libero_object_look", task): TASKS["libero_object_swap", task] for task in range(10)}
 
 
 def target_places(env: TaskEnv, init_state: int) -> np.ndarray:

@@ -220,7 +220,9 @@ def faults(suite: str, task: int, steps: list) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize("suite", [*common.SUITES[:2], "libero_object_swap", *common.SUITES[2:4]])
+@pytest.mark.parametrize(
+    "suite", [*common.SUITES[:2], "libero_object_swap", "libero_object_look", *common.SUITES[2:4]]
+)
 def test_every_task_has_a_row_that_fits_it(suite):
     assert [task for s, task in TASKS if s == suite] == list(range(10))
     for task in range(10):

@@ -359,7 +359,7 @@ def test_bad_numbers_are_noticed(env):
 
 
 def test_suites():
-    assert [suite_of(suite).get_num_tasks() for suite in common.MAX_STEPS] == [10, 10, 10, 10, 90, *[10] * 13]
+    assert [suite_of(suite).get_num_tasks() for suite in common.MAX_STEPS] == [10, 10, 10, 10, 90, *[10] * 14]
     assert tasks(common.RunConfig(suites=["libero_goal"], tasks=[7])) == [("libero_goal", 7)]
     assert len(tasks(common.RunConfig(suites=["libero_object", "libero_90"]))) == 100
     assert instruction("libero_goal", 7) == "turn on the stove"
@@ -381,6 +381,20 @@ def test_a_layout_differs_from_its_suite_in_places_only(layout):
         for part, end in parts.items():
             here, there = (text.partition(part)[2].partition(end)[0].split() for text in files)
             assert here == there != [], (part, task)
+
+
+def test_the_robots_start_does_not_tell_the_two_layouts_of_look_apart(env):
+    assert [env.model.joint(i).name[:7] for i in range(10)] == [*["robot0_"] * 7, *["gripper"] * 2, "alphabe"]
+    for task in range(10):
+        original, swapped, look = (
+            init_state_array(f"libero_object{layout}", task) for layout in ("", "_swap", "_look")
+        )
+        robot = np.isin(np.arange(look.shape[1]), [*range(10), *range(59, 68)])  # time, positions, velocities
+        assert env.model.nq == 58
+        assert np.array_equal(look[:, robot], original[:, robot])
+        assert np.array_equal(look[:, ~robot], swapped[:, ~robot])
+        assert original[:, 1:8].std(0).min() > 0.01 and np.ptp(swapped[:, robot], axis=0).max() == 0
+        assert not np.array_equal(look, swapped)
 
 
 def test_the_target_changes_places_with_one_other_object(env, goal):
