@@ -254,12 +254,19 @@ def contrasts(plan: dict) -> list[dict]:
             continue
         found = effect({block: (arms[new][block], arms[base][block]) for block in blocks})
         whole = found.error * np.sqrt(len(blocks) / plan["blocks"])  # the standard error of all blocks
-        detectable = power.detectable(power.over_trainings(whole, plan["blocks"] - 1))
-        row = {"new": new, "base": base, "blocks": len(blocks), "detectable": detectable, "nats": nats[new]}
         complete = len(blocks) >= plan["blocks"]
-        # a plan that tests nothing gives intervals alone
-        p = power.t_test(found.value, found.error, found.df) if complete and plan["primary"] else None
-        rows.append(row | {"found": found if complete else None, "p": p, "p_holm": None})
+        row = {
+            "new": new,
+            "base": base,
+            "blocks": len(blocks),
+            "detectable": power.detectable(power.over_trainings(whole, plan["blocks"] - 1)),
+            "nats": nats[new],
+            "found": found if complete else None,
+            # a plan that tests nothing gives intervals alone
+            "p": power.t_test(found.value, found.error, found.df) if complete and plan["primary"] else None,
+            "p_holm": None,
+        }
+        rows.append(row)
     primary = [row for row in rows if row["found"] and [row["new"], row["base"]] in plan["primary"]]
     if len(primary) == len(plan["primary"]):
         for row, p in zip(primary, stats.holm([row["p"] for row in primary]), strict=True):
@@ -270,12 +277,14 @@ def contrasts(plan: dict) -> list[dict]:
 def outcome(row: dict) -> str:
     """Of a comparison of arms, in the plan's words. Only a primary one concludes anything."""
     found = row["found"]
+    if not found:
+        return "not complete"
+    near = power.tost(found.value, found.error, found.df, DELTA) < 0.05
     if row["p_holm"] is None:
-        return "exploratory" if found else "not complete"
+        return "exploratory" + ", equivalent within 3 points" * bool(near)
     if row["p_holm"] < 0.05:
         return "supported" if found.value > 0 else "harmful"
-    none = power.tost(found.value, found.error, found.df, DELTA) < 0.05
-    return "no effect of interest" if none else "inconclusive"
+    return "no effect of interest" if near else "inconclusive"
 
 
 def contrasts_table(plan: dict) -> str:

@@ -376,6 +376,9 @@ def test_equal_arms_have_no_effect_of_interest_and_noisy_ones_are_inconclusive(t
     for name, spread, outcome in (("calm", 0.005, "no effect of interest"), ("wild", 0.15, "inconclusive")):
         plan = blocks(tmp_path / name, {"A": 0, "B": 0, "C": 0, "D": 0}, spread=spread)
         assert {claims.outcome(row) for row in claims.contrasts(plan)} == {outcome}
+        plan |= {"primary": [], "exploratory": [["D", "C"]]}
+        near = "exploratory" + (", equivalent within 3 points" if name == "calm" else "")
+        assert [claims.outcome(row) for row in claims.contrasts(plan)] == [near]
 
 
 def test_no_test_is_made_before_all_blocks_are_there(tmp_path, monkeypatch):
