@@ -224,21 +224,21 @@ def judged(claim: dict, paper: dict) -> dict:
 
 # ------------------------------------------------------------------------------------ an experiment in blocks
 def read_blocks(folder: Path) -> tuple[dict, dict]:
-    """Episodes by arm and block (one training each), and the nats that each arm's trainings delivered.
+    """Episodes by arm and block (one training each), and the records of each arm's trainings.
 
-    folder: what extras/blocks.py writes. Nats are the mean difference of log-ratios, without beta, on
-    held-out pairs of the block.
+    folder: what extras/blocks.py writes. A record has `playouts`, the arm's own or its block's,
+    and may have `delivered`: the mean difference of log-ratios in nats, without beta, on held-out pairs.
     """
-    arms, nats = defaultdict(lambda: defaultdict(list)), defaultdict(list)
+    arms, records = defaultdict(lambda: defaultdict(list)), defaultdict(list)
     for path in sorted(folder.glob("*.csv")):
         for line in csv.DictReader(disk.read_text(path).splitlines()):
             numbers = {key: int(line[key]) for key in ("task", "init_state", "seed")}
             row = line | numbers | {"success": line["success"] == "1"}
             arms[line["arm"]][int(line["block"])].append(row)
-        for arm, facts in disk.read_json(path.with_suffix(".json"))["arms"].items():
-            if "delivered" in facts:
-                nats[arm].append(facts["delivered"]["nats"])
-    return arms, nats
+        block = disk.read_json(path.with_suffix(".json"))
+        for arm, facts in block["arms"].items():
+            records[arm].append(block | facts)
+    return arms, records
 
 
 def contrasts(plan: dict) -> list[dict]:
@@ -247,7 +247,7 @@ def contrasts(plan: dict) -> list[dict]:
     No test is made before the plan's number of blocks is there. Until then only the spread of the effects is
     used, for what the whole experiment could detect.
     """
-    (arms, nats), rows = read_blocks(RESULTS / plan["folder"]), []
+    (arms, records), rows = read_blocks(RESULTS / plan["folder"]), []
     for new, base in [*plan["primary"], *plan["exploratory"]]:
         blocks = sorted(arms[new].keys() & arms[base].keys())
         if len(blocks) < ENOUGH:
@@ -260,7 +260,8 @@ def contrasts(plan: dict) -> list[dict]:
             "base": base,
             "blocks": len(blocks),
             "detectable": power.detectable(power.over_trainings(whole, plan["blocks"] - 1)),
-            "nats": nats[new],
+            "nats": [record["delivered"]["nats"] for record in records[new] if "delivered" in record],
+            "playouts": [record["playouts"] for record in records[new]],
             "found": found if complete else None,
             # a plan that tests nothing gives intervals alone
             "p": power.t_test(found.value, found.error, found.df) if complete and plan["primary"] else None,
@@ -303,6 +304,7 @@ def contrasts_table(plan: dict) -> str:
             "p (Holm)": lambda row: "" if row["p_holm"] is None else p_value(row["p_holm"]),
             "detectable, points": lambda row: f"{100 * row['detectable']:.1f}",
             "delivered, nats": lambda row: f"{np.mean(row['nats']):.3g}" if row["nats"] else "",
+            "play-outs": lambda row: f"{np.mean(row['playouts']):.0f}",
             "outcome": outcome,
         },
     )

@@ -344,7 +344,8 @@ def blocks(folder, gains: dict[str, float], n_blocks: int = 12, spread: float = 
                 lines.append(f"{block},{arm},{i % 2},{suite},{layout % 10},{40 + i // 2},{int(won)},99,,0.5")
         (folder / f"seed{block}.csv").write_text("\n".join(lines))
         arms = {"B": {"delivered": {"nats": 2.0 + block}}, "F": {}}
-        disk.write_json(folder / f"seed{block}.json", {"arms": arms})
+        arms |= {arm: {} for arm in gains if arm not in ("A", "B")} | {"kto": {"playouts": 960}}
+        disk.write_json(folder / f"seed{block}.json", {"arms": arms, "playouts": 900 + block})
     return copy.deepcopy(PAPER["blocks"]["look"]) | {"folder": folder.name}
 
 
@@ -368,7 +369,7 @@ def test_planted_blocks_with_holm_over_the_three_primaries(tmp_path, monkeypatch
     assert found.interval == pytest.approx(tuple(theirs.confidence_interval(0.95)))
     assert rows["B", "A"]["p"] == pytest.approx(theirs.pvalue)
     table = claims.contrasts_table(plan)
-    assert "| B - A | 12 of 12 |" in table and "exploratory" in table and "| 7.5 | harmful |" in table
+    assert "| B - A | 12 of 12 |" in table and "exploratory" in table and "| 7.5 | 906 | harmful |" in table
 
 
 def test_equal_arms_have_no_effect_of_interest_and_noisy_ones_are_inconclusive(tmp_path, monkeypatch):
@@ -404,6 +405,7 @@ def test_a_plan_without_primary_comparisons_gives_intervals_and_no_p(tmp_path, m
     assert [(row["p"], row["p_holm"], claims.outcome(row)) for row in rows] == [
         (None, None, "exploratory")
     ] * 2
+    assert [row["playouts"] for row in rows] == [[960] * 3] * 2, "its own play-outs, not those of the pairs"
     assert all(row["found"].interval[0] < row["found"].value < row["found"].interval[1] for row in rows)
 
 
