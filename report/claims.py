@@ -311,12 +311,6 @@ def contrasts_table(plan: dict) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------- tables
-def at_a_glance(row: dict) -> str:
-    return (
-        f"{'different setting, ' if row['would'] else ''}{row['verdict']}: {row['here'].partition('; ')[0]}"
-    )
-
-
 COLUMNS = {
     "section": "{section}",
     "claim": "{claim}",
@@ -342,15 +336,11 @@ DETAILS = {
 
 def details(claims: list[dict]) -> str:
     """Each claim in the paper's words, with everything that its row in the table is based on."""
-    parts = []
-    for row in claims:
-        lines = [line.format_map(row) for key, line in DETAILS.items() if row[key]]
-        parts += [
-            "**{id}** (section {section}, line {line})".format_map(row),
-            f"> {row['quote']}",
-            "\n".join(lines),
-        ]
-    return "\n\n".join(parts)
+    head = "**{id}** (section {section}, line {line})\n\n> {quote}\n\n"
+    return "\n\n".join(
+        head.format_map(row) + "\n".join(line.format_map(row) for key, line in DETAILS.items() if row[key])
+        for row in claims
+    )
 
 
 # ----------------------------------------------------------------------------------------------- the chapters
@@ -369,7 +359,10 @@ def chapters(folder: Path) -> tuple[list[str], dict[str, str]]:
                 "paper": "{paper}",
                 "scope": "{scope}",
                 "compute": "{compute}",
-                "outcome": at_a_glance,
+                "outcome": lambda row: (
+                    f"{'different setting, ' if row['would'] else ''}{row['verdict']}: "
+                    f"{row['here'].partition('; ')[0]}"
+                ),
             },
         ),
         "verdicts": f"By verdict: {', '.join(counts)}.",

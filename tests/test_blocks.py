@@ -61,7 +61,14 @@ def test_a_block_writes_every_held_out_episode_of_its_arms(tmp_path, monkeypatch
     (tmp_path / "results/look").mkdir(parents=True)
     (tmp_path / "results/look/plan.md").write_text("plan", encoding="utf-8")
     facts = {"beta": 2.0, "pairs": 9, "delivered": {"nats": 1.0}}
-    made = {"A": "prefs-branch-at2000", "D": "dpo-lora-branch-at2000", "kto": "losses-kto-at2000/lora"}
+    made = {
+        "A": "prefs-branch-at2000",
+        "D": "dpo-lora-branch-at2000",
+        "kto": "losses-kto-at2000/lora",
+        "B-text": "dpo-lora-episode-at2000",
+    }
+    spent = {"A": {"playouts": 950}, "kto": {"playouts": 960}}  # DPO's own record has none
+    text = tmp_path / "runs/blocks/pi05/seed7/prefs-episode-at2000/done.json"
     for arm, folder in made.items():
         seed_dir = tmp_path / "runs" / ("blocks" if arm == "A" else f"blocks_{arm}") / "pi05" / "seed7"
         row = {
@@ -84,20 +91,27 @@ def test_a_block_writes_every_held_out_episode_of_its_arms(tmp_path, monkeypatch
             config = dict(zip(("group", "start", "blank_images"), used, strict=True))
             disk.write_json(seed_dir / name / "done.json", {"config": config})
         (seed_dir / folder).mkdir(parents=True)
-        disk.write_json(seed_dir / folder / "done.json", facts | {"more": 1, "playouts": 950})
+        disk.write_json(seed_dir / folder / "done.json", facts | {"more": 1} | spent.get(arm, {}))
         disk.write_json(seed_dir / folder / "timing.json", {"commit": "abc", "host": "x"})
         if arm != "A":
             disk.write_json(seed_dir / folder / "adapter_config.json", {})
+    text.parent.mkdir()
+    disk.write_json(text, {"playouts": 800})
     blocks.collect("look", cfg, blocks.LOOK)
     out = tmp_path / "results/look/blocks"
-    arms, nats = claims.read_blocks(out)  # what the report makes of it
-    assert {arm: list(of_arm) for arm, of_arm in arms.items()} == {"A": [7], "D": [7], "kto": [7]}
-    assert nats == {"D": [1.0], "kto": [1.0]}
+    arms, records = claims.read_blocks(out)  # what the report makes of it
+    assert {arm: list(of_arm) for arm, of_arm in arms.items()} == {arm: [7] for arm in made}
+    assert {arm: [r["delivered"]["nats"] for r in of_arm] for arm, of_arm in records.items()} == {
+        "D": [1.0],
+        "kto": [1.0],
+        "B-text": [1.0],
+    }
+    assert {arm: r["playouts"] for arm, (r,) in records.items()} == {"D": 950, "kto": 960, "B-text": 800}
     for arm in made:
         played = [(r["seed"], r["init_state"], r["success"]) for r in arms[arm][7]]
         assert played == [(7, 40, True), (1007, 41, True)]
     record = json.loads((out / "seed7.json").read_text(encoding="utf-8"))
-    assert record["arms"] == dict.fromkeys(("D", "kto"), facts | {"playouts": 950, "commit": "abc"})
+    assert record["arms"]["D"] == facts | {"playouts": 950, "commit": "abc"}
     assert record["plan"] == disk.sha256(tmp_path / "results/look/plan.md") and record["playouts"] == 950
 
 
@@ -124,10 +138,15 @@ def commands(tmp_path, monkeypatch):
 def test_each_arm_is_played_with_the_adapter_that_was_trained_for_it(commands):
     blocks.main("7", *blocks.LOOK)
     blocks.main("autoregressive", "7")
-    assert len(commands) == 2 * 3 + 3 * len(blocks.LOOK) - 1 + 2 * 5 - 1
-    assert len({cfg.folder for cfg, _ in commands}) == len(commands), "two commands write one folder"
+    assert len(commands) == 2 * 3 + 3 * len(blocks.LOOK) - 1 + 4 + 2 * 5 - 1
+    folders = [cfg.folder for cfg, _ in commands]
+    twice = {folder.name for folder in folders if folders.count(folder) > 1}
+    assert twice == {"prefs-episode-at2000", "prefs-whole-at2000"}, "but for these, two write one folder"
     trained = None
     for cfg, words in commands:
+        if words[0] == "03_dpo.py":
+            assert cfg.pairs_dir in folders or cfg.pairs_dir.name == "successes"
+            assert cfg.pairs in cfg.pairs_dir.name or cfg.pairs_dir.name == "successes"
         if words[0] == "04_eval.py" and cfg.policy == "dpo":
             assert cfg.adapter_dir == trained
         trained = cfg.folder if words[0] in ("03_dpo.py", "extras.losses", "extras.grpo") else trained
