@@ -10,8 +10,8 @@ cost    40 minutes on two idle cores for arms A to F; stopped at any moment, the
 
 All arms start from one snapshot and train on one set of pairs, and each plays the same episodes. Every fifth
 attempt with a pair is kept from all arms, to measure what they learned. Without arms the first six are made,
-or all of fewer. Those from ipo on belong to results/neighbours/plan.md. Those that end in -text and -code train
-on pairs of the two recipes of the paper: that of its text, and that of its public code.
+or all of fewer. Those from ipo on belong to results/neighbours/plan.md. Those that end in -text and -code
+take the pairs of the paper's text and of its public code.
 """
 
 import csv
