@@ -34,7 +34,7 @@ from backbones.policy import (
     read_object,
     read_tokenizer,
 )
-from common import ACTION_DIM
+from common import ACTION_DIM, LAYOUTS
 from runtime import UserError, did_you_mean, disk, laid_over, one_line, refuse
 
 
@@ -434,8 +434,11 @@ def openvla_stats(c: Checkpoint, suites: list[str]) -> dict:
 
 
 def suite_stats(published: dict, suite: str) -> dict:
-    """norm_stats of one suite from config.json or dataset_statistics.json; no mask: normalise everything."""
-    for name in (suite, f"{suite}_no_noops"):
+    """norm_stats of one suite from config.json or dataset_statistics.json; no mask: normalise everything.
+
+    A layout without statistics of its own has those of its suite.
+    """
+    for name in [of + end for of in (suite, LAYOUTS.get(suite, suite)) for end in ("", "_no_noops")]:
         if name in published:
             return {"action": {"mask": [True] * ACTION_DIM} | published[name]["action"]}
     raise UserError(f"the checkpoint has no statistics of {suite!r}; {did_you_mean(suite, published)}")

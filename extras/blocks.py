@@ -11,7 +11,7 @@ cost    40 minutes on two idle cores for arms A to F; stopped at any moment, the
 All arms start from one snapshot and train on one set of pairs, and each plays the same episodes. Every fifth
 attempt with a pair is kept from all arms, to measure what they learned. Without arms the first six are made,
 or all of fewer. Those from ipo on belong to results/neighbours/plan.md. Those that end in -text and -code
-take the pairs of the paper's text and of its public code.
+take the pairs of the paper's text and of its public code, and are measured on those.
 """
 
 import csv
@@ -45,7 +45,7 @@ LOOK = {  # arm -> what makes it from the snapshot: a script and its settings; "
     **{loss: f"extras.losses {ANCHOR} dpo.loss={loss}" for loss in ("proximal", "simpo", "kto", "nft")},
     "grpo": "extras.grpo grpo.max_steps=150",  # as 02's play-outs
 }
-RECIPES = {  # the paper's, for pairs: its text's; its code's, which adds no noise and pairs every chunk
+RECIPES = {  # the paper's, for pairs, with fewer pairs: its text's; its code's, without noise, of all chunks
     "pairs=episode": "prefs.n_pairs=50 prefs.max_playouts=800",
     "pairs=whole": "prefs.n_pairs=600 prefs.max_playouts=800 prefs.noise_low=0 prefs.noise_high=0",
 }
@@ -147,6 +147,12 @@ def main(*words: str) -> None:
         one_of("arm", arm, list(arms))
     block = f"configs/{config}.yaml", f"seed={seed}"
     cfg = load_config(common.AdapterConfig, [*block])
+    record = HERE / "results" / name / "blocks" / f"seed{seed}.json"
+    refuse(
+        record.is_file() and not (HERE / cfg.seed_dir).is_dir(),
+        f"{record} is there, but {cfg.seed_dir} is not: a training made now would overwrite the record; "
+        "take another seed, or delete the record",
+    )
     for script in ("00_demos.py", "01_sft.py", "02_collect_prefs.py"):
         run(script, *block)
     successes(HERE / cfg.made_pairs, HERE / cfg.seed_dir / "successes", cfg.held_out)

@@ -162,8 +162,10 @@ def delivered(claim: dict, paper: dict) -> tuple[str, bool]:
     margins = [row["rewards/margins"] for rows in logs for row in rows[len(rows) // 2 :]]
     margin, theirs = float(np.mean(margins or [0.0])), paper["settings"]["logs.margin"][0]
     given = margin * FACTOR >= theirs
-    words = "delivered" if given else "not delivered"
-    return f"mean margin {margin:.3g}, {words} (the authors' logs end at {theirs} or more)", given
+    return (
+        f"mean margin {margin:.3g}, {'delivered' if given else 'not delivered'} "
+        f"(the authors' logs end at {theirs} or more)"
+    ), given
 
 
 def verdict(claim: dict, found: Found, works: bool = True, given: bool = True) -> str:
@@ -255,20 +257,24 @@ def contrasts(plan: dict) -> list[dict]:
         found = effect({block: (arms[new][block], arms[base][block]) for block in blocks})
         whole = found.error * np.sqrt(len(blocks) / plan["blocks"])  # the standard error of all blocks
         complete = len(blocks) >= plan["blocks"]
-        row = {
-            "new": new,
-            "base": base,
-            "blocks": len(blocks),
-            "detectable": power.detectable(power.over_trainings(whole, plan["blocks"] - 1)),
-            "nats": [record["delivered"]["nats"] for record in records[new] if "delivered" in record],
-            "playouts": [record["playouts"] for record in records[new]],
-            "found": found if complete else None,
-            # a plan that tests nothing gives intervals alone
-            "p": power.t_test(found.value, found.error, found.df) if complete and plan["primary"] else None,
-            "p_holm": None,
-        }
-        rows.append(row)
-    primary = [row for row in rows if row["found"] and [row["new"], row["base"]] in plan["primary"]]
+        rows += [
+            {
+                "new": new,
+                "base": base,
+                "blocks": len(blocks),
+                "detectable": power.detectable(power.over_trainings(whole, plan["blocks"] - 1)),
+                "nats": [record["delivered"]["nats"] for record in records[new] if "delivered" in record],
+                "playouts": [record["playouts"] for record in records[new]],
+                "found": found if complete else None,
+                # a plan that tests nothing gives intervals alone
+                "p": power.t_test(found.value, found.error, found.df)
+                if complete and plan["primary"]
+                else None,
+                "p_holm": None,
+                "primary": [new, base] in plan["primary"],
+            }
+        ]
+    primary = [row for row in rows if row["found"] and row["primary"]]
     if len(primary) == len(plan["primary"]):
         for row, p in zip(primary, stats.holm([row["p"] for row in primary]), strict=True):
             row["p_holm"] = p
@@ -278,7 +284,7 @@ def contrasts(plan: dict) -> list[dict]:
 def outcome(row: dict) -> str:
     """Of a comparison of arms, in the plan's words. Only a primary one concludes anything."""
     found = row["found"]
-    if not found:
+    if not found or (row["primary"] and row["p_holm"] is None):  # all primary ones are tested together
         return "not complete"
     near = power.tost(found.value, found.error, found.df, DELTA) < 0.05
     if row["p_holm"] is None:

@@ -152,6 +152,18 @@ def test_each_arm_is_played_with_the_adapter_that_was_trained_for_it(commands):
         trained = cfg.folder if words[0] in ("03_dpo.py", "extras.losses", "extras.grpo") else trained
 
 
+def test_a_block_that_was_made_elsewhere_is_not_overwritten(commands, tmp_path):
+    record = tmp_path / "results/look/blocks/seed7.json"
+    record.parent.mkdir(parents=True)
+    record.write_text("{}")
+    with pytest.raises(UserError, match="is there, but runs/blocks/pi05/seed7 is not"):
+        blocks.main("7", "kto")
+    assert not commands
+    (tmp_path / "runs/blocks/pi05/seed7").mkdir(parents=True)
+    blocks.main("7", "kto")
+    assert commands
+
+
 def test_arms_share_their_start_and_pairs_and_play_the_same_noise(commands):
     blocks.main("7")
     trained = [words for _, words in commands if words[0] == "03_dpo.py"]

@@ -397,6 +397,17 @@ def test_no_test_is_made_before_all_blocks_are_there(tmp_path, monkeypatch):
     assert claims.contrasts_table(plan | {"folder": "nowhere"}).startswith("Fewer than 3")
 
 
+def test_a_primary_comparison_waits_for_the_others(tmp_path, monkeypatch):
+    """D has not played its last block: the rest of the plan has no outcome either."""
+    monkeypatch.setattr(claims, "RESULTS", tmp_path)
+    plan = blocks(tmp_path / "b", {"A": 0, "B": 0, "C": 0, "D": 0, "F": 0}, spread=0.005)
+    last = tmp_path / "b" / "seed11.csv"
+    last.write_text("\n".join(line for line in last.read_text().split("\n") if ",D," not in line))
+    outcomes = {(row["new"], row["base"]): claims.outcome(row) for row in claims.contrasts(plan)}
+    assert outcomes["B", "A"] == outcomes["D", "A"] == "not complete"
+    assert outcomes["F", "A"] == "exploratory, equivalent within 3 points"
+
+
 def test_a_plan_without_primary_comparisons_gives_intervals_and_no_p(tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "RESULTS", tmp_path)
     plan = blocks(tmp_path / "b", {"A": 0, "D": 0.1, "kto": 0.05}, n_blocks=3, spread=0.02)

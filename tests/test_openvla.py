@@ -187,6 +187,7 @@ def test_statistics_of_a_suite():
         "action": {"q01": [0], "mask": [True] * 7}
     }  # as the original without a mask
     assert suite_stats(files, "libero_object")["action"] == {"q01": [1], "mask": [False]}
+    assert suite_stats(files, "libero_object_look") == suite_stats(files, "libero_object")
     with pytest.raises(UserError, match="libero_10"):
         suite_stats(files, "libero_10")
 
