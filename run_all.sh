@@ -2,12 +2,12 @@
 # The whole method, one stage after the other.
 #
 #   bash run_all.sh [CONFIG] [STAGES] [key=value ...]
-#   bash run_all.sh                                       configs/tiny.yaml: half an hour on two cores, no GPU
-#   bash run_all.sh configs/smoke.yaml                    every stage in a few minutes, to see that everything works
-#   bash run_all.sh configs/tiny.yaml "03 04" dpo.beta=2  only DPO and the evaluations, with another beta
-#   bash run_all.sh configs/tiny.yaml adapters=dora       without the LoRA variant
+#   bash run_all.sh                                       configs/look.yaml: 40 minutes on two cores, no GPU
+#   bash run_all.sh configs/smoke.yaml                    every default stage in a few minutes, to see that all works
+#   bash run_all.sh configs/look.yaml "03 04" dpo.beta=2  only DPO and the evaluations, with another beta
+#   bash run_all.sh configs/look.yaml adapters=dora       without the LoRA variant
 #   bash run_all.sh configs/tiny.yaml backbones=both      both paradigms, one after the other
-#   bash run_all.sh configs/tiny.yaml 07                  the surrogate against the exact likelihood; 05 to 07 run only if named
+#   bash run_all.sh configs/look.yaml 07                  the surrogate against the exact likelihood; 05 to 07 run only if named
 #
 # It skips finished stages. It redoes a stage whose config, inputs or code have changed, and what depends on that stage.
 # Stopped at any moment, the same command goes on where it was. Set PYTHON to use another environment than .venv.
@@ -17,7 +17,7 @@ export PYTHONPATH=$kit${PYTHONPATH:+:$PYTHONPATH}
 [[ $kit != "$(pwd -P)/" ]] || kit="" # scripts are shown as they are typed
 
 unset ADAPTERS # "adapters=" means none
-CONFIG=configs/tiny.yaml STAGES="" BACKBONES="" OVERRIDES=()
+CONFIG=configs/look.yaml STAGES="" BACKBONES="" OVERRIDES=()
 for argument in "$@"; do
   case $argument in
     -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit ;;

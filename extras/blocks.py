@@ -9,9 +9,9 @@ writes  runs/<config>/ and runs/<config>_<arm>/, by the stages themselves; besid
 cost    40 minutes on two idle cores for arms A to F; stopped at any moment, the same command goes on
 
 All arms start from one snapshot and train on one set of pairs, and each plays the same episodes. Every fifth
-attempt with a pair is kept from all arms, to measure what they learned. Without arms the first six are made,
-or all of fewer. Those from ipo on belong to results/neighbours/plan.md. Those that end in -text and -code
-take the pairs of the paper's text and of its public code, and are measured on those.
+attempt with a pair is kept from all arms, to measure what they learned. Without arms it makes the first six,
+or all where there are fewer. Those from ipo on belong to results/neighbours/plan.md. Those that end in -text
+and -code take the pairs of the paper's text and of its public code, and are measured on those.
 """
 
 import csv
@@ -45,7 +45,7 @@ LOOK = {  # arm -> what makes it from the snapshot: a script and its settings; "
     **{loss: f"extras.losses {ANCHOR} dpo.loss={loss}" for loss in ("proximal", "simpo", "kto", "nft")},
     "grpo": "extras.grpo grpo.max_steps=150",  # as 02's play-outs
 }
-RECIPES = {  # the paper's, for pairs, with fewer pairs: its text's; its code's, without noise, of all chunks
+RECIPES = {  # the paper's two, with fewer pairs: that of its text; that of its code (no noise, all chunks)
     "pairs=episode": "prefs.n_pairs=50 prefs.max_playouts=800",
     "pairs=whole": "prefs.n_pairs=600 prefs.max_playouts=800 prefs.noise_low=0 prefs.noise_high=0",
 }

@@ -118,7 +118,7 @@ def libraries() -> types.SimpleNamespace:
 
 @functools.cache
 def suite_of(suite: str):
-    """LIBERO's object for a suite. A layout has its suite's tasks, and a folder of its own in LIBERO-PRO."""
+    """LIBERO's object for a suite. A layout has its suite's tasks; its files are in LIBERO-PRO's folder."""
     with contextlib.redirect_stdout(io.StringIO()):
         tasks_and_files = libraries().benchmark.get_benchmark_dict()[common.LAYOUTS.get(suite, suite)]()
     tasks_and_files.tasks = [

@@ -130,7 +130,7 @@ def check(command: str) -> None:
     words = shlex.split(command)
     if words[0] == "bash":  # run_all.sh [CONFIG] [STAGES] [key=value ...]
         given = [word for word in words[2:] if not word.startswith(("backbones=", "adapters="))]
-        config = [word for word in given if word.endswith(".yaml")] or ["configs/tiny.yaml"]
+        config = [word for word in given if word.endswith(".yaml")] or ["configs/look.yaml"]
         numbers = [
             number for word in given if "=" not in word and word not in config for number in word.split()
         ]
