@@ -384,7 +384,9 @@ def chapters(folder: Path) -> tuple[list[str], dict[str, str]]:
                 "command": "`{command}`",
             },
         ),
-        **{f"blocks/{name}": contrasts_table(plan) for name, plan in paper["blocks"].items()},
+        "blocks": "\n\n".join(
+            f"### {plan['title']}\n\n{contrasts_table(plan)}" for plan in paper["blocks"].values()
+        ),
         "limitations": "\n".join(map('- Line {0[0]}: "{0[1]}"'.format, paper["limitations"])),
     }
     disk.write_json(folder / "claims.json", list(every.values()))
