@@ -436,7 +436,7 @@ def openvla_stats(c: Checkpoint, suites: list[str]) -> dict:
 def suite_stats(published: dict, suite: str) -> dict:
     """norm_stats of one suite from config.json or dataset_statistics.json; no mask: normalise everything.
 
-    A layout without statistics of its own has those of its suite.
+    Where the file has none for a layout, this returns its suite's.
     """
     for name in [of + end for of in (suite, LAYOUTS.get(suite, suite)) for end in ("", "_no_noops")]:
         if name in published:
