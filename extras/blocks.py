@@ -9,8 +9,9 @@ writes  runs/<config>/ and runs/<config>_<arm>/, by the stages themselves; besid
 cost    40 minutes on two idle cores for arms A to F; stopped at any moment, the same command goes on
 
 All arms start from one snapshot and train on one set of pairs, and each plays the same episodes. Every fifth
-attempt with a pair is kept from all arms, to measure what they learned. Without arms the first six are made,
-or all of fewer. Those from ipo on belong to results/neighbours/plan.md.
+attempt with a pair is kept from all arms, to measure what they learned. Without arms it makes the first six,
+or all where there are fewer. Those from ipo on belong to results/neighbours/plan.md. Those that end in -text
+and -code take the pairs of the paper's text and of its public code, and are measured on those.
 """
 
 import csv
@@ -38,9 +39,15 @@ LOOK = {  # arm -> what makes it from the snapshot: a script and its settings; "
     "D-dora": f"03_dpo.py {ANCHOR} adapter=dora",
     "D-elbo": f"03_dpo.py {ANCHOR} surrogate=elbo",
     "D-exact": f"03_dpo.py {ANCHOR} surrogate=exact",
+    **{f"{arm}-text": f"03_dpo.py {dose} pairs=episode" for arm, dose in (("B", PAPER), ("D", ANCHOR))},
+    **{f"{arm}-code": f"03_dpo.py {dose} pairs=whole" for arm, dose in (("B", PAPER), ("D", ANCHOR))},
     **{loss: f"03_dpo.py {ANCHOR} dpo.loss={loss}" for loss in ("ipo", "hinge")},
     **{loss: f"extras.losses {ANCHOR} dpo.loss={loss}" for loss in ("proximal", "simpo", "kto", "nft")},
     "grpo": "extras.grpo grpo.max_steps=150",  # as 02's play-outs
+}
+RECIPES = {  # the paper's two, with fewer pairs: that of its text; that of its code (no noise, all chunks)
+    "pairs=episode": "prefs.n_pairs=50 prefs.max_playouts=800",
+    "pairs=whole": "prefs.n_pairs=600 prefs.max_playouts=800 prefs.noise_low=0 prefs.noise_high=0",
 }
 AUTOREGRESSIVE = {
     "A": "",
@@ -59,6 +66,12 @@ FIELDS = ("seed", "suite", "task", "init_state", "success", "steps", "crash", "r
 
 def folder_of(cfg: common.AdapterConfig, arm: str) -> Path:
     return HERE / replace(cfg, name=cfg.name + f"_{arm}" * (arm != "A")).seed_dir
+
+
+def pairs_of(cfg: common.AdapterConfig, how: str) -> Path:
+    """Where the pairs of an arm are: its settings may name a recipe of their own."""
+    pairs = dict(word.split("=") for word in how.split() if word in RECIPES)
+    return replace(cfg, **pairs).made_pairs
 
 
 def run(script: str, *settings: str) -> None:
@@ -104,7 +117,11 @@ def collect(name: str, cfg: common.AdapterConfig, arms: dict) -> None:
         folder = folder_of(cfg, arm)
         for path in folder.rglob("done.json"):
             if path.with_name("adapter_config.json").is_file():  # 03 or an extra has trained here
-                facts = disk.read_json(path) | disk.read_json(path.with_name("timing.json"))
+                facts = {
+                    "playouts": disk.read_json(HERE / pairs_of(cfg, arms[arm]) / "done.json")["playouts"],
+                    **disk.read_json(path),  # with those that the arm has played itself
+                    **disk.read_json(path.with_name("timing.json")),
+                }
                 trained[arm] = {key: facts[key] for key in RECORDED if key in facts}
         for path in sorted(folder.glob("eval-*/done.json")):
             used = disk.read_json(path)["config"]
@@ -113,8 +130,12 @@ def collect(name: str, cfg: common.AdapterConfig, arms: dict) -> None:
                     writer.writerow(row | {"block": seed, "arm": arm, "success": int(row["success"])})
     (out / "blocks").mkdir(exist_ok=True)
     disk.write_atomic(out / "blocks" / f"seed{seed}.csv", table.getvalue())
-    cost = disk.read_json(HERE / cfg.made_pairs / "done.json")["playouts"]
-    about = {"block": seed, "plan": disk.sha256(out / "plan.md"), "playouts": cost, "arms": trained}
+    about = {
+        "block": seed,
+        "plan": disk.sha256(out / "plan.md"),
+        "playouts": disk.read_json(HERE / cfg.made_pairs / "done.json")["playouts"],
+        "arms": trained,
+    }
     disk.write_json(out / "blocks" / f"seed{seed}.json", about)
 
 
@@ -126,6 +147,12 @@ def main(*words: str) -> None:
         one_of("arm", arm, list(arms))
     block = f"configs/{config}.yaml", f"seed={seed}"
     cfg = load_config(common.AdapterConfig, [*block])
+    record = HERE / "results" / name / "blocks" / f"seed{seed}.json"
+    refuse(
+        record.is_file() and not (HERE / cfg.seed_dir).is_dir(),
+        f"{record} is there, but {cfg.seed_dir} is not: a training made now would overwrite the record; "
+        "take another seed, or delete the record",
+    )
     for script in ("00_demos.py", "01_sft.py", "02_collect_prefs.py"):
         run(script, *block)
     successes(HERE / cfg.made_pairs, HERE / cfg.seed_dir / "successes", cfg.held_out)
@@ -133,7 +160,9 @@ def main(*words: str) -> None:
         given, policy = block, "policy=sft"
         if arm != "A":
             script, *settings = arms[arm].split()
-            pairs = cfg.seed_dir / "successes" if arm == "F" else cfg.made_pairs
+            for recipe in RECIPES.keys() & {*settings}:
+                run("02_collect_prefs.py", *block, recipe, *RECIPES[recipe].split())
+            pairs = cfg.seed_dir / "successes" if arm == "F" else pairs_of(cfg, arms[arm])
             own = f"name={cfg.name}_{arm}", f"checkpoint={cfg.seed_dir}/sft", f"pairs_from={pairs}"
             given, policy = (*block, *own, *settings), "policy=dpo"
             run(script, *given)
