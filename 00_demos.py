@@ -176,8 +176,6 @@ def tries_file(cfg: Config, suite: str, task: int) -> Path:
 def record_task(job: tuple[Config, str, int]) -> None:
     """Worker: record the demonstrations of one task into a file, and beside it what became of every try."""
     cfg, suite, task = job
-    if task_file(*job).is_file():
-        return
     tries = []
     with (
         contextlib.closing(TaskEnv(suite, task, cfg.image_size, cfg.render)) as env,
@@ -213,10 +211,9 @@ def write_demo(demo: h5py.Group, rows: dict[str, np.ndarray]) -> None:
 def record(cfg: Config) -> list[dict]:
     """Record all tasks in `workers` processes; returns what became of the demonstrations of each."""
     jobs = [(cfg, suite, task) for suite, task in tasks(cfg)]
-    files = [task_file(*job) for job in jobs]
     for folder in (cfg.data_dir / "tries", *(cfg.data_dir / suite for suite in cfg.suites)):
         folder.mkdir(exist_ok=True)
-    workers.run(record_task, jobs, cfg.workers, "demos", lambda: sum(map(Path.is_file, files)), len(files))
+    workers.run_missing(record_task, {task_file(*job): job for job in jobs}, cfg.workers, "demos")
     return [
         {"suite": suite, "task": task} | statistics(disk.read_json(tries_file(cfg, suite, task)))
         for _, suite, task in jobs

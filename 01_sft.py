@@ -28,7 +28,7 @@ import torch
 
 import backbones
 import common
-from runtime import Count, Positive, ranks, refuse, stage
+from runtime import Count, ranks, refuse, stage
 from sim.demos import demonstrations, frames
 
 
@@ -43,10 +43,8 @@ class Config(common.PolicyConfig):
     draws: Count = 4  # (t, eps) draws per encoded observation
     lr: float = 1e-3  # peak; cosine to 1 % of it
     warmup: int = 100
-    weight_decay: float = 0.01
-    grad_clip: Positive = 1.0
     ema: Annotated[float, 0, 1] = 0.998  # decay of the averaged weights, which are the ones saved; 0 = none
-    shift: int = 4  # random shift of the images, pixels
+    shift: int = common.SHIFT  # random shift of the images, pixels
     early: Annotated[float, 0, 1] = 0  # share of each batch drawn from the first five looks of the episodes
     holdout: int = 2  # demonstrations of this many last init states are for validation only
     rank: Count = 32  # of the adapter
@@ -223,9 +221,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
     policy, train, val = make_policy(cfg)
     averaged = copy.deepcopy(policy)
     parameters = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay, fused=True
-    )
+    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
 
     first = run.resume(
         policy=policy, averaged=averaged, optimizer=optimizer
@@ -241,14 +237,13 @@ def main(cfg: Config, run: stage.Run) -> dict:
         obs, chunk, draws = common.own_rows(cfg.batch_size, obs, chunk, draws)
 
         # 2. the loss: the error of the velocity, or of the next token, averaged over draws and actions
-        policy.train()
         loss = policy.sft_loss(policy.encode(obs), chunk, draws)
         run.check(loss, step)
 
         # 3. one step of the optimiser, and of the average that will be saved
         loss.backward()
         run.average_gradients(parameters)
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip)
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         run.check(grad_norm, step, "gradient")
         lr = run.set_learning_rate(optimizer, step)
         optimizer.step()

@@ -261,15 +261,13 @@ def part_file(folder: Path, row: dict, kind: str) -> Path:
     return folder / "parts" / f"{row['suite']}-{row['task']:02d}-{row['unit']:04d}-{kind}.safetensors"
 
 
-def share(total: int, parts: int, part: int) -> int:
+def portion(total: int, parts: int, part: int) -> int:
     """How much of `total` falls to one of `parts`, as even as integers allow."""
     return total * (part + 1) // parts - total * part // parts
 
 
 def assemble(folder: Path) -> None:
-    """What all attempts gave, in the order of tasks and attempts and not of their making; pairs.jsonl comes
-    last.
-    """
+    """Merge the attempts' files, sorted by task and attempt. pairs.jsonl comes last and marks the end."""
     rows = sorted(attempts(folder), key=lambda row: (row["suite"], row["task"], row["unit"]))
     none = f"{len(rows)} attempts gave no pair (see {folder / 'units.jsonl'})"
     refuse(not any(row["pairs"] for row in rows), f"{none}; raise prefs.max_playouts")
@@ -305,18 +303,20 @@ def main(cfg: Config, run: stage.Run) -> dict | None:
         # 1. every task gets an equal share of the pairs wanted and of the play-outs allowed
         every, n = tasks(cfg), len(tasks(cfg))
         jobs = [
-            Job(cfg, run.dir, suite, task, share(cfg.n_pairs, n, i), share(cfg.max_playouts, n, i))
+            Job(cfg, run.dir, suite, task, portion(cfg.n_pairs, n, i), portion(cfg.max_playouts, n, i))
             for i, (suite, task) in enumerate(every)
         ]
 
         # 2. play until each has its share; what an earlier run has played counts
-        def played() -> int:
-            return sum(row["playouts"] for row in attempts(run.dir))
-
-        def found() -> str:
-            return f"{sum(len(row['pairs']) for row in attempts(run.dir))} pairs"
-
-        workers.run(collect, ranks.share(jobs), cfg.workers, "prefs", played, cfg.max_playouts, found)
+        workers.run(
+            collect,
+            ranks.share(jobs),
+            cfg.workers,
+            "prefs",
+            lambda: sum(row["playouts"] for row in attempts(run.dir)),
+            cfg.max_playouts,
+            lambda: f"{sum(len(row['pairs']) for row in attempts(run.dir))} pairs",
+        )
         ranks.wait()
 
         # 3. one file of all pairs

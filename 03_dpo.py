@@ -26,9 +26,7 @@ all epochs. The reference is the same weights with the adapter switched off. An 
 Left out: losses of anything but the margin (extras/losses.py has some), label smoothing, reward models.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -37,7 +35,7 @@ import torch.nn.functional as F
 
 import backbones
 import common
-from runtime import Count, Positive, disk, ranks, refuse, regex, stage
+from runtime import Count, disk, ranks, refuse, regex, stage, warn
 from runtime.config import as_number
 
 
@@ -51,16 +49,12 @@ class Config(common.AdapterConfig):
     weight: Literal["velocity", "noise", "elbo"] = "velocity"  # w(t); the paper's is 1, "velocity"
     whole_chunk: bool = False  # score all H actions, not only those that were executed; "exact" always does
     ode_steps: Count = 10  # exact: midpoint steps from the chunk to the noise
-    probes: Count = 1  # exact: Hutchinson probes per pair
-    shift: int = 4  # independent: random shift of the images, pixels, as in 01
     beta: str = "auto"  # a number, or "auto": 1 / std of log p_ref(chosen) - log p_ref(rejected)
     loss: Literal["dpo", "ipo", "hinge"] = "dpo"  # of the margin, see dpo_loss; the paper's is dpo
     contrast: float = 1.0  # weight of this loss; 0 = train on the anchor only
     sft_coef: float = 1.0  # weight of the anchor, which keeps chosen chunks likely; the paper: 0
     lr: float = 5e-5  # peak; cosine to 1 % of it
     warmup: int = 20
-    weight_decay: float = 0.0
-    grad_clip: Positive = 1.0
     rank: Count = 32
     alpha: Count = 64
     targets: str = ""  # regex of the adapted linear layers; empty = the backbone's q, k, v, o projections
@@ -84,6 +78,10 @@ class Config(common.AdapterConfig):
         refuse(
             self.surrogate == "mirrored" and self.draws % 2,
             f"dpo.draws={self.draws} must be even for surrogate=mirrored: noises come in pairs",
+        )
+        refuse(
+            self.weight != "velocity" and self.surrogate in ("elbo", "exact"),
+            f"surrogate={self.surrogate} has a weight of its own: leave dpo.weight at velocity",
         )
         regex("dpo.targets", self.targets)
         refuse(
@@ -127,72 +125,40 @@ def log_probs(
     return scores[:b], scores[b:]
 
 
-def independent_log_probs(policy, cfg: Config, obs: dict, chosen, rejected, mask, draws, term: tuple):
+def independent_log_probs(policy, cfg: Config, obs: dict, chosen, rejected, mask, term: tuple):
     """The surrogate as the paper's code has it: each chunk of each term with images and draws of its own."""
     g = common.stream(cfg.seed, "dpo independent", *term, ranks.rank())
     scores = []
     for chunk in (chosen, rejected):
-        shifted = {camera: common.random_shift(obs[camera], cfg.shift, g) for camera in common.CAMERAS}
+        shifted = {camera: common.random_shift(obs[camera], common.SHIFT, g) for camera in common.CAMERAS}
         own = policy.draws(len(chunk), cfg.draws, g, "iid")
         scores.append(policy.log_prob(policy.encode(obs | shifted), chunk, own, mask, cfg.weight))
     return tuple(scores)
 
 
-def scorer(policy, cfg: Config) -> tuple[Callable, Callable]:
-    """What `surrogate` means: two functions.
+def draw(policy, cfg: Config, n: int, generator: torch.Generator):
+    """The randomness that the four scores of n pairs share: draws (t, eps), or probes of the exact trace."""
+    if cfg.surrogate == "exact":
+        from backbones import likelihood
 
-    draw(n, generator): the randomness that the four terms of n pairs share.
-    score(obs, chosen, rejected, mask, draws, term): log p (B,), (B,) of chosen and rejected. `term` seeds the
-    draws of surrogate=independent, e.g. (step, "policy").
+        return likelihood.make_probes(n, 1, (policy.horizon, policy.cfg.flow_dim), generator)
+    return policy.draws(n, cfg.draws, generator, common.SURROGATES[cfg.surrogate])
+
+
+def score(policy, cfg: Config, obs, chosen, rejected, mask, draws, term: tuple):
+    """log p, or what `surrogate` puts in its place, of chosen and rejected: (B,), (B,).
+
+    term: which score of which step, e.g. (step, "policy"); it seeds the draws of surrogate=independent.
     """
     if cfg.surrogate == "exact":
         from backbones import likelihood
 
-        shape = policy.horizon, policy.cfg.flow_dim
-
-        def exact(obs, chosen, rejected, mask, probes, term):
-            prefix = policy.encode(obs)
-            return likelihood.pair_log_probs(policy, prefix, chosen, rejected, probes, cfg.ode_steps)
-
-        return lambda n, g: likelihood.make_probes(n, cfg.probes, shape, g), exact
-
-    def draw(n: int, generator: torch.Generator):
-        return policy.draws(n, cfg.draws, generator, common.SURROGATES[cfg.surrogate])
-
+        prefix = policy.encode(obs)
+        return likelihood.pair_log_probs(policy, prefix, chosen, rejected, draws, cfg.ode_steps)
     if cfg.surrogate == "independent":
-        return draw, partial(independent_log_probs, policy, cfg)
+        return independent_log_probs(policy, cfg, obs, chosen, rejected, mask, term)
     weight = "logsnr" if cfg.surrogate == "elbo" else cfg.weight
-
-    def shared(obs, chosen, rejected, mask, draws, term):
-        return log_probs(policy, obs, chosen, rejected, mask, draws, weight)
-
-    return draw, shared
-
-
-def choose_beta(policy, pairs: dict, draw: Callable, score: Callable, cfg: Config) -> float:
-    """dpo.beta. "auto" is 1 / std of log p_ref(chosen) - log p_ref(rejected), known before training.
-
-    It scales the margins to order 1, where DPO's sigmoid is neither flat nor saturated. A number that is five
-    orders of magnitude away from it is refused, unless there is no contrast that needs it. 64 to 127 evenly
-    spread pairs count (all if fewer).
-    """
-    n, given = len(pairs["mask"]), as_number(cfg.beta, float)
-    refuse(n < 2 and not given, "dpo.beta=auto needs two pairs or more; give it a number")
-    if given and (n < 2 or not cfg.contrast):
-        return given
-    index = torch.arange(0, n, max(1, n // 64))
-    draws, differences = draw(len(index), common.stream(cfg.seed, "beta")), []
-    with policy.reference():
-        for rows in torch.arange(len(index)).split(cfg.batch_size):  # no more memory than a training step
-            own = common.select(draws, rows)
-            ref_w, ref_l = score(*batch_of(pairs, index[rows]), own, ("beta", int(rows[0])))
-            differences.append(ref_w - ref_l)
-    spread = torch.cat(differences).std(correction=0).item()
-    why = f"log p_ref(chosen) - log p_ref(rejected) has a standard deviation of {spread:.3g} over the pairs"
-    refuse(not 1e-5 < spread < 1e9, f"{why}; look at the weights, statistics and pairs")
-    beta = given or 1.0 / spread
-    refuse(not 1e-5 < beta * spread < 1e5, f"{why}, too far from dpo.beta={beta:.3g}: take dpo.beta=auto")
-    return beta
+    return log_probs(policy, obs, chosen, rejected, mask, draws, weight)
 
 
 # ------------------------------------------------------------------------------------------------------- data
@@ -203,14 +169,13 @@ def load_pairs(cfg: Config, policy) -> tuple[dict, dict]:
         pairs["mask"] = torch.ones_like(pairs["mask"])
     obs = {key: pairs[key] for key in (*common.CAMERAS, "state", "instruction")}
     pairs["obs"] = common.blank_images(obs) if cfg.blank_images else obs
-    held = torch.zeros(len(pairs["mask"]), dtype=torch.bool)
-    if cfg.held_out:
-        held = pairs["attempt"] % cfg.held_out == 0
+    none = torch.zeros(len(pairs["mask"]), dtype=torch.bool)
+    held = pairs["attempt"] % cfg.held_out == 0 if cfg.held_out else none
     refuse(bool(held.all()), f"held_out={cfg.held_out} leaves no pair to train on")
     return tuple(common.select(pairs, part.nonzero()[:, 0]) for part in (~held, held))
 
 
-def begin(policy, pairs: dict, cfg: Config):
+def encode_once(policy, pairs: dict, cfg: Config):
     """The part of each observation's encoding that training leaves as it is, computed once for all epochs."""
     if cfg.surrogate == "independent":  # it augments the images
         return pairs["obs"]
@@ -224,20 +189,48 @@ def batch_of(pairs: dict, index: torch.Tensor) -> tuple:
     return tuple(common.select(pairs[key], index) for key in ("obs", "chosen", "rejected", "mask"))
 
 
+def choose_beta(policy, pairs: dict, cfg: Config) -> float:
+    """dpo.beta. "auto" is 1 / std of log p_ref(chosen) - log p_ref(rejected), known before training.
+
+    It scales the margins to order 1, where DPO's sigmoid is neither flat nor saturated. A number that is five
+    orders of magnitude away from it is refused, unless there is no contrast that needs it. 64 to 127 evenly
+    spread pairs count (all if fewer).
+    """
+    n, given = len(pairs["mask"]), as_number(cfg.beta, float)
+    refuse(n < 2 and not given, "dpo.beta=auto needs two pairs or more; give it a number")
+    if given and (n < 2 or not cfg.contrast):
+        return given
+    index = torch.arange(0, n, max(1, n // 64))
+    draws, differences = draw(policy, cfg, len(index), common.stream(cfg.seed, "beta")), []
+    with policy.reference():
+        for rows in torch.arange(len(index)).split(cfg.batch_size):  # no more memory than a training step
+            batch, own = batch_of(pairs, index[rows]), common.select(draws, rows)
+            ref_w, ref_l = score(policy, cfg, *batch, own, ("beta", int(rows[0])))
+            differences.append(ref_w - ref_l)
+    spread = torch.cat(differences).std(correction=0).item()
+    why = f"log p_ref(chosen) - log p_ref(rejected) has a standard deviation of {spread:.3g} over the pairs"
+    refuse(not 1e-5 < spread < 1e9, f"{why}; look at the weights, statistics and pairs")
+    beta = given or 1.0 / spread
+    refuse(not 1e-5 < beta * spread < 1e5, f"{why}, too far from dpo.beta={beta:.3g}: take dpo.beta=auto")
+    return beta
+
+
 @torch.no_grad()
-def delivered(policy, pairs: dict) -> dict:
+def delivered(policy, pairs: dict, size: int) -> dict:
     """What training moved on pairs that it never saw: log-ratio of chosen minus that of rejected, in nats.
 
     A log-ratio is log p of the policy minus log p of the reference: the lower bound (64 draws, shared) of a
-    flow policy, the exact value of an autoregressive one.
+    flow policy, the exact value of an autoregressive one. `size` pairs are scored at a time.
     """
-    n = len(pairs["mask"])
-    batch = batch_of(pairs, torch.arange(n))
+    n, moved = len(pairs["mask"]), []
     draws = policy.draws(n, 64, common.stream(0, "held out"), "logsnr")
-    with policy.reference():
-        ref_w, ref_l = log_probs(policy, *batch, draws, "logsnr")
-    pi_w, pi_l = log_probs(policy, *batch, draws, "logsnr")
-    moved = (pi_w - ref_w) - (pi_l - ref_l)
+    for rows in torch.arange(n).split(size):
+        scored = *batch_of(pairs, rows), common.select(draws, rows), "logsnr"
+        with policy.reference():
+            ref_w, ref_l = log_probs(policy, *scored)
+        pi_w, pi_l = log_probs(policy, *scored)
+        moved.append((pi_w - ref_w) - (pi_l - ref_l))
+    moved = torch.cat(moved)
     return {"nats": moved.mean().item(), "std": moved.std(correction=0).item(), "pairs": n}
 
 
@@ -250,25 +243,24 @@ def main(cfg: Config, run: stage.Run) -> dict:
     )
     policy.recompute = cfg.recompute
     trained = torch.nn.ParameterList(p for p in policy.parameters() if p.requires_grad)
-    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
-    draw, score = scorer(policy, cfg)
-    beta = run.agree(choose_beta(policy, pairs, draw, score, cfg))
+    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=0.0)
+    beta = run.agree(choose_beta(policy, pairs, cfg))
     n, k = len(pairs["mask"]), sum(p.numel() for p in trained)
     print(f"[03_dpo] {n} pairs, {cfg.adapter} with {k:,} parameters, beta {beta:.4g}", flush=True)
-    pairs["obs"] = begin(policy, pairs, cfg)
+    pairs["obs"] = encode_once(policy, pairs, cfg)
 
     first = run.resume(adapter=trained, optimizer=optimizer)  # 0, or the last checkpoint's step
     for step in run.steps(first, cfg.steps):
         # 1. a batch of pairs, and the draws (t, eps) that the four log-probabilities share
         index = common.shuffled(cfg.seed, "dpo", step, cfg.batch_size, n)
-        draws = draw(cfg.batch_size, common.stream(cfg.seed, "dpo", step))
+        draws = draw(policy, cfg, cfg.batch_size, common.stream(cfg.seed, "dpo", step))
         index, draws = common.own_rows(cfg.batch_size, index, draws)
         obs, chosen, rejected, mask = batch_of(pairs, index)
 
         # 2. log p under the reference (the same weights, adapter off, no gradients) and under the policy
         with policy.reference():
-            ref_w, ref_l = score(obs, chosen, rejected, mask, draws, (step, "reference"))
-        pi_w, pi_l = score(obs, chosen, rejected, mask, draws, (step, "policy"))
+            ref_w, ref_l = score(policy, cfg, obs, chosen, rejected, mask, draws, (step, "reference"))
+        pi_w, pi_l = score(policy, cfg, obs, chosen, rejected, mask, draws, (step, "policy"))
 
         # 3. DPO's contrast, and an anchor that keeps chosen chunks likely (the paper: sft_coef = 0)
         loss, rewards = dpo_loss(pi_w, pi_l, ref_w, ref_l, beta, cfg.loss)
@@ -278,7 +270,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
         # 4. one step of the optimiser, and the log
         total.backward()
         run.average_gradients(trained)
-        grad_norm = torch.nn.utils.clip_grad_norm_(trained, cfg.grad_clip)
+        grad_norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
         run.check(grad_norm, step, "gradient")
         lr = run.set_learning_rate(optimizer, step)
         optimizer.step()
@@ -289,29 +281,33 @@ def main(cfg: Config, run: stage.Run) -> dict:
     if run.first:
         warn_about_scale(disk.read_jsonl(run.dir / "metrics.jsonl"), cfg.beta)
         common.save_adapter(adapted, run.dir)
-    facts = {"beta": beta, "trainable": k, "pairs": n}
-    return facts | ({"delivered": delivered(policy, held)} if cfg.held_out else {})
+    measured = {"delivered": delivered(policy, held, cfg.batch_size)} if cfg.held_out else {}
+    return {"beta": beta, "trainable": k, "pairs": n} | measured
 
 
 def metrics(loss: torch.Tensor, rewards: dict, pi_w: torch.Tensor, pi_l: torch.Tensor) -> dict[str, float]:
     """A line of the log; docs/reading.md explains each number."""
-    row = {key: value.mean().item() for key, value in rewards.items()} | {"loss": loss.item()}
-    row["rewards/accuracies"] = (rewards["rewards/margins"] > 0).float().mean().item()
-    row["rewards/margin_std"] = rewards["rewards/margins"].std(correction=0).item()
-    return row | {"logps/chosen": pi_w.mean().item(), "logps/rejected": pi_l.mean().item()}
+    margins = rewards["rewards/margins"]
+    return {key: value.mean().item() for key, value in rewards.items()} | {
+        "loss": loss.item(),
+        "rewards/accuracies": (margins > 0).float().mean().item(),
+        "rewards/margin_std": margins.std(correction=0).item(),
+        "logps/chosen": pi_w.mean().item(),
+        "logps/rejected": pi_l.mean().item(),
+    }
 
 
 def warn_about_scale(rows: list[dict], beta: str) -> None:
     """DPO learns where its margins are of order 1. Far below, the reference hardly enters the gradient."""
     lost = min(row["rewards/chosen"] for row in rows[len(rows) // 2 :])
     if lost < -20:
-        common.warn(f"the policy has unlearned the chosen chunks (rewards/chosen {lost:.3g}): lower dpo.lr")
+        warn(f"the policy has unlearned the chosen chunks (rewards/chosen {lost:.3g}): lower dpo.lr")
     other = "" if beta == "auto" else ", or take dpo.beta=auto"
     late = max(abs(row["rewards/margins"]) + row["rewards/margin_std"] for row in rows[len(rows) // 2 :])
     if late < 0.05:
-        common.warn(f"margins stayed below 0.05 (largest {late:.3g}): raise dpo.steps or dpo.lr{other}")
+        warn(f"margins stayed below 0.05 (largest {late:.3g}): raise dpo.steps or dpo.lr{other}")
     if late > 20:
-        common.warn(f"margins saturated (largest {late:.3g}): lower dpo.lr or dpo.steps{other}")
+        warn(f"margins saturated (largest {late:.3g}): lower dpo.lr or dpo.steps{other}")
 
 
 if __name__ == "__main__":

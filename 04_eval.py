@@ -55,7 +55,7 @@ class Config(common.SceneConfig, common.ActingConfig, common.AdapterConfig):
     folder = property(lambda self: self.seed_dir / f"eval-{self.policy_name}{self.suffix}")
 
     def left_out(self) -> tuple[str, ...]:
-        of_dpo = ("adapter", "pairs", "surrogate")
+        of_dpo = ("adapter", "pairs", "surrogate", "held_out")
         return (*super().left_out(), *(of_dpo if self.policy == "sft" else ()))
 
     def inputs(self) -> list[Path]:

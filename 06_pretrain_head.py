@@ -72,15 +72,9 @@ class Config(common.SceneConfig, common.StartConfig):
     batch_size: Annotated[int, 2] = 128  # anchors
     log_every: Count = 10
 
-    @property
-    def folder(self) -> Path:
-        return self.seed_dir / "".join(
-            [
-                "head",
-                "" if self.start == "final" else f"-at{self.start}",
-                "" if self.encoder == "sft" else "-random",
-            ]
-        )
+    folder = property(
+        lambda self: self.seed_dir / (self.variant("head") + "-random" * (self.encoder == "random"))
+    )
 
     def inputs(self) -> list[Path]:
         refuse(

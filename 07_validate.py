@@ -13,7 +13,7 @@ Three quantities are compared. `log p` is that of a chunk. `difference` is log p
 that of the rejected one, under one policy. `margin` is the difference under a DPO policy minus that under its
 reference: what DPO's loss sees, without beta. With held_out=N the margins are those of the pairs that 03 has
 left out of its training. An estimator is a scheme of draws (t, eps) (common.make_draws) and a weight on the
-velocity error (common.time_weight):
+velocity error (common.TIME_WEIGHTS):
 
     log p~(a | o) = - mean over K draws of w(t) || v(t eps + (1-t) a, t, o) - (eps - a) ||^2
 
@@ -58,7 +58,6 @@ from runtime import Count, disk, load_config, refuse, stage, workers
 BLOCK = 8  # pairs that are scored together
 REPEATS = 4  # of every estimate, with fresh draws: one for each term of a margin
 ROUNDING = 0.1  # normalised units: weights in bfloat16 make slightly other chunks of the same noise
-SHIFT = 4  # independent: random shift of the images, pixels, as in the published code
 ESTIMATORS = {  # name -> scheme of its draws, weight on the squared velocity error; and how 03 trains on it
     "paper": ("stratified", "velocity"),  # surrogate=paper, the default
     "paper-noise": ("stratified", "noise"),  # surrogate=paper dpo.weight=noise
@@ -80,7 +79,6 @@ class Config(common.ActingConfig, common.AdapterConfig):
     gradient_probes: Annotated[int, 2] = 8  # of the exact gradient; half of them are compared with the rest
 
     folder = property(lambda self: self.seed_dir / self.variant("validate", self.pairs))
-    draw_counts = property(lambda self: [2**i for i in range(self.max_draws.bit_length())])
 
     def dpo_folders(self) -> dict[str, Path]:
         """Name -> folder of every finished DPO on these pairs and this start, or of the one that is given."""
@@ -166,7 +164,7 @@ def estimate(policy, obs, chunks: Tensor, name: str, k: int, g: torch.Generator)
     """
     scheme, weight = ESTIMATORS[name]
     if name == "independent":  # the published code augments the images in every forward pass
-        obs = obs | {camera: common.random_shift(obs[camera], SHIFT, g) for camera in common.CAMERAS}
+        obs = obs | {camera: common.random_shift(obs[camera], common.SHIFT, g) for camera in common.CAMERAS}
     n, c, h, _ = chunks.shape
     draws = policy.draws(n, k, g, scheme)
     prefix = policy.encode(obs).select(torch.arange(n).repeat(c))
@@ -177,7 +175,7 @@ def estimate(policy, obs, chunks: Tensor, name: str, k: int, g: torch.Generator)
         torch.ones(c * n, h),
     )
     errors = errors.unflatten(1, (c, n)).transpose(1, 2)
-    return -(common.time_weight(draws.t, weight)[..., None] * errors).mean(0), errors
+    return -(common.TIME_WEIGHTS[weight](draws.t)[..., None] * errors).mean(0), errors
 
 
 def exact(policy, prefix, chunks: Tensor, steps: int, g: torch.Generator | None = None) -> Tensor:
@@ -206,7 +204,8 @@ def measure(job: tuple) -> None:
         tensors["dims"] = torch.full((len(chunks),), policy.horizon * policy.cfg.flow_dim)
     for name in ("paper", "mirrored", "elbo", "independent"):
         seen = obs if name == "independent" else prefix
-        for k in cfg.draw_counts[name == "mirrored" :]:  # mirror images come in pairs
+        for i in range(name == "mirrored", cfg.max_draws.bit_length()):  # mirror images come in pairs
+            k = 2**i
             repeats = [
                 estimate(
                     policy,
@@ -222,8 +221,8 @@ def measure(job: tuple) -> None:
             if name == "paper":  # its errors give the estimates with other weights, too
                 errors = torch.stack([error for _, error in repeats])  # (R, K, n, 2)
                 t = ((torch.arange(k) + 0.5) / k)[None, :, None, None]
-                tensors[f"paper-noise/{k}"] = -(common.time_weight(t, "noise") * errors).mean(1)
-                tensors[f"paper-elbo/{k}"] = -(common.time_weight(t, "elbo") * errors).mean(1)
+                tensors[f"paper-noise/{k}"] = -(common.TIME_WEIGHTS["noise"](t) * errors).mean(1)
+                tensors[f"paper-elbo/{k}"] = -(common.TIME_WEIGHTS["elbo"](t) * errors).mean(1)
                 tensors["by_time"] = -errors.mean(0)  # (K, n, 2) of the largest K, which comes last
     disk.save_tensors(file, tensors)
 
@@ -297,18 +296,6 @@ def gradients(job: tuple) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- main
-def do_missing(function: Callable[[tuple], None], jobs: list[tuple], cfg: Config, title: str) -> None:
-    """Do the jobs whose files an earlier run has not written."""
-    workers.run(
-        function,
-        [job for job in jobs if not job[1].is_file()],
-        cfg.workers,
-        title,
-        lambda: sum(job[1].is_file() for job in jobs),
-        len(jobs),
-    )
-
-
 def spread(n: int, batches: int) -> list[list[int]]:
     """Batches of the numbers of n pairs. Pairs are sorted by task, so each batch has some from all over."""
     size = min(BLOCK, n)
@@ -327,7 +314,8 @@ def main(cfg: Config, run: stage.Run) -> dict:
         name: [(cfg, parts / f"{name}-{b:03d}.safetensors", block, adapter) for b, block in enumerate(blocks)]
         for name, adapter in policies.items()
     }
-    do_missing(measure, [job for of_policy in jobs.values() for job in of_policy], cfg, "validate")
+    every_job = {job[1]: job for of_policy in jobs.values() for job in of_policy}
+    workers.run_missing(measure, every_job, cfg.workers, "validate")
     measures = {}
     for name, of_policy in jobs.items():
         tensors = [disk.load_tensors(file) for _, file, _, _ in of_policy]
@@ -351,7 +339,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
         for state in ("start", "end")
         for b, block in enumerate(spread(len(every), cfg.gradient_batches))
     ]
-    do_missing(gradients, steps, cfg, "gradients")
+    workers.run_missing(gradients, {job[1]: job for job in steps}, cfg.workers, "gradients")
 
     disk.save_tensors(run.dir / "measures.safetensors", measures)
     disk.write_rows(run.dir / "gradients.jsonl", [row for job in steps for row in disk.read_jsonl(job[1])])

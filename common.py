@@ -13,16 +13,13 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from runtime import (
     Count,
     Place,
     PlaceConfig,
-    UserError,
     disk,
-    one_line,
     one_of,
     refuse,
     regex,
@@ -69,8 +66,11 @@ def init_states(group: str, n: int | None = None) -> list[int]:
 
 
 def blank_images(obs: dict) -> dict:
-    """The same observation with both images black: a control: does the policy use its images?."""
+    """The same observation with black images: a control that shows whether a policy uses its images."""
     return obs | {camera: obs[camera] * 0 for camera in CAMERAS}
+
+
+SHIFT = 4  # pixels of random_shift, unless sft.shift says otherwise
 
 
 def random_shift(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
@@ -130,7 +130,7 @@ SURROGATES = {  # what stands for log p(a | o) of a flow policy -> the scheme of
     "independent": "iid",  # the paper's code: fresh draws, and augmented images, in each of the four terms
     "exact": "",  # no surrogate: the likelihood itself (backbones/likelihood.py)
 }
-TIME_WEIGHTS = {  # w(t) on the squared *velocity* error
+TIME_WEIGHTS = {  # w(t) on the squared *velocity* error, of times of any shape
     "velocity": torch.ones_like,  # the paper's
     "noise": lambda t: (1 - t) ** 2,  # makes it the squared error in eps
     # 1/2 d log SNR / dt on the error in eps; bounded near t = 0
@@ -182,12 +182,6 @@ def make_draws(batch: int, horizon: int, dim: int, k: int, generator: torch.Gene
     return Draws(t, torch.randn(k, batch, horizon, dim, generator=generator))
 
 
-def time_weight(t: Tensor, weight: str) -> Tensor:
-    """w(t), one of TIME_WEIGHTS, of times of any shape."""
-    one_of("weight", weight, TIME_WEIGHTS)
-    return TIME_WEIGHTS[weight](t)
-
-
 def flow_matching_error(velocity: Callable, chunk: Tensor, draws: Draws, mask: Tensor):
     """Squared velocity error per draw and chunk, summed over executed actions and real dimensions: (K, B).
 
@@ -212,7 +206,8 @@ def surrogate_log_prob(velocity: Callable, chunk: Tensor, draws: Draws, mask: Te
     over H x 7 dimensions (theirs is a mean, which makes DPO's logit some 70 times smaller at the same beta).
     """
     error = flow_matching_error(velocity, chunk, draws, mask)  # (K, B)
-    return -(time_weight(draws.t, weight) * error).mean(0)
+    w = TIME_WEIGHTS[weight](draws.t)  # (K, B)
+    return -(w * error).mean(0)
 
 
 # --------------------------------------------------------------------------------------------------- adapters
@@ -257,11 +252,9 @@ def load_adapter(policy, folder: Path, trainable: bool = False):
     refuse(not path.is_file(), f"{folder} holds no adapter_model.safetensors; run 03_dpo.py first")
     tensors = disk.load_finite(path)
     same_origin(policy, path)
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of missing keys, which are an error below
-            adapted = PeftModel.from_pretrained(policy, str(folder), is_trainable=trainable)
-    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{folder} holds no adapter of this policy: {one_line(error)}; rerun 03") from error
+    wrong = disk.reading(folder, "run 03_dpo.py again", "holds no adapter of this policy")
+    with wrong, warnings.catch_warnings(action="ignore"):  # of missing keys, which are an error below
+        adapted = PeftModel.from_pretrained(policy, str(folder), is_trainable=trainable)
     other = {*tensors} ^ {*get_peft_model_state_dict(adapted, save_embedding_layers=False)}
     refuse(other, f"{folder} holds an adapter of another policy: only one has {', '.join(sorted(other)[:1])}")
     return (adapted if trainable else adapted.merge_and_unload()).eval()
@@ -270,8 +263,8 @@ def load_adapter(policy, folder: Path, trainable: bool = False):
 # ------------------------------------------------------------------------------------------------ config keys
 @dataclass
 class RunConfig(PlaceConfig):
-    """Keys of every stage, at the top level of the YAML. A stage inherits the keys that it may read, and all
-    of them count in its identity, but for those of PlaceConfig."""
+    """Keys of every stage, at the top level of the YAML. A stage inherits those that it may read. All but
+    PlaceConfig's are part of its identity."""
 
     suites: list[Literal[tuple(MAX_STEPS)]] = field(default_factory=lambda: ["libero_object"])
     tasks: list[int] = field(default_factory=list)  # task numbers within a suite; empty = all
@@ -326,6 +319,10 @@ class StartConfig(PolicyConfig):
     start: Annotated[str, "final|[0-9]+"] = "final"  # which of 01's weights: the last, or a snapshot's step
     start_seed: int = 0  # seed of the SFT policy and pairs, for more DPO seeds on the same ones; 0 = `seed`
 
+    def variant(self, *words: str) -> str:
+        """Name of a folder whose contents depend on `start`."""
+        return "-".join([*words, *[f"at{self.start}"] * (self.start != "final")])
+
     start_dir = property(lambda self: self.seed_dir.with_name(f"seed{self.start_seed or self.seed}"))
 
     def sft_inputs(self) -> list[Path]:
@@ -358,10 +355,6 @@ class PairsConfig(StartConfig):
 
     pairs: Literal["branch", "episode", "whole"] = "branch"  # how 02 makes them
     pairs_from: Place = ""  # folder of preference pairs that 03 and 07 take; empty = 02's
-
-    def variant(self, *words: str) -> str:
-        """Name of a folder whose contents depend on `pairs` and `start`."""
-        return "-".join([*words, *[f"at{self.start}"] * (self.start != "final")])
 
     made_pairs = property(lambda self: self.start_dir / self.variant("prefs", self.pairs))
     pairs_dir = property(lambda self: Path(self.pairs_from) if self.pairs_from else self.made_pairs)
@@ -398,9 +391,9 @@ class AdapterConfig(PairsConfig):
         other = [] if self.surrogate == "paper" else [self.surrogate]
         return self.seed_dir / self.variant("dpo", self.adapter, self.pairs, *other)
 
-    @property
-    def adapter_dir(self) -> Path:
-        return Path(self.adapters_from, self.adapter) if self.adapters_from else self.made_adapter
+    adapter_dir = property(
+        lambda self: Path(self.adapters_from, self.adapter) if self.adapters_from else self.made_adapter
+    )
 
     def adapter_inputs(self) -> list[Path]:
         if self.adapters_from:

@@ -46,7 +46,7 @@ def preview(cfg, section: str) -> None:
         policy = load_policy(cfg.given, weights, cfg.model, cfg.suites, cfg.backbone, read=False)
         refuse(execute > policy.horizon, TOO_MANY.format(execute, policy.horizon))
         print(*policy.found, sep="\n  ", flush=True)
-    if cfg.dry_run:
+    if section and cfg.dry_run:
         from backbones import memory
 
         memory.report(cfg, section)

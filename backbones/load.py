@@ -14,7 +14,7 @@ from backbones.policy import (
     read_object,
     read_tokenizer,
 )
-from runtime import BACKBONES, disk, one_of, refuse
+from runtime import BACKBONES, disk, laid_over, one_of, refuse
 
 
 def policy_class(name: str) -> type[Policy]:
@@ -87,7 +87,7 @@ def load_policy(
     config = read_object(folder / "config.json")
     name = config.pop("backbone")
     with torch.device("cpu" if read else "meta"):
-        policy = build_it(name, config | (model or {}))
+        policy = build_it(name, laid_over(config, model or {}))
     if read:
         policy.load_weights([(folder / weights, disk.load_finite(folder / weights))])
     policy.norm_stats = checked_stats(read_object(folder / "norm_stats.json"), f"{folder}/norm_stats.json")

@@ -45,7 +45,7 @@ from backbones.layers import (
 from backbones.openvla_images import center_crop, jpeg, resize_bicubic, resize_lanczos3
 from backbones.policy import DIMS, LARGEST, DecoderSize, Id, Policy, Size, TowerSize
 from common import ACTION_DIM, CAMERAS
-from runtime.errors import UserError, refuse
+from runtime.errors import refuse
 
 EPS, GELU = 1e-6, "gelu"  # of every norm; exact erf in towers and projector (transformers' SigLIP: tanh)
 TOWERS = ("dino", "siglip")  # in the order of pixel_values' channels
@@ -83,10 +83,7 @@ class OpenVLAConfig:  # defaults: OpenVLA-7B as published for LIBERO (openvla-7b
     label_smoothing_bins: float = 0.0  # training targets are Gaussians with this standard deviation, in bins
 
     def __post_init__(self):
-        try:
-            self.prompt.format(task="")
-        except (LookupError, ValueError, AttributeError) as error:
-            raise UserError(f"model.prompt={self.prompt!r} must be a text with {{task}} in it") from error
+        refuse("{task}" not in self.prompt, f"model.prompt={self.prompt!r} must have {{task}} in it")
         towers = [name for name in TOWERS if name in self.towers]  # in their order, each once
         cameras = [name for name in CAMERAS if name in self.cameras]
         refuse(not towers or towers != self.towers, f"model.towers: choose from {[*TOWERS]}, in this order")
@@ -213,7 +210,7 @@ class OpenVLA(Policy):
     # ---------------------------------------------------------------------------------------- text and images
     def tokenize(self, instructions: list[str]) -> tuple[Tensor, Tensor]:
         # ids of the prompts and their validity, both (B, longest prompt), without the final "▁"
-        rows = self.ids([self.cfg.prompt.format(task=i.lower()) for i in instructions], self.cfg.bos)
+        rows = self.ids([self.cfg.prompt.replace("{task}", i.lower()) for i in instructions], self.cfg.bos)
         return padded([row[:-1] if row[-1] == self.cfg.space else row for row in rows], self.cfg.eos)
 
     def pixels(self, images: Tensor) -> Tensor:  # uint8 (B, h, w, 3) -> (B, 3 per tower, size, size)

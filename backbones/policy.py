@@ -190,8 +190,8 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def begin(self, obs: dict) -> dict | Embedded | Prefix:
-        """The part of encode(obs) that the training of this policy does not change: all of it, all but the
-        language model's layers, or nothing. Computed once, it serves every epoch, and the reference as well.
+        """The part of encode(obs) that training leaves unchanged: all of it, all but the language model's
+        layers, or none. Computed once, it serves every epoch, and the reference as well.
         """
         trained = [name for name, p in self.named_parameters() if p.requires_grad]
         llm = "language_model.layers."
@@ -201,24 +201,18 @@ class Policy(nn.Module):
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[Self]:
-        """The weights that the adapter started from: every peft layer off, no gradients. The old state comes
-        back at the end.
-        """
+        """The weights that the adapter started from: every peft layer off, no gradients. Not to be nested."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         layers = [m for m in self.modules() if isinstance(m, BaseTunerLayer)]
-        was_off = [m.disable_adapters for m in layers]
-        trainable = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
         try:
             for layer in layers:
                 layer.enable_adapters(False)
             with torch.no_grad():
                 yield self
         finally:
-            for layer, off in zip(layers, was_off, strict=True):
-                layer.enable_adapters(not off)
-            for p, flag in trainable:  # enable_adapters changes the flags of the adapter's parameters
-                p.requires_grad_(flag)
+            for layer in layers:
+                layer.enable_adapters(True)
 
     def freeze(self) -> Self:
         """Promise that the weights stay as they are from now on: the policy only acts, and may act faster."""

@@ -34,7 +34,7 @@ from torch import Tensor
 
 import backbones
 import common
-from runtime import Count, Positive, disk, refuse, stage, workers
+from runtime import Count, disk, refuse, stage, workers
 from sim.env import CRASHES, TaskEnv, instruction, tasks
 
 prefs, dpo = importlib.import_module("02_collect_prefs"), importlib.import_module("03_dpo")
@@ -55,7 +55,6 @@ class Config(common.SceneConfig, common.ActingConfig, common.AdapterConfig):
     batch_size: Count = 64  # chunks per update
     draws: Count = 4
     lr: float = 5e-5  # peak; cosine over the rounds to 1 % of it
-    grad_clip: Positive = 1.0
     rank: Count = 32
     alpha: Count = 64
     threads: Count = 1
@@ -106,9 +105,7 @@ class Group:
 
 
 def play_group(group: Group) -> None:
-    """Worker: play a group's episodes, unless its file is there, and write every chunk with its episode."""
-    if group.file.is_file():
-        return
+    """Worker: play a group's episodes, and write every chunk with its episode."""
     cfg, policy = group.cfg, backbones.load_sft(group.cfg)
     policy = common.load_adapter(policy, group.folder / "adapter").freeze()
     env = TaskEnv(group.suite, group.task, cfg.image_size, cfg.render)
@@ -171,14 +168,8 @@ def main(cfg: Config, run: stage.Run) -> dict:
         folder = run.dir / f"round-{step + 1}"
         common.save_adapter(adapted, folder / "adapter")
         groups = groups_of(cfg, folder, step)
-        workers.run(
-            play_group,
-            groups,
-            cfg.workers,
-            f"grpo round {step + 1}",
-            lambda groups=groups: sum(group.file.is_file() for group in groups),
-            cfg.groups,
-        )
+        files = {group.file: group for group in groups}
+        workers.run_missing(play_group, files, cfg.workers, f"grpo round {step + 1}")
 
         # 2. advantages, and the old policy's log p under the draws that the new one will share
         chunks, returns = chunks_of(groups)
@@ -200,7 +191,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
             loss = clipped_loss(log_ratio, batch["advantage"].to(log_ratio.device))
             run.check(loss, step)
             loss.backward()
-            run.check(torch.nn.utils.clip_grad_norm_(trained, cfg.grad_clip), step, "gradient")
+            run.check(torch.nn.utils.clip_grad_norm_(trained, 1.0), step, "gradient")
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())

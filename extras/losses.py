@@ -157,23 +157,22 @@ def main(cfg: Config, run: stage.Run) -> dict:
     )
     policy.recompute = cfg.recompute
     trained = torch.nn.ParameterList(p for p in policy.parameters() if p.requires_grad)
-    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
-    draw, score = dpo.scorer(policy, cfg)
-    beta = dpo.choose_beta(policy, pairs, draw, score, cfg)
+    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=0.0)
+    beta = dpo.choose_beta(policy, pairs, cfg)
     if unpaired:  # with the beta that the pairs of the same play-outs give
         pairs = load_tried(cfg, policy)
-    pairs["obs"] = dpo.begin(policy, pairs, cfg)
+    pairs["obs"] = dpo.encode_once(policy, pairs, cfg)
 
     for step in run.steps(run.resume(adapter=trained, optimizer=optimizer), cfg.steps):
         # 1. a batch, and the draws that its log-probabilities share
         index = common.shuffled(cfg.seed, "losses", step, cfg.batch_size, len(pairs["mask"]))
-        draws = draw(cfg.batch_size, common.stream(cfg.seed, "losses", step))
-        obs, chosen, rejected, mask = dpo.batch_of(pairs, index)
+        draws = dpo.draw(policy, cfg, cfg.batch_size, common.stream(cfg.seed, "losses", step))
+        obs, chosen, _, mask = batch = dpo.batch_of(pairs, index)
 
         # 2. log-probabilities under reference and policy; unpaired, "rejected" answers another observation
         with policy.reference():
-            ref_w, ref_l = score(obs, chosen, rejected, mask, draws, (step, "reference"))
-        pi_w, pi_l = score(obs, chosen, rejected, mask, draws, (step, "policy"))
+            ref_w, ref_l = dpo.score(policy, cfg, *batch, draws, (step, "reference"))
+        pi_w, pi_l = dpo.score(policy, cfg, *batch, draws, (step, "policy"))
 
         # 3. the loss, and 03's anchor on what was chosen, or has won
         good = (pairs["won"][index] if unpaired else torch.ones(len(index), dtype=torch.bool)).to(pi_w.device)
@@ -190,7 +189,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
 
         # 4. one step of the optimiser, and the log
         total.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(trained, cfg.grad_clip)
+        grad_norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
         run.check(grad_norm, step, "gradient")
         run.set_learning_rate(optimizer, step)
         optimizer.step()

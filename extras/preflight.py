@@ -21,7 +21,7 @@ import psutil
 
 from backbones import horizon, preview
 from runtime import HERE, STAGES, disk, load_config, refuse, stage
-from runtime.config import own_keys
+from runtime.config import shared_keys
 from sim.env import TaskEnv, libraries, package_folder
 
 # later versions of mujoco render darker floors, said to cost OpenVLA about 20 points (LIBERO issue 88)
@@ -56,7 +56,7 @@ def print_config(argv: list[str], numbers: list[str]) -> None:
         if getattr(cfg, "model", None):
             horizon(cfg.backbone, cfg.model)
         starts[getattr(cfg, "given", "")] = cfg
-        own = own_keys(type(cfg))
+        own = vars(cfg).keys() - shared_keys()
         print(f"{section}: " + " ".join(f"{key}={getattr(cfg, key)}" for key in sorted(own)))
         shared |= {key: value for key, value in vars(cfg).items() if key not in own}
     for start in filter(None, starts):

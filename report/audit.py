@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from report import stats
-from report.episodes import compared, paired, place_of, summarise
+from report.episodes import paired, place_of, summarise
 from runtime import disk, refuse
 
 NOISE = r"^eval-|libero_(spatial|object|goal|10|90|long10)|\d+x\d+|multiseed|seed\d+"  # not the policy's name
@@ -177,7 +177,7 @@ def pairs(cells: Cells) -> list[dict]:
         base = baseline_of(policy, cells)
         suites = sorted({suite for own, suite, _ in cells if own == policy})
         for chosen in dict.fromkeys([*((suite,) for suite in suites), tuple(suites)]):
-            test = compared(together(cells, policy, chosen), together(cells, base, chosen))
+            test = paired(together(cells, policy, chosen), together(cells, base, chosen))
             name = chosen[0] if len(chosen) == 1 else "all"
             rows.append({"policy": policy, "against": base, "suite": name} | test)
     rows = [row for row in rows if row["paired_n"]]

@@ -49,7 +49,7 @@ def effect(trainings: dict[tuple, tuple[list[dict], list[dict]]]) -> Found:
 
     trainings: a training -> its episodes, and its baseline's.
     """
-    tests = [episodes.compared(*sides) for sides in trainings.values()]
+    tests = [episodes.paired(*sides) for sides in trainings.values()]
     gains = [test["diff_vs_sft"] for test in tests]
     wins = "{} against {} of {}".format(*np.sum([[*t["wins"], t["paired_n"]] for t in tests], axis=0))
     if len(gains) >= ENOUGH:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from report import stats
-from runtime import HERE, disk, ranks, workers
+from runtime import disk, ranks, stage, workers
 
 Place = tuple[str, int, int]  # suite, task, init state
 
@@ -67,18 +67,11 @@ def finished(seed_dir: Path, pattern: str, group: str) -> list[tuple[dict, list[
 
     The folders come in order of their names. Leaves out those whose weights have been made anew since.
     """
-    run_dir, evaluations = seed_dir.parents[1], []
-    hash_of = functools.cache(disk.sha256)  # checkpoints may be large
-
-    def unchanged(name: str, made_from: str) -> bool:
-        path = run_dir / name / "done.json"
-        if path.is_file():
-            return disk.read_json(path)["fingerprint"] == made_from
-        return made_from in map(hash_of, filter(Path.is_file, (HERE / name, run_dir / name)))  # a checkpoint
-
+    evaluations, now = [], functools.cache(stage.made_now)  # checkpoints may be large
     for done in sorted(seed_dir.glob(f"{pattern}/done.json"), key=lambda p: p.parent.name):
         facts = disk.read_json(done)
-        if facts["config"]["group"] == group and all(unchanged(*item) for item in facts["inputs"].items()):
+        unchanged = [made in now(name, seed_dir.parents[1]) for name, made in facts["inputs"].items()]
+        if facts["config"]["group"] == group and all(unchanged):
             rows = disk.read_jsonl(done.with_name("episodes.jsonl"))
             evaluations.append((facts, rows, disk.read_json(done.with_name("timing.json"))))
     return evaluations
@@ -141,10 +134,5 @@ def paired(rows: list[dict], base: list[dict]) -> dict:
         "p_vs_sft": test["p"],
         "deff": test["deff"],
         "paired_n": len(both),
+        "wins": [sum(successes), sum(theirs)],  # of the two, among these episodes
     }
-
-
-def compared(rows: list[dict], base: list[dict]) -> dict:
-    """The same, with how many of these episodes each of the two has solved."""
-    both = matched(rows, base)
-    return paired(rows, base) | {"wins": [sum(episode[side] for episode in both) for side in (1, 2)]}

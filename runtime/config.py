@@ -46,7 +46,6 @@ STAGES = {  # section of the YAML -> what to run, behind `python`
 BACKBONES = ("openvla", "pi05")  # each a section of the YAML and a module of backbones/
 LARGEST = 2**62  # what a seed can hold
 Count = Annotated[int, 1]
-Positive = Annotated[float, 1e-9]
 Place = Annotated[str, ""]  # a file or folder: see `located`
 
 
@@ -56,15 +55,10 @@ class PlaceConfig:
 
     section: ClassVar[str] = ""  # of the YAML, for the stage's own keys
     by_torchrun: ClassVar[bool] = False  # whether several processes may share the stage
-    INPUTS: ClassVar = (
-        "start_seed",
-        "pairs_from",
-        "adapters_from",
-    )  # the files that they name count, not their values
 
     name: Annotated[str, r"(?!\.+$)[^/]*"] = ""  # the YAML's file name; names the run folder
     root: Place = "runs"
-    stages: str = ""  # that run_all.sh runs where its command line names none; empty = its default
+    stages: str = ""  # that run_all.sh runs if its command line names none; empty = its default
     adapters: str = ""  # the same: which adapters it trains and evaluates
     workers: Count = 2  # simulator processes
     dry_run: bool = False  # or --dry-run: say what the stage would read, write and take, and do nothing
@@ -73,8 +67,9 @@ class PlaceConfig:
     run_dir = property(lambda self: Path(self.root) / self.name)
 
     def left_out(self) -> tuple[str, ...]:
-        """Keys that do not count in the stage's identity."""
-        return (*own_keys(PlaceConfig), *self.INPUTS)
+        """Keys that do not count in the stage's identity: these, and those whose files are hashed instead."""
+        own = [field.name for field in dataclasses.fields(PlaceConfig)]
+        return (*own, "start_seed", "pairs_from", "adapters_from")
 
 
 def typed(value, kind, key: str):
@@ -183,18 +178,11 @@ def laid_over(below: dict, above: dict) -> dict:
 def shared_keys(kind: type = PlaceConfig) -> dict:
     """Name -> type of the keys that stages share: those of all the bases that stages' Configs are made of."""
     hints = typing.get_type_hints(kind, include_extras=True)
-    found = {key: hints[key] for key in own_keys(kind)}
+    found = {field.name: hints[field.name] for field in dataclasses.fields(kind)}
     for each in kind.__subclasses__():
         if "section" not in vars(each):  # a stage's own Config has one
             found |= shared_keys(each)
     return found
-
-
-def own_keys(cls: type) -> list[str]:
-    """The keys that a stage's Config declares, with those of a Config of the same section above it."""
-    same = [c for c in cls.__mro__ if getattr(c, "section", None) == cls.section]
-    declared = {name for c in same for name in vars(c).get("__annotations__", {})}
-    return [f.name for f in dataclasses.fields(cls) if f.name in declared]
 
 
 def load_config(cls: type, argv: list[str]):
@@ -228,7 +216,8 @@ def load_config(cls: type, argv: list[str]):
         )
 
     hints, shared = typing.get_type_hints(cls, include_extras=True), shared_keys()
-    usable = [*own_keys(cls), *shared]  # a section may also set what is shared, for its stage alone
+    # a section may also set what is shared, for its stage alone
+    usable = list(dict.fromkeys([*(field.name for field in dataclasses.fields(cls)), *shared]))
     given = [(key, data[key], str(path), [*shared, *sections]) for key in data if key not in sections]
     in_section = data.get(cls.section) or {}
     given += [(key, in_section[key], f"{path}, section {cls.section}", usable) for key in in_section]

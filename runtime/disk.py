@@ -95,11 +95,7 @@ def writing(path: Path) -> Iterator[None]:
     """Turn what goes wrong while a library writes, a full disk above all, into a UserError about `path`."""
     try:
         yield
-    except (
-        OSError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:  # h5py raises RuntimeError, and torch
+    except (OSError, RuntimeError, SafetensorError) as error:  # h5py raises RuntimeError, and torch
         what = f"{remedy(error, WRITING, 'make room, or choose another root=')}; then repeat the command"
         raise UserError(f"{path} cannot be written ({one_line(error)}); {what}") from error
 

@@ -1,4 +1,6 @@
-"""How a stage runs: config, dry run, processes, run folder, resume, errors in one line. It ends with `start`.
+"""How a stage runs: config, dry run, processes, run folder, resume, errors in one line.
+
+A script ends with `stage.start(main, Config)`.
 
 A stage's Config names its `folder` and its `inputs()`. The folder counts as finished when it holds done.json:
 the stage's identity and the hashes of its files, written last and by rename. The identity is all that the
@@ -20,7 +22,6 @@ import math
 import os
 import platform
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -43,7 +44,11 @@ UNSIGNED = ("timing.json", "started.json", "checkpoint.pt", "played.jsonl")  # d
 
 
 # -------------------------------------------------------------------------------------- from the command line
-def start(main: Callable, cls: type, preview: Callable | None = None, after: Callable | None = None) -> None:
+def nothing(*_) -> None:
+    pass
+
+
+def start(main: Callable, cls: type, preview: Callable = nothing, after: Callable = nothing) -> None:
     """Run a stage from the command line.
 
     main: (cfg, run) -> facts for done.json; called unless the stage is finished.
@@ -54,7 +59,7 @@ def start(main: Callable, cls: type, preview: Callable | None = None, after: Cal
 
 
 def command_line(call: Callable[[], None]) -> None:
-    """Call; what the user can mend becomes one line on stderr and exit code 2."""
+    """Run `call`. An error that the user can fix becomes one line on stderr and exit code 2."""
     for stream in filter(None, (sys.stdout, sys.stderr)):  # a locale may lack the letters of a path
         stream.reconfigure(errors="backslashreplace")
     try:
@@ -81,7 +86,7 @@ def command_line(call: Callable[[], None]) -> None:
     ranks.leave(2)
 
 
-def execute(main: Callable, cfg, preview: Callable | None = None, after: Callable | None = None) -> None:
+def execute(main: Callable, cfg, preview: Callable = nothing, after: Callable = nothing) -> None:
     """What `start` does with a config."""
     script = Path(inspect.getfile(main))
     if cfg.dry_run:
@@ -100,11 +105,11 @@ def execute(main: Callable, cfg, preview: Callable | None = None, after: Callabl
         facts = main(cfg, run)
         if run.first:
             run.finish(**(facts or {}))
-    if after and ranks.first():
+    if ranks.first():
         after(cfg)
 
 
-def print_plan(script: Path, cfg, preview: Callable | None) -> None:
+def print_plan(script: Path, cfg, preview: Callable) -> None:
     """What a stage would read, write and take."""
     try:
         print(f"[{script.stem}] reads {', '.join(map(str, cfg.inputs())) or 'nothing'}")
@@ -112,8 +117,7 @@ def print_plan(script: Path, cfg, preview: Callable | None) -> None:
         print(f"[{script.stem}] could not begin yet: {error}")
     finished = "finished already" if (cfg.folder / "done.json").is_file() else "not finished"
     print(f"[{script.stem}] writes {cfg.folder}, which is {finished}")
-    if preview:
-        preview(cfg, cfg.section)
+    preview(cfg, cfg.section)
 
 
 # --------------------------------------------------------------------------------------------- the open stage
@@ -201,19 +205,15 @@ class Run:
                 source != source_hash(HERE / name),
                 f"{name} was edited while the stage ran, so {self.dir} may mix both; run it again",
             )
+        for path in list(self.dir.rglob(".*")):  # a kill in the middle of a write left it
+            path.unlink()
         files = {str(p.relative_to(self.dir)): p for p in sorted(self.dir.rglob("*")) if p.is_file()}
-        for name in [name for name in files if Path(name).name.startswith(".")]:
-            files.pop(name).unlink()  # a kill in the middle of a write left it
         for path in files.values():  # those from before an interruption are whole, or this names them
             if path.suffix in (".safetensors", ".jsonl"):
                 (disk.load_tensors if path.suffix == ".safetensors" else disk.read_jsonl)(path)
         outputs = {name: disk.sha256(path) for name, path in files.items() if name not in UNSIGNED}
         timing = {
             "last_process_s": round(time.time() - self.began, 1),
-            "peak_rss_mb": sum(
-                resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-            )
-            // 1024,
             "host": platform.platform(),
             "command": command(),
             "commit": git_commit(),
@@ -226,7 +226,7 @@ class Run:
         print(f"[{self.identity['stage']}] done in {timing['last_process_s']:.0f} s: {self.dir}", flush=True)
 
 
-def open_together(script: Path, cfg, preview: Callable | None) -> Run | None:
+def open_together(script: Path, cfg, preview: Callable) -> Run | None:
     """The first process opens the stage's folder; the others learn what came of it."""
     ranks.join(getattr(cfg, "device", "cpu"))
     if not ranks.first():
@@ -234,8 +234,7 @@ def open_together(script: Path, cfg, preview: Callable | None) -> Run | None:
             ranks.leave(2)
         return None if outcome == "done" else Run(cfg, cfg.folder, {})
     try:
-        if preview:  # before any file is hashed or written
-            preview(cfg, cfg.section)
+        preview(cfg, cfg.section)  # before any file is hashed or written
         run = open_folder(script, cfg)
     except UserError:
         ranks.told("refused")
@@ -264,15 +263,13 @@ def open_folder(script: Path, cfg) -> Run | None:
             raise UserError(f"another process is at work in {folder}; wait for it, or stop it") from None
     markers = [path for path in (folder / "done.json", folder / "started.json") if path.is_file()]
     if markers:
-        old = read_identity(markers[0])
+        old, finished = read_identity(markers[0]), markers[0].name == "done.json"
         missing = [
             n for n in old.get("outputs", ()) if not (folder / n).is_file() and not n.startswith("videos/")
         ]
         if old["fingerprint"] == identity["fingerprint"] and not missing:
-            if markers[0].name == "done.json":
-                return print(f"[{name}] already done: {folder}", flush=True)
-            print(f"[{name}] goes on in {folder}", flush=True)
-            return Run(cfg, folder, identity, lock)
+            print(f"[{name}] {'already done:' if finished else 'goes on in'} {folder}", flush=True)
+            return None if finished else Run(cfg, folder, identity, lock)
         because = f"{folder / missing[0]} is missing" if missing else difference(old, identity)
         made = {path.name for path in folder.glob("[!.]*")} - {"started.json"}
         refuse(
@@ -280,8 +277,6 @@ def open_folder(script: Path, cfg) -> Run | None:
             f"{folder} is not what this would make: {because}; add overwrite=true to redo it",
         )
         print(f"[{name}] redone, because of: {because}", flush=True)
-        for marker in markers:  # first: a half removed folder must not look like a finished one
-            marker.unlink()
     else:
         refuse(
             list(folder.glob("[!.]*")) and not cfg.overwrite,
@@ -298,6 +293,8 @@ def open_folder(script: Path, cfg) -> Run | None:
         f"{folder} is a link or a file, where this stage makes a folder; move it away",
     )
     with disk.writing(folder):
+        for marker in markers:  # first: a half removed folder must not look like a finished one
+            marker.unlink()
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir()
@@ -346,9 +343,8 @@ def imports(path: Path) -> list[Path]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Call) and ast.unparse(node.func) == "importlib.import_module":
-            names |= {
-                arg.value for arg in node.args if isinstance(arg, ast.Constant)
-            }  # a stage's, as "03_dpo"
+            # a stage's, as "03_dpo"
+            names |= {arg.value for arg in node.args if isinstance(arg, ast.Constant)}
     places = [HERE / name.replace(".", "/") for name in names]
     files = {place.with_suffix(".py") for place in places} | {place / "__init__.py" for place in places}
     files |= {place.parent / "__init__.py" for place in places if place.parent != HERE}
@@ -406,6 +402,13 @@ def in_kit(value):  # a path in the kit is the same from every working directory
     return value.removeprefix(f"{HERE}/") if isinstance(value, str) else value
 
 
+def made_now(name: str, run: Path) -> list[str]:
+    """What an input is now: a stage's folder's fingerprint, or a file's hash. Empty if it is gone."""
+    if (done := run / name / "done.json").is_file():
+        return [read_identity(done)["fingerprint"]]
+    return [disk.sha256(path) for path in (run / name, HERE / name) if path.is_file()]
+
+
 def fingerprint_of(path: Path, run: Path) -> str:
     """The hash of a file, or the fingerprint of a finished stage's folder.
 
@@ -416,14 +419,10 @@ def fingerprint_of(path: Path, run: Path) -> str:
     if path.is_file():
         return disk.sha256(path)
     done = read_identity(path / "done.json")
-    script = f"{done['stage']}.py" if done["stage"][0].isdigit() else f"-m extras.{done['stage']}"
+    script = f"{done['stage']}.py" if done["stage"][:1].isdigit() else f"-m extras.{done['stage']}"
     again = f"run `python {script}` again, with overwrite=true"
     for earlier, made_from in done["inputs"].items():
-        stage, files = (
-            run / earlier / "done.json",
-            [p for p in (run / earlier, HERE / earlier) if p.is_file()],
-        )
-        now = [read_identity(stage)["fingerprint"]] if stage.is_file() else [disk.sha256(p) for p in files]
+        now = made_now(earlier, run)
         refuse(now and made_from not in now, f"{path} was made from another {earlier}; {again}")
     for name, its in done.get("outputs", {}).items():
         there = (path / name).is_file()
@@ -437,8 +436,8 @@ def fingerprint_of(path: Path, run: Path) -> str:
 
 def require(folder: Path, section: str, hint: str = "") -> Path:
     """`folder`, if an earlier stage has finished it; else a UserError that names the command to run."""
-    remedy = f"run `python {STAGES[section]} CONFIG{hint}` first"
-    refuse(not (folder / "done.json").is_file(), f"{folder} is not there or not finished: {remedy}")
+    remedy = f"{folder} is not there or not finished: run `python {STAGES[section]} CONFIG{hint}` first"
+    refuse(not (folder / "done.json").is_file(), remedy)
     return folder
 
 

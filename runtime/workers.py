@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -40,14 +41,14 @@ def run(
     title: str,
     count: Callable[[], int],
     total: int,
-    figure: Callable[[], str] = str,
+    note: Callable[[], str] = str,
 ) -> None:
     """Call `function(job)` for every job, in `workers` processes. The jobs write their own results.
 
     function stands at the top level of a module. It skips what an earlier run has written, so a killed stage
     goes on where it was. Torch has one thread in every process, so no result depends on the number of
     workers.
-    count: how much of `total` is done; it is asked every second.  figure: what else matters so far, in words.
+    count: how much of `total` is done, asked every second.  note: text beside the bar.
     No worker outlives this call, nor the death of this process.
 
     Raises:
@@ -60,7 +61,7 @@ def run(
     def watch() -> None:  # in a thread of its own: a job may take minutes
         while not over.wait(1):
             with contextlib.suppress(UserError):  # of a damaged file: the stage comes upon it too
-                bar.set_postfix_str(figure(), refresh=False)
+                bar.set_postfix_str(note(), refresh=False)
                 bar.update(count() - bar.n)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -74,6 +75,12 @@ def run(
     finally:
         over.set()
         bar.close()
+
+
+def run_missing(function: Callable, jobs: dict[Path, object], workers: int, title: str) -> None:
+    """`run` for jobs that write one file each, given by that file. A job whose file is there is done."""
+    missing = [job for path, job in jobs.items() if not path.is_file()]
+    run(function, missing, workers, title, lambda: sum(map(Path.is_file, jobs)), len(jobs))
 
 
 def run_in_processes(function: Callable, jobs: Sequence, workers: int) -> None:
@@ -94,9 +101,8 @@ def run_in_processes(function: Callable, jobs: Sequence, workers: int) -> None:
         for process in multiprocessing.active_children():
             process.kill()
             process.join()
-        pool.shutdown(
-            cancel_futures=True
-        )  # waits for the pool's thread, which else fails now and then at exit
+        # waits for the pool's thread, which else fails now and then at exit
+        pool.shutdown(cancel_futures=True)
 
 
 def _begin_worker() -> None:

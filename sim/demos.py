@@ -98,21 +98,17 @@ def sentence(stem: str) -> str:
 
 def acting(actions: np.ndarray) -> np.ndarray:
     """The steps that do something: the hand moves, or the gripper is told another thing than before."""
-    moves, grip = np.linalg.norm(actions[:, :6], axis=1) >= 1e-4, actions[:, 6]
+    moves, grip = ~(np.linalg.norm(actions[:, :6], axis=1) < 1e-4), actions[:, 6]  # NaN counts as a move
     acts = moves | (np.diff(grip, prepend=grip[:1]) != 0)
     return np.flatnonzero(acts & np.logical_or.accumulate(moves))  # nothing before the first movement
 
 
-def check_finite(whose: str, *arrays: np.ndarray) -> None:
-    refuse(
-        not all(np.isfinite(array).all() for array in arrays),
-        f"{whose} values that are not finite; get it again, or record it with 00_demos.py",
-    )
-
-
 def check_meaning(whose: str, actions: np.ndarray, state: np.ndarray) -> None:
     """UserError unless all is finite and the actions are LIBERO's: in [-1, 1], of the gripper -1 to open."""
-    check_finite(whose, actions, state)
+    refuse(
+        not (np.isfinite(actions).all() and np.isfinite(state).all()),
+        f"{whose} values that are not finite; get it again, or record it with 00_demos.py",
+    )
     refuse(
         np.abs(actions).max() > 1 + 1e-6, f"{whose} actions beyond [-1, 1], LIBERO's range: scale them back"
     )
@@ -121,9 +117,8 @@ def check_meaning(whose: str, actions: np.ndarray, state: np.ndarray) -> None:
         0 <= grip.min() < grip.max(),
         f"{whose} no gripper command below 0: LIBERO's is -1 to open, 1 to close",
     )
-    closes = (
-        (np.diff(gap) * grip[:-1]).sum() < 0.01 or gap.min() < -0.01 or gap.max() > 0.1
-    )  # no metres: unknown
+    # a gap that is not in metres tells nothing
+    closes = (np.diff(gap) * grip[:-1]).sum() < 0.01 or gap.min() < -0.01 or gap.max() > 0.1
     refuse(
         not closes, f"{whose} fingers that open at 1, which closes them in LIBERO; change the command's sign"
     )
@@ -144,14 +139,13 @@ def read_demos(path: Path, task: int) -> Iterator[Demo]:
         else:
             text = json.loads(data.attrs["problem_info"])["language_instruction"]
             instruction = text if isinstance(text, str) else " ".join(text)
-        for name in sorted(data, key=lambda n: int(n.rpartition("_")[2])):
-            number, group = int(name.rpartition("_")[2]), data[name]
+        for number, name in sorted((int(name.rpartition("_")[2]), name) for name in data):
+            group = data[name]
             obs, actions = group["obs"], group["actions"][()].astype(np.float32)
             state = np.concatenate([obs[k][()] for k in ("ee_pos", "ee_ori", "gripper_states")], axis=1)
             steps = obs["image_steps"][()] if "image_steps" in obs else np.arange(len(actions))
             images = [obs[key] for key in ("agentview_rgb", "eye_in_hand_rgb")]
             size, bad = images[0].shape[1], f"{path}: {name} has"
-            check_finite(bad, actions, state)
             image = (len(steps), size, size, 3)
             as_usual = (
                 (actions.shape[1:], state.shape) == ((7,), (len(actions), 8))

@@ -291,12 +291,15 @@ class TaskEnv:
     def save(self) -> Snapshot:
         """The complete state: after `restore`, the episode continues exactly as from here."""
         kinds = (np.ndarray, np.generic, bool, int, float, type(None))
-        values = vars(self.controller).items()
         return Snapshot(
             task=(self.suite, self.task_id),
             physics=self._state(),
             before=self._before,
-            controller={name: copy.copy(value) for name, value in values if isinstance(value, kinds)},
+            controller={
+                name: copy.copy(value)
+                for name, value in vars(self.controller).items()
+                if isinstance(value, kinds)
+            },
             gripper=self.robot.gripper.current_action.copy(),
             steps=self.steps,
             seen=self._seen,

@@ -85,7 +85,7 @@ def write_demonstrations(
                 demo[key] = value
 
 
-def run_stage(script: str, *argv: str, after=None) -> None:
+def run_stage(script: str, *argv: str, after=stage.nothing) -> None:
     """Run a stage in this process: run_stage("03_dpo", "configs/micro.yaml", "dpo.steps=1").
 
     after: as in stage.execute.

@@ -5,6 +5,7 @@ pytest tests/test_bad_input.py: some hundred inputs. With LONG=1 ten times as ma
 """
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import math
@@ -123,7 +124,7 @@ def wrong(kind) -> st.SearchStrategy:
 def keys_of(section: str) -> dict:
     """Name -> type of the keys that a config may give to a stage: its own, and those that stages share."""
     hints = typing.get_type_hints(STAGES[section], include_extras=True)
-    return config.shared_keys() | {key: hints[key] for key in config.own_keys(STAGES[section])}
+    return {f.name: hints[f.name] for f in dataclasses.fields(STAGES[section])} | config.shared_keys()
 
 
 @st.composite
@@ -202,7 +203,6 @@ SENSELESS = [
     ("sft", "backbone: pi0"),
     ("eval", "image_size: 5000"),
     ("sft", "sft: {ema: 1.5}"),
-    ("sft", "sft: {grad_clip: 0}"),
     ("dpo", "dpo: {targets: '('}"),
     ("dpo", "dpo: {targets: '*'}"),
     ("dpo", "dpo: {beta: e-5}"),
@@ -294,6 +294,7 @@ def test_a_model_with_a_wrong_size(model):
         ("openvla", {"n_bins": 1}),
         ("openvla", {"prompt": "do {this}"}),
         ("openvla", {"prompt": "do {"}),
+        ("openvla", {"prompt": "an instruction is missing"}),
         ("openvla", {"towers": []}),
         ("openvla", {"space": 40000}),
     ],

@@ -74,10 +74,9 @@ def test_dpo_counts_what_the_stage_itself_holds(surrogate):
     policy = real_policy(cfg, like)
     common.attach_adapter(policy, "lora", cfg.rank, cfg.alpha, policy.adapter_targets, 0)
     obs, chunk, mask = memory.make_batch(policy, 2)
-    draw, score = stage.scorer(policy, cfg)
-    draws = draw(2, torch.Generator())
+    draws = stage.draw(policy, cfg, 2, torch.Generator())
     terms = obs, chunk, chunk, mask, draws, ("test",)
-    kept = memory.kept_for_backward(policy, lambda: sum(score(*terms)).sum())
+    kept = memory.kept_for_backward(policy, lambda: sum(stage.score(policy, cfg, *terms)).sum())
     assert 0.98 * kept < memory.estimate(cfg, "dpo")["parts"]["activations"] < 1.03 * kept
 
 

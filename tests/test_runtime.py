@@ -724,6 +724,10 @@ def test_a_stage_never_removes_its_own_input(tmp_path):
     with pytest.raises(UserError, match=r"lies in .*, which this stage would replace"):
         make(tmp_path, "sft", weights / "model.safetensors", overwrite=True)
     assert (weights / "model.safetensors").is_file()
+    make(tmp_path, "dpo")  # nor its own done.json, where it refuses to be redone
+    with pytest.raises(UserError, match="would replace"):
+        make(tmp_path, "dpo", tmp_path / "exp/dpo/done.json", overwrite=True)
+    assert (tmp_path / "exp/dpo/done.json").is_file()
 
 
 def test_a_folder_that_is_a_link_is_one_true_line(tmp_path):

@@ -62,16 +62,16 @@ def bench_dpo(config: str, adapter: str, recompute: bool) -> dict:
     optimizer = torch.optim.AdamW(trainable, lr=cfg.lr)
     pairs = random_pairs(policy, cfg.batch_size)
     begun, batch = policy.begin(pairs["obs"]), dpo.batch_of(pairs, torch.arange(cfg.batch_size))
-    (draw, score), margins, times = dpo.scorer(policy, cfg), [], []
+    margins, times = [], []
 
     def step() -> None:
-        draws = draw(cfg.batch_size, common.stream(0, "dpo", len(times)))
+        draws = dpo.draw(policy, cfg, cfg.batch_size, common.stream(0, "dpo", len(times)))
         with policy.reference():
-            ref = score(begun, *batch[1:], draws, ("ref", 0))
-        pi = score(begun, *batch[1:], draws, ("pi", 0))
+            ref = dpo.score(policy, cfg, begun, *batch[1:], draws, ("ref", 0))
+        pi = dpo.score(policy, cfg, begun, *batch[1:], draws, ("pi", 0))
         loss, rewards = dpo.dpo_loss(*pi, *ref, float(cfg.beta))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainable, cfg.grad_clip)
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         margins.append(rewards["rewards/margins"].abs().max().item())
