@@ -14,7 +14,7 @@ the training at a snapshot, on the schedule of `steps`.
 Differs from the paper: it publishes no SFT stage. Here `train: full` learns everything, from scratch or from
 `init_from`. `train: lora | dora` trains an adapter and merges it, so that stage 03's reference is one set of
 weights.
-Images that take more than half a gigabyte per camera stay on disk until a batch needs them (sim/demos.py).
+Images that take more than 0.4 gigabytes per camera stay on disk until a batch needs them (sim/demos.py).
 Left out: mixed precision.
 """
 

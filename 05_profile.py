@@ -2,7 +2,7 @@
 
 reads   <run>/<backbone>/seed<k>/sft/ (01); nothing with profile.weights=random
 writes  <run>/<backbone>/seed<k>/profile/: latency.json, table.{json,md}, done.json
-cost    an estimate: minutes
+cost    configs/tiny.yaml: 1.5 minutes
 try     python 05_profile.py configs/tiny.yaml
         python 05_profile.py configs/pi05.yaml device=cpu profile.weights=random profile.repeats=2
 

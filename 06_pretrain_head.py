@@ -99,7 +99,7 @@ class Head(nn.Module):
         return F.normalize(self.fc2(F.gelu(self.fc1(x.float()))), dim=-1)
 
     def fold_in(self, mean: Tensor, spread: Tensor) -> Self:
-        """Become the head that does to x what this one does to (x - mean) / spread."""
+        """Absorb the standardisation: afterwards head(x) is what head((x - mean) / spread) was."""
         weight = self.fc1.weight.data.double() / spread.double()
         self.fc1.bias.data = (
             self.fc1.bias.data.double() - weight @ mean.double().expand(weight.shape[1])

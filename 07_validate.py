@@ -5,8 +5,8 @@ reads   <run>/<backbone>/seed<k>/sft/ (01), prefs-<pairs>/ (02), every finished 
 writes  <run>/<backbone>/seed<k>/validate-<pairs>[-at<start>]/: measures.safetensors (exact values and
         estimates of every chunk under every policy), gradients.jsonl, done.json;
         beside the folder its tables, validate-<pairs>[-at<start>].{json,md}
-cost    an estimate takes a pass of the action expert per draw, the exact value 2 x ode_steps x (1 +
-        dimensions of a chunk), the density of the Euler map half of that
+cost    in passes of the action expert: an estimate takes one per draw, an exact value 2 x ode_steps x
+        (1 + dimensions of a chunk), the density of the Euler map half of that
 try     python 07_validate.py configs/try.yaml name=mine validate.n_pairs=8
 
 Three quantities are compared. `log p` is that of a chunk. `difference` is log p of the chosen chunk minus

@@ -10,7 +10,7 @@ writes  <run>/report/, or FOLDER/report/: index.html; report.md and PNGs, the sa
         With readme=PATH, the tables between <!-- table:NAME --> and <!-- /table --> in that Markdown file,
         or in every one below that folder. With audit=FOLDER, only <run>/report/audit.md; the exit code is 1
         if the audit finds something.
-cost    15 s; may be run at any time: it shows what is there
+cost    10 s; may be run at any time: it shows what is there
 try     python 08_report.py configs/tiny.yaml results=results
         python 08_report.py configs/tiny.yaml results=results readme=results
         python 08_report.py configs/tiny.yaml audit=results/tiny_libero_object/episodes

@@ -69,9 +69,9 @@ def compare(estimates: Tensor, truth: Tensor, attempt: np.ndarray, shared: Tenso
     noise: the variance between repeats over that between pairs; at most 100, where the spread between pairs
     cannot be told from the noise.
     bias, scale: of the estimator's mean over endless repeats, so the mean's own noise is taken off.
-    shared: the same estimates with shared draws, if those of `estimates` are separate. Separate ones come
-    from rolled repeats and contain each draw twice, with either sign. So their mean is that of the shared
-    ones, and their variance over repeats is too large by the noise that this mean lacks.
+    shared: the same estimates with shared draws; give it where `estimates` come from rolled repeats. Those
+    use every draw twice, with opposite signs. So their mean equals the shared ones', and their variance over
+    repeats is too large by the noise that this mean lacks, which is corrected here.
     """
     repeats, n = estimates.shape
     together = estimates if shared is None else shared
@@ -100,7 +100,7 @@ def references(policy: str, measures: dict[str, dict]) -> dict[str, dict | None]
     return {"difference": None} if policy == "sft" else {"difference": None, "margin": measures["sft"]}
 
 
-def exactly(cfg, measures: dict, policy: str, what: str, ref: dict | None, attempt: np.ndarray) -> tuple:
+def exact_values(cfg, measures: dict, policy: str, what: str, ref: dict | None, attempt: np.ndarray) -> tuple:
     """The exact difference or margin of all pairs, and which pairs count for it.
 
     For margins they are the pairs that DPO was not trained on, where there are any.
@@ -118,7 +118,7 @@ def base_rates(cfg, measures: dict[str, dict], attempt: np.ndarray) -> Iterator[
     """
     for policy in measures:
         for what, ref in references(policy, measures).items():
-            every, kept = exactly(cfg, measures, policy, what, ref, attempt)
+            every, kept = exact_values(cfg, measures, policy, what, ref, attempt)
             parts = {what: kept} | ({} if kept.all() else {"margin of trained pairs": ~kept})
             for name, part in parts.items():
                 exact = every[part].double().numpy()
@@ -152,7 +152,7 @@ def estimator_rows(cfg, measures: dict[str, dict], dims: int, attempt: np.ndarra
                 yield from rows_of(about | of, correlations(*flat, attempt.repeat(2)))
             shareds = {"independent": [False], "paper, one time": [True]}.get(name, [True, False])
             for shared, (what, ref) in itertools.product(shareds, references(policy, measures).items()):
-                every, kept = exactly(cfg, measures, policy, what, ref, attempt)
+                every, kept = exact_values(cfg, measures, policy, what, ref, attempt)
                 value, together = (
                     quantity(estimates, ref and ref[key], each)[:, kept] for each in (shared, True)
                 )

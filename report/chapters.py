@@ -13,7 +13,7 @@ from report.page import as_html, slug
 from report.tables import grouped, script
 from runtime import disk
 
-STAGES = {  # headings of the tables of metrics, by the script in a row's command
+HEADINGS = {  # headings of the tables of metrics, by the script in a row's command
     "03_dpo.py": "DPO",
     "05_profile.py": "Anatomy of the latency",
     "06_pretrain_head.py": "Contrastive head and retrieval",
@@ -93,7 +93,7 @@ def chapter(experiment: Experiment, folder: Path) -> tuple[list[str], dict[str, 
         *((suffix, heading, tables.success_table(rows)) for suffix, heading, rows in success if rows),
         ("", "", figures(experiment, [row for row in shown["test"] if "gained" in row], folder)),
         *(
-            (f"/{stage.removesuffix('.py')}", STAGES.get(stage, stage), tables.metrics_table(rows))
+            (f"/{stage.removesuffix('.py')}", HEADINGS.get(stage, stage), tables.metrics_table(rows))
             for (stage,), rows in sorted(grouped(metrics, "script").items())
         ),
     ]

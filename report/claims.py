@@ -146,17 +146,17 @@ def setting(claim: dict, stated: dict, own: dict) -> tuple[str, str, str]:
     refuse(absent, f"{claim['id']}: the results do not record {joined(absent)}")
     small = "parameters" in stated and own["parameters"] * FACTOR < stated["parameters"]
     other = [key for key in stated if key != "parameters" and not alike(own[key], stated[key])]
-    text = "; ".join(f"{key} {said(own[key])} (paper: {said(stated[key])})" for key in other)
+    text = "; ".join(f"{key} {as_text(own[key])} (paper: {as_text(stated[key])})" for key in other)
     label = "different" if other else "analogue" if small else "same"
     return "by construction" if claim["kind"] == "identity" else label, text, "toy" if small else ""
 
 
-def said(value) -> str:
+def as_text(value) -> str:
     return f"{value:.4g}" if isinstance(value, int | float) else ", ".join(np.atleast_1d(value))
 
 
 # ------------------------------------------------------------------------------------------------ the verdict
-def delivered(claim: dict, paper: dict) -> tuple[str, bool]:
+def treatment(claim: dict, paper: dict) -> tuple[str, bool]:
     """DPO's margin in the second half of the training, and whether the authors' own logs end near it."""
     logs = training_logs(claim["ours"], claim["ours"]["config"])
     margins = [row["rewards/margins"] for rows in logs for row in rows[len(rows) // 2 :]]
@@ -208,7 +208,7 @@ def judged(claim: dict, paper: dict) -> dict:
     row["here"] = "; ".join([found.text, *beside])
     works = given = True
     if claim.get("dpo"):
-        row["given"], given = delivered(claim, paper)
+        row["given"], given = treatment(claim, paper)
     if claim["kind"] == "non-inferior":
         arms = [effect(trainings_of(ours, arm, "start")) for arm in ("new", "base")]
         works = any(arm.interval[0] > 0 for arm in arms)

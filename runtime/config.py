@@ -139,7 +139,7 @@ def read_yaml(path: Path, above: tuple[str, ...] = ()) -> dict:
     return laid_over(read_yaml(path.parent / base, (*above, path.name)), data)
 
 
-class Loader(yaml.SafeLoader):  # YAML without two traps: numbers that are not what they seem, and this:
+class Loader(yaml.SafeLoader):  # without two traps of YAML: 010 that means 8, and a key that stands twice
     def compose_mapping_node(self, anchor):
         node = super().compose_mapping_node(anchor)
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]

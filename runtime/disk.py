@@ -197,7 +197,7 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 # ---------------------------------------------------------------------------------------------------- tensors
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], facts: dict[str, str] | None = None) -> None:
-    """facts: what the file's header shall say, see `facts_of`. One text: several have no fixed order."""
+    """facts: strings for the file's header, see `facts_of`. As one text: safetensors does not keep an order."""
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     with replacing(path) as temporary:
         save_file(tensors, temporary, {"facts": json.dumps(facts, sort_keys=True)} if facts else None)

@@ -401,9 +401,8 @@ def pick_handle(e: Expert, target: str, tilt=45, lift=0.07) -> Actions:
     def along(angle):
         return offset @ [np.cos(angle), np.sin(angle)]  # (N,)
 
-    def cost(
-        angle,
-    ):  # a handle is narrow and far out: the width of its outermost 12 mm, less half the distance
+    # a handle is narrow and far out: the width of the outermost 12 mm, minus half the distance
+    def cost(angle):
         across = offset @ [-np.sin(angle), np.cos(angle)]
         return np.ptp(across[along(angle) > along(angle).max() - 0.012]) - 0.5 * along(angle).max()
 
