@@ -29,7 +29,7 @@ import numpy as np
 import backbones
 import common
 from report import episodes
-from report.tables import listing
+from report.tables import listing, publish
 from runtime import Count, disk, stage
 from sim.env import CRASHES, TaskEnv, carry_out, tasks
 from sim.expert import target_places
@@ -204,9 +204,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
 def show_table(cfg: Config) -> None:
     """All evaluations so far of this seed and group: results.json, results.md."""
     rows = results_table(cfg)
-    disk.write_json(cfg.seed_dir / f"results{cfg.suffix}.json", rows)
-    disk.write_atomic(cfg.seed_dir / f"results{cfg.suffix}.md", listing(rows, RESULTS) + "\n")
-    print(listing(rows, RESULTS), flush=True)
+    publish(cfg.seed_dir / f"results{cfg.suffix}", rows, listing(rows, RESULTS))
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ import common
 from backbones.layers import siglip_features
 from report import stats
 from report.head import retrieval_report
+from report.tables import publish
 from runtime import Count, disk, refuse, stage, workers
 from sim.demos import demonstrations
 
@@ -512,9 +513,7 @@ def show_table(cfg: Config) -> None:
         "command": timing["command"],
         "commit": timing["commit"],
     }
-    disk.write_json(cfg.folder / "table.json", [about | row for row in rows])
-    disk.write_atomic(cfg.folder / "table.md", retrieval_report(rows, cfg))
-    print(retrieval_report(rows, cfg), flush=True)
+    publish(cfg.folder / "table", [about | row for row in rows], retrieval_report(rows, cfg))
 
 
 if __name__ == "__main__":

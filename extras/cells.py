@@ -49,7 +49,7 @@ import backbones
 import common
 from backbones.layers import Prefix, project_kv, rotary, rotate
 from report import episodes
-from report.tables import listing
+from report.tables import listing, publish
 from runtime import Count, disk, refuse, stage
 from sim.env import CRASHES, TaskEnv, carry_out, tasks
 
@@ -389,9 +389,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
 def show_table(cfg: Config) -> None:
     """All cells so far of this seed and group: cells.json, cells.md."""
     rows = cells_table(cfg)
-    disk.write_json(cfg.seed_dir / f"cells{cfg.suffix}.json", rows)
-    disk.write_atomic(cfg.seed_dir / f"cells{cfg.suffix}.md", cells_markdown(rows) + "\n")
-    print(cells_markdown(rows), flush=True)
+    publish(cfg.seed_dir / f"cells{cfg.suffix}", rows, cells_markdown(rows))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import common
 from report import stats
-from report.tables import grouped, listing, pivot
+from report.tables import grouped, listing, pivot, publish
 from runtime import disk
 
 
@@ -291,9 +291,6 @@ def report(cfg, folder: Path) -> None:
         }
         for row in cosines
     ]
-    disk.write_json(
-        folder.with_suffix(".json"), [about | row for row in [*rows, *guesses, *acts, *gradients]]
-    )
     text = "\n".join(
         [
             f"# {cfg.name}, {cfg.pairs} pairs, start {cfg.start}, seed {cfg.seed}\n",
@@ -312,5 +309,4 @@ def report(cfg, folder: Path) -> None:
             f"`{timing['command']}` at {timing['commit']}",
         ]
     )
-    disk.write_atomic(folder.with_suffix(".md"), text + "\n")
-    print(text, flush=True)
+    publish(folder, [about | row for row in [*rows, *guesses, *acts, *gradients]], text)

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from report import stats
+from runtime import disk
 
 SUITES = ["libero_spatial", "libero_object", "libero_goal", "libero_10"]  # in the paper's order
 NO_NAMES = {"metric", "value", "unit", "n", "ci95", "command", "commit"}  # keys that tell no metrics apart
@@ -20,6 +21,13 @@ def listing(rows: list[dict], columns: dict[str, str | Callable]) -> str:
     """A line for each row. columns: heading -> its cell, as a format string or a function of the row."""
     cells = [c.format_map if isinstance(c, str) else c for c in columns.values()]
     return table(list(columns), [[cell(row) for cell in cells] for row in rows])
+
+
+def publish(path: Path, rows: list[dict], text: str) -> None:
+    """Write rows to path.json and the table that is made of them to path.md, and print it."""
+    disk.write_json(path.with_suffix(".json"), rows)
+    disk.write_atomic(path.with_suffix(".md"), text.rstrip() + "\n")
+    print(text, flush=True)
 
 
 def grouped(rows: list[dict], *keys: str) -> dict[tuple, list[dict]]:
