@@ -168,12 +168,8 @@ def estimate(policy, obs, chunks: Tensor, name: str, k: int, g: torch.Generator)
     n, c, h, _ = chunks.shape
     draws = policy.draws(n, k, g, scheme)
     prefix = policy.encode(obs).select(torch.arange(n).repeat(c))
-    errors = common.flow_matching_error(
-        lambda index, x_t, t: policy.velocity(prefix.select(index), x_t, t),
-        policy.pad(chunks.transpose(0, 1).flatten(0, 1)),  # (c n, H, D)
-        draws.repeat(c),
-        torch.ones(c * n, h),
-    )
+    flat = chunks.transpose(0, 1).flatten(0, 1)  # (c n, H, 7)
+    errors = policy.errors(prefix, flat, draws.repeat(c), torch.ones(c * n, h))
     errors = errors.unflatten(1, (c, n)).transpose(1, 2)
     return -(common.TIME_WEIGHTS[weight](draws.t)[..., None] * errors).mean(0), errors
 

@@ -199,14 +199,14 @@ def flow_matching_error(velocity: Callable, chunk: Tensor, draws: Draws, mask: T
     return (error * mask).sum(-1)
 
 
-def surrogate_log_prob(velocity: Callable, chunk: Tensor, draws: Draws, mask: Tensor, weight="velocity"):
+def surrogate_log_prob(error: Tensor, t: Tensor, weight: str = "velocity") -> Tensor:
     """log p~(a | o) = - mean over draws of w(t) || v(x_t, t, o) - u_t ||^2, float32 (B,); paper, section 3.2.
 
+    error: the squared norm for each draw and chunk, by flow_matching_error.  t: its times. Both (K, B).
     Differs from the paper's code: draws are an argument (theirs are fresh in each forward); errors are summed
     over H x 7 dimensions (theirs is a mean, which makes DPO's logit some 70 times smaller at the same beta).
     """
-    error = flow_matching_error(velocity, chunk, draws, mask)  # (K, B)
-    w = TIME_WEIGHTS[weight](draws.t)  # (K, B)
+    w = TIME_WEIGHTS[weight](t)  # (K, B)
     return -(w * error).mean(0)
 
 

@@ -352,10 +352,14 @@ class Pi05(Policy):
                 self.traces[shapes] = torch.jit.trace(lambda *a: self.flow(*a), arguments, check_trace=False)
         return self.traces[shapes]
 
-    def _scored(self, prefix: Prefix, chunk: Tensor, draws: Draws, mask: Tensor) -> tuple:
-        # what common's flow_matching_error takes, on the policy's device
+    def errors(self, prefix: Prefix, chunk: Tensor, draws: Draws, mask: Tensor) -> Tensor:
+        """Squared velocity errors (K, B) of normalised chunks (B, H, 7) under K draws, over the actions where
+        mask (B, H) is True.
+        """
         chunk, draws, mask = (x.to(prefix.valid.device) for x in (self.pad(chunk), draws, mask))
-        return lambda index, x_t, t: self.velocity(prefix.select(index), x_t, t), chunk, draws, mask
+        return common.flow_matching_error(
+            lambda index, x_t, t: self.velocity(prefix.select(index), x_t, t), chunk, draws, mask
+        )
 
     def pad(self, chunk: Tensor) -> Tensor:  # (..., 7) -> (..., D): published ones flow zeros behind the rest
         return F.pad(chunk, (0, self.cfg.flow_dim - chunk.shape[-1]))
@@ -363,16 +367,14 @@ class Pi05(Policy):
     def log_prob(
         self, prefix: Prefix, chunk: Tensor, draws: Draws, mask: Tensor, weight: str = "velocity"
     ) -> Tensor:
-        """Surrogate log-probability (B,) of normalised chunks (B, H, 7), over the actions where mask (B, H)
-        is True.
-        """
-        return common.surrogate_log_prob(*self._scored(prefix, chunk, draws, mask), weight)
+        """The surrogate for log p, (B,); arguments as for `errors`."""
+        error = self.errors(prefix, chunk, draws, mask)
+        return common.surrogate_log_prob(error, draws.t.to(error.device), weight)
 
     def sft_loss(self, prefix: Prefix, chunk: Tensor, draws: Draws) -> Tensor:
         """Flow matching: mean squared velocity error over draws, actions and real dimensions."""
-        error = common.flow_matching_error(  # (K, B)
-            *self._scored(prefix, chunk, draws, torch.ones(chunk.shape[:2], dtype=torch.bool))
-        )
+        every = torch.ones(chunk.shape[:2], dtype=torch.bool)
+        error = self.errors(prefix, chunk, draws, every)  # (K, B)
         return error.sum() / (error.numel() * chunk.shape[1] * ACTION_DIM)
 
     # ------------------------------------------------------------------------------------------ normalisation
