@@ -44,7 +44,7 @@ class Config(common.PolicyConfig):
     lr: float = 1e-3  # peak; cosine to 1 % of it
     warmup: int = 100
     ema: Annotated[float, 0, 1] = 0.998  # decay of the averaged weights, which are the ones saved; 0 = none
-    shift: int = common.SHIFT  # random shift of the images, pixels
+    shift: int = 4  # random shift of the images, pixels
     early: Annotated[float, 0, 1] = 0  # share of each batch drawn from the first five looks of the episodes
     holdout: int = 2  # demonstrations of this many last init states are for validation only
     rank: Count = 32  # of the adapter

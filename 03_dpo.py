@@ -81,7 +81,7 @@ class Config(common.AdapterConfig):
         )
         refuse(
             self.weight != "velocity" and self.surrogate in ("elbo", "exact"),
-            f"surrogate={self.surrogate} has a weight of its own: leave dpo.weight at velocity",
+            f"surrogate={self.surrogate} does not use dpo.weight: leave it at velocity",
         )
         regex("dpo.targets", self.targets)
         refuse(

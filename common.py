@@ -70,7 +70,7 @@ def blank_images(obs: dict) -> dict:
     return obs | {camera: obs[camera] * 0 for camera in CAMERAS}
 
 
-SHIFT = 4  # pixels of random_shift, unless sft.shift says otherwise
+SHIFT = 4  # pixels of random_shift in 03 and 07, for surrogate=independent
 
 
 def random_shift(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
@@ -263,8 +263,8 @@ def load_adapter(policy, folder: Path, trainable: bool = False):
 # ------------------------------------------------------------------------------------------------ config keys
 @dataclass
 class RunConfig(PlaceConfig):
-    """Keys of every stage, at the top level of the YAML. A stage inherits those that it may read. All but
-    PlaceConfig's are part of its identity."""
+    """Keys of every stage, at the top level of the YAML. A stage inherits those that it may read. They
+    are part of its identity, but for those that `left_out` names."""
 
     suites: list[Literal[tuple(MAX_STEPS)]] = field(default_factory=lambda: ["libero_object"])
     tasks: list[int] = field(default_factory=list)  # task numbers within a suite; empty = all

@@ -83,7 +83,11 @@ class OpenVLAConfig:  # defaults: OpenVLA-7B as published for LIBERO (openvla-7b
     label_smoothing_bins: float = 0.0  # training targets are Gaussians with this standard deviation, in bins
 
     def __post_init__(self):
-        refuse("{task}" not in self.prompt, f"model.prompt={self.prompt!r} must have {{task}} in it")
+        around = self.prompt.replace("{task}", "", 1)
+        refuse(
+            around == self.prompt or {"{", "}"} & {*around},
+            f"model.prompt={self.prompt!r} must be a text with {{task}} in it, and no other brace",
+        )
         towers = [name for name in TOWERS if name in self.towers]  # in their order, each once
         cameras = [name for name in CAMERAS if name in self.cameras]
         refuse(not towers or towers != self.towers, f"model.towers: choose from {[*TOWERS]}, in this order")

@@ -201,10 +201,13 @@ class Policy(nn.Module):
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[Self]:
-        """The weights that the adapter started from: every peft layer off, no gradients. Not to be nested."""
+        """The weights that the adapter started from: every peft layer off, no gradients. Afterwards adapters
+        are on and trainable, so it does not nest.
+        """
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         layers = [m for m in self.modules() if isinstance(m, BaseTunerLayer)]
+        assert not any(layer.disable_adapters for layer in layers), "a reference inside a reference"
         try:
             for layer in layers:
                 layer.enable_adapters(False)

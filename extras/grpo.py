@@ -37,7 +37,7 @@ import common
 from runtime import Count, disk, refuse, stage, workers
 from sim.env import CRASHES, TaskEnv, instruction, tasks
 
-prefs, dpo = importlib.import_module("02_collect_prefs"), importlib.import_module("03_dpo")
+prefs = importlib.import_module("02_collect_prefs")
 
 GROUP = 8  # play-outs from one init state
 KEPT = 0.1, 0.9  # mean returns of the groups that are kept

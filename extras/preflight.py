@@ -53,7 +53,7 @@ def print_config(argv: list[str], numbers: list[str]) -> None:
     shared, starts = {}, {}
     for section in [s for s, script in STAGES.items() if not numbers or script[:2] in numbers]:
         cfg = load(section, argv)
-        if getattr(cfg, "model", None):
+        if getattr(cfg, "model", None) and not cfg.given:  # else a part of what the checkpoint has
             horizon(cfg.backbone, cfg.model)
         starts[getattr(cfg, "given", "")] = cfg
         own = vars(cfg).keys() - shared_keys()

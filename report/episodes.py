@@ -70,8 +70,9 @@ def finished(seed_dir: Path, pattern: str, group: str) -> list[tuple[dict, list[
     evaluations, now = [], functools.cache(stage.made_now)  # checkpoints may be large
     for done in sorted(seed_dir.glob(f"{pattern}/done.json"), key=lambda p: p.parent.name):
         facts = disk.read_json(done)
-        unchanged = [made in now(name, seed_dir.parents[1]) for name, made in facts["inputs"].items()]
-        if facts["config"]["group"] == group and all(unchanged):
+        if facts["config"]["group"] == group and all(
+            made in now(name, seed_dir.parents[1]) for name, made in facts["inputs"].items()
+        ):
             rows = disk.read_jsonl(done.with_name("episodes.jsonl"))
             evaluations.append((facts, rows, disk.read_json(done.with_name("timing.json"))))
     return evaluations

@@ -217,7 +217,7 @@ def load_config(cls: type, argv: list[str]):
 
     hints, shared = typing.get_type_hints(cls, include_extras=True), shared_keys()
     # a section may also set what is shared, for its stage alone
-    usable = list(dict.fromkeys([*(field.name for field in dataclasses.fields(cls)), *shared]))
+    usable = [*(field.name for field in dataclasses.fields(cls) if field.name not in shared), *shared]
     given = [(key, data[key], str(path), [*shared, *sections]) for key in data if key not in sections]
     in_section = data.get(cls.section) or {}
     given += [(key, in_section[key], f"{path}, section {cls.section}", usable) for key in in_section]

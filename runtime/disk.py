@@ -197,7 +197,7 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 # ---------------------------------------------------------------------------------------------------- tensors
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], facts: dict[str, str] | None = None) -> None:
-    """facts: strings for the file's header, see `facts_of`; in one text, so in one order."""
+    """facts: strings for the file's header (`facts_of`), as one text so that its bytes are always equal."""
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     with replacing(path) as temporary:
         save_file(tensors, temporary, {"facts": json.dumps(facts, sort_keys=True)} if facts else None)

@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node 2 03_dpo.py configs/tiny.yaml
 
-A stage whose config has `processes` starts so many itself, on every machine: results don't depend on its
-cores.
+A stage whose config has `processes` starts that many itself, on every machine, so results don't depend on
+its cores.
 
 Training (01, 03): every rank takes its rows of the same batch and gradients are averaged, so the result
 is that of one process but for rounding. (03 with surrogate=independent: each rank has draws of its own.)
@@ -76,7 +76,7 @@ def launch(processes: int) -> None:
 
 
 @contextlib.contextmanager
-def ctrl_c_here() -> Iterator[None]:  # processes started in this block ignore Ctrl-C: this one ends them
+def ctrl_c_here() -> Iterator[None]:  # processes started in this block never see it: this one ends them
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which they inherit
     yield
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)

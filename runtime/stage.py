@@ -205,7 +205,7 @@ class Run:
                 source != source_hash(HERE / name),
                 f"{name} was edited while the stage ran, so {self.dir} may mix both; run it again",
             )
-        for path in list(self.dir.rglob(".*")):  # a kill in the middle of a write left it
+        for path in [path for path in self.dir.rglob(".*") if path.is_file()]:  # left by a kill while writing
             path.unlink()
         files = {str(p.relative_to(self.dir)): p for p in sorted(self.dir.rglob("*")) if p.is_file()}
         for path in files.values():  # those from before an interruption are whole, or this names them
@@ -276,7 +276,6 @@ def open_folder(script: Path, cfg) -> Run | None:
             made and not cfg.overwrite,
             f"{folder} is not what this would make: {because}; add overwrite=true to redo it",
         )
-        print(f"[{name}] redone, because of: {because}", flush=True)
     else:
         refuse(
             list(folder.glob("[!.]*")) and not cfg.overwrite,
@@ -292,6 +291,8 @@ def open_folder(script: Path, cfg) -> Run | None:
         folder.is_symlink() or folder.is_file(),
         f"{folder} is a link or a file, where this stage makes a folder; move it away",
     )
+    if markers:
+        print(f"[{name}] redone, because of: {because}", flush=True)
     with disk.writing(folder):
         for marker in markers:  # first: a half removed folder must not look like a finished one
             marker.unlink()
@@ -436,8 +437,8 @@ def fingerprint_of(path: Path, run: Path) -> str:
 
 def require(folder: Path, section: str, hint: str = "") -> Path:
     """`folder`, if an earlier stage has finished it; else a UserError that names the command to run."""
-    remedy = f"{folder} is not there or not finished: run `python {STAGES[section]} CONFIG{hint}` first"
-    refuse(not (folder / "done.json").is_file(), remedy)
+    missing = f"{folder} is not there or not finished: run `python {STAGES[section]} CONFIG{hint}` first"
+    refuse(not (folder / "done.json").is_file(), missing)
     return folder
 
 

@@ -98,17 +98,21 @@ def sentence(stem: str) -> str:
 
 def acting(actions: np.ndarray) -> np.ndarray:
     """The steps that do something: the hand moves, or the gripper is told another thing than before."""
-    moves, grip = ~(np.linalg.norm(actions[:, :6], axis=1) < 1e-4), actions[:, 6]  # NaN counts as a move
+    moves, grip = np.linalg.norm(actions[:, :6], axis=1) >= 1e-4, actions[:, 6]
     acts = moves | (np.diff(grip, prepend=grip[:1]) != 0)
     return np.flatnonzero(acts & np.logical_or.accumulate(moves))  # nothing before the first movement
 
 
-def check_meaning(whose: str, actions: np.ndarray, state: np.ndarray) -> None:
-    """UserError unless all is finite and the actions are LIBERO's: in [-1, 1], of the gripper -1 to open."""
+def check_finite(whose: str, *arrays: np.ndarray) -> None:
     refuse(
-        not (np.isfinite(actions).all() and np.isfinite(state).all()),
+        not all(np.isfinite(array).all() for array in arrays),
         f"{whose} values that are not finite; get it again, or record it with 00_demos.py",
     )
+
+
+def check_meaning(whose: str, actions: np.ndarray, state: np.ndarray) -> None:
+    """UserError unless all is finite and the actions are LIBERO's: in [-1, 1], of the gripper -1 to open."""
+    check_finite(whose, actions, state)
     refuse(
         np.abs(actions).max() > 1 + 1e-6, f"{whose} actions beyond [-1, 1], LIBERO's range: scale them back"
     )
@@ -146,6 +150,7 @@ def read_demos(path: Path, task: int) -> Iterator[Demo]:
             steps = obs["image_steps"][()] if "image_steps" in obs else np.arange(len(actions))
             images = [obs[key] for key in ("agentview_rgb", "eye_in_hand_rgb")]
             size, bad = images[0].shape[1], f"{path}: {name} has"
+            check_finite(bad, actions, state)  # also of steps that do nothing, which are left out below
             image = (len(steps), size, size, 3)
             as_usual = (
                 (actions.shape[1:], state.shape) == ((7,), (len(actions), 8))

@@ -166,7 +166,7 @@ class Snapshot:
 
     task: tuple[str, int]
     physics: np.ndarray  # mjSTATE_INTEGRATION: time, qpos, qvel, warm start, ctrl, applied forces
-    before: np.ndarray | None  # the same one substep earlier: contacts and poses belong to that state
+    before: np.ndarray | None  # the same, one substep earlier: contacts and poses belong to that state
     controller: dict  # its arrays and numbers (OSC_POSE has no interpolators)
     gripper: np.ndarray  # its integrated action
     steps: int

@@ -295,6 +295,7 @@ def test_a_model_with_a_wrong_size(model):
         ("openvla", {"prompt": "do {this}"}),
         ("openvla", {"prompt": "do {"}),
         ("openvla", {"prompt": "an instruction is missing"}),
+        ("openvla", {"prompt": "{{task}}"}),
         ("openvla", {"towers": []}),
         ("openvla", {"space": 40000}),
     ],

@@ -386,6 +386,9 @@ def test_a_snapshot_of_a_given_checkpoint(tmp_path):
     for start, shift in (("final", 0), ("750", 1)):
         started = backbones.load_sft(common.StartConfig(checkpoint=str(tmp_path), start=start))
         assert torch.equal(started.state_dict()["expert.norm.dense.bias"], last + shift)
+    depth = policy.cfg.expert.depth
+    part = backbones.load_policy(tmp_path, model={"expert": {"depth": depth}})
+    assert part.cfg == policy.cfg  # a part of a section leaves the rest of it as it is
     with pytest.raises(UserError, match=r"model-800.*model-750.*snapshots"):
         backbones.load_sft(common.StartConfig(checkpoint=str(tmp_path), start="800"))
 
@@ -445,6 +448,9 @@ def test_adapter_starts_as_an_identity_and_reference_switches_it_off(kind, tmp_p
     with policy.reference():
         assert torch.equal(score(), base) and not torch.is_grad_enabled()
     assert torch.equal(score(), perturbed)  # now, and not after a second time only
+    with pytest.raises(AssertionError, match="inside"), policy.reference(), policy.reference():
+        pass
+    assert torch.equal(score(), perturbed)
     with pytest.raises(ZeroDivisionError), policy.reference():
         raise ZeroDivisionError
     assert torch.equal(score(), perturbed) and torch.is_grad_enabled()

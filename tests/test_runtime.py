@@ -393,7 +393,7 @@ def test_every_key_of_a_stage_counts_but_those_that_say_where_and_how_fast(secti
         assert (other != before) == (key not in of_place | counted_by_input), key
 
 
-@pytest.mark.parametrize("key", ["adapter", "pairs", "surrogate"])
+@pytest.mark.parametrize("key", ["adapter", "pairs", "surrogate", "held_out"])
 def test_an_evaluation_of_the_sft_policy_does_not_depend_on_dpo(key, monkeypatch):
     sft, dpo = (fingerprint_with("eval", monkeypatch, policy=policy) for policy in ("sft", "dpo"))
     assert fingerprint_with("eval", monkeypatch, policy="sft", **{key: "another"}) == sft
@@ -562,12 +562,14 @@ def test_done_json_holds_the_hash_of_every_file_and_nothing_else_is_left(tmp_pat
     def main(cfg, run):
         for name in ("a.txt", "checkpoint.pt", "played.jsonl", ".b.txt.7.tmp"):
             (run.dir / name).write_text("x")
+        (run.dir / ".somebodys_folder").mkdir()
         run.times["steps_s"] = 2
 
     folder = make(tmp_path, "sft", main=main)
     done = json.loads((folder / "done.json").read_text())
     assert done["outputs"] == {"a.txt": disk.sha256(folder / "a.txt")}
-    assert {path.name for path in folder.iterdir()} == {"a.txt", "done.json", "timing.json"}
+    left = {"a.txt", "done.json", "timing.json", ".somebodys_folder"}
+    assert {path.name for path in folder.iterdir()} == left
     assert disk.read_json(folder / "timing.json")["steps_s"] == 2
 
 
@@ -695,6 +697,16 @@ def test_an_error_ends_the_other_workers_at_once(kind, error, tmp_path, monkeypa
     assert time.time() - began < 120
     assert not any(Path("/proc", path.read_text()).exists() for path, _ in jobs)
     assert kind == "refuses" or "in work" in str(caught.value.__cause__), "the worker's traceback"
+
+
+def test_jobs_whose_files_are_there_are_not_done_again(tmp_path):
+    jobs = {tmp_path / name: name for name in "abc"}
+    (tmp_path / "b").touch()
+    done = []
+    workers.run_missing(lambda name: done.append(name) or (tmp_path / name).touch(), jobs, 1, "jobs")
+    assert done == ["a", "c"]
+    workers.run_missing(done.append, jobs, 1, "jobs")
+    assert done == ["a", "c"]
 
 
 def test_one_worker_works_here_on_one_thread():

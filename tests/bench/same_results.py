@@ -74,6 +74,7 @@ IDENTITY = {"stage", "config", "inputs", "outputs", "source", "versions", "finge
 PROVENANCE = {"command", "commit", "crc32"}
 TIMES = re.compile(r"_ms\b|ms_per_step|parts_over_whole|points\[\d+\]\.(prefix_share|ceiling)")
 MENDED = (
+    ".wins",  # of paired rows: only since f1fe499
     ".roofline",  # of 05: ce23880 took the sizes of `init_from` for the published ones
     "[15].ours: ",  # of claims.json: a rank correlation of 0.7346 is 0.73, where ce23880 had typed 0.74
 )
