@@ -378,7 +378,7 @@ def test_an_identity_counts_the_stage_that_a_script_imports_by_name():
     from runtime.stage import code_of
 
     names = {path.name for path in code_of(HERE / "extras" / "grpo.py", grpo.Config())}
-    assert {"02_collect_prefs.py", "03_dpo.py", "common.py", "env.py"} <= names
+    assert {"02_collect_prefs.py", "common.py", "env.py"} <= names
 
 
 # -------------------------------------------------------------------------------------------------- the tour
