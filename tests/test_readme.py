@@ -15,6 +15,7 @@ import yaml
 from runtime.config import HERE, STAGES, load_config
 
 PAGES = ["README.md", "docs/reading.md", "docs/checkpoints.md", "checkpoints/README.md"]
+PAGES += ["results/conclusions.md"]
 TEXTS = {page: (HERE / page).read_text() for page in PAGES}
 ALL = "\n".join(TEXTS.values())
 README, READING = TEXTS["README.md"], TEXTS["docs/reading.md"]
@@ -99,6 +100,15 @@ def test_links_lead_somewhere(page, link):
     target = (HERE / page).parent / name if name else HERE / page
     assert target.exists()
     assert not anchor or anchor in headings(target)
+
+
+def test_figures_of_the_conclusions_stand_in_the_pages_that_they_link_to():
+    page = (HERE / "results" / "conclusions.md").read_text()
+    figures = re.findall(r"\[\*\*([^*]+)\*\*\]\(([^)]+)\)", page)
+    assert len(figures) >= 10
+    for figure, link in figures:
+        text = " ".join((HERE / "results" / link).read_text().replace("**", "").split())
+        assert " ".join(figure.split()) in text, (figure, link)
 
 
 def test_files_and_folders_that_the_pages_name_are_there():
