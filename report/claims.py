@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from report import episodes, power, stats
+from report import episodes, plots, power, stats
 from report.page import PILLS
 from report.tables import difference, joined, listing, number, p_value, points
 from runtime import HERE, disk, refuse
@@ -294,11 +294,23 @@ def outcome(row: dict) -> str:
     return "no effect of interest" if near else "inconclusive"
 
 
-def contrasts_table(plan: dict) -> str:
+def effects_plot(plan: dict, path: Path) -> str:
+    """Draw what each arm of a plan does to the success of arm A, block by block; returns Markdown."""
+    arms, _ = read_blocks(RESULTS / plan["folder"])
+    named = {arm for pair in [*plan["primary"], *plan["exploratory"]] for arm in pair} - {"A"}
+    effects = {
+        arm: [episodes.paired(rows, arms["A"][block])["diff_vs_sft"] for block, rows in arms[arm].items()]
+        for arm in sorted(named & arms.keys())
+    }
+    plots.save(plots.blocks(effects), path)
+    return f"![{plan['title']}: points against A]({path.parent.name}/{path.name})\n\n"
+
+
+def contrasts_table(plan: dict, path: Path) -> str:
     rows = contrasts(plan)
     if not rows:
         return f"Fewer than {ENOUGH} of {plan['blocks']} blocks are complete: no figures yet."
-    return listing(
+    return effects_plot(plan, path) + listing(
         rows,
         {
             "comparison": "{new} - {base}",
@@ -385,7 +397,8 @@ def chapters(folder: Path) -> tuple[list[str], dict[str, str]]:
             },
         ),
         "blocks": "\n\n".join(
-            f"### {plan['title']}\n\n{contrasts_table(plan)}" for plan in paper["blocks"].values()
+            f"### {plan['title']}\n\n{contrasts_table(plan, folder / f'blocks-{name}.png')}"
+            for name, plan in paper["blocks"].items()
         ),
         "limitations": "\n".join(map('- Line {0[0]}: "{0[1]}"'.format, paper["limitations"])),
     }

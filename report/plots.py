@@ -69,6 +69,21 @@ def forest(rows: list[dict]):
     return figure
 
 
+def blocks(effects: dict[str, list[float]]):
+    """Effects of arms against arm A, in points: a dot for each block, a bar at their mean."""
+    figure, ax = canvas(6.4, 0.85 + 0.3 * len(effects))
+    places = range(len(effects))[::-1]
+    for y, values in zip(places, effects.values(), strict=True):
+        ax.plot([100 * value for value in values], [y] * len(values), "o", color=COLOURS["lora"], alpha=0.6)
+        ax.plot(100 * sum(values) / len(values), y, "|", color=INK, markersize=16, markeredgewidth=2)
+    names = [f"{arm} ({len(values)})" for arm, values in effects.items()]
+    ax.set(yticks=places, yticklabels=names, ylim=(-0.6, len(effects) - 0.4))
+    ax.grid(axis="x")
+    ax.axvline(0, color=INK, linewidth=0.9)
+    ax.set_xlabel("points against A; a dot for each block, a bar at their mean", loc="right")
+    return figure
+
+
 # -------------------------------------------------------------------------------------------------------- DPO
 def dpo(curves: dict[str, list[dict]]):
     """Implicit rewards of chosen (solid) and rejected (dashed) chunks during DPO, by adapter."""

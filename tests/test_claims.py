@@ -368,7 +368,10 @@ def test_planted_blocks_with_holm_over_the_three_primaries(tmp_path, monkeypatch
     theirs = scipys.ttest_1samp(gains, 0)
     assert found.interval == pytest.approx(tuple(theirs.confidence_interval(0.95)))
     assert rows["B", "A"]["p"] == pytest.approx(theirs.pvalue)
-    table = claims.contrasts_table(plan)
+    (tmp_path / "figures").mkdir()
+    table = claims.contrasts_table(plan, tmp_path / "figures" / "b.png")
+    assert table.startswith(f"![{plan['title']}: points against A](figures/b.png)\n\n| comparison |")
+    assert (tmp_path / "figures" / "b.png").stat().st_size > 2000
     assert "| B - A | 12 of 12 |" in table and "exploratory" in table and "| 7.5 | 906 | harmful |" in table
 
 
@@ -393,8 +396,11 @@ def test_no_test_is_made_before_all_blocks_are_there(tmp_path, monkeypatch):
             "not complete",
         )
         assert 0 < row["detectable"] < 0.2
-    assert "| B - A | 3 of 12 |  |  |  |" in claims.contrasts_table(plan)
-    assert claims.contrasts_table(plan | {"folder": "nowhere"}).startswith("Fewer than 3")
+    assert "| B - A | 3 of 12 |  |  |  |" in claims.contrasts_table(plan, tmp_path / "b.png")
+    assert claims.contrasts_table(plan | {"folder": "nowhere"}, tmp_path / "none.png").startswith(
+        "Fewer than 3"
+    )
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_a_primary_comparison_waits_for_the_others(tmp_path, monkeypatch):
