@@ -19,8 +19,8 @@ term has draws of its own with t ~ Beta(1.5, 1), and augmented images of its own
 that it takes only rescales beta.)
 
 Differs from the paper's code: one set of draws (t, eps) per pair serves chosen, rejected, policy and
-reference (theirs draws afresh in each of 16 forwards). Errors are summed over the chunk. Dropout and
-augmentation are off. The prefix is computed once per observation, and what no adapter touches of it once for
+reference (theirs draws afresh in each of 16 forwards). Errors are summed over the executed actions. Dropout
+and augmentation are off. The prefix is computed once per observation, and what no adapter touches of it once for
 all epochs. The reference is the same weights with the adapter switched off. An anchor (`sft_coef`; the paper:
 0) may keep chosen chunks likely.
 Left out: losses of anything but the margin (extras/losses.py has some), label smoothing, reward models.
@@ -113,10 +113,11 @@ def dpo_loss(pi_w, pi_l, ref_w, ref_l, beta: float, kind: str = "dpo") -> tuple[
 def log_probs(
     policy, obs, chosen: torch.Tensor, rejected: torch.Tensor, mask: torch.Tensor, draws, weight: str
 ):
-    """log p of both chunks (B, H, 7) of each pair: the observation encoded once, all in one batch. -> (B,),
+    """log p of both chunks (B, H, 7) of each pair: one encoding of the observation, all in one batch. -> (B,),
     (B,).
 
-    obs: B observations, or what policy.begin made of them.
+    obs: B observations, or what policy.begin made of them.  mask (B, H): the actions that count.
+    A flow policy's log_prob is common.surrogate_log_prob of its errors (backbones/pi05.py).
     """
     b = len(chosen)
     prefix = policy.encode(obs).select(torch.arange(b).repeat(2))
@@ -176,7 +177,9 @@ def load_pairs(cfg: Config, policy) -> tuple[dict, dict]:
 
 
 def encode_once(policy, pairs: dict, cfg: Config):
-    """The part of each observation's encoding that training leaves as it is, computed once for all epochs."""
+    """The part of each observation's encoding that training leaves as it is, computed once for all epochs; the
+    observations themselves where there is no such part.
+    """
     if cfg.surrogate == "independent":  # it augments the images
         return pairs["obs"]
     rows = torch.arange(len(pairs["mask"])).split(cfg.batch_size)

@@ -121,7 +121,7 @@ def read_pairs(folder: Path, policy=None) -> dict:
 
 # ------------------------------------------------------------- surrogate log-probability (paper, section 3.2)
 # t = 1 is noise, t = 0 the action, as in openpi and transformers. (The paper writes it the other way round.)
-LOG_SNR = math.log(99)  # scheme "logsnr": |log((1-t) / t)| <= LOG_SNR, so t lies between 0.01 and 0.99
+LOG_SNR = math.log(99)  # scheme "logsnr": half of log SNR, log((1-t) / t), is at most this; t is 0.01 to 0.99
 
 SURROGATES = {  # what stands for log p(a | o) of a flow policy -> the scheme of its draws (t, eps)
     "paper": "stratified",  # its text: T = 4 times, a noise for each; the four terms of the loss share them
@@ -133,9 +133,11 @@ SURROGATES = {  # what stands for log p(a | o) of a flow policy -> the scheme of
 TIME_WEIGHTS = {  # w(t) on the squared *velocity* error, of times of any shape
     "velocity": torch.ones_like,  # the paper's
     "noise": lambda t: (1 - t) ** 2,  # makes it the squared error in eps
-    # 1/2 d log SNR / dt on the error in eps; bounded near t = 0
+    # 1/2 d log SNR / dt on the error in eps, bounded near t = 0; of dpo.weight, for any draws
     "elbo": lambda t: (1 - t) / t.clamp(min=0.05),
-    "logsnr": lambda t: 2 * LOG_SNR * (1 - t) ** 2,  # the elbo's, over the density of "logsnr" times
+    "logsnr": lambda t: (
+        2 * LOG_SNR * (1 - t) ** 2
+    ),  # the same over the density of "logsnr" times: surrogate=elbo
 }
 
 
@@ -183,7 +185,7 @@ def make_draws(batch: int, horizon: int, dim: int, k: int, generator: torch.Gene
 
 
 def flow_matching_error(velocity: Callable, chunk: Tensor, draws: Draws, mask: Tensor):
-    """Squared velocity error per draw and chunk, summed over executed actions and real dimensions: (K, B).
+    """Squared velocity error per draw and chunk, over the actions that count and their 7 dimensions: (K, B).
 
     velocity: function of (index (K*B,) into the B observations, x_t (K*B, H, D), t (K*B,)) -> (K*B, H, D).
     chunk: (B, H, D) normalised.  mask: (B, H), True where an action counts.

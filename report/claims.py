@@ -164,7 +164,7 @@ def treatment(claim: dict, paper: dict) -> tuple[str, bool]:
     given = margin * FACTOR >= theirs
     return (
         f"mean margin {margin:.3g}, {'delivered' if given else 'not delivered'} "
-        f"(the authors' logs end at {theirs} or more)"
+        f"(asked: half of {theirs}, with which the authors' logs of OpenVLA end, or more)"
     ), given
 
 
