@@ -20,9 +20,9 @@ that it takes only rescales beta.)
 
 Differs from the paper's code: one set of draws (t, eps) per pair serves chosen, rejected, policy and
 reference (theirs draws afresh in each of 16 forwards). Errors are summed over the executed actions. Dropout
-and augmentation are off. The prefix is computed once per observation, and what no adapter touches of it once for
-all epochs. The reference is the same weights with the adapter switched off. An anchor (`sft_coef`; the paper:
-0) may keep chosen chunks likely.
+and augmentation are off. The prefix is computed once per observation, and what no adapter touches of it once
+for all epochs. The reference is the same weights with the adapter switched off. An anchor (`sft_coef`; the
+paper: 0) may keep chosen chunks likely.
 Left out: losses of anything but the margin (extras/losses.py has some), label smoothing, reward models.
 """
 
@@ -113,8 +113,7 @@ def dpo_loss(pi_w, pi_l, ref_w, ref_l, beta: float, kind: str = "dpo") -> tuple[
 def log_probs(
     policy, obs, chosen: torch.Tensor, rejected: torch.Tensor, mask: torch.Tensor, draws, weight: str
 ):
-    """log p of both chunks (B, H, 7) of each pair: one encoding of the observation, all in one batch. -> (B,),
-    (B,).
+    """log p (B,), (B,) of both chunks (B, H, 7) of each pair: one encoding of the observation, one batch.
 
     obs: B observations, or what policy.begin made of them.  mask (B, H): the actions that count.
     A flow policy's log_prob is common.surrogate_log_prob of its errors (backbones/pi05.py).
@@ -177,8 +176,8 @@ def load_pairs(cfg: Config, policy) -> tuple[dict, dict]:
 
 
 def encode_once(policy, pairs: dict, cfg: Config):
-    """The part of each observation's encoding that training leaves as it is, computed once for all epochs; the
-    observations themselves where there is no such part.
+    """The part of each observation's encoding that training leaves as it is, computed once for all epochs.
+    Where there is no such part, the observations themselves.
     """
     if cfg.surrogate == "independent":  # it augments the images
         return pairs["obs"]

@@ -121,7 +121,9 @@ def read_pairs(folder: Path, policy=None) -> dict:
 
 # ------------------------------------------------------------- surrogate log-probability (paper, section 3.2)
 # t = 1 is noise, t = 0 the action, as in openpi and transformers. (The paper writes it the other way round.)
-LOG_SNR = math.log(99)  # scheme "logsnr": half of log SNR, log((1-t) / t), is at most this; t is 0.01 to 0.99
+LOG_SNR = math.log(
+    99
+)  # scheme "logsnr": half the log SNR, log((1-t) / t), lies within this: t is 0.01 to 0.99
 
 SURROGATES = {  # what stands for log p(a | o) of a flow policy -> the scheme of its draws (t, eps)
     "paper": "stratified",  # its text: T = 4 times, a noise for each; the four terms of the loss share them
@@ -135,9 +137,7 @@ TIME_WEIGHTS = {  # w(t) on the squared *velocity* error, of times of any shape
     "noise": lambda t: (1 - t) ** 2,  # makes it the squared error in eps
     # 1/2 d log SNR / dt on the error in eps, bounded near t = 0; of dpo.weight, for any draws
     "elbo": lambda t: (1 - t) / t.clamp(min=0.05),
-    "logsnr": lambda t: (
-        2 * LOG_SNR * (1 - t) ** 2
-    ),  # the same over the density of "logsnr" times: surrogate=elbo
+    "logsnr": lambda t: 2 * LOG_SNR * (1 - t) ** 2,  # the same, over the density of surrogate=elbo's times
 }
 
 
