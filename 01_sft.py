@@ -8,9 +8,9 @@ try     python 01_sft.py configs/try.yaml name=mine (after the same with 00_demo
 
 The loss is flow matching, or next-token cross-entropy: the backbone's own `sft_loss`. An observation is
 encoded once and scored with several draws of (t, eps), because on a small model the encoder is the expensive
-part. `early` draws a share of every batch from the first looks of the episodes. Only there does the image
-alone say where the object is; later the hand is on its way, and the robot's state tells as much. `until` ends
-the training at a snapshot, on the schedule of `steps`.
+part. `early` draws a share of every batch from the first five frames of the episodes. Only there does the
+image alone say where the object is; later the hand is on its way, and the robot's state tells as much.
+`until` ends the training at a snapshot, on the schedule of `steps`.
 Differs from the paper: it publishes no SFT stage. Here `train: full` learns everything, from scratch or from
 `init_from`. `train: lora | dora` trains an adapter and merges it, so that stage 03's reference is one set of
 weights.
@@ -45,7 +45,7 @@ class Config(common.PolicyConfig):
     warmup: int = 100
     ema: Annotated[float, 0, 1] = 0.998  # decay of the averaged weights, which are the ones saved; 0 = none
     shift: int = 4  # random shift of the images, pixels
-    early: Annotated[float, 0, 1] = 0  # share of each batch drawn from the first five looks of the episodes
+    early: Annotated[float, 0, 1] = 0  # share of each batch drawn from the first five frames of episodes
     holdout: int = 2  # demonstrations of this many last init states are for validation only
     rank: Count = 32  # of the adapter
     alpha: Count = 64
@@ -124,7 +124,7 @@ def statistics(x: np.ndarray) -> dict:
 
 
 def rows_of_step(cfg: Config, step: int, data: dict) -> torch.Tensor:
-    """The rows (batch_size,) of a training step: any, and then the share of early looks."""
+    """The rows (batch_size,) of a training step: any, and then the share of early frames."""
     n = round(cfg.early * cfg.batch_size)
     early = (data["step"] <= 16).nonzero()[:, 0]  # the first five frames: every fourth step has one
     parts = [("sft", cfg.batch_size - n, torch.arange(len(data["step"]))), ("sft early", n, early)]

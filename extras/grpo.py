@@ -5,11 +5,10 @@ writes  <run>/<backbone>/seed<k>/grpo[-at<start>]/<adapter>/: adapter in peft's 
         per round), done.json
 cost    a round plays 8 x `groups` episodes of 1 to 3 s each on one core, then trains for seconds
 try     python -m extras.grpo configs/try.yaml name=mine grpo.steps=1 grpo.groups=2
-        python 04_eval.py configs/tiny.yaml name=grpo policy=dpo checkpoint=runs/tiny/pi05/seed42/sft \\
-            adapters_from=runs/tiny/pi05/seed42/grpo-at750
+        python 04_eval.py configs/try.yaml name=mine policy=dpo adapters_from=runs/mine/pi05/seed42/grpo
 
 1. Play 8 episodes from each of `groups` init states. A return is 1 for a success, else 0.
-2. Drop groups in which (nearly) all or none succeed: their mean return must lie in 0.1 to 0.9.
+2. Drop groups in which all or none succeed: their mean return must lie in 0.1 to 0.9.
 3. Advantage of every chunk of an episode: A = (return - mean of its group) / standard deviation of its group.
 4. Ratio of new to old policy: rho = exp( (log p_new - log p_old) / n ), n numbers in the executed actions.
 5. Loss: - mean of min( rho A, clip(rho, 1 - 0.2, 1 + 0.28) A ), one pass over all chunks.
