@@ -42,7 +42,7 @@ from sim.expert import TASKS, Expert, MissedGrasp, target_places
 @dataclass
 class Config(common.SceneConfig):
     section: ClassVar = "demos"
-    n_init: Count = 20  # record from the first n init states of the group "demos"
+    n_init: Count = 20  # record from the first n init states of the group "demos"; `source` is taken whole
     demo_seed: int = 0  # of noise and waypoints; not `seed`: all training seeds share the demonstrations
     frame_every: Count = 4  # steps between two rendered observations
     action_noise: float = 0.04  # standard deviation added to the executed translation; rotation: 0.3 of it

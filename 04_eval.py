@@ -137,7 +137,10 @@ def save_gif(path: Path, frames: list) -> None:
 
 # ----------------------------------------------------------------------------------------------------- tables
 # What the rows of a paired comparison must share:
-PROTOCOL = ("suites", "image_size", "render", "execute", "denoise_steps", "noise_scale", "group", "start")
+PROTOCOL = (
+    *("suites", "image_size", "render", "execute", "denoise_steps", "noise_scale", "group", "start"),
+    *("model", "dtype"),
+)
 
 
 def start_of(config: dict) -> str:

@@ -340,7 +340,8 @@ class ActingConfig(StartConfig):
 
     # actions of a chunk that are carried out before the next look; 0 = lerobot's n_action_steps, or 8
     execute: Annotated[int, 0] = 0
-    denoise_steps: Count = 10  # Euler steps of sample_actions, for flow matching
+    # Euler steps of sample_actions, for flow matching; 0 = lerobot's num_inference_steps, or 10
+    denoise_steps: Annotated[int, 0] = 0
     noise_scale: float = 1.0  # of the noise behind a chunk; for action tokens the temperature, 0 = greedy
 
     def __post_init__(self):
@@ -349,6 +350,8 @@ class ActingConfig(StartConfig):
         said = disk.read_json(path) if self.checkpoint and path.is_file() else {}
         refuse(not isinstance(said, dict), f"{path} must hold a JSON object; get its folder again")
         self.execute = self.execute or typed(said.get("n_action_steps", EXECUTE), Count, "n_action_steps")
+        steps = typed(said.get("num_inference_steps", 10), Count, "num_inference_steps")
+        self.denoise_steps = self.denoise_steps or steps
 
 
 @dataclass

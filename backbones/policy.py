@@ -69,9 +69,12 @@ def read_tokenizer(path: Path, remedy: str = "get it again"):
     from tokenizers import Tokenizer
 
     try:
-        return Tokenizer.from_str(disk.read_text(path))
+        tokenizer = Tokenizer.from_str(disk.read_text(path))
     except Exception as error:  # tokenizers raises nothing more special
         raise UserError(f"{path} is no tokenizer ({one_line(error)}); {remedy}") from error
+    tokenizer.no_padding()  # a file may prescribe both; the policy pads by itself
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 def checked_stats(stats: dict, where: str) -> dict:
@@ -238,7 +241,13 @@ class Policy(nn.Module):
         words = 0 if self.tokenizer is None else self.tokenizer.get_vocab_size(with_added_tokens=False)
         refuse(not words, "the policy has no tokenizer; get its folder again")
         refuse(words > self.cfg.vocab_size, f"the tokenizer has {words} words, more than model.vocab_size")
-        return [[bos, *e.ids] for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
+        rows = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+        unknown = [text for text, row in zip(texts, rows, strict=True) if "<unk>" in row.tokens]
+        refuse(
+            unknown,
+            f"the policy has no words for {unknown[:1]}; it can be used for the tasks that it was made for",
+        )
+        return [[bos, *row.ids] for row in rows]
 
     def stats(self, kind: str, names: Sequence[str], remedy: str = "get the checkpoint again") -> list:
         """The named statistics of the "action" or the "state"; UserError unless they are in norm_stats."""

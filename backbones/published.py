@@ -71,7 +71,12 @@ def weight_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     there = sorted(file.name for file in path.glob("*"))
-    oft = [name for name in there if re.match(OFT, name)]
+    oft = [
+        name
+        for name in there
+        if re.match(OFT, name)
+        or (name == "modeling_prismatic.py" and "NUM_ACTIONS_CHUNK" in disk.read_text(path / name))
+    ]
     refuse(
         oft,
         f"{path} is an OpenVLA-OFT checkpoint (it has {', '.join(oft)}); OFT's action head, chunks and second"
@@ -83,6 +88,11 @@ def weight_files(path: Path) -> list[Path]:
         f"{path} is one of openpi's JAX checkpoints; in openpi run `uv run"
         f" examples/convert_jax_model_to_pytorch.py --config_name pi05_libero --checkpoint_dir {path}"
         f" --output_path NEW`, then `cp -r {path}/assets NEW/`, and give NEW",
+    )
+    refuse(
+        "adapter_model.safetensors" in there,
+        f"{path} holds an adapter, adapter_model.safetensors; merge it into its base model first, or take it"
+        " out of the folder if it is merged",
     )
     index = path / "model.safetensors.index.json"
     if index.is_file():
@@ -99,10 +109,6 @@ def weight_files(path: Path) -> list[Path]:
         return [path / name for name in names]
     absent = "model.safetensors" not in there
     pickles = [name for name in there if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
-    refuse(
-        absent and "adapter_model.safetensors" in there,
-        f"{path} holds an adapter alone; merge it into its base model first",
-    )
     refuse(
         absent and pickles,
         f"{path} holds {', '.join(pickles)}, a pickle, which nothing here opens;"
@@ -369,7 +375,7 @@ def lerobot_cameras(c: Checkpoint) -> list[str]:
 
 
 def check_robot(c: Checkpoint) -> None:
-    """UserError unless a lerobot folder's policy acts as LIBERO's robot does."""
+    """UserError unless a lerobot folder's policy acts as LIBERO's robot does, and embeds time as openpi's."""
     features = (c.config.get("output_features") or {}) | (c.config.get("input_features") or {})
     for kind, name in (("action", "action"), ("state", "observation.state")):
         shape = features.get(name, {}).get("shape", [DIMS[kind]])
@@ -377,6 +383,11 @@ def check_robot(c: Checkpoint) -> None:
             shape not in ([DIMS[kind]], [c.config.get(f"max_{kind}_dim", 32)]),  # padded: no data set told it
             f"{c.folder} is another robot's policy: its {kind} has {shape} numbers, LIBERO's {DIMS[kind]}",
         )
+    periods = [c.config.get("min_period", 4e-3), c.config.get("max_period", 4.0)]
+    refuse(
+        periods != [4e-3, 4.0],
+        f"{c.folder} embeds time with periods of {periods}; here they are always openpi's, 0.004 to 4",
+    )
     refuse(
         c.config.get("use_relative_actions")
         or any(its.get("enabled") for its in (processor(c, "pre") | processor(c, "post")).values()),

@@ -61,6 +61,7 @@ class Config(common.SceneConfig, common.ActingConfig, common.AdapterConfig):
     folder = property(lambda self: self.seed_dir / self.variant("grpo") / self.adapter)
 
     def inputs(self) -> list[Path]:
+        refuse(self.surrogate != "paper", "GRPO's ratio has the paper's surrogate; leave surrogate= out")
         most = len(tasks(self)) * len(common.INIT_GROUPS["prefs"])
         refuse(self.groups > most, f"grpo.groups={self.groups}: there are {most} init states in all")
         refuse(

@@ -53,6 +53,10 @@ class Config(dpo.Config):
             f"nft compares velocities, which {self.backbone} does not have; take another dpo.loss",
         )
         refuse(
+            self.loss == "nft" and (self.weight != "velocity" or self.surrogate == "elbo"),
+            "nft has the errors themselves, without weights; leave dpo.weight and surrogate=elbo out",
+        )
+        refuse(
             self.surrogate in ("exact", "independent") or self.whole_chunk,
             "extras/losses.py shares draws and scores executed actions: surrogate=paper, mirrored or elbo,"
             " dpo.whole_chunk=false",

@@ -120,15 +120,19 @@ def as_number(value: str | int | float, kind: type) -> int | float | None:
 
 
 # ------------------------------------------------------------------------------------------------------- YAML
-def read_yaml(path: Path, above: tuple[str, ...] = ()) -> dict:
-    """A config file, laid over the file of its folder that it names as `base`. above: the files that led
-    here.
+def read_yaml(path: Path, backbone: str = "", above: tuple[str, ...] = ()) -> dict:
+    """A config file, laid over the file of its folder that it names as `base`.
+
+    A file's own section of the backbone is laid over the rest of that file, so a file wins over its base in
+    everything. above: the files that led here.
     """
     if not path.is_file():
         near = did_you_mean(path.stem, [p.stem for p in (HERE / "configs").glob("*.yaml")])
         raise UserError(f"no config file {path}; {near}")
     data = parse_yaml(path.read_bytes(), str(path)) or {}
     refuse(not isinstance(data, dict), f"{path} must hold `key: value` lines")
+    if isinstance(data.get(backbone), dict):
+        data = laid_over(data, data[backbone])
     base = data.pop("base", None)
     if base is None:
         return data
@@ -136,7 +140,7 @@ def read_yaml(path: Path, above: tuple[str, ...] = ()) -> dict:
         not isinstance(base, str) or Path(base).name != base or base in (*above, path.name),
         f"{path}: base must name another YAML of its folder, not {base!r}",
     )
-    return laid_over(read_yaml(path.parent / base, (*above, path.name)), data)
+    return laid_over(read_yaml(path.parent / base, backbone, (*above, path.name)), data)
 
 
 class Loader(yaml.SafeLoader):  # without two traps of YAML: 010 that means 8, and a key that stands twice
@@ -203,12 +207,12 @@ def load_config(cls: type, argv: list[str]):
     refuse(not argv or "=" in argv[0] or argv[0].startswith("-"), f"{usage}; --help lists the keys")
     path = Path(argv[0])
     path = path if path.is_file() else HERE / path
-    data = {"name": path.stem, "root": cls.root} | read_yaml(path)
     overrides = [parsed(item) for item in argv[1:]]
-    data |= {key: value for section, key, value in overrides if (section, key) == ("", "backbone")}
+    chosen = {key: value for section, key, value in overrides if (section, key) == ("", "backbone")}
+    backbone = str((read_yaml(path) | chosen).get("backbone", "pi05"))
+    own = backbone if backbone in BACKBONES else ""
+    data = {"name": path.stem, "root": cls.root} | read_yaml(path, own) | chosen
     sections = [*STAGES, *BACKBONES]
-    if (backbone := str(data.get("backbone", "pi05"))) in BACKBONES and isinstance(data.get(backbone), dict):
-        data = laid_over(data, data[backbone])
     for name in [*sections, "model"]:
         refuse(
             not isinstance(data.get(name) or {}, dict),

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -11,9 +12,10 @@ from runtime.errors import refuse, regex, warn
 
 
 def origin(policy, targets: str) -> dict[str, str]:
-    """What an adapter, or pairs, belong to: hashes of the adapted layers' weights and of the statistics.
+    """What an adapter, or pairs, belong to: hashes of the adapted layers' weights and of the statistics, and
+    the policy's settings (prompt, normalisation, cameras, sizes).
 
-    They are the same in other files, shards and precisions: the weights count rounded to bfloat16.
+    The hashes are the same in other files, shards and precisions: the weights count rounded to bfloat16.
     """
     digest = hashlib.sha256()
     modules = {n.removesuffix(".base_layer"): m for n, m in policy.named_modules()}  # below an adapter too
@@ -22,7 +24,8 @@ def origin(policy, targets: str) -> dict[str, str]:
         weight = layer.weight.detach().to("cpu", torch.bfloat16).contiguous()
         digest.update(f"{name} {tuple(weight.shape)} ".encode() + weight.view(torch.uint8).numpy().tobytes())
     statistics = hashlib.sha256(json.dumps(policy.norm_stats, sort_keys=True, default=list).encode())
-    return {"targets": targets, "base": digest.hexdigest(), "statistics": statistics.hexdigest()}
+    hashes = {"base": digest.hexdigest(), "statistics": statistics.hexdigest()}
+    return {"targets": targets, **hashes, "model": json.dumps(asdict(policy.cfg))}
 
 
 def same_origin(policy, path: Path) -> None:
@@ -35,6 +38,9 @@ def same_origin(policy, path: Path) -> None:
         return warn(f"{path} does not say which policy it was made with: nobody can tell if it fits this one")
     ours, made = origin(policy, theirs["targets"]), f"{path} was made with other"
     refuse(ours["statistics"] != theirs["statistics"], f"{made} statistics; take the policy it was made with")
+    settings = json.loads(theirs.get("model", "{}"))  # older files lack it
+    other = [key for key, value in json.loads(ours["model"]).items() if settings.get(key, value) != value]
+    refuse(other, f"{made} settings of the policy ({', '.join(other)}); set `model:` as it was then")
     if ours["base"] != theirs["base"]:
         its = "set checkpoint= and start= to its own policy, with nothing merged in"
         refuse(path.name == "adapter_model.safetensors", f"{made} weights than these; {its}")

@@ -509,6 +509,17 @@ def test_the_kits_adapters_fit_their_policy_and_no_other(kind, capsys, tmp_path)
     one_line(lambda: common.load_adapter(moved, TRY / kind), "other statistics")
 
 
+def test_pairs_and_adapters_of_other_settings_are_refused(policy, tmp_path):
+    """The weights are the same, but images or units would be others."""
+    adapted = common.attach_adapter(
+        backbones.load_policy(TRY / "sft"), "lora", 2, 2, policy.adapter_targets, 0
+    )
+    common.save_adapter(adapted, tmp_path)
+    common.load_adapter(backbones.load_policy(TRY / "sft"), tmp_path)
+    other = backbones.load_policy(TRY / "sft", model={"normalisation": "mean_std"})
+    one_line(lambda: common.load_adapter(other, tmp_path), "other settings", "normalisation")
+
+
 def test_an_adapter_that_says_nothing_of_its_policy_is_taken_with_a_warning(tmp_path, capsys):
     folder = copied(tmp_path, "lora")
     path = folder / "adapter_model.safetensors"

@@ -293,6 +293,10 @@ LEROBOT = {
         lambda f: f.edit("config", lambda c: c.update(use_relative_actions=True)),
         "relative actions",
     ),
+    "another sense of time": (
+        lambda f: f.edit("config", lambda c: c.update(min_period=0.04)),
+        r"embeds time with periods of \[0.04, 4.0\]",
+    ),
     "relative by a step": (
         lambda f: f.step(variants.POST, "absolute_actions_processor", enabled=True),
         "relative actions",
@@ -358,6 +362,33 @@ def test_openvlas_vision_backbone_file_alone_is_oft(tmp_path):
     (tmp_path / "vision_backbone--5000_checkpoint.pt").write_bytes(b"x")
     with pytest.raises(UserError, match=r"vision_backbone--5000_checkpoint\.pt"):
         look(tmp_path)
+
+
+def test_oft_with_tokens_is_told_by_its_code(tmp_path):
+    """It has neither a head nor other keys, but its code decodes chunks."""
+    published_files.write_openvla(tmp_path)
+    code = tmp_path / "modeling_prismatic.py"
+    code.write_text("class OpenVLAForActionPrediction: ...")  # OpenVLA's own file
+    look(tmp_path, **MODEL)
+    code.write_text("from prismatic.vla.constants import ACTION_DIM, NUM_ACTIONS_CHUNK")
+    with pytest.raises(UserError, match=r"OpenVLA-OFT.*modeling_prismatic\.py"):
+        look(tmp_path, **MODEL)
+
+
+def test_padding_that_a_tokenizers_file_prescribes_changes_nothing(folder):
+    wanted = look(folder.path).tokenize([TASK])
+    folder.edit(
+        "tokenizer",
+        lambda c: c.update(
+            truncation={"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0},
+            padding={
+                **{"strategy": {"Fixed": 40}, "direction": "Right", "pad_to_multiple_of": None},
+                **{"pad_id": 0, "pad_type_id": 0, "pad_token": "<pad>"},
+            },
+        ),
+    )
+    for ours, its in zip(look(folder.path).tokenize([TASK]), wanted, strict=True):
+        assert torch.equal(ours, its)
 
 
 # ------------------------------------------------------------------------------------------------- the stages
@@ -427,6 +458,13 @@ def test_n_action_steps_is_the_default_of_execute(steps, folder):
         assert (
             config().execute == config(checkpoint=str(HERE / "checkpoints/tiny_libero_object")).execute == 8
         )
+
+
+def test_num_inference_steps_is_the_default_of_denoise_steps(folder):
+    folder.edit("config", lambda c: c.update(num_inference_steps=3))
+    assert evaluation.Config(checkpoint=str(folder.path)).denoise_steps == 3
+    assert evaluation.Config(checkpoint=str(folder.path), denoise_steps=5).denoise_steps == 5
+    assert evaluation.Config().denoise_steps == 10
 
 
 @pytest.mark.parametrize("content", ["[]", '{"n_action_steps": "x"}', '{"n_action_steps": 0}', "{"])

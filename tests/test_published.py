@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 
 import numpy as np
 import published_files
@@ -231,6 +232,11 @@ FAULTS = {
     "no statistics": ("lerobot", lambda f: next(f.glob("policy_pre*")).unlink(), "policy_preprocessor"),
     "a pickle": ("openpi", lambda f: only(f, "pytorch_model.bin"), "pickle"),
     "an adapter": ("openpi", lambda f: only(f, "adapter_model.safetensors"), "adapter"),
+    "an adapter beside weights": (
+        "openpi",
+        lambda f: shutil.copy(f / "model.safetensors", f / "adapter_model.safetensors"),
+        "adapter",
+    ),
     "cut short": ("openpi", cut, "truncated"),
     "a git-LFS pointer": (
         "openpi",

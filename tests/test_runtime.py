@@ -112,6 +112,11 @@ def test_a_config_laid_over_another(tmp_path):
     (tmp_path / "below.yaml").write_text("seed: 1\nsft: {steps: 5, lr: 1e-4}\npi05: {sft: {lr: 2e-4}}")
     cfg = load(tmp_path, "base: below.yaml\ndtype: bfloat16\nsft: {steps: 6}")
     assert (cfg.seed, cfg.steps, cfg.lr, cfg.dtype, cfg.name) == (1, 6, 2e-4, "bfloat16", "exp")
+    (tmp_path / "below.yaml").write_text("pi05: {seed: 1, sft: {steps: 5, lr: 2e-4}}")
+    child = "base: below.yaml\nseed: 2\nsft: {steps: 6}\npi05: {sft: {steps: 7}}\nopenvla: {seed: 3}"
+    cfg = load(tmp_path, child)  # a file wins over its base, also over the base's section of the backbone
+    assert (cfg.seed, cfg.steps, cfg.lr) == (2, 7, 2e-4)
+    assert load(tmp_path, child, "backbone=openvla").seed == 3
     for base in ("exp.yaml", "[1]", "nowhere.yaml"):
         with pytest.raises(UserError, match=r"base|no config file"):
             load(tmp_path, f"base: {base}")
