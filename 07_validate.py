@@ -91,7 +91,8 @@ class Config(common.ActingConfig, common.AdapterConfig):
         return {
             path.name: path
             for path, config in used.items()
-            if (config["pairs"], config["start"]) == (self.pairs, self.start)
+            if (config["pairs"], config["start"], config.get("held_out", 0))
+            == (self.pairs, self.start, self.held_out)
         }
 
     def inputs(self) -> list[Path]:
@@ -219,7 +220,8 @@ def measure(job: tuple) -> None:
                 t = ((torch.arange(k) + 0.5) / k)[None, :, None, None]
                 tensors[f"paper-noise/{k}"] = -(common.TIME_WEIGHTS["noise"](t) * errors).mean(1)
                 tensors[f"paper-elbo/{k}"] = -(common.TIME_WEIGHTS["elbo"](t) * errors).mean(1)
-                tensors["by_time"] = -errors.mean(0)  # (K, n, 2) of the largest K, which comes last
+                order = torch.randperm(k, generator=common.stream(cfg.seed, "one time", k, pairs[0]))
+                tensors["by_time"] = -errors.mean(0)[order]  # (K, n, 2) of the largest K, which comes last
     disk.save_tensors(file, tensors)
 
 

@@ -27,7 +27,7 @@ for argument in "$@"; do
     backbones=*) BACKBONES=${argument#*=} ;;
     *=* | --dry-run) OVERRIDES+=("$argument") ;;
     *.yaml | *.yml) CONFIG=$argument ;;
-    *) STAGES=$argument ;;
+    *) STAGES+=" $argument" ;;
   esac
 done
 

@@ -22,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import common
+from report import episodes
 from runtime import HERE, disk, one_of, refuse, stage
 from runtime.config import load_config
 
@@ -123,10 +124,9 @@ def collect(name: str, cfg: common.AdapterConfig, arms: dict) -> None:
                     **disk.read_json(path.with_name("timing.json")),
                 }
                 trained[arm] = {key: facts[key] for key in RECORDED if key in facts}
-        for path in sorted(folder.glob("eval-*/done.json")):
-            used = disk.read_json(path)["config"]
-            if (used["group"], used["start"], used["blank_images"]) == ("test", cfg.start, False):
-                for row in disk.read_jsonl(path.with_name("episodes.jsonl")):
+        for facts, rows, _ in episodes.finished(folder, "eval-*", "test"):
+            if (facts["config"]["start"], facts["config"]["blank_images"]) == (cfg.start, False):
+                for row in rows:
                     writer.writerow(row | {"block": seed, "arm": arm, "success": int(row["success"])})
     (out / "blocks").mkdir(exist_ok=True)
     disk.write_atomic(out / "blocks" / f"seed{seed}.csv", table.getvalue())
@@ -148,9 +148,11 @@ def main(*words: str) -> None:
     block = f"configs/{config}.yaml", f"seed={seed}"
     cfg = load_config(common.AdapterConfig, [*block])
     record = HERE / "results" / name / "blocks" / f"seed{seed}.json"
+    recorded = ["A", *disk.read_json(record)["arms"]] if record.is_file() else []
+    lost = [str(folder_of(cfg, arm)) for arm in recorded if not folder_of(cfg, arm).is_dir()]
     refuse(
-        record.is_file() and not (HERE / cfg.seed_dir).is_dir(),
-        f"{record} is there, but {cfg.seed_dir} is not: a training made now would overwrite the record; "
+        lost,
+        f"{record} is there, but {', '.join(lost)} is not: what is made now would overwrite the record; "
         "take another seed, or delete the record",
     )
     for script in ("00_demos.py", "01_sft.py", "02_collect_prefs.py"):

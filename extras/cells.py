@@ -355,7 +355,10 @@ def cells_table(cfg: Config) -> list[dict]:
             checkpoint=teacher(used["checkpoint"]),
         ).cell
         base, others = of_cell.get(name, (used, []))
-        if others and name != facts["cell"] and all(base[key] == used[key] for key in PROTOCOL):
+        same = base["checkpoint"] == teacher(
+            used["checkpoint"]
+        )  # a name holds a checkpoint's last folder only
+        if others and same and name != facts["cell"] and all(base[key] == used[key] for key in PROTOCOL):
             row |= {"paired_with": name} | episodes.paired(played, others)
         rows.append(row)
     return rows

@@ -299,8 +299,9 @@ def effects_plot(plan: dict, path: Path) -> str:
     arms, _ = read_blocks(RESULTS / plan["folder"])
     named = {arm for pair in [*plan["primary"], *plan["exploratory"]] for arm in pair} - {"A"}
     effects = {
-        arm: [episodes.paired(rows, arms["A"][block])["diff_vs_sft"] for block, rows in arms[arm].items()]
+        arm: [episodes.paired(arms[arm][block], arms["A"][block])["diff_vs_sft"] for block in both]
         for arm in sorted(named & arms.keys())
+        if (both := [block for block in arms[arm] if block in arms["A"]])
     }
     plots.save(plots.blocks(effects), path)
     return f"![{plan['title']}: points against A]({path.parent.name}/{path.name})\n\n"

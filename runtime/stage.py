@@ -7,7 +7,7 @@ the stage's identity and the hashes of its files, written last and by rename. Th
 results depend on: config keys, the inputs' identities, the code that the script imports, versions of
 packages. A finished stage with the same identity is skipped. With another one it is redone, when `overwrite`
 says so. Code in report/ and runtime/ decides where results lie and how they look: it does not count, but for
-runtime/seeds.py, which decides what a training step sees.
+runtime/seeds.py, which decides what a training step sees, and report/stats.py, whose intervals 06 writes.
 """
 
 import ast
@@ -322,13 +322,16 @@ def fingerprint(identity: dict) -> str:
 
 
 def code_of(script: Path, cfg) -> list[Path]:
-    """What counts: a script, what it imports of the kit but for report/ and other backbones, and seeds.py."""
+    """What counts: a script and what it imports of the kit, seeds.py and stats.py too; not what runs it,
+    reports on it, or belongs to another backbone.
+    """
     others = [f"backbones/{name}" for name in BACKBONES if name != getattr(cfg, "backbone", name)]
     left_out, files, todo = ("runtime/", "report/", *others), set(), [script.resolve()]
     while todo:
         path = todo.pop()
         name = str(path.relative_to(HERE))
-        if path not in files and (name == "runtime/seeds.py" or not name.startswith(left_out)):
+        kept = name in ("runtime/seeds.py", "report/stats.py") or not name.startswith(left_out)
+        if path not in files and kept:
             files.add(path)
             todo += imports(path)
     return sorted(files)

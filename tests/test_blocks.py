@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 
 import pytest
 import torch
@@ -89,7 +90,13 @@ def test_a_block_writes_every_held_out_episode_of_its_arms(tmp_path, monkeypatch
             (seed_dir / name).mkdir(parents=True)
             disk.write_rows(seed_dir / name / "episodes.jsonl", [row | {"seed": seed, "init_state": init}])
             config = dict(zip(("group", "start", "blank_images"), used, strict=True))
-            disk.write_json(seed_dir / name / "done.json", {"config": config})
+            disk.write_json(seed_dir / name / "done.json", {"config": config, "inputs": {}})
+            disk.write_json(seed_dir / name / "timing.json", {})
+        shutil.copytree(
+            seed_dir / "eval-x", seed_dir / "eval-older"
+        )  # of weights that have been made anew since
+        older = disk.read_json(seed_dir / "eval-older" / "done.json") | {"inputs": {"pi05/seed7/sft": "x"}}
+        disk.write_json(seed_dir / "eval-older" / "done.json", older)
         (seed_dir / folder).mkdir(parents=True)
         disk.write_json(seed_dir / folder / "done.json", facts | {"more": 1} | spent.get(arm, {}))
         disk.write_json(seed_dir / folder / "timing.json", {"commit": "abc", "host": "x"})
@@ -155,11 +162,13 @@ def test_each_arm_is_played_with_the_adapter_that_was_trained_for_it(commands):
 def test_a_block_that_was_made_elsewhere_is_not_overwritten(commands, tmp_path):
     record = tmp_path / "results/look/blocks/seed7.json"
     record.parent.mkdir(parents=True)
-    record.write_text("{}")
-    with pytest.raises(UserError, match="is there, but runs/blocks/pi05/seed7 is not"):
-        blocks.main("7", "kto")
-    assert not commands
-    (tmp_path / "runs/blocks/pi05/seed7").mkdir(parents=True)
+    record.write_text('{"arms": {"B": {}}}')
+    for made, missing in (("blocks_B", "blocks"), ("blocks", "")):
+        if missing:
+            with pytest.raises(UserError, match=r"is there, but .*runs/blocks.*/pi05/seed7 is not"):
+                blocks.main("7", "kto")
+            assert not commands
+        (tmp_path / "runs" / made / "pi05/seed7").mkdir(parents=True)
     blocks.main("7", "kto")
     assert commands
 

@@ -361,6 +361,15 @@ def test_run_all_hands_a_dry_run_on(stub, tmp_path):
     assert len(ran) == 2 and all(line.endswith(" --dry-run") for line in ran)
 
 
+def test_run_all_takes_stages_with_and_without_quotes(stub, tmp_path):
+    for stages in (["03", "08"], ["03 08"]):
+        said = run_all(stub, tmp_path, "configs/try.yaml", *stages, "adapters=lora").stdout
+        assert [line.split()[4] for line in said.splitlines() if "$ python 0" in line] == [
+            "03_dpo.py",
+            "08_report.py",
+        ]
+
+
 def test_run_all_refuses_what_python_refuses(stub, tmp_path):
     (tmp_path / "x.yaml").write_text("stages: 03\nstages: 04")
     for arguments, word in (

@@ -385,6 +385,19 @@ def test_equal_arms_have_no_effect_of_interest_and_noisy_ones_are_inconclusive(t
         assert [claims.outcome(row) for row in claims.contrasts(plan)] == [near]
 
 
+def test_a_block_without_arm_a_is_no_effect_of_zero(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "RESULTS", tmp_path)
+    plan = blocks(tmp_path / "b", {"A": 0, "C": 0.1, "D": 0.1}, n_blocks=3)
+    for name, arm in (("seed2", "A"), ("seed0", "C"), ("seed1", "C")):
+        path = tmp_path / "b" / f"{name}.csv"
+        path.write_text("\n".join(line for line in path.read_text().split("\n") if f",{arm}," not in line))
+    drawn = []
+    monkeypatch.setattr(claims.plots, "blocks", drawn.append)
+    monkeypatch.setattr(claims.plots, "save", lambda *_: None)
+    claims.effects_plot(plan, tmp_path / "b.png")
+    assert drawn == [{"D": pytest.approx([0.1, 0.1])}], "C was played in the block without A alone"
+
+
 def test_no_test_is_made_before_all_blocks_are_there(tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "RESULTS", tmp_path)
     plan = blocks(tmp_path / "b", {"A": 0, "B": 0.3, "C": 0, "D": 0.1}, n_blocks=3, spread=0.02)

@@ -382,7 +382,13 @@ def test_a_cell_is_paired_with_its_own_weights_in_its_own_circumstances(cell, tm
     rows = {row["name"]: row for row in cells.cells_table(given)}
     assert rows["published-none-k2-euler1"]["paired_with"] == "published-none-k2-euler10"
     assert rows["published-none-k2-euler1"]["gained"] == 1
-    for unpaired in ("none-k2-euler10", "published-none-k2-euler10", "published-none-k2-euler2"):
+    namesake = replace(given, checkpoint=str(tmp_path / "other" / "published"), reuse="chunk")
+    finished_cell(namesake, [False] * 10, 0)
+    rows |= {row["name"]: row for row in cells.cells_table(given)}
+    for unpaired in (
+        *("none-k2-euler10", "published-none-k2-euler10", "published-none-k2-euler2"),
+        "published-chunk0.98x4-k2-euler10",
+    ):
         assert "paired_with" not in rows[unpaired], unpaired
 
 

@@ -21,7 +21,7 @@ import backbones
 import common
 from backbones import likelihood
 from report import agreement
-from runtime import disk
+from runtime import HERE, disk
 from runtime.config import load_config
 from runtime.errors import UserError
 from runtime.stage import execute
@@ -530,6 +530,33 @@ def test_margins_are_those_of_held_out_pairs_with_those_of_trained_ones_beside_t
     assert found[*held, "mean"]["ci95"] == pytest.approx(list(interval))
     none = list(agreement.base_rates(validate.Config(), measures, attempt))
     assert {r["quantity"] for r in none} == {"difference", "margin"} and {r["n"] for r in none} == {6}
+
+
+def test_only_policies_that_were_trained_with_as_many_pairs_held_out_are_measured(tmp_path):
+    cfg = validate.Config(root=str(tmp_path), name="x", held_out=2)
+    for name, held_out in (("dpo-a", {}), ("dpo-b", {"held_out": 2}), ("dpo-c", {"held_out": 5})):
+        (cfg.seed_dir / name).mkdir(parents=True)
+        config = {"pairs": cfg.pairs, "start": cfg.start} | held_out
+        disk.write_json(cfg.seed_dir / name / "done.json", {"config": config})
+    assert [*cfg.dpo_folders()] == ["dpo-b"]
+    assert [*dataclasses.replace(cfg, held_out=0).dpo_folders()] == ["dpo-a"]
+
+
+def test_one_time_is_any_time(tmp_path, monkeypatch):
+    """The table takes some figures from the first of the estimates at one time each."""
+    pairs = HERE / "checkpoints" / "try" / "pi05" / "prefs"
+    argv = ["configs/try.yaml", f"root={tmp_path}", f"pairs_from={pairs}", "validate.max_draws=8"]
+    cfg = load_config(validate.Config, [*argv, "validate.ode_steps=1"])
+
+    def measured(name: str) -> torch.Tensor:
+        validate.measure((cfg, tmp_path / name, [0, 1], None))
+        return disk.load_tensors(tmp_path / name)["by_time"]
+
+    ours, randperm = measured("ours"), torch.randperm
+    monkeypatch.setattr(torch, "randperm", lambda n, **_: torch.arange(n))
+    ascending = measured("ascending")
+    order = randperm(8, generator=common.stream(cfg.seed, "one time", 8, 0))
+    assert order.tolist() != [*range(8)] and torch.equal(ours, ascending[order])
 
 
 def test_what_acts_is_compared_over_the_pairs_whose_noise_is_known():
