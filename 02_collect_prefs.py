@@ -220,8 +220,7 @@ def collect(job: Job) -> None:
         return
     cfg, policy = job.cfg, backbones.load_sft(job.cfg).freeze()
     made_with = common.origin(policy, policy.adapter_targets)
-    env = TaskEnv(job.suite, job.task, cfg.image_size, cfg.render)
-    env.max_steps = min(cfg.max_steps or env.max_steps, env.max_steps)
+    env = TaskEnv(job.suite, job.task, cfg.image_size, cfg.render, cfg.max_steps)
     states, unit = common.init_states("prefs", cfg.n_init), len(rows)
     while pairs < job.quota and playouts < job.budget:
         init, attempt = states[unit % len(states)], unit // len(states)

@@ -35,8 +35,7 @@ import torch.nn.functional as F
 
 import backbones
 import common
-from runtime import Count, disk, ranks, refuse, regex, stage, warn
-from runtime.config import as_number
+from runtime import Count, as_number, disk, ranks, refuse, regex, stage, warn
 
 
 @dataclass

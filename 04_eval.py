@@ -20,7 +20,7 @@ Left out: rendering at every step (only when the policy looks), real robots.
 
 import contextlib
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -109,17 +109,13 @@ def play(env: TaskEnv, policy, cfg: Config, init: int, frames: list | None) -> d
     return episode | {"success": bool(env.success), "steps": env.steps, "crash": "", "wall_s": wall}
 
 
-def evaluate(job: tuple[Config, Path, str, int]) -> None:
-    """Worker: play the episodes of one task that played.jsonl lacks, and append a row for each."""
-    cfg, folder, suite, task = job
-    inits, played = common.init_states(cfg.group, cfg.n_init), episodes.played(folder)
-    missing = [init for init in inits if (suite, task, init) not in played]
-    if not missing:
-        return
-    policy = load_policy(cfg)
+def evaluate(job: tuple[Config, Path, str, int, list[int]]) -> None:
+    """Worker: play the missing episodes of one task, and append a row of played.jsonl for each."""
+    cfg, folder, suite, task, missing = job
+    policy, filmed = load_policy(cfg), common.INIT_GROUPS[cfg.group][: cfg.videos]
     with contextlib.closing(TaskEnv(suite, task, cfg.image_size, cfg.render)) as env:
         for init in missing:
-            frames = [] if init in inits[: cfg.videos] else None
+            frames = [] if init in filmed else None
             row = play(env, policy, cfg, init, frames)
             if frames:
                 outcome = "success" if row["success"] else "failure"
@@ -143,13 +139,6 @@ PROTOCOL = (
 )
 
 
-def start_of(config: dict) -> str:
-    """Name of the evaluation that this one is paired with: the SFT policy that its training started from."""
-    name = "sft" if config["start"] == "final" else f"sft-at{config['start']}"
-    blank = config["policy"] == "dpo" and config["blank_images"]
-    return name + "-blank" * blank + (f"-noise{config['noise_seed']}" if config["noise_seed"] else "")
-
-
 def results_table(cfg: Config) -> list[dict]:
     """A row per finished evaluation of this seed and group of init states, paired with its SFT start.
 
@@ -160,7 +149,14 @@ def results_table(cfg: Config) -> list[dict]:
     rows = []
     for name in sorted(of_policy, key=lambda name: ("dpo" in name, name)):
         facts, played, timing = of_policy[name]
-        used, start = facts["config"], start_of(facts["config"])
+        used = facts["config"]
+        start = replace(  # the SFT policy that its training started from
+            cfg,
+            policy="sft",
+            start=used["start"],
+            noise_seed=used["noise_seed"],
+            blank_images=used["policy"] == "dpo" and used["blank_images"],
+        ).policy_name
         row = {
             **{key: used.get(key, "none") for key in ("adapter", "pairs", "surrogate")},  # sft has none
             "backbone": cfg.backbone,

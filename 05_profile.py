@@ -54,7 +54,6 @@ GPUS = {
 @dataclass
 class Config(common.SceneConfig, common.ActingConfig):
     section: ClassVar = "profile"
-    threads: ClassVar = 1
     weights: Literal["sft", "random"] = "sft"  # "random": of the shapes in `model`, read from nowhere
     repeats: Count = 20  # timed inferences at each point
     sweeps: bool = True  # vary steps, views, batch, chunk, dtype and the compiler, one at a time
@@ -261,7 +260,7 @@ def roofline(cfg: Config) -> dict:
     )
     obs, _, _ = memory.make_batch(policy, 1)
     noise = policy.noise(1, torch.Generator()).to("meta")
-    passes = cfg.denoise_steps if policy.backbone == "pi05" else policy.horizon * policy.action_dim
+    passes = cfg.denoise_steps if policy.backbone == "pi05" else policy.horizon * common.ACTION_DIM
     with torch.no_grad():
         with Work() as images:
             embedded = policy.embed(obs)
@@ -299,7 +298,7 @@ def main(cfg: Config, run: stage.Run) -> None:
         "device": cfg.device,
         "weights": cfg.weights,
         "clock": "CUDA events" if cfg.device == "cuda" else "CPU time",
-        "threads": cfg.threads,
+        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "parameters": sum(p.numel() for p in policy.parameters()),
         "points": rows,

@@ -32,6 +32,7 @@ of t + 4 where every 4th step has one. Left out: augmentation, queues of negativ
 
 import itertools
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace as Frames  # arrays; load_frames lists them
@@ -64,7 +65,6 @@ VARIANTS = {"paper": (False, False), "masked": (True, False), "corrected": (True
 @dataclass
 class Config(common.SceneConfig, common.StartConfig):
     section: ClassVar = "head"
-    threads: ClassVar = 1
     encoder: Literal["sft", "random"] = "sft"  # random: a control, the tower's weights shuffled
     gap: Count = 5  # steps from an anchor to its temporal partner
     near: int = 10  # at most so many steps apart, two frames of a task are of the same moment
@@ -372,10 +372,8 @@ def chance(right: np.ndarray, candidates: np.ndarray, k: int) -> np.ndarray:
 
     1 - C(c - r, k) / C(c, k)
     """
-    miss = np.ones(len(right))
-    for i in range(k):
-        miss *= np.maximum(candidates - right - i, 0) / np.maximum(candidates - i, 1)
-    return 1 - miss
+    missed = [np.maximum(candidates - right - i, 0) / np.maximum(candidates - i, 1) for i in range(k)]
+    return 1 - np.prod(missed, axis=0)
 
 
 def score(
@@ -407,9 +405,8 @@ def score(
     return {key: np.concatenate(blocks).astype(float) for key, blocks in recalls.items()}
 
 
-def recall_rows(frames: Frames, heads: dict, cfg: Config) -> list[dict]:
+def recall_rows(frames: Frames, heads: dict, cfg: Config) -> Iterator[dict]:
     """A row for every protocol, representation, kind of right, suite and k."""
-    rows = []
     for protocol, parts in protocols(frames).items():
         scores = [
             score(frames, representations(frames, heads, split, cfg), queries, gallery, ids, cfg.near)
@@ -425,23 +422,20 @@ def recall_rows(frames: Frames, heads: dict, cfg: Config) -> list[dict]:
             of = (frames.suite[asked] == suite) | (suite == "all")
             recall = recalls[name, kind][of, i]
             bounds = stats.over_clusters(recall, frames.episode[asked][of])
-            rows.append(
-                {
-                    "suite": suite,
-                    "protocol": protocol,
-                    "right": kind,
-                    "n": int(of.sum()),
-                    "unit": "share",
-                    "metric": f"recall@{k}",
-                    "features": name,
-                    "value": recall.mean(),
-                    "ci95": None if name == "chance" else bounds,  # it is no estimate
-                }
-            )
-    return rows
+            yield {
+                "suite": suite,
+                "protocol": protocol,
+                "right": kind,
+                "n": int(of.sum()),
+                "unit": "share",
+                "metric": f"recall@{k}",
+                "features": name,
+                "value": recall.mean(),
+                "ci95": None if name == "chance" else bounds,  # it is no estimate
+            }
 
 
-def progress_rows(frames: Frames, heads: dict, cfg: Config) -> list[dict]:
+def progress_rows(frames: Frames, heads: dict, cfg: Config) -> Iterator[dict]:
     """Along each held-out episode, all of which succeed: does similarity to the goal rise?
 
     A robot at work has no image of its own goal. So the last frames of the task's training episodes show it,
@@ -451,7 +445,6 @@ def progress_rows(frames: Frames, heads: dict, cfg: Config) -> list[dict]:
     from scipy.stats import spearmanr
 
     last = np.flatnonzero(np.append(np.diff(frames.episode) > 0, True))
-    rows = []
     episodes = np.unique(frames.episode[frames.held])
     for name, x in representations(frames, heads, "episodes", cfg).items():
         rising, correlation = [], []
@@ -461,7 +454,7 @@ def progress_rows(frames: Frames, heads: dict, cfg: Config) -> list[dict]:
             similarity = (x[own] @ x[goals].T).mean(1).cpu().numpy()
             rising.append((np.diff(similarity) > 0).mean())
             correlation.append(spearmanr(similarity, frames.step[own]).statistic)
-        rows += [
+        yield from (
             {
                 "suite": "all",
                 "protocol": "progress",
@@ -477,8 +470,7 @@ def progress_rows(frames: Frames, heads: dict, cfg: Config) -> list[dict]:
                 ("rising", "share", rising),
                 ("rank correlation", "correlation", correlation),
             )
-        ]
-    return rows
+        )
 
 
 # ------------------------------------------------------------------------------------------------------- main
@@ -495,7 +487,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
     # 2. retrieval by each of them, and by what they are compared with
     disk.write_json(
         run.dir / "rows.json",
-        recall_rows(frames, heads, cfg) + (progress_rows(frames, heads, cfg) if frames.held.any() else []),
+        [*recall_rows(frames, heads, cfg), *(progress_rows(frames, heads, cfg) if frames.held.any() else ())],
     )
     return {
         "parameters": trained,

@@ -36,9 +36,11 @@ SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero
 MAX_STEPS = dict(zip(SUITES, (220, 280, 300, 520, 400), strict=True))
 # LIBERO-PRO's layouts of a suite's tasks -> the suite: objects change places, or Object's target moves 7 cm
 # per 0.1 along x or y. (Not 0.5 along y: the pinned package lacks the init states of its task 1.)
-LAYOUTS = {f"{suite}_swap": suite for suite in SUITES[:4]}
-LAYOUTS["libero_object_look"] = SUITES[1]  # libero_object_swap, but the arm starts as in libero_object
-LAYOUTS |= {f"libero_object_temp_{a}0.{n}": SUITES[1] for a in "xy" for n in range(1, 6 if a == "x" else 5)}
+LAYOUTS = {
+    **{f"{suite}_swap": suite for suite in SUITES[:4]},
+    "libero_object_look": SUITES[1],  # libero_object_swap, but the arm starts as in libero_object
+    **{f"libero_object_temp_{a}0.{n}": SUITES[1] for a in "xy" for n in range(1, 6 if a == "x" else 5)},
+}
 MAX_STEPS |= {layout: MAX_STEPS[suite] for layout, suite in LAYOUTS.items()}
 SETTLE_STEPS = 10  # steps after a reset in which objects come to rest; MAX_STEPS does not count them
 SETTLE_ACTION = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
@@ -347,8 +349,7 @@ class ActingConfig(StartConfig):
     def __post_init__(self):
         super().__post_init__()
         path = Path(self.checkpoint, "config.json")
-        said = disk.read_json(path) if self.checkpoint and path.is_file() else {}
-        refuse(not isinstance(said, dict), f"{path} must hold a JSON object; get its folder again")
+        said = disk.read_object(path) if self.checkpoint and path.is_file() else {}
         self.execute = self.execute or typed(said.get("n_action_steps", EXECUTE), Count, "n_action_steps")
         steps = typed(said.get("num_inference_steps", 10), Count, "num_inference_steps")
         self.denoise_steps = self.denoise_steps or steps

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from backbones.load import build, horizon, load_policy, weights_of
-from backbones.policy import Policy, build_tokenizer, collate
+from backbones.policy import Policy, build_tokenizer, collate, is_own
 from common import blank_images
 from runtime import ranks, refuse
 
@@ -20,6 +20,7 @@ __all__ = [
     "collate",
     "heads_right",
     "horizon",
+    "is_own",
     "load_policy",
     "load_sft",
     "preview",

@@ -11,7 +11,6 @@ from backbones.policy import (
     checked_stats,
     config_from,
     is_own,
-    read_object,
     read_tokenizer,
 )
 from runtime import BACKBONES, disk, laid_over, one_of, refuse
@@ -84,13 +83,15 @@ def load_policy(
         f" {sorted(path.name for path in folder.glob('*.safetensors'))}; run 01_sft.py, see"
         " sft.snapshots",
     )
-    config = read_object(folder / "config.json")
+    config = disk.read_object(folder / "config.json")
     name = config.pop("backbone")
     with torch.device("cpu" if read else "meta"):
         policy = build_it(name, laid_over(config, model or {}))
     if read:
         policy.load_weights([(folder / weights, disk.load_finite(folder / weights))])
-    policy.norm_stats = checked_stats(read_object(folder / "norm_stats.json"), f"{folder}/norm_stats.json")
+    policy.norm_stats = checked_stats(
+        disk.read_object(folder / "norm_stats.json"), f"{folder}/norm_stats.json"
+    )
     if (folder / "tokenizer.json").is_file():
         policy.tokenizer = read_tokenizer(folder / "tokenizer.json")
     policy.found = [f"{folder} holds a policy of this kit"]

@@ -71,7 +71,7 @@ def make_batch(policy, n: int) -> tuple[dict, Tensor, Tensor]:
     return (
         dict.fromkeys(common.CAMERAS, torch.zeros(n, 64, 64, 3, dtype=torch.uint8))
         | {"state": torch.zeros(n, DIMS["state"]), "instruction": [INSTRUCTION] * n},
-        torch.zeros(n, policy.horizon, policy.action_dim),
+        torch.zeros(n, policy.horizon, common.ACTION_DIM),
         torch.ones(n, policy.horizon, dtype=torch.bool),
     )
 

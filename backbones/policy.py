@@ -53,16 +53,10 @@ class TowerSize:  # of a vision tower, by transformers' names
 
 
 # ------------------------------------------------------------------------------------------------------ files
-def read_object(path: Path) -> dict:  # a JSON file that holds an object
-    content = disk.read_json(path)
-    refuse(not isinstance(content, dict), f"{path} must hold a JSON object; get its folder again")
-    return content
-
-
 def is_own(folder: Path) -> bool:
     """True unless the folder holds a checkpoint that someone else's code wrote."""
     config = folder / "config.json"
-    return not folder.exists() or (config.is_file() and "backbone" in read_object(config))
+    return not folder.exists() or (config.is_file() and "backbone" in disk.read_object(config))
 
 
 def read_tokenizer(path: Path, remedy: str = "get it again"):
@@ -146,7 +140,6 @@ class Policy(nn.Module):
 
     keep_float32 = "$^"  # regex of the weights that stay float32 in any dtype
     recompute = False  # save memory: the backward pass runs each layer again instead of keeping its values
-    action_dim = ACTION_DIM
     frozen = False
 
     def __init__(self, cfg):
@@ -283,11 +276,11 @@ class Policy(nn.Module):
         missing = set(own)
         for path, tensors in files:
             for key, tensor in tensors.items():
-                if own.get(key) != tuple(tensor.shape):
-                    raise UserError(
-                        f"{path}: {key} has shape {tuple(tensor.shape)}, the config gives"
-                        f" {own.get(key, 'no such key')}; it is another model's, or `model:` contradicts it"
-                    )
+                refuse(
+                    own.get(key) != tuple(tensor.shape),
+                    f"{path}: {key} has shape {tuple(tensor.shape)}, the config gives"
+                    f" {own.get(key, 'no such key')}; it is another model's, or `model:` contradicts it",
+                )
             missing -= tensors.keys()
             self.load_state_dict(tensors, strict=False, assign=assign)
         lacks = f"{path}: {min(missing, default='')} is missing"

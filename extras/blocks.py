@@ -23,8 +23,7 @@ from pathlib import Path
 
 import common
 from report import episodes
-from runtime import HERE, disk, one_of, refuse, stage
-from runtime.config import load_config
+from runtime import HERE, disk, load_config, one_of, refuse, stage
 
 # the paper's dose; its beta of 0.1 multiplies a mean over 8 x 7 numbers, ours a sum
 PAPER = "dpo.sft_coef=0 dpo.beta=0.0017857 dpo.batch_size=1 dpo.steps=500 dpo.lr=5e-5 dpo.warmup=100"

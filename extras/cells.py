@@ -293,13 +293,9 @@ def play(env: TaskEnv, actor: Actor, init: int) -> dict:
     }
 
 
-def evaluate(job: tuple[Config, Path, str, int]) -> None:
-    """Worker: play the episodes of one task that played.jsonl lacks, and append a row for each."""
-    cfg, folder, suite, task = job
-    inits, played = common.init_states(cfg.group, cfg.n_init), episodes.played(folder)
-    missing = [init for init in inits if (suite, task, init) not in played]
-    if not missing:
-        return
+def evaluate(job: tuple[Config, Path, str, int, list[int]]) -> None:
+    """Worker: play the missing episodes of one task, and append a row of played.jsonl for each."""
+    cfg, folder, suite, task, missing = job
     policy = backbones.load_sft(cfg)
     with contextlib.closing(TaskEnv(suite, task, cfg.image_size, cfg.render)) as env:
         for init in missing:
@@ -355,34 +351,27 @@ def cells_table(cfg: Config) -> list[dict]:
             checkpoint=teacher(used["checkpoint"]),
         ).cell
         base, others = of_cell.get(name, (used, []))
-        same = base["checkpoint"] == teacher(
-            used["checkpoint"]
-        )  # a name holds a checkpoint's last folder only
+        same = base["checkpoint"] == teacher(used["checkpoint"])
         if others and same and name != facts["cell"] and all(base[key] == used[key] for key in PROTOCOL):
             row |= {"paired_with": name} | episodes.paired(played, others)
         rows.append(row)
     return rows
 
 
-def cells_markdown(rows: list[dict]) -> str:
-    """ms per step of the environment; `a hit sees`: what of a new observation reaches the actions then."""
-    return listing(
-        rows,
-        {
-            "cell": "{name}",
-            "success": "{successes} / {n}",
-            "95 % interval": "{ci95[0]:.0%} to {ci95[1]:.0%}",
-            "hits": "{hit_rate:.0%}",
-            "ms per step": "{ms_per_step:.2f}",
-            "of it the check": "{ms_per_step_parts[check]:.2f}",
-            "a hit sees": lambda row: (
-                "" if row["name"].startswith("none") else " and ".join(row["sees_on_a_hit"]) or "nothing new"
-            ),
-            "over no reuse": lambda row: f"{100 * row['diff_vs_sft']:+.0f} points" if "gained" in row else "",
-            "gained / lost": lambda row: "{gained} / {lost}".format_map(row) if "gained" in row else "",
-            "p": lambda row: f"{row['p_vs_sft']:.2g}" if "gained" in row else "",
-        },
-    )
+CELLS = {  # heading -> cell. ms per step: of the environment
+    "cell": "{name}",
+    "success": "{successes} / {n}",
+    "95 % interval": "{ci95[0]:.0%} to {ci95[1]:.0%}",
+    "hits": "{hit_rate:.0%}",
+    "ms per step": "{ms_per_step:.2f}",
+    "of it the check": "{ms_per_step_parts[check]:.2f}",
+    "a hit sees": lambda row: (  # what of a new observation reaches the actions then
+        "" if row["name"].startswith("none") else " and ".join(row["sees_on_a_hit"]) or "nothing new"
+    ),
+    "over no reuse": lambda row: f"{100 * row['diff_vs_sft']:+.0f} points" if "gained" in row else "",
+    "gained / lost": lambda row: "{gained} / {lost}".format_map(row) if "gained" in row else "",
+    "p": lambda row: f"{row['p_vs_sft']:.2g}" if "gained" in row else "",
+}
 
 
 def main(cfg: Config, run: stage.Run) -> dict:
@@ -392,7 +381,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
 def show_table(cfg: Config) -> None:
     """All cells so far of this seed and group: cells.json, cells.md."""
     rows = cells_table(cfg)
-    publish(cfg.seed_dir / f"cells{cfg.suffix}", rows, cells_markdown(rows))
+    publish(cfg.seed_dir / f"cells{cfg.suffix}", rows, listing(rows, CELLS))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ HOLDOUT = 2  # init states, the last ones, that give the validation error; by de
 @dataclass
 class Config(common.ActingConfig):
     section: ClassVar = "distill"
-    threads: ClassVar = 1
     warmup: ClassVar = 50
     steps: Count = 2000
     batch_size: Count = 64  # observations, one noise each

@@ -26,8 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import common
-from backbones import load_policy, published
-from backbones.policy import is_own
+from backbones import is_own, load_policy, published
 from report import episodes
 from runtime import disk, refuse, stage
 

@@ -56,7 +56,6 @@ class Config(common.SceneConfig, common.ActingConfig, common.AdapterConfig):
     lr: float = 5e-5  # peak; cosine over the rounds to 1 % of it
     rank: Count = 32
     alpha: Count = 64
-    threads: Count = 1
 
     folder = property(lambda self: self.seed_dir / self.variant("grpo") / self.adapter)
 
@@ -108,8 +107,7 @@ def play_group(group: Group) -> None:
     """Worker: play a group's episodes, and write every chunk with its episode."""
     cfg, policy = group.cfg, backbones.load_sft(group.cfg)
     policy = common.load_adapter(policy, group.folder / "adapter").freeze()
-    env = TaskEnv(group.suite, group.task, cfg.image_size, cfg.render)
-    env.max_steps = min(cfg.max_steps or env.max_steps, env.max_steps)
+    env = TaskEnv(group.suite, group.task, cfg.image_size, cfg.render, cfg.max_steps)
     chunks, returns = [], torch.zeros(GROUP)
     for i in range(GROUP):
         try:

@@ -20,8 +20,7 @@ import numpy as np
 import psutil
 
 from backbones import horizon, preview
-from runtime import HERE, STAGES, disk, load_config, refuse, stage
-from runtime.config import shared_keys
+from runtime import HERE, STAGES, disk, load_config, refuse, shared_keys, stage
 from sim.env import TaskEnv, libraries, package_folder
 
 # later versions of mujoco render darker floors, said to cost OpenVLA about 20 points (LIBERO issue 88)

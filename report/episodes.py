@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common import init_states
 from report import stats
 from runtime import disk, ranks, stage, workers
 
@@ -29,17 +30,18 @@ def played(run_dir: Path) -> set[Place]:
 def play_all(run, play_task: Callable, tasks: list[tuple[str, int]], title: str, **facts) -> dict:
     """Play the episodes of all tasks (suite, number), each process its share, and `finish`.
 
-    play_task: what a worker does with (cfg, folder, suite, task).
+    play_task: what a worker does with (cfg, folder, suite, task, init states that are not played yet).
     """
-    folder, jobs = run.dir, [(run.cfg, run.dir, *task) for task in tasks]
+    inits, done = init_states(run.cfg.group, run.cfg.n_init), played(run.dir)
+    missing = {task: [init for init in inits if (*task, init) not in done] for task in tasks}
     workers.run(
         play_task,
-        ranks.share(jobs),
+        [(run.cfg, run.dir, *task, missing[task]) for task in ranks.share(tasks) if missing[task]],
         run.cfg.workers,
         title,
-        lambda: len(played(folder)),
-        len(jobs) * run.cfg.n_init,
-        lambda: f"{sum(row['success'] for row in disk.read_jsonl(folder / 'played.jsonl'))} solved",
+        lambda: len(played(run.dir)),
+        len(tasks) * run.cfg.n_init,
+        lambda: f"{sum(row['success'] for row in disk.read_jsonl(run.dir / 'played.jsonl'))} solved",
     )
     return finish(run, **facts)
 
@@ -114,20 +116,15 @@ def summarise(rows: list[dict]) -> dict:
     } | ({"right_place": float(np.mean(right)), "looks": 4 * len(right)} if right else {})
 
 
-def matched(rows: list[dict], base: list[dict]) -> list[tuple[Place, bool, bool]]:
-    """(place, success, baseline's success) of the episodes that both played, with one seed and no crash."""
+def paired(rows: list[dict], base: list[dict]) -> dict:
+    """Difference to a baseline on the episodes that both played, with one seed and no crash."""
     own, theirs = (
         {(place_of(row), row["seed"]): row["success"] for row in side if not row["crash"]}
         for side in (rows, base)
     )
-    return [(key[0], own[key], theirs[key]) for key in own if key in theirs]
-
-
-def paired(rows: list[dict], base: list[dict]) -> dict:
-    """Difference to a baseline on the episodes that match."""
-    both = matched(rows, base)
-    places, successes, theirs = ([episode[i] for episode in both] for i in range(3))
-    test = stats.mcnemar(successes, theirs, places)
+    both = [key for key in own if key in theirs]
+    wins = [[side[key] for key in both] for side in (own, theirs)]
+    test = stats.mcnemar(*wins, [place for place, _ in both])
     return {
         "diff_vs_sft": (test["only_a"] - test["only_b"]) / max(1, len(both)),
         "gained": test["only_a"],
@@ -135,5 +132,5 @@ def paired(rows: list[dict], base: list[dict]) -> dict:
         "p_vs_sft": test["p"],
         "deff": test["deff"],
         "paired_n": len(both),
-        "wins": [sum(successes), sum(theirs)],  # of the two, among these episodes
+        "wins": list(map(sum, wins)),  # of the two, among these episodes
     }

@@ -81,9 +81,7 @@ def holm(p: list[float]) -> list[float]:
     """Holm's step-down correction of p-values for testing them all."""
     order = np.argsort(p, kind="stable")
     multiplied = np.arange(len(p), 0, -1) * np.asarray(p, float)[order]
-    corrected = np.empty(len(p))
-    corrected[order] = np.minimum(1.0, np.maximum.accumulate(multiplied))
-    return corrected.tolist()
+    return np.minimum(1.0, np.maximum.accumulate(multiplied))[np.argsort(order)].tolist()
 
 
 # ------------------------------------------------------------------------- over trainings, tasks and attempts

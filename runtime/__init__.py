@@ -19,8 +19,10 @@ from runtime.config import (
     Count,
     Place,
     PlaceConfig,
+    as_number,
     laid_over,
     load_config,
+    shared_keys,
     typed,
 )
 from runtime.errors import UserError, did_you_mean, one_line, one_of, refuse, regex, warn
@@ -33,6 +35,7 @@ __all__ = [
     "Place",
     "PlaceConfig",
     "UserError",
+    "as_number",
     "did_you_mean",
     "laid_over",
     "load_config",
@@ -40,6 +43,7 @@ __all__ = [
     "one_of",
     "refuse",
     "regex",
+    "shared_keys",
     "typed",
     "warn",
 ]

@@ -11,17 +11,15 @@ the keys that it inherits are shared, and stand at the top level. The type of a 
     adapter: Literal["lora", "dora"] = "lora"
 """
 
-import dataclasses
 import inspect
 import json
 import math
 import os
 import re
 import sys
-import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -68,7 +66,7 @@ class PlaceConfig:
 
     def left_out(self) -> tuple[str, ...]:
         """Keys that do not count in the stage's identity: these, and those whose files are hashed instead."""
-        own = [field.name for field in dataclasses.fields(PlaceConfig)]
+        own = [field.name for field in fields(PlaceConfig)]
         return (*own, "start_seed", "pairs_from", "adapters_from")
 
 
@@ -78,7 +76,7 @@ def typed(value, kind, key: str):
     Raises:
         UserError: it is of another type, below its least or above the largest value.
     """
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    origin, args = get_origin(kind), get_args(kind)
     if origin is list and isinstance(value, list):
         return [typed(item, args[0], key) for item in value]
     if origin is Literal:
@@ -126,9 +124,8 @@ def read_yaml(path: Path, backbone: str = "", above: tuple[str, ...] = ()) -> di
     A file's own section of the backbone is laid over the rest of that file, so a file wins over its base in
     everything. above: the files that led here.
     """
-    if not path.is_file():
-        near = did_you_mean(path.stem, [p.stem for p in (HERE / "configs").glob("*.yaml")])
-        raise UserError(f"no config file {path}; {near}")
+    near = did_you_mean(path.stem, [p.stem for p in (HERE / "configs").glob("*.yaml")])
+    refuse(not path.is_file(), f"no config file {path}; {near}")
     data = parse_yaml(path.read_bytes(), str(path)) or {}
     refuse(not isinstance(data, dict), f"{path} must hold `key: value` lines")
     if isinstance(data.get(backbone), dict):
@@ -181,8 +178,8 @@ def laid_over(below: dict, above: dict) -> dict:
 # ----------------------------------------------------------------------------------------------------- config
 def shared_keys(kind: type = PlaceConfig) -> dict:
     """Name -> type of the keys that stages share: those of all the bases that stages' Configs are made of."""
-    hints = typing.get_type_hints(kind, include_extras=True)
-    found = {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+    hints = get_type_hints(kind, include_extras=True)
+    found = {field.name: hints[field.name] for field in fields(kind)}
     for each in kind.__subclasses__():
         if "section" not in vars(each):  # a stage's own Config has one
             found |= shared_keys(each)
@@ -201,7 +198,7 @@ def load_config(cls: type, argv: list[str]):
     """
     usage = f"usage: python {STAGES.get(cls.section, '')} configs/NAME.yaml [key=value ...] [--dry-run]"
     if {"-h", "--help"} & {*argv}:
-        shown = [inspect.getsource(each) for each in cls.__mro__ if dataclasses.is_dataclass(each)]
+        shown = [inspect.getsource(each) for each in cls.__mro__ if is_dataclass(each)]
         print(usage, *re.findall(r"^    [a-z]\w*: (?!ClassVar).*", "".join(shown), re.MULTILINE), sep="\n")
         sys.exit()
     refuse(not argv or "=" in argv[0] or argv[0].startswith("-"), f"{usage}; --help lists the keys")
@@ -219,9 +216,9 @@ def load_config(cls: type, argv: list[str]):
             f"{path}: section {name!r} must hold `key: value` lines",
         )
 
-    hints, shared = typing.get_type_hints(cls, include_extras=True), shared_keys()
+    hints, shared = get_type_hints(cls, include_extras=True), shared_keys()
     # a section may also set what is shared, for its stage alone
-    usable = [*(field.name for field in dataclasses.fields(cls) if field.name not in shared), *shared]
+    usable = [*(field.name for field in fields(cls) if field.name not in shared), *shared]
     given = [(key, data[key], str(path), [*shared, *sections]) for key in data if key not in sections]
     in_section = data.get(cls.section) or {}
     given += [(key, in_section[key], f"{path}, section {cls.section}", usable) for key in in_section]
@@ -232,8 +229,7 @@ def load_config(cls: type, argv: list[str]):
     for key, value, where, known in given:
         if cls is PlaceConfig and key not in hints:  # of a stage: run_all.sh asks for the other keys
             continue
-        if key not in known:
-            raise UserError(f"{where}: unknown key {key!r}; {did_you_mean(key, known)}")
+        refuse(key not in known, f"{where}: unknown key {key!r}; {did_you_mean(key, known)}")
         refuse(
             key == "backbone" and str(value) != backbone,
             f"{where}: backbone is no key of one section; set it at the top level",

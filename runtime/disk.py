@@ -155,6 +155,12 @@ def read_json(path: Path):
         return json.loads(read_text(path))
 
 
+def read_object(path: Path) -> dict:  # a JSON file that holds an object
+    content = read_json(path)
+    refuse(not isinstance(content, dict), f"{path} must hold a JSON object; get its folder again")
+    return content
+
+
 def append_jsonl(path: Path, row: dict) -> None:
     """Add one line, or raise UserError and add none. Several processes may append to one file."""
     with writing(path), open(path, "a+b", buffering=0) as file:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import torch
 
-from runtime import disk
-from runtime.errors import refuse, regex, warn
+from runtime import disk, refuse, regex, warn
 
 
 def origin(policy, targets: str) -> dict[str, str]:

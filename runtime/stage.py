@@ -33,9 +33,7 @@ from typing import IO
 
 import torch
 
-from runtime import disk, ranks
-from runtime.config import BACKBONES, HERE, STAGES, load_config
-from runtime.errors import UserError, one_line, refuse
+from runtime import BACKBONES, HERE, STAGES, UserError, disk, load_config, one_line, ranks, refuse
 from runtime.seeds import learning_rate
 from runtime.workers import progress
 
@@ -101,7 +99,7 @@ def execute(main: Callable, cfg, preview: Callable = nothing, after: Callable = 
         f"{cfg.section}.batch_size={size} can't be split over {processes} processes; make it a multiple",
     )
     if run := open_together(script, cfg, preview):
-        torch.set_num_threads(getattr(cfg, "threads", torch.get_num_threads()))
+        torch.set_num_threads(getattr(cfg, "threads", 1))
         facts = main(cfg, run)
         if run.first:
             run.finish(**(facts or {}))

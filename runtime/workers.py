@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from runtime import ranks
-from runtime.errors import UserError
+from runtime import UserError, ranks
 
 LINE_S = 60  # seconds between two lines where there is no terminal
 

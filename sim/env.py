@@ -181,11 +181,13 @@ class TaskEnv:
     The scripted expert also reads model, data, env (LIBERO's problem), robot and controller.
     """
 
-    def __init__(self, suite: str, task_id: int, image_size: int = 64, render: str = "fast"):
+    def __init__(
+        self, suite: str, task_id: int, image_size: int = 64, render: str = "fast", max_steps: int = 0
+    ):
         self.suite, self.task_id = suite, task_id
         self.image_size, self.render_mode = image_size, render
         self.instruction = instruction(suite, task_id)
-        self.max_steps = common.MAX_STEPS[suite]
+        self.max_steps = min(max_steps or math.inf, common.MAX_STEPS[suite])
         self._mj = libraries().mujoco
         bddl = suite_of(suite).get_task_bddl_file_path(task_id)
         compiled, sims = {}, libraries().MjSim  # XML -> its model, until LIBERO asks for the second one

@@ -13,8 +13,7 @@ from functools import partial
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-import common
-from common import GRIPPER_CLOSE, GRIPPER_OPEN
+from common import GRIPPER_CLOSE, GRIPPER_OPEN, LAYOUTS, MAX_STEPS
 from sim.env import TaskEnv, init_state_array
 from sim.grasps import (
     RIM,
@@ -575,10 +574,10 @@ def target_places(env: TaskEnv, init_state: int) -> np.ndarray:
     Returns (2, 3), metres, or NaN where a task has no other layout, begins with a drawer or a stove, or with
     an object that moves by less than the 5 cm by which places vary between init states.
     """
-    other = common.LAYOUTS.get(env.suite, f"{env.suite}_swap")
-    steps = TASKS.get((common.LAYOUTS.get(env.suite, env.suite), env.task_id))
+    other = LAYOUTS.get(env.suite, f"{env.suite}_swap")
+    steps = TASKS.get((LAYOUTS.get(env.suite, env.suite), env.task_id))
     target = steps and steps[0].keywords.get("target")
-    if target is None or other not in common.MAX_STEPS:
+    if target is None or other not in MAX_STEPS:
         return np.full((2, 3), np.nan)
     at = 1 + env.model.joint(f"{target}_joint0").qposadr[0]  # behind the time
     both = [init_state_array(suite, env.task_id)[init_state, at : at + 3] for suite in (env.suite, other)]

@@ -42,6 +42,4 @@ def nearest_to_centres(vertices: bytes, grid: float) -> np.ndarray:
     order = np.argsort(((place % 1 - 0.5) ** 2).sum(axis=1), kind="stable")  # nearest first
     cells = (place // 1)[order] @ [1.0, 1 << 17, 1 << 34]  # one number each
     _, first, cell = np.unique(cells, return_index=True, return_inverse=True)
-    nearest = np.empty_like(order)
-    nearest[order] = order[first[cell]]
-    return nearest
+    return order[first[cell]][np.argsort(order)]

@@ -366,7 +366,7 @@ def test_table_of_cells_pairs_with_the_same_look_interval(checkpoint, cell, tmp_
     assert row["ms_per_step"] == pytest.approx(6) and row["ms_per_step_parts"]["check"] == pytest.approx(1)
     assert row["paired_with"].endswith("none-k2-euler10")
     assert "gained" not in rows["none-k2-euler10"] and "gained" not in rows["none-k5-euler10"]
-    text = cells.cells_markdown(list(rows.values()))
+    text = cells.listing([*rows.values()], cells.CELLS)
     assert "nothing new" in text and {line.count("|") for line in text.splitlines()} == {11}
 
 
