@@ -222,6 +222,7 @@ def collect(job: Job) -> None:
     made_with = common.origin(policy, policy.adapter_targets)
     env = TaskEnv(job.suite, job.task, cfg.image_size, cfg.render, cfg.max_steps)
     states, unit = common.init_states("prefs", cfg.n_init), len(rows)
+    most = 1 + cfg.branches * cfg.tries if cfg.pairs == "branch" else cfg.candidates  # an attempt's play-outs
     while pairs < job.quota and playouts < job.budget:
         init, attempt = states[unit % len(states)], unit // len(states)
         try:
@@ -234,7 +235,7 @@ def collect(job: Job) -> None:
             "task": job.task,
             "unit": unit,
             "init_state": init,
-            "playouts": max(1, len(tried)),  # a crash counts as one: the budget must end
+            "playouts": len(tried) or most,  # after a crash nobody knows
             "outcome": outcome,
             **{kind: [facts for _, facts in rows[kind]] for kind in rows},
         }

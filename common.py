@@ -376,9 +376,18 @@ class PairsConfig(StartConfig):
             )
         return [folder]
 
+    def as_given(self, folder: str, *labels: str) -> list[Path]:
+        """The files of a given folder; UserError if its stage made it with other values of these keys."""
+        done = Path(folder, "done.json")
+        made = disk.read_object(done).get("config", {}) if done.is_file() else {}
+        for key in labels:
+            its = made.get(key, ours := getattr(self, key))
+            refuse(its != ours, f"{folder} was made with {key}={its}, not {ours}; set {key}={its}")
+        return stage.checkpoint_files(folder)
+
     def pairs_inputs(self) -> list[Path]:
         if self.pairs_from:
-            return stage.checkpoint_files(self.pairs_from)
+            return self.as_given(self.pairs_from, "pairs")
         return self.made_from_ours(self.made_pairs, "prefs")
 
 
@@ -403,6 +412,6 @@ class AdapterConfig(PairsConfig):
 
     def adapter_inputs(self) -> list[Path]:
         if self.adapters_from:
-            return stage.checkpoint_files(str(self.adapter_dir))
+            return self.as_given(str(self.adapter_dir), "pairs", "surrogate")
         hint = f" adapter={self.adapter} surrogate={self.surrogate} seed={self.seed}"
         return self.made_from_ours(self.made_adapter, "dpo", hint)

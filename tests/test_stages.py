@@ -240,6 +240,42 @@ def test_only_the_tried_chunks_have_another_noise_scale(monkeypatch):
     assert len(playouts) == 3 and len(pairs) == 2 and set(scales) == {("play", 0.0), ("try", 0.5)}
 
 
+def test_a_crash_counts_as_all_that_its_attempt_could_play(tmp_path, monkeypatch):
+    """What was played before it is not known, and no method may seem cheaper than it is."""
+
+    def diverge(*_):
+        raise prefs.CRASHES[0]("planted")
+
+    policy = SimpleNamespace(adapter_targets="", freeze=lambda: policy)
+    monkeypatch.setattr(backbones, "load_sft", lambda cfg: policy)
+    monkeypatch.setattr(common, "origin", lambda *_: {})
+    monkeypatch.setattr(prefs, "TaskEnv", lambda *_: SimpleNamespace(close=lambda: None))
+    monkeypatch.setitem(prefs.RECIPES, "branch", diverge)
+    monkeypatch.setitem(prefs.RECIPES, "episode", diverge)
+    for pairs, spent in (("branch", 7), ("episode", 5)):
+        (tmp_path / pairs).mkdir()
+        cfg = prefs.Config(pairs=pairs, branches=2, tries=3, candidates=5)
+        prefs.collect(prefs.Job(cfg, tmp_path / pairs, "libero_object", 0, 1, 8))
+        assert [row["playouts"] for row in prefs.attempts(tmp_path / pairs)] == [spent, spent]
+
+
+def test_given_pairs_and_adapters_keep_their_labels(tmp_path, monkeypatch):
+    """Else a folder, a table and a pairing would name another recipe than the one that was used."""
+    monkeypatch.setattr(stage, "checkpoint_files", lambda folder: [folder])
+    for name in ("pairs", "made/lora"):
+        (tmp_path / name).mkdir(parents=True)
+    disk.write_json(tmp_path / "pairs/done.json", {"config": {"pairs": "episode"}})
+    given = dpo.Config(pairs_from=str(tmp_path / "pairs"), pairs="episode")
+    assert given.pairs_inputs() == [str(tmp_path / "pairs")]
+    with pytest.raises(UserError, match="was made with pairs=episode, not branch; set pairs=episode"):
+        replace(given, pairs="branch").pairs_inputs()
+    disk.write_json(tmp_path / "made/lora/done.json", {"config": {"surrogate": "elbo", "pairs": "branch"}})
+    given = evaluation.Config(adapters_from=str(tmp_path / "made"), surrogate="elbo")
+    assert given.adapter_inputs() == [str(tmp_path / "made/lora")]
+    with pytest.raises(UserError, match="surrogate=elbo, not paper"):
+        replace(given, surrogate="paper").adapter_inputs()
+
+
 def test_whole_episodes_are_scored_under_the_first_observation(monkeypatch):
     """Recipe `whole`: as many pairs as both episodes have chunks. `episode` is the first of them."""
     env = SimpleNamespace(suite="s", task_id=0, success=False, reset=lambda init: None)
