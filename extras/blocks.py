@@ -2,6 +2,7 @@
 
     python -m extras.blocks SEED [ARM ...]                    flow policy, results/look/plan.md
     python -m extras.blocks autoregressive SEED [ARM ...]     results/autoregressive/plan.md
+    python -m extras.blocks four_suites SEED [ARM ...]        results/four_suites/plan.md
 
 reads   the experiment's config and plan.md
 writes  runs/<config>/ and runs/<config>_<arm>/, by the stages themselves; beside the plan blocks/seed<k>.csv,
@@ -59,6 +60,7 @@ AUTOREGRESSIVE = {
 EXPERIMENTS = {  # -> its config, under how many noise seeds each arm plays, its arms
     "look": ("blocks", 2, LOOK),
     "autoregressive": ("blocks_openvla", 1, AUTOREGRESSIVE),  # greedy decoding has no noise
+    "four_suites": ("blocks_4suite", 1, {arm: LOOK[arm] for arm in "ACD"}),
 }
 RECORDED = ("beta", "pairs", "chunks", "playouts", "delivered", "commit")  # of what an arm trained on
 FIELDS = ("seed", "suite", "task", "init_state", "success", "steps", "crash", "right_place")

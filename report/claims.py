@@ -225,15 +225,18 @@ def judged(claim: dict, paper: dict) -> dict:
 
 
 # ------------------------------------------------------------------------------------ an experiment in blocks
-def read_blocks(folder: Path) -> tuple[dict, dict]:
+def read_blocks(plan: dict) -> tuple[dict, dict]:
     """Episodes by arm and block (one training each), and the records of each arm's trainings.
 
-    folder: what extras/blocks.py writes. A record has `playouts`, the arm's own or its block's,
-    and may have `delivered`: the mean difference of log-ratios in nats, without beta, on held-out pairs.
+    plan: an entry of `blocks` in configs/paper.yaml; it may name one suite, whose episodes alone are read.
+    Its folder is what extras/blocks.py writes. A record has `playouts`, the arm's own or its block's, and may
+    have `delivered`: the mean difference of log-ratios in nats, without beta, on held-out pairs.
     """
     arms, records = defaultdict(lambda: defaultdict(list)), defaultdict(list)
-    for path in sorted(folder.glob("*.csv")):
+    for path in sorted((RESULTS / plan["folder"]).glob("*.csv")):
         for line in csv.DictReader(disk.read_text(path).splitlines()):
+            if line["suite"] != plan.get("suite", line["suite"]):
+                continue
             numbers = {key: int(line[key]) for key in ("task", "init_state", "seed")}
             row = line | numbers | {"success": line["success"] == "1"}
             arms[line["arm"]][int(line["block"])].append(row)
@@ -249,7 +252,7 @@ def contrasts(plan: dict) -> list[dict]:
     No test is made before the plan's number of blocks is there. Until then only the spread of the effects is
     used, for what the whole experiment could detect.
     """
-    (arms, records), rows = read_blocks(RESULTS / plan["folder"]), []
+    (arms, records), rows = read_blocks(plan), []
     for new, base in [*plan["primary"], *plan["exploratory"]]:
         blocks = sorted(arms[new].keys() & arms[base].keys())
         if len(blocks) < ENOUGH:
@@ -296,7 +299,7 @@ def outcome(row: dict) -> str:
 
 def effects_plot(plan: dict, path: Path) -> str:
     """Draw what each arm of a plan does to the success of arm A, block by block; returns Markdown."""
-    arms, _ = read_blocks(RESULTS / plan["folder"])
+    arms, _ = read_blocks(plan)
     named = {arm for pair in [*plan["primary"], *plan["exploratory"]] for arm in pair} - {"A"}
     effects = {
         arm: [episodes.paired(arms[arm][block], arms["A"][block])["diff_vs_sft"] for block in both]
@@ -308,24 +311,29 @@ def effects_plot(plan: dict, path: Path) -> str:
 
 
 def contrasts_table(plan: dict, path: Path) -> str:
+    """Plot and table of a plan, with its title; nothing while fewer than three blocks are complete."""
     rows = contrasts(plan)
     if not rows:
-        return f"Fewer than {ENOUGH} of {plan['blocks']} blocks are complete: no figures yet."
-    return effects_plot(plan, path) + listing(
-        rows,
-        {
-            "comparison": "{new} - {base}",
-            "blocks": lambda row: f"{row['blocks']} of {plan['blocks']}",
-            "effect (95 %)": lambda row: (
-                points(row["found"].value, row["found"].interval) if row["found"] else ""
-            ),
-            "p": lambda row: "" if row["p"] is None else p_value(row["p"]),
-            "p (Holm)": lambda row: "" if row["p_holm"] is None else p_value(row["p_holm"]),
-            "detectable, points": lambda row: f"{100 * row['detectable']:.1f}",
-            "delivered, nats": lambda row: f"{np.mean(row['nats']):.3g}" if row["nats"] else "",
-            "play-outs": lambda row: f"{np.mean(row['playouts']):.0f}",
-            "outcome": outcome,
-        },
+        return ""
+    return (
+        f"### {plan['title']}\n\n"
+        + effects_plot(plan, path)
+        + listing(
+            rows,
+            {
+                "comparison": "{new} - {base}",
+                "blocks": lambda row: f"{row['blocks']} of {plan['blocks']}",
+                "effect (95 %)": lambda row: (
+                    points(row["found"].value, row["found"].interval) if row["found"] else ""
+                ),
+                "p": lambda row: "" if row["p"] is None else p_value(row["p"]),
+                "p (Holm)": lambda row: "" if row["p_holm"] is None else p_value(row["p_holm"]),
+                "detectable, points": lambda row: f"{100 * row['detectable']:.1f}",
+                "delivered, nats": lambda row: f"{np.mean(row['nats']):.3g}" if row["nats"] else "",
+                "play-outs": lambda row: f"{np.mean(row['playouts']):.0f}",
+                "outcome": outcome,
+            },
+        )
     )
 
 
@@ -370,6 +378,9 @@ def chapters(folder: Path) -> tuple[list[str], dict[str, str]]:
     rows = [every[claim["id"]] for claim in paper["claims"]]
     verdicts = [row["verdict"] for row in rows]
     counts = [f"{verdict} {verdicts.count(verdict)}" for verdict in PILLS if verdict in verdicts]
+    tables = {
+        name: contrasts_table(plan, folder / f"blocks-{name}.png") for name, plan in paper["blocks"].items()
+    }
     named = {
         "card": listing(
             [every[entry["row"]] | entry for entry in paper["card"]],
@@ -397,10 +408,9 @@ def chapters(folder: Path) -> tuple[list[str], dict[str, str]]:
                 "command": "`{command}`",
             },
         ),
-        "blocks": "\n\n".join(
-            f"### {plan['title']}\n\n{contrasts_table(plan, folder / f'blocks-{name}.png')}"
-            for name, plan in paper["blocks"].items()
-        ),
+        "blocks": "\n\n".join(filter(None, tables.values()))
+        + f"\n\nFewer than {ENOUGH} blocks yet: "
+        + "; ".join(plan["title"] for name, plan in paper["blocks"].items() if not tables[name]),
         "limitations": "\n".join(map('- Line {0[0]}: "{0[1]}"'.format, paper["limitations"])),
     }
     disk.write_json(folder / "claims.json", list(every.values()))

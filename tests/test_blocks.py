@@ -106,7 +106,10 @@ def test_a_block_writes_every_held_out_episode_of_its_arms(tmp_path, monkeypatch
     disk.write_json(text, {"playouts": 800})
     blocks.collect("look", cfg, blocks.LOOK)
     out = tmp_path / "results/look/blocks"
-    arms, records = claims.read_blocks(out)  # what the report makes of it
+    monkeypatch.setattr(claims, "RESULTS", tmp_path / "results")
+    arms, records = claims.read_blocks({"folder": "look/blocks"})  # what the report makes of it
+    assert not claims.read_blocks({"folder": "look/blocks", "suite": "libero_10"})[0]
+    assert claims.read_blocks({"folder": "look/blocks", "suite": "libero_object"})[0] == arms
     assert {arm: list(of_arm) for arm, of_arm in arms.items()} == {arm: [7] for arm in made}
     assert {arm: [r["delivered"]["nats"] for r in of_arm] for arm, of_arm in records.items()} == {
         "D": [1.0],
@@ -145,7 +148,8 @@ def commands(tmp_path, monkeypatch):
 def test_each_arm_is_played_with_the_adapter_that_was_trained_for_it(commands):
     blocks.main("7", *blocks.LOOK)
     blocks.main("autoregressive", "7")
-    assert len(commands) == 2 * 3 + 3 * len(blocks.LOOK) - 1 + 4 + 2 * 5 - 1
+    blocks.main("four_suites", "7")
+    assert len(commands) == 3 * 3 + 3 * len(blocks.LOOK) - 1 + 4 + 2 * 5 - 1 + 2 * 3 - 1
     folders = [cfg.folder for cfg, _ in commands]
     twice = {folder.name for folder in folders if folders.count(folder) > 1}
     assert twice == {"prefs-episode-at2000", "prefs-whole-at2000"}, "but for these, two write one folder"
