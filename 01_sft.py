@@ -148,7 +148,8 @@ def make_policy(cfg: Config) -> tuple:
         policy = backbones.load_policy(
             cfg.init_from, model=cfg.model, suites=cfg.suites, backbone=cfg.backbone
         )
-        train, val, _ = load_data(cfg, policy.horizon)
+        train, val, instructions = load_data(cfg, policy.horizon)
+        policy.check_words(instructions)
     else:
         train, val, instructions = load_data(cfg, backbones.horizon(cfg.backbone, cfg.model))
         with torch.random.fork_rng():

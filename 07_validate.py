@@ -100,7 +100,7 @@ class Config(common.ActingConfig, common.AdapterConfig):
         return [
             *self.sft_inputs(),
             *self.pairs_inputs(),
-            *(self.adapter_inputs() if self.adapters_from else self.dpo_folders().values()),
+            *(self.adapter_inputs("held_out") if self.adapters_from else self.dpo_folders().values()),
         ]
 
 

@@ -410,8 +410,9 @@ class AdapterConfig(PairsConfig):
         lambda self: Path(self.adapters_from, self.adapter) if self.adapters_from else self.made_adapter
     )
 
-    def adapter_inputs(self) -> list[Path]:
+    def adapter_inputs(self, *labels: str) -> list[Path]:
+        """A given adapter's files, or 03's folder. labels: more keys with which a given one must be made."""
         if self.adapters_from:
-            return self.as_given(str(self.adapter_dir), "pairs", "surrogate")
+            return self.as_given(str(self.adapter_dir), "pairs", "surrogate", *labels)
         hint = f" adapter={self.adapter} surrogate={self.surrogate} seed={self.seed}"
         return self.made_from_ours(self.made_adapter, "dpo", hint)

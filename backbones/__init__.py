@@ -68,6 +68,7 @@ def load_sft(cfg) -> Policy:
 def propose(policy: Policy, obs: dict, cfg, generators: list[torch.Generator]) -> torch.Tensor:
     """One normalised chunk (H, D) per generator for one observation, which is encoded once: (N, H, D)."""
     refuse(cfg.execute > policy.horizon, TOO_MANY.format(cfg.execute, policy.horizon))
+    policy.check_words([obs["instruction"]])
     batch = collate([blank_images(obs) if cfg.blank_images else obs])
     prefix = policy.encode(batch).select(torch.zeros(len(generators), dtype=torch.long))
     noise = cfg.noise_scale * torch.cat([policy.noise(1, g) for g in generators])

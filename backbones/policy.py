@@ -234,13 +234,15 @@ class Policy(nn.Module):
         words = 0 if self.tokenizer is None else self.tokenizer.get_vocab_size(with_added_tokens=False)
         refuse(not words, "the policy has no tokenizer; get its folder again")
         refuse(words > self.cfg.vocab_size, f"the tokenizer has {words} words, more than model.vocab_size")
-        rows = self.tokenizer.encode_batch(texts, add_special_tokens=False)
-        unknown = [text for text, row in zip(texts, rows, strict=True) if "<unk>" in row.tokens]
-        refuse(
-            unknown,
-            f"the policy has no words for {unknown[:1]}; it can be used for the tasks that it was made for",
-        )
-        return [[bos, *row.ids] for row in rows]
+        return [[bos, *e.ids] for e in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+    def check_words(self, instructions: list[str]) -> None:
+        """UserError if it lacks a word: the kit's small tokenizers hold those of the tasks trained on."""
+        for text in instructions:
+            refuse(
+                self.tokenizer and "<unk>" in self.tokenizer.encode(text, add_special_tokens=False).tokens,
+                f"the policy has no words for {text!r}; it can be used for the tasks that it was trained on",
+            )
 
     def stats(self, kind: str, names: Sequence[str], remedy: str = "get the checkpoint again") -> list:
         """The named statistics of the "action" or the "state"; UserError unless they are in norm_stats."""

@@ -312,7 +312,7 @@ def effects_plot(plan: dict, path: Path) -> str:
 
 def contrasts_table(plan: dict, path: Path) -> str:
     """Plot and table of a plan, with its title; nothing while fewer than three blocks are complete."""
-    rows = contrasts(plan)
+    rows, whole = contrasts(plan), "suite" not in plan
     if not rows:
         return ""
     return (
@@ -329,8 +329,8 @@ def contrasts_table(plan: dict, path: Path) -> str:
                 "p": lambda row: "" if row["p"] is None else p_value(row["p"]),
                 "p (Holm)": lambda row: "" if row["p_holm"] is None else p_value(row["p_holm"]),
                 "detectable, points": lambda row: f"{100 * row['detectable']:.1f}",
-                "delivered, nats": lambda row: f"{np.mean(row['nats']):.3g}" if row["nats"] else "",
-                "play-outs": lambda row: f"{np.mean(row['playouts']):.0f}",
+                "delivered, nats": lambda row: f"{np.mean(row['nats']):.3g}" if row["nats"] and whole else "",
+                "play-outs": lambda row: f"{np.mean(row['playouts']):.0f}" * whole,
                 "outcome": outcome,
             },
         )
@@ -408,9 +408,10 @@ def chapters(folder: Path) -> tuple[list[str], dict[str, str]]:
                 "command": "`{command}`",
             },
         ),
-        "blocks": "\n\n".join(filter(None, tables.values()))
-        + f"\n\nFewer than {ENOUGH} blocks yet: "
-        + "; ".join(plan["title"] for name, plan in paper["blocks"].items() if not tables[name]),
+        "blocks": "\n\n".join(
+            tables[name] or f"{plan['title']}: fewer than {ENOUGH} blocks yet."
+            for name, plan in paper["blocks"].items()
+        ),
         "limitations": "\n".join(map('- Line {0[0]}: "{0[1]}"'.format, paper["limitations"])),
     }
     disk.write_json(folder / "claims.json", list(every.values()))

@@ -128,9 +128,9 @@ def read_yaml(path: Path, backbone: str = "", above: tuple[str, ...] = ()) -> di
     refuse(not path.is_file(), f"no config file {path}; {near}")
     data = parse_yaml(path.read_bytes(), str(path)) or {}
     refuse(not isinstance(data, dict), f"{path} must hold `key: value` lines")
+    base = data.pop("base", None)
     if isinstance(data.get(backbone), dict):
         data = laid_over(data, data[backbone])
-    base = data.pop("base", None)
     if base is None:
         return data
     refuse(
@@ -167,11 +167,11 @@ def parse_yaml(text: str | bytes, where: str):
 
 
 def laid_over(below: dict, above: dict) -> dict:
-    """Both dicts in one; `above` wins, key by key, and sections are merged."""
+    """Both dicts in one; `above` wins, key by key, and sections are merged; an empty one changes nothing."""
     merged = below | above
     for key, value in above.items():
-        if isinstance(value, dict) and isinstance(below.get(key), dict):
-            merged[key] = laid_over(below[key], value)
+        if isinstance(value, dict | None) and isinstance(below.get(key), dict):
+            merged[key] = laid_over(below[key], value or {})
     return merged
 
 

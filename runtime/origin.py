@@ -9,10 +9,24 @@ import torch
 
 from runtime import disk, refuse, regex, warn
 
+SETTINGS = {  # of both backbones
+    *(
+        "prompt",
+        "prompt_state_dims",
+        "cameras",
+        "state_token",
+        "resize",
+        "image_pipeline",
+        "pixel_means",
+        "pixel_stds",
+    ),
+    *("normalisation", "state_normalisation", "norm_eps"),
+}
+
 
 def origin(policy, targets: str) -> dict[str, str]:
     """What an adapter, or pairs, belong to: hashes of the adapted layers' weights and of the statistics, and
-    the policy's settings (prompt, normalisation, cameras, sizes).
+    the settings that say what goes into the policy and in which units.
 
     The hashes are the same in other files, shards and precisions: the weights count rounded to bfloat16.
     """
@@ -24,7 +38,8 @@ def origin(policy, targets: str) -> dict[str, str]:
         digest.update(f"{name} {tuple(weight.shape)} ".encode() + weight.view(torch.uint8).numpy().tobytes())
     statistics = hashlib.sha256(json.dumps(policy.norm_stats, sort_keys=True, default=list).encode())
     hashes = {"base": digest.hexdigest(), "statistics": statistics.hexdigest()}
-    return {"targets": targets, **hashes, "model": json.dumps(asdict(policy.cfg))}
+    settings = {key: value for key, value in asdict(policy.cfg).items() if key in SETTINGS}
+    return {"targets": targets, **hashes, "model": json.dumps(settings)}
 
 
 def same_origin(policy, path: Path) -> None:

@@ -44,8 +44,8 @@ def run(
 ) -> None:
     """Call `function(job)` for every job, in `workers` processes. The jobs write their own results.
 
-    function stands at the top level of a module. It, or `run_missing`, skips what an earlier run has written,
-    so a killed stage goes on where it was. Torch has one thread in every process, so no result depends on the
+    function stands at the top level of a module. It, or the caller, skips what an earlier run has written, so
+    a killed stage goes on where it was. Torch has one thread in every process, so no result depends on the
     number of workers.
     count: how much of `total` is done, asked every second.  note: text beside the bar.
     No worker outlives this call, nor the death of this process.

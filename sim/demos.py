@@ -203,6 +203,7 @@ def demonstrations(cfg, holdout: int) -> Iterator[tuple[str, bool, Demo]]:
         paths = paths or sorted(folder.glob("task_*.hdf5")) or [folder / "task_00.hdf5"]
         for path in paths:
             refuse(not path.is_file(), f"{path} is not there; run 00_demos.py for this suite and task too")
+        for path in paths:
             demos = list(read_demos(path, int(path.stem.rpartition("_")[2])))
             for demo in demos:
                 refuse(

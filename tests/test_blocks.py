@@ -167,12 +167,11 @@ def test_a_block_that_was_made_elsewhere_is_not_overwritten(commands, tmp_path):
     record = tmp_path / "results/look/blocks/seed7.json"
     record.parent.mkdir(parents=True)
     record.write_text('{"arms": {"B": {}}}')
-    for made, missing in (("blocks_B", "blocks"), ("blocks", "")):
-        if missing:
-            with pytest.raises(UserError, match=r"is there, but .*runs/blocks.*/pi05/seed7 is not"):
-                blocks.main("7", "kto")
-            assert not commands
-        (tmp_path / "runs" / made / "pi05/seed7").mkdir(parents=True)
+    for folder in ("blocks", "blocks_B"):
+        with pytest.raises(UserError, match=f"is there, but .*runs/{folder}/pi05/seed7.* is not"):
+            blocks.main("7", "kto")
+        assert not commands
+        (tmp_path / "runs" / folder / "pi05/seed7").mkdir(parents=True)
     blocks.main("7", "kto")
     assert commands
 

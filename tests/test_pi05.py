@@ -186,14 +186,15 @@ def test_prompts_and_discretised_state():
 
 def test_tokens_of_a_tokenizer_built_offline():
     policy = make_policy(max_tokens=6)
-    ids, valid = policy.tokenize(["Open the drawer\n", "open the 10\n"])
+    ids, valid = policy.tokenize(["Open the drawer\n", "open xyzzy 10\n"])
     words = [[policy.tokenizer.id_to_token(i) for i in row] for row in ids.tolist()]
     assert words == [
         ["<bos>", "open", "the", "drawer", "\n", "<pad>"],
-        ["<bos>", "open", "the", "1", "0", "\n"],
+        ["<bos>", "open", "<unk>", "1", "0", "\n"],
     ]
-    with pytest.raises(UserError, match=r"no words for .'open xyzzy'"):
-        policy.tokenize(["open the drawer", "open xyzzy"])
+    policy.check_words(["Open the drawer"])
+    with pytest.raises(UserError, match="no words for 'open xyzzy'"):
+        policy.check_words(["open the drawer", "open xyzzy"])
     assert valid.sum(1).tolist() == [5, 6] and ids[0, 0] == 2 and ids[0, -1] == 0
     assert policy.tokenize(["open the drawer open the drawer"])[0].shape == (1, 6)
     policy.cfg.vocab_size = 3

@@ -117,6 +117,9 @@ def test_a_config_laid_over_another(tmp_path):
     cfg = load(tmp_path, child)  # a file wins over its base, also over the base's section of the backbone
     assert (cfg.seed, cfg.steps, cfg.lr) == (2, 7, 2e-4)
     assert load(tmp_path, child, "backbone=openvla").seed == 3
+    assert load(tmp_path, "base: below.yaml\nsft:").steps == 5, "an empty section changes nothing"
+    with pytest.raises(UserError, match="unknown key 'base'"):
+        load(tmp_path, "pi05: {base: below.yaml}")
     for base in ("exp.yaml", "[1]", "nowhere.yaml"):
         with pytest.raises(UserError, match=r"base|no config file"):
             load(tmp_path, f"base: {base}")

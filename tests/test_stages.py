@@ -105,6 +105,9 @@ class Planted:
     def __init__(self, way):
         self.way = way  # of (image (N,), noise (N, 10, 7)) -> (N, 10), the chunk's y
 
+    def check_words(self, instructions):
+        pass
+
     def encode(self, obs):
         seen = torch.as_tensor(obs["agentview"]).flatten(1).float().mean(1)
         return SimpleNamespace(seen=seen, select=lambda index: SimpleNamespace(seen=seen[index]))
@@ -274,6 +277,26 @@ def test_given_pairs_and_adapters_keep_their_labels(tmp_path, monkeypatch):
     assert given.adapter_inputs() == [str(tmp_path / "made/lora")]
     with pytest.raises(UserError, match="surrogate=elbo, not paper"):
         replace(given, surrogate="paper").adapter_inputs()
+    disk.write_json(tmp_path / "made/lora/done.json", {"config": {"held_out": 0}})
+    validate = importlib.import_module("07_validate")
+    given = {"adapters_from": str(tmp_path / "made"), "pairs_from": "x", "checkpoint": "y"}
+    assert validate.Config(**given).inputs()
+    with pytest.raises(UserError, match="held_out=0, not 2"):
+        validate.Config(**given, held_out=2).inputs()
+
+
+def test_a_policy_acts_only_where_it_knows_the_words():
+    """Else all tasks that it was not trained on may be one sentence to it."""
+    policy = backbones.load_policy(HERE / "checkpoints" / "try" / "pi05" / "sft")
+    obs = {c: np.zeros((64, 64, 3), np.uint8) for c in common.CAMERAS} | {"state": np.zeros(8, np.float32)}
+    cfg = evaluation.Config()
+    for words in ("pick up the milk and place it in the basket", "turn on the stove"):
+        generators = [common.stream(0, "x")]
+        if "milk" in words:
+            backbones.propose(policy, obs | {"instruction": words}, cfg, generators)
+            continue
+        with pytest.raises(UserError, match="no words for 'turn on the stove'"):
+            backbones.propose(policy, obs | {"instruction": words}, cfg, generators)
 
 
 def test_whole_episodes_are_scored_under_the_first_observation(monkeypatch):
