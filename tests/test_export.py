@@ -16,6 +16,7 @@ from test_published import MODEL, WRITERS, load, sample
 from torch import nn
 
 import common
+from backbones import build_tokenizer
 from extras import export, first_run
 from runtime import disk
 from runtime.config import load_config
@@ -369,6 +370,8 @@ def test_eval_info_appears_once_04_has_played(tmp_path):
 def test_a_first_run_reports_what_it_found(tmp_path, monkeypatch, capsys):
     """One real episode, on one task; a whole report has ten."""
     base = write_base("lerobot", tmp_path / "base", torch.float32)
+    words = "pick up the black bowl between the plate and the ramekin and place it on the plate"
+    (base / "tokenizer.json").write_text(build_tokenizer([words]).to_str())
     small = ["device=cpu", "dtype=float32", "image_size=32", "render=fast", "execute=6", "denoise_steps=1"]
     argv = [
         "first_run",
