@@ -14,7 +14,7 @@ The `right place` is a diagnostic of looking: at an episode's first look the pol
 chunks, and they count by where they head: to the object's place in this layout, or to that in the other.
 Differs from the paper: it uses init states 40-49, on which nothing was trained (the paper: 0-4, from which
 its pairs came). README names the three choices that saw results on them. It has Wilson intervals and exact
-McNemar tests. A crash of the simulator has a column of its own and is no failure.
+McNemar tests. A crash of the simulator is counted apart, not as a failure.
 Left out: rendering at every step (only when the policy looks), real robots.
 """
 

@@ -9,19 +9,11 @@ import torch
 
 from runtime import disk, refuse, regex, warn
 
-SETTINGS = {  # of both backbones
-    *(
-        "prompt",
-        "prompt_state_dims",
-        "cameras",
-        "state_token",
-        "resize",
-        "image_pipeline",
-        "pixel_means",
-        "pixel_stds",
-    ),
+SETTINGS = (  # of both backbones: what goes into a policy, and in which units
+    *("prompt", "prompt_state_dims", "cameras", "state_token", "resize"),
+    *("image_pipeline", "pixel_means", "pixel_stds"),
     *("normalisation", "state_normalisation", "norm_eps"),
-}
+)
 
 
 def origin(policy, targets: str) -> dict[str, str]:
