@@ -58,7 +58,7 @@ class Config(common.PolicyConfig):
     processes: Count = 1  # that share each batch; part of the last bits too
 
     folder = property(lambda self: self.seed_dir / "sft")
-    last = property(lambda self: min(self.until or self.steps, self.steps))
+    last = property(lambda self: self.until or self.steps)
 
     def __post_init__(self):
         super().__post_init__()
@@ -66,8 +66,13 @@ class Config(common.PolicyConfig):
             self.train == "full" and self.dtype != "float32",
             f"sft.train=full needs dtype=float32, not {self.dtype}: AdamW's small steps get lost in it",
         )
+        refuse(self.until > self.steps, f"sft.until={self.until} is beyond sft.steps={self.steps}; lower it")
 
     def inputs(self) -> list[Path]:
+        refuse(
+            self.train != "full" and not self.init_from,
+            f"sft.train={self.train} adapts given weights: set init_from= to their folder",
+        )
         if not self.init_from:
             backbones.horizon(self.backbone, self.model)  # fails for a model that can't be
         given = stage.checkpoint_files(self.init_from) if self.init_from else []

@@ -280,7 +280,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
             run.log(step, **metrics(loss, rewards, pi_w, pi_l), grad_norm=grad_norm.item(), lr=lr)
 
     if run.first:
-        warn_about_scale(disk.read_jsonl(run.dir / "metrics.jsonl"), cfg.beta)
+        warn_about_scale(disk.read_jsonl(run.dir / "metrics.jsonl"), cfg)
         common.save_adapter(adapted, run.dir)
     measured = {"delivered": delivered(policy, held, cfg.batch_size)} if cfg.held_out else {}
     return {"beta": beta, "trainable": k, "pairs": n} | measured
@@ -298,16 +298,16 @@ def metrics(loss: torch.Tensor, rewards: dict, pi_w: torch.Tensor, pi_l: torch.T
     }
 
 
-def warn_about_scale(rows: list[dict], beta: str) -> None:
+def warn_about_scale(rows: list[dict], cfg: Config) -> None:
     """DPO learns where its margins are of order 1. Far below, the reference hardly enters the gradient."""
     lost = min(row["rewards/chosen"] for row in rows[len(rows) // 2 :])
     if lost < -20:
         warn(f"the policy has unlearned the chosen chunks (rewards/chosen {lost:.3g}): lower dpo.lr")
-    other = "" if beta == "auto" else ", or take dpo.beta=auto"
+    other = "" if cfg.beta == "auto" else ", or take dpo.beta=auto"
     late = max(abs(row["rewards/margins"]) + row["rewards/margin_std"] for row in rows[len(rows) // 2 :])
-    if late < 0.05:
+    if late < 0.05 and cfg.contrast:
         warn(f"margins stayed below 0.05 (largest {late:.3g}): raise dpo.steps or dpo.lr{other}")
-    if late > 20:
+    if late > 20 and cfg.contrast:
         warn(f"margins saturated (largest {late:.3g}): lower dpo.lr or dpo.steps{other}")
 
 

@@ -177,21 +177,26 @@ def results_table(cfg: Config) -> list[dict]:
             of_suites = [episode for episode in played if episode["suite"] in suites]
             rows.append(row | {"suite": " ".join(suites)} | episodes.summarise(of_suites))
             if base and name != start and same_weights and same_protocol:
-                rows[-1] |= {"paired_with": start} | episodes.paired(of_suites, base)
+                test = episodes.paired(of_suites, base)
+                rows[-1] |= {"paired_with": start} | test if test["paired_n"] else {}
     return rows
 
 
 RESULTS = {  # heading -> cell. over tasks: their t interval. p: exact McNemar on the same episodes
-    # right place: of the chunks sampled at first looks, those that head for the target's place in this layout
+    # right place: of the chunks sampled at so many first looks, those that head for the target's place here
     "policy": "{name}",
     "suite": lambda row: row["suite"].replace(" ", ", "),
     "success": "{successes} / {n}",
     "95 % interval": "{ci95[0]:.1%} to {ci95[1]:.1%}",
     "over tasks": "{ci95_tasks[0]:.0%} to {ci95_tasks[1]:.0%}",
     "crashes": "{crashes}",
-    "right place": lambda row: "{right_place:.1%} of {looks}".format(**row) if "looks" in row else "",
+    "right place": lambda row: "{right_place:.1%} at {looks}".format(**row) if "looks" in row else "",
     "against its SFT start": lambda row: f"{100 * row['diff_vs_sft']:+.1f} points" if "gained" in row else "",
-    "gained / lost": lambda row: f"{row['gained']} / {row['lost']}" if "gained" in row else "",
+    "gained / lost": lambda row: (  # among the episodes of both
+        f"{row['gained']} / {row['lost']}" + f" of {row['paired_n']}" * (row["paired_n"] < row["n"])
+        if "gained" in row
+        else ""
+    ),
     "p": lambda row: f"{row['p_vs_sft']:.2g}" if "gained" in row else "",
 }
 

@@ -313,7 +313,7 @@ def main(cfg: Config, run: stage.Run) -> None:
 def write_table(cfg: Config) -> None:
     """table.json, which 08_report.py reads."""
     own, timing = (disk.read_json(cfg.folder / name) for name in ("latency.json", "timing.json"))
-    disk.write_json(cfg.folder / "table.json", latency.metric_rows(cfg.backbone, own["points"][0], timing))
+    disk.write_json(cfg.folder / "table.json", latency.metric_rows(cfg, own["points"][0], timing))
 
 
 if __name__ == "__main__":

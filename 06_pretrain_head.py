@@ -82,7 +82,10 @@ class Config(common.SceneConfig, common.StartConfig):
             self.blank_images,
             "black images are all alike, so there is nothing to retrieve; set blank_images=false",
         )
-        return [stage.require(self.data_dir, "demos"), *self.sft_inputs()]
+        sft = self.sft_inputs()
+        held = self.holdout if self.checkpoint else disk.read_json(sft[0] / "done.json")["config"]["holdout"]
+        refuse(self.holdout > held, f"01 held out {held} init states; set head.holdout={held}")
+        return [stage.require(self.data_dir, "demos"), *sft]
 
 
 # ---------------------------------------------------------------------------------------------- head and loss
@@ -195,11 +198,12 @@ def load_frames(cfg: Config) -> Frames:
     episodes, tasks, n = [], {}, 0
     demos = workers.progress(demonstrations(cfg, cfg.holdout), desc="encode", unit="episode")
     for episode, (suite, held, demo) in enumerate(demos):
+        task = common.LAYOUTS.get(suite, suite), demo.task  # in any layout
         kept, anchors, partners = choose(demo.image_steps, cfg.gap)
         episodes.append(
             {
                 "suite": np.full(len(kept), suite),
-                "task": np.full(len(kept), tasks.setdefault((suite, demo.task), len(tasks))),
+                "task": np.full(len(kept), tasks.setdefault(task, len(tasks))),
                 "episode": np.full(len(kept), episode),
                 "step": demo.image_steps[kept],
                 "held": np.full(len(kept), held),

@@ -84,19 +84,19 @@ class Config(common.ActingConfig, common.AdapterConfig):
         """Name -> folder of every finished DPO on these pairs and this start, or of the one that is given."""
         if self.adapters_from:
             return {self.made_adapter.name: self.adapter_dir}
-        used = {
-            path.parent: disk.read_json(path)["config"]
-            for path in sorted(self.seed_dir.glob("dpo-*/done.json"))
-        }
+        pairs = {stage.input_name(path, self.run_dir) for path in self.pairs_inputs()}
+        ours = {key: getattr(self, key) for key in ("pairs", "start", "held_out", "blank_images")}
+        older = {"held_out": 0, "blank_images": False}  # of folders that lack these keys
+        found = {path.parent: disk.read_json(path) for path in sorted(self.seed_dir.glob("dpo-*/done.json"))}
         return {
             path.name: path
-            for path, config in used.items()
-            if (config["pairs"], config["start"], config.get("held_out", 0))
-            == (self.pairs, self.start, self.held_out)
+            for path, made in found.items()
+            if pairs <= made["inputs"].keys() and ours.items() <= (older | made["config"]).items()
         }
 
     def inputs(self) -> list[Path]:
-        refuse(self.device != "cpu", "07_validate.py measures on the CPU; set device=cpu")
+        exact = (self.device, self.dtype) == ("cpu", "float32")
+        refuse(not exact, "07_validate.py measures on the CPU in float32; set device=cpu dtype=float32")
         return [
             *self.sft_inputs(),
             *self.pairs_inputs(),

@@ -63,16 +63,19 @@ def of_run(cfg: Config, backbone: str) -> Experiment:
     experiment = Experiment(f"{cfg.name} {backbone}", [], episodes=folder)
     seed_dirs = [path for path in folder.glob("seed*") if path.name[4:].isdecimal()]
     for seed_dir in sorted(seed_dirs, key=lambda path: int(path.name[4:])):
-        finished = {  # group and name of the evaluations that are not being redone
-            (group, facts["policy"])
+        finished = {  # script, group and name of the evaluations that are not being redone
+            (kind, group, facts.get("policy") or facts["cell"])
+            for kind, pattern in (("04_eval.py", "eval-*"), ("extras.cells", "cell-*"))
             for group in ("test", "val")
-            for facts, _, _ in episodes.finished(seed_dir, "eval-*", group)
+            for facts, _, _ in episodes.finished(seed_dir, pattern, group)
         }
         for path in [*sorted(seed_dir.glob("*.json")), *sorted(seed_dir.glob("*/table.json"))]:
-            table = disk.read_json(path)
-            rows = [ABSENT | row for row in table] if isinstance(table, list) else []
+            made_in = path.parent if path.name == "table.json" else path.with_suffix("")
+            table = [] if stage.out_of_date(made_in) else disk.read_json(path)
             experiment.rows += [
-                row for row in rows if script(row) != "04_eval.py" or (row["group"], row["name"]) in finished
+                ABSENT | row
+                for row in (table if isinstance(table, list) else [])
+                if "successes" not in row or (script(row), row["group"], row["name"]) in finished
             ]
         for path in sorted(seed_dir.glob("dpo-*/metrics.jsonl")):
             name = f"{path.parent.name}-{seed_dir.name}" if len(seed_dirs) > 1 else path.parent.name

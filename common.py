@@ -249,7 +249,7 @@ def save_adapter(adapted, folder: Path) -> None:
 
 
 def load_adapter(policy, folder: Path, trainable: bool = False):
-    """The policy, in evaluation mode, with an adapter in peft's own format: merged, or trainable."""
+    """The policy, in evaluation mode, with an adapter in peft's format: merged (if float32), or trainable."""
     from peft import PeftModel, get_peft_model_state_dict
 
     path = folder / "adapter_model.safetensors"
@@ -261,7 +261,8 @@ def load_adapter(policy, folder: Path, trainable: bool = False):
         adapted = PeftModel.from_pretrained(policy, str(folder), is_trainable=trainable)
     other = {*tensors} ^ {*get_peft_model_state_dict(adapted, save_embedding_layers=False)}
     refuse(other, f"{folder} holds an adapter of another policy: only one has {', '.join(sorted(other)[:1])}")
-    return (adapted if trainable else adapted.merge_and_unload()).eval()
+    exact = all(p.dtype == torch.float32 for p in policy.parameters())  # bfloat16 rounds small changes away
+    return (adapted if trainable else adapted.merge_and_unload() if exact else policy).eval()
 
 
 # ------------------------------------------------------------------------------------------------ config keys
@@ -299,7 +300,7 @@ class PolicyConfig(RunConfig):
     init_from: Place = ""  # folder of a checkpoint that 01 starts from; empty = from scratch
     device: Literal["cpu", "cuda"] = "cpu"  # with torchrun a GPU per process
     dtype: Literal["float32", "bfloat16"] = "float32"  # of large weights; log-probabilities stay float32
-    seed: int = 42  # of training, and of the policy's noise
+    seed: Count = 42  # of training, and of the policy's noise
     blank_images: bool = False  # control: black images, in whichever stage it is set
 
     def __post_init__(self):

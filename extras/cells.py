@@ -307,20 +307,20 @@ def evaluate(job: tuple[Config, Path, str, int, list[int]]) -> None:
 
 # ----------------------------------------------------------------------------------------------------- tables
 # what a cell and its baseline must share, beside the weights
-PROTOCOL = ("suites", "image_size", "render", "execute", "noise_scale")
+PROTOCOL = ("suites", "image_size", "render", "execute", "noise_scale", "model", "dtype")
 
 
-def teacher(checkpoint: str) -> str:
-    """The checkpoint that a student was made from, by its done.json; of any other checkpoint, itself."""
-    done = Path(checkpoint) / "done.json"
-    facts = disk.read_json(done) if done.is_file() else {"stage": ""}
-    return facts["config"]["checkpoint"] if facts["stage"] in ("distill", "05_distill") else checkpoint
+def teacher(facts: dict) -> dict:
+    """Of a student's cell what the student was made from, by its done.json; of any other cell itself."""
+    done = Path(facts["config"]["checkpoint"]) / "done.json"
+    made_from = disk.read_json(done) if done.is_file() else {"stage": ""}
+    return made_from if made_from["stage"] in ("distill", "05_distill") else facts
 
 
 def cells_table(cfg: Config) -> list[dict]:
     """A row per finished cell, paired with the one that looks as often, reuses nothing, takes ten steps."""
     finished = episodes.finished(cfg.seed_dir, "cell-*", cfg.group)
-    of_cell = {facts["cell"]: (facts["config"], played) for facts, played, _ in finished}
+    of_cell = {facts["cell"]: (facts, played) for facts, played, _ in finished}
     rows = []
     for facts, played, timing in finished:
         used, seconds = facts["config"], timing["episodes_s"].values()
@@ -347,12 +347,13 @@ def cells_table(cfg: Config) -> list[dict]:
             solver="euler",
             denoise_steps=10,
             execute=used["execute"],
-            start=used["start"],
-            checkpoint=teacher(used["checkpoint"]),
+            start=teacher(facts)["config"]["start"],
+            checkpoint=teacher(facts)["config"]["checkpoint"],
         ).cell
-        base, others = of_cell.get(name, (used, []))
-        same = base["checkpoint"] == teacher(used["checkpoint"])
-        if others and same and name != facts["cell"] and all(base[key] == used[key] for key in PROTOCOL):
+        base, others = of_cell.get(name, (facts, []))
+        same_weights = base["inputs"].items() <= teacher(facts)["inputs"].items()
+        same_protocol = all(base["config"].get(key) == used.get(key) for key in PROTOCOL)
+        if others and same_weights and same_protocol and name != facts["cell"]:
             row |= {"paired_with": name} | episodes.paired(played, others)
         rows.append(row)
     return rows

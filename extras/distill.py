@@ -81,13 +81,8 @@ def one_step(policy, prefix, noise: torch.Tensor) -> torch.Tensor:
 
 def distance(student, teacher, prefix, noise: torch.Tensor, steps: int) -> torch.Tensor:
     """Mean squared difference between the student's and the teacher's chunks, over the real dimensions."""
-    return (
-        (one_step(student, prefix, noise) - teacher.sample_actions(prefix, noise, steps))[
-            ..., : common.ACTION_DIM
-        ]
-        .square()
-        .mean()
-    )
+    off = one_step(student, prefix, noise) - teacher.sample_actions(prefix, noise, steps)
+    return off[..., : common.ACTION_DIM].square().mean()
 
 
 def main(cfg: Config, run: stage.Run) -> dict:
@@ -128,4 +123,4 @@ def main(cfg: Config, run: stage.Run) -> dict:
 
 
 if __name__ == "__main__":
-    stage.start(main, Config, preview=backbones.preview)
+    stage.start(main, Config, preview=lambda cfg, _: backbones.preview(cfg, ""))  # no estimate of memory

@@ -28,7 +28,7 @@ from torch import Tensor
 import common
 from backbones import is_own, load_policy, published
 from report import episodes
-from runtime import disk, refuse, stage
+from runtime import disk, refuse, stage, warn
 
 PREFIX = "base_model.model."  # peft's, of every key
 TENSORS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
@@ -92,7 +92,7 @@ def merged(c, policy, names: dict[str, list[str]], adapter: Path) -> dict[str, T
         with safe_open(path, "pt") as file:
             read |= {key: file.get_tensor(key) for key in file.keys() if key in names}  # noqa: SIM118
     policy.load_state_dict(published.renamed(read, policy.backbone, policy.cfg), strict=False, assign=True)
-    state = common.load_adapter(policy, adapter).state_dict()
+    state = common.load_adapter(policy, adapter, trainable=True).merge_and_unload().state_dict()
     return {key: torch.cat([state[part] for part in names[key]]) for key in names}
 
 
@@ -139,6 +139,8 @@ def write_adapter(
 
 def main(cfg: Config, run: stage.Run) -> dict:
     c = published.open_checkpoint(Path(cfg.checkpoint), cfg.model)
+    if cfg.model:
+        warn(f"the adapter was trained with model={cfg.model}, which the original code does not read")
     policy = load_policy(
         cfg.checkpoint, model=cfg.model, suites=cfg.suites, backbone=cfg.backbone, read=False
     )

@@ -4,8 +4,8 @@ reads   <run>/<backbone>/seed<k>/sft/ (01)
 writes  <run>/<backbone>/seed<k>/grpo[-at<start>]/<adapter>/: adapter in peft's format, metrics.jsonl (a line
         per round), done.json
 cost    a round plays 8 x `groups` episodes of 1 to 3 s each on one core, then trains for seconds
-try     python -m extras.grpo configs/try.yaml name=mine grpo.steps=1 grpo.groups=2
-        python 04_eval.py configs/try.yaml name=mine policy=dpo adapters_from=runs/mine/pi05/seed42/grpo
+try     python -m extras.grpo configs/try.yaml name=grpo grpo.steps=1 grpo.groups=2
+        python 04_eval.py configs/try.yaml name=grpo policy=dpo adapters_from=runs/grpo/pi05/seed42/grpo
 
 1. Play 8 episodes from each of `groups` init states. A return is 1 for a success, else 0.
 2. Drop groups in which all or none succeed: their mean return must lie in 0.1 to 0.9.

@@ -278,6 +278,7 @@ def report(cfg, folder: Path) -> None:
         "backbone": cfg.backbone,
         "pairs": cfg.pairs,
         "start": cfg.start,
+        "train_seeds": [cfg.seed],
         "command": timing["command"],
         "commit": timing["commit"],
     }

@@ -10,6 +10,7 @@ policy is a file's name without seed and suite, so its episodes may lie in sever
 extras/cells.py are not paired here: their tables name the cell that each is compared with.
 """
 
+import functools
 import itertools
 import json
 import re
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from report import stats
 from report.episodes import paired, place_of, summarise
-from runtime import disk, refuse
+from runtime import disk, refuse, stage
 
 NOISE = r"^eval-|libero_(spatial|object|goal|10|90|long10)|\d+x\d+|multiseed|seed\d+"  # not the policy's name
 Cells = dict[tuple[str, str, int], dict[tuple, dict]]  # (policy, suite, seed) -> place -> row
@@ -31,10 +32,12 @@ Finding = namedtuple("Finding", "kind where text")
 def policy_of(path: Path, folder: Path) -> str:
     """The policy that a file's place names: openvla_dpo_libero_goal_dora_seed42.jsonl is openvla_dpo_dora.
 
-    A cell keeps its name, in which 0.92x4 is a threshold and a cap.
+    A cell keeps its name, in which 0.92x4 is a threshold and a cap. Under one noise seed trainings differ by
+    their folder alone, so it stays.
     """
     parts = path.relative_to(folder).with_suffix("").parts  # the kit's runs have a folder for each evaluation
-    *folders, name = [p for p in parts if not re.fullmatch(r"seed\d+|episodes|played", p)] or [path.stem]
+    no_name = "episodes|played" + r"|seed\d+" * ("-noise" not in str(path))
+    *folders, name = [p for p in parts if not re.fullmatch(no_name, p)] or [path.stem]
     if not name.startswith("cell-"):
         name = re.sub(r"[-_]{2,}", lambda m: m[0][0], re.sub(NOISE, "", name)).strip("-_") or name
     return "/".join([*folders, name])
@@ -57,12 +60,13 @@ def episode_of(line: str) -> dict | None:
 
 def read(folder: Path) -> tuple[Cells, list[Finding]]:
     """All episodes below a folder, and faults of its files."""
-    cells, findings = defaultdict(dict), []
+    cells, findings, now = defaultdict(dict), [], functools.cache(stage.made_now)
     for path in sorted(folder.rglob("*.jsonl")):
         text, twice = path.read_bytes().decode(errors="replace"), 0
         if 'steps"' not in text:
             continue  # only episodes count steps
-        rows = [episode_of(line) for line in text.splitlines() if line.strip()]
+        older = stage.out_of_date(path.parent, now)
+        rows = [episode_of(line) for line in text.splitlines() if line.strip() and not older]
         for row in filter(None, rows):
             cell = cells[policy_of(path, folder), row["suite"], row["seed"]]
             twice += place_of(row) in cell
@@ -70,6 +74,7 @@ def read(folder: Path) -> tuple[Cells, list[Finding]]:
         bad = rows.count(None)
         begun = path.with_name("started.json").is_file() and not path.with_name("done.json").is_file()
         faults = [
+            ("missing", older, "its weights were made anew since, so its episodes were left out"),
             ("missing", begun, f"its stage has not finished: {len(rows) - bad} episodes so far"),
             ("unreadable", bad, f"{bad} of its lines are no complete episode and were left out"),
             ("duplicate", twice, f"{twice} of its episodes (task, init state, seed) are there twice"),

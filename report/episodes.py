@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import init_states
+from common import LAYOUTS, init_states
 from report import stats
 from runtime import disk, ranks, stage, workers
 
@@ -69,12 +69,10 @@ def finished(seed_dir: Path, pattern: str, group: str) -> list[tuple[dict, list[
 
     The folders come in order of their names. Leaves out those whose weights have been made anew since.
     """
-    evaluations, now = [], functools.cache(stage.made_now)  # checkpoints may be large
+    evaluations, now = [], functools.cache(stage.made_now)
     for done in sorted(seed_dir.glob(f"{pattern}/done.json"), key=lambda p: p.parent.name):
         facts = disk.read_json(done)
-        if facts["config"]["group"] == group and all(
-            made in now(name, seed_dir.parents[1]) for name, made in facts["inputs"].items()
-        ):
+        if facts["config"]["group"] == group and not stage.out_of_date(done.parent, now):
             rows = disk.read_jsonl(done.with_name("episodes.jsonl"))
             evaluations.append((facts, rows, disk.read_json(done.with_name("timing.json"))))
     return evaluations
@@ -99,11 +97,11 @@ def summarise(rows: list[dict]) -> dict:
         of_task[f"{row['suite']}/{row['task']}"].append(row["success"])
     places = [place_of(row) for row in valid]
     deff = stats.design_effect([row["success"] for row in valid], places, [str(p[:2]) for p in places])
-    right = [row["right_place"] for row in valid if "right_place" in row]  # of four chunks each, see 04
+    right = [row["right_place"] for row in valid if "right_place" in row]  # a share of four chunks, see 04
     ci95_tasks = (0.0, 1.0)
-    if len(of_task) > 1:
-        clusters = np.repeat(np.arange(len(of_task)), list(map(len, of_task.values())))
-        low, high = stats.over_clusters(np.concatenate(list(of_task.values())).astype(float), clusters)
+    tasks = np.array([f"{LAYOUTS.get(suite, suite)}/{task}" for suite, task, _ in places])  # in any layout
+    if len({*tasks}) > 1:
+        low, high = stats.over_clusters(np.array([row["success"] for row in valid], float), tasks)
         ci95_tasks = max(0.0, low), min(1.0, high)
     return {
         "n": len(valid),
@@ -113,7 +111,7 @@ def summarise(rows: list[dict]) -> dict:
         "ci95_tasks": ci95_tasks,
         "tasks": {task: [sum(successes), len(successes)] for task, successes in of_task.items()},
         "mean_steps": float(np.mean([row["steps"] for row in valid])) if valid else 0.0,
-    } | ({"right_place": float(np.mean(right)), "looks": 4 * len(right)} if right else {})
+    } | ({"right_place": float(np.mean(right)), "looks": len(right)} if right else {})
 
 
 def paired(rows: list[dict], base: list[dict]) -> dict:

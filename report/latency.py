@@ -60,7 +60,7 @@ def latency_report(rows: list[dict], roofline: dict, gpu: str) -> str:
     )
 
 
-def metric_rows(backbone: str, point: dict, timing: dict) -> list[dict]:
+def metric_rows(cfg, point: dict, timing: dict) -> list[dict]:
     """Rows of table.json: p50, p95 and shares at the config's own point."""
     parts = point["parts_ms"]
     values = {
@@ -72,7 +72,8 @@ def metric_rows(backbone: str, point: dict, timing: dict) -> list[dict]:
         values["denoise_share"] = parts["denoising"] / sum(parts.values()), "share"
     return [
         {
-            "backbone": backbone,
+            "backbone": cfg.backbone,
+            "train_seeds": [cfg.seed],
             "n": point["n"],
             "command": timing["command"],
             "commit": timing["commit"],

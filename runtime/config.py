@@ -190,8 +190,8 @@ def load_config(cls: type, argv: list[str]):
     """The Config of one stage from `CONFIG.yaml [key=value ...]`: defaults < YAML < command line.
 
     In the YAML, what holds for one backbone alone stands in a section of its name. On the command line a key
-    may carry its section (`dpo.beta=0.2`). A key of another stage is ignored, and checked when that stage
-    runs.
+    may carry its section (`dpo.beta=0.2`, `model.horizon=16`). A key of another stage is ignored, and checked
+    when that stage runs.
 
     Raises:
         UserError: an unknown key, a wrong type, a value out of range.
@@ -215,15 +215,17 @@ def load_config(cls: type, argv: list[str]):
             not isinstance(data.get(name) or {}, dict),
             f"{path}: section {name!r} must hold `key: value` lines",
         )
+    data = laid_over(data, {"model": {key: value for section, key, value in overrides if section == "model"}})
 
     hints, shared = get_type_hints(cls, include_extras=True), shared_keys()
-    # a section may also set what is shared, for its stage alone
-    usable = [*(field.name for field in fields(cls) if field.name not in shared), *shared]
+    keys = [field.name for field in fields(cls)]  # in a section also what is shared, for its stage alone
     given = [(key, data[key], str(path), [*shared, *sections]) for key in data if key not in sections]
     in_section = data.get(cls.section) or {}
-    given += [(key, in_section[key], f"{path}, section {cls.section}", usable) for key in in_section]
+    given += [(key, in_section[key], f"{path}, section {cls.section}", keys) for key in in_section]
     given += [
-        (key, v, "command line", usable) for section, key, v in overrides if section in ("", cls.section)
+        (key, v, "command line", keys if section else [*keys, *shared])
+        for section, key, v in overrides
+        if section in ("", cls.section)
     ]
     values = {}
     for key, value, where, known in given:
@@ -247,7 +249,7 @@ def located(place: str, base: Path) -> str:
     """A file or folder that a config names. ~ is the home folder. What is relative begins in the kit's folder
     if a YAML names it, and in the working directory if the command line does.
     """
-    place = os.path.expanduser(place)
+    place = os.path.normpath(os.path.expanduser(place))  # without a slash at its end
     refuse(place.startswith("~"), f"nobody knows whose home folder {place} means; write the path out")
     return place if Path.cwd() == HERE else str(base / place)
 
@@ -260,5 +262,6 @@ def parsed(item: str) -> tuple[str, str, object]:
     refuse(not equals, f"{item!r} is not key=value")
     section, dot, key = name.rpartition(".")
     if dot:
-        one_of(f"{item!r}: stage", section, STAGES)
-    return section, key, parse_yaml(text, f"{item!r}, after the equals sign,") if text else ""
+        one_of(f"{item!r}: stage", section, [*STAGES, "model"])
+    plain = not text or key == "name"  # 2026_11_30 too is one
+    return section, key, text if plain else parse_yaml(text, f"{item!r}, after the equals sign,")

@@ -68,7 +68,7 @@ def launch(processes: int) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ.update(group, RANK="0", LOCAL_RANK="0")
+    os.environ.update(group, RANK="0", LOCAL_RANK="0", TORCHELASTIC_USE_AGENT_STORE="False")
     with ctrl_c_here():
         for each in map(str, range(1, processes)):
             env = os.environ | {"RANK": each, "LOCAL_RANK": each}

@@ -95,6 +95,12 @@ def execute(main: Callable, cfg, preview: Callable = nothing, after: Callable = 
     )
     processes, size = max(ranks.size(), getattr(cfg, "processes", 1)), getattr(cfg, "batch_size", 0)
     refuse(
+        getattr(cfg, "device", "cpu") == "cuda"
+        and ranks.size() == 1
+        and processes > torch.cuda.device_count(),
+        f"{cfg.section}.processes={processes} take a GPU each; set it to {torch.cuda.device_count()} or less",
+    )
+    refuse(
         size % processes,
         f"{cfg.section}.batch_size={size} can't be split over {processes} processes; make it a multiple",
     )
@@ -276,9 +282,8 @@ def open_folder(script: Path, cfg) -> Run | None:
         )
     else:
         refuse(
-            list(folder.glob("[!.]*")) and not cfg.overwrite,
-            f"{folder} holds files, but no done.json of the stage that made them; "
-            "move them away, or add overwrite=true to remove them",
+            list(folder.glob("[!.]*")),
+            f"{folder} holds files, but no done.json of the stage that made them; move them away",
         )
     for path in cfg.inputs():
         refuse(
@@ -292,10 +297,10 @@ def open_folder(script: Path, cfg) -> Run | None:
     if markers:
         print(f"[{name}] redone, because of: {because}", flush=True)
     with disk.writing(folder):
-        for marker in markers:  # first: a half removed folder must not look like a finished one
-            marker.unlink()
-        if folder.exists():
-            shutil.rmtree(folder)
+        if folder.exists():  # first out of sight: a half removed folder must not look like one of anything
+            hidden = folder.with_name(f".{folder.name}.old")
+            shutil.rmtree(hidden, ignore_errors=True)
+            shutil.rmtree(folder.rename(hidden))
         folder.mkdir()
     disk.write_json(folder / "started.json", identity)
     return Run(cfg, folder, identity, lock)
@@ -409,6 +414,16 @@ def made_now(name: str, run: Path) -> list[str]:
     if (done := run / name / "done.json").is_file():
         return [read_identity(done)["fingerprint"]]
     return [disk.sha256(path) for path in (run / name, HERE / name) if path.is_file()]
+
+
+def out_of_date(folder: Path, now: Callable = made_now) -> bool:
+    """Whether an input of <run>/<backbone>/seed<k>/<folder> was made anew since its done.json.
+
+    now: made_now, or its cached form for several folders, since checkpoints may be large.
+    """
+    done = folder.resolve() / "done.json"
+    made_from = disk.read_json(done).get("inputs", {}) if done.is_file() else {}
+    return any(made not in now(name, done.parents[3]) for name, made in made_from.items())
 
 
 def fingerprint_of(path: Path, run: Path) -> str:

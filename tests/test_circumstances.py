@@ -446,10 +446,22 @@ def test_a_gradient_that_overflows_stops_the_training_and_nothing_of_it_is_logge
 
 def test_a_policy_that_has_unlearned_what_it_could_is_warned_of(capsys):
     row = {"rewards/margins": 1.0, "rewards/margin_std": 1.0}
-    dpo.warn_about_scale([row | {"rewards/chosen": -5.0}], "auto")
+    dpo.warn_about_scale([row | {"rewards/chosen": -5.0}], dpo.Config())
     assert capsys.readouterr().out == ""
-    dpo.warn_about_scale([row | {"rewards/chosen": -60.0}], "auto")
+    dpo.warn_about_scale([row | {"rewards/chosen": -60.0}], dpo.Config())
     assert "lower dpo.lr" in capsys.readouterr().out
+    small = {"rewards/margins": 0.0, "rewards/margin_std": 0.0, "rewards/chosen": 0.0}
+    dpo.warn_about_scale([small], dpo.Config(contrast=0))
+    assert capsys.readouterr().out == "", "an anchor alone has no margins to raise"
+
+
+def test_an_adapter_needs_weights_that_it_adapts(tmp_path):
+    cfg = sft.Config(name="x", root=str(tmp_path), train="lora")
+    one_line(cfg.inputs, "sft.train=lora adapts given weights", "init_from=")
+
+
+def test_a_training_that_would_end_before_its_last_snapshot_is_refused():
+    one_line(lambda: sft.Config(steps=100, until=200), "sft.until=200 is beyond sft.steps=100")
 
 
 def test_absurdly_many_threads_are_refused():
@@ -676,9 +688,9 @@ def test_help_lists_the_keys_of_a_stage(script):
 def test_a_warning_about_beta_does_not_name_what_is_set_already(capsys):
     for late in (0.0, 100.0):
         rows = [{"rewards/margins": late, "rewards/margin_std": 0.0, "rewards/chosen": 0.0}]
-        dpo.warn_about_scale(rows, "auto")
+        dpo.warn_about_scale(rows, dpo.Config())
         assert "warning" in (said := capsys.readouterr().out) and "beta" not in said
-        dpo.warn_about_scale(rows, "3")
+        dpo.warn_about_scale(rows, dpo.Config(beta="3"))
         assert "dpo.beta=auto" in capsys.readouterr().out
 
 

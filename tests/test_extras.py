@@ -406,8 +406,9 @@ def test_a_student_is_paired_with_its_teacher(checkpoint, made_by, cell, tmp_pat
     cfg = replace(cell, execute=8, checkpoint=str(tmp_path / checkpoint) if checkpoint else "")
     finished_cell(cfg, [True] * 10, 0)
     (student := tmp_path / "student").mkdir()
-    done = {"stage": made_by, "config": {"checkpoint": cfg.checkpoint}}
-    disk.write_json(student / "done.json", done)
+    own = disk.read_json(cfg.folder / "done.json")
+    done = {"stage": made_by, "config": {"checkpoint": cfg.checkpoint, "start": "final"}}
+    disk.write_json(student / "done.json", done | {"inputs": own["inputs"]})
     folder = cfg.seed_dir / "cell-student-none-k8-euler1-val"
     shutil.copytree(cfg.folder, folder)
     facts = disk.read_json(folder / "done.json") | {"cell": "student-none-k8-euler1"}
@@ -415,6 +416,12 @@ def test_a_student_is_paired_with_its_teacher(checkpoint, made_by, cell, tmp_pat
     disk.write_json(folder / "done.json", facts)
     rows = {row["name"]: row for row in cells.cells_table(cfg)}
     assert rows["student-none-k8-euler1"]["paired_with"] == cfg.cell
+    others = {"start": done | {"config": done["config"] | {"start": "750"}, "inputs": own["inputs"]}}
+    others["weights"] = done | {"inputs": dict.fromkeys(own["inputs"], "made before")}
+    for of_another in others.values():
+        disk.write_json(student / "done.json", of_another)
+        rows = {row["name"]: row for row in cells.cells_table(cfg)}
+        assert "paired_with" not in rows["student-none-k8-euler1"]
 
 
 # --------------------------------------------------------------------------------------------------- students

@@ -405,6 +405,23 @@ def test_killed_twice_and_run_again_gives_the_same_files(configured, monkeypatch
     assert files_of(folder) == want
 
 
+def test_an_episode_that_01_trained_on_is_not_called_held_out(configured):
+    own = dataclasses.replace(configured, checkpoint="", holdout=2)
+    own.seed_dir.joinpath("sft").mkdir(parents=True)
+    for held_out in (2, 1):
+        disk.write_json(own.seed_dir / "sft" / "done.json", {"config": {"holdout": held_out}})
+        if held_out == 2:
+            own.inputs()
+    with pytest.raises(UserError, match=r"01 held out 1 init states; set head.holdout=1"):
+        own.inputs()
+
+
+def test_two_layouts_of_a_task_are_one_task(configured):
+    shutil.copytree(configured.data_dir / "libero_object", configured.data_dir / "libero_object_swap")
+    frames = head.load_frames(dataclasses.replace(configured, suites=["libero_object", "libero_object_swap"]))
+    assert {*frames.task} == {0, 1, 2} and frames.episode.max() == 23
+
+
 def test_episodes_are_held_out_as_in_the_fine_tuning(configured):
     sft = importlib.import_module("01_sft")
     frames = head.load_frames(configured)

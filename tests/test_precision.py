@@ -86,6 +86,23 @@ def test_what_pi05_keeps_in_float32_counted_by_the_spec():
     assert sum(count.values()) == sum(p.numel() for p in policy.parameters())
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_an_adapter_acts_in_bfloat16_as_it_was_trained(name, tmp_path):
+    """To the bit. Merged into weights of bfloat16, small changes would be gone."""
+    policy = make_policy(name, "bfloat16")
+    adapted = common.attach_adapter(policy, "lora", 4, 8, policy.adapter_targets, seed=1)
+    for key, p in adapted.named_parameters():
+        if "lora_B" in key:
+            p.data = 0.05 * torch.randn(p.shape, generator=common.stream(0, key))
+    common.save_adapter(adapted, tmp_path)
+    obs, chosen, _, mask, draws = batch(policy)
+    scores = [
+        p.log_prob(p.encode(obs), chosen, draws, mask, "velocity").detach()
+        for p in (policy, common.load_adapter(make_policy(name, "bfloat16"), tmp_path))
+    ]
+    assert torch.equal(*scores)
+
+
 def test_openvla_is_all_in_one_precision():
     assert {p.dtype for p in make_policy("openvla", "bfloat16").parameters()} == {torch.bfloat16}
 

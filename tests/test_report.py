@@ -429,6 +429,11 @@ def test_a_run_is_reported_as_far_as_it_has_come(tmp_path):
     assert len(disk.read_json(tmp_path / "tiny" / "report" / "table.json")) == 8
 
 
+def episode(suite: str, task: int, init: int, seed: int = 42, success: bool = True) -> dict:
+    row = {"suite": suite, "task": task, "init_state": init, "seed": seed}
+    return row | {"success": success, "steps": 9, "crash": ""}
+
+
 def evaluate(monkeypatch, cfg, rows: list[dict], inputs: list[Path]) -> None:
     """A finished evaluation with these episodes, as 04 leaves it."""
 
@@ -495,6 +500,58 @@ def test_an_evaluation_that_is_being_redone_has_no_row(tmp_path, monkeypatch):
     assert len(report_stage.of_run(report_cfg, "pi05").rows) == 1
     (cfg.folder / "done.json").unlink()
     assert report_stage.of_run(report_cfg, "pi05").rows == []
+
+
+def test_what_was_measured_on_older_weights_is_left_out_everywhere(tmp_path, monkeypatch):
+    cfg = evaluation.Config(root=str(tmp_path), name="x")
+    (weights := cfg.seed_dir / "sft").mkdir(parents=True)
+    made = {"stage": "01_sft", "inputs": {}, "config": {"seed": 42}}
+    disk.write_json(weights / "done.json", made | {"fingerprint": "first"})
+    rows = [episode("libero_object", 0, init) for init in range(40, 50)]
+    evaluate(monkeypatch, cfg, rows, [weights])
+    disk.write_json(cfg.seed_dir / "results.json", evaluation.results_table(cfg))
+    metric = {"metric": "a", "value": 1, "unit": "ms", "command": "python 05_profile.py x", "commit": ""}
+    for made_in in ("profile", "validate-branch"):
+        (cfg.seed_dir / made_in).mkdir()
+        disk.write_json(cfg.seed_dir / made_in / "done.json", {"inputs": {"pi05/seed42/sft": "first"}})
+    disk.write_json(cfg.seed_dir / "profile" / "table.json", [metric])
+    disk.write_json(cfg.seed_dir / "validate-branch.json", [metric])
+    report_cfg = report_stage.Config(root=str(tmp_path), name="x")
+    assert len(report_stage.of_run(report_cfg, "pi05").rows) == 3
+    assert not audit.audit(tmp_path / "x")["findings"]
+    disk.write_json(weights / "done.json", made | {"fingerprint": "second"})
+    assert report_stage.of_run(report_cfg, "pi05").rows == []
+    cells, (found,) = audit.read(tmp_path / "x")
+    assert not cells and "made anew since" in found.text
+
+
+def test_trainings_under_one_noise_seed_stay_apart(tmp_path):
+    for seed, wins in ((42, 3), (43, 6)):
+        (folder := tmp_path / f"seed{seed}" / "eval-sft-noise1").mkdir(parents=True)
+        rows = [episode("libero_object", 0, 40 + i, seed=1, success=i < wins) for i in range(10)]
+        disk.write_rows(folder / "episodes.jsonl", rows)
+    rates = {row["policy"]: (row["successes"], row["n"]) for row in audit.audit(tmp_path)["rates"]}
+    assert rates == {"seed42/sft-noise1": (3, 10), "seed43/sft-noise1": (6, 10)}
+
+
+def test_a_task_is_one_task_in_any_layout():
+    """Intervals over tasks: what one layout of a task does, the other one mostly does as well."""
+    own = [episode("libero_object", task, init, success=task < 5) for task in range(10) for init in (40, 41)]
+    both = own + [row | {"suite": "libero_object_swap"} for row in own]
+    assert episodes.summarise(both)["ci95_tasks"] == pytest.approx(episodes.summarise(own)["ci95_tasks"])
+    other = own + [row | {"suite": "libero_goal"} for row in own]
+    assert episodes.summarise(other)["ci95_tasks"][0] > episodes.summarise(own)["ci95_tasks"][0]
+
+
+def test_a_comparison_says_of_how_many_episodes_it_is(tmp_path, monkeypatch):
+    for policy, tasks in (("sft", [0]), ("dpo", [0, 1])):
+        cfg = evaluation.Config(root=str(tmp_path), name="x", policy=policy, tasks=tasks)
+        rows = [episode("libero_object", task, 40, success=policy == "dpo") for task in tasks]
+        evaluate(monkeypatch, cfg, rows, [])
+    table = evaluation.results_table(cfg)
+    assert "1 / 0 of 1" in tables.listing(table, evaluation.RESULTS)
+    evaluate(monkeypatch, replace(cfg, tasks=[2], overwrite=True), [episode("libero_object", 2, 40)], [])
+    assert not [row for row in evaluation.results_table(cfg) if "p_vs_sft" in row], "nothing in common"
 
 
 def test_a_policy_that_sees_nothing_is_paired_with_one_that_does_not_either(tmp_path, monkeypatch):

@@ -85,6 +85,13 @@ def test_config_casts_by_type_and_command_line_wins(tmp_path):
         ("backbone: pi", None, "did you mean 'pi05'"),
         ("", "steps", "not key=value"),
         ("", "sfft.steps=1", "did you mean 'sft'"),
+        (
+            "sft: {execute: 3}",
+            None,
+            "unknown key 'execute'",
+        ),  # this stage has no such key, so it would be lost
+        ("", "sft.execute=3", "unknown key 'execute'"),
+        ("", "seed=0", "must be at least 1"),  # 0 stands for "as `seed`" where a seed is an option
         ("", "workers=two", "must be int"),
         ("", "tasks=[0,0]", "each once"),
         ("suites: [libero_goal, libero_goal]", None, "each once"),
@@ -94,6 +101,28 @@ def test_bad_config_is_one_line_that_names_the_key(tmp_path, text, override, hin
     with pytest.raises(UserError, match=hint) as error:
         load(tmp_path, text, *([override] if override else []))
     assert "\n" not in str(error.value)
+
+
+def test_a_key_of_the_model_is_laid_over_the_configs(tmp_path):
+    text = "model: {horizon: 4, vlm: {width: 8}}\npi05: {model: {max_tokens: 9}}"
+    for given, changed in (
+        ([], {}),
+        (["model.horizon=16", "model.prompt=lerobot"], {"horizon": 16, "prompt": "lerobot"}),
+    ):
+        assert (
+            load(tmp_path, text, *given).model
+            == {"horizon": 4, "vlm": {"width": 8}, "max_tokens": 9} | changed
+        )
+
+
+@pytest.mark.parametrize("name", ["2026_11_30", "2026-11-30", "1.10", "010", "true"])
+def test_a_name_is_text(name, tmp_path):
+    assert load(tmp_path, "", f"name={name}").name == name
+
+
+def test_a_slash_at_the_end_makes_no_other_experiment(tmp_path):
+    given, plain = (load(tmp_path, "", f"init_from={tmp_path}/sft{end}") for end in ("/", ""))
+    assert given.init_from == plain.init_from == f"{tmp_path}/sft"
 
 
 def test_a_backbones_section_holds_for_it_alone(tmp_path):
@@ -505,11 +534,30 @@ def test_files_that_no_stage_has_signed_are_not_removed(tmp_path):
     precious = tmp_path / "exp" / "sft" / "precious.hdf5"
     precious.parent.mkdir(parents=True)
     precious.write_text("x")
-    with pytest.raises(UserError, match=r"no done.json of the stage that made them; move them away"):
-        make(tmp_path, "sft")
+    for overwrite in (False, True):  # run_all.sh always says true
+        with pytest.raises(UserError, match=r"no done.json of the stage that made them; move them away"):
+            make(tmp_path, "sft", overwrite=overwrite)
     assert precious.exists()
-    make(tmp_path, "sft", overwrite=True)
-    assert not precious.exists()
+
+
+def test_a_kill_while_an_old_folder_is_removed_leaves_nothing_behind(tmp_path, monkeypatch):
+    sft = make(tmp_path, "sft")
+    monkeypatch.setattr(stage.shutil, "rmtree", lambda *_, **__: sys.exit(9))
+    with pytest.raises(SystemExit):
+        make(tmp_path, "sft", steps=9, overwrite=True)
+    monkeypatch.undo()
+    for steps in (10, 11):
+        make(tmp_path, "sft", steps=steps, overwrite=True)
+        assert {path.name for path in sft.parent.iterdir()} == {".sft.lock", "sft"}
+
+
+def test_as_many_processes_as_gpus(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    given = ["configs/tiny.yaml", f"root={tmp_path}", "device=cuda"]
+    cfg = load_config(importlib.import_module("01_sft").Config, given)
+    with pytest.raises(UserError, match=r"sft.processes=2 take a GPU each; set it to 1 or less"):
+        stage.execute(write, cfg)
 
 
 def test_what_was_made_from_an_older_input_is_refused(tmp_path):
@@ -740,7 +788,7 @@ def test_a_long_loop_without_a_terminal_prints_lines_to_its_end(monkeypatch, cap
 
 # ----------------------------------------------------------------------------- what an attack on it has found
 def test_a_stage_never_removes_its_own_input(tmp_path):
-    (weights := tmp_path / "exp/sft/weights").mkdir(parents=True)
+    (weights := make(tmp_path, "sft") / "weights").mkdir()
     (weights / "model.safetensors").write_text("x")
     with pytest.raises(UserError, match=r"lies in .*, which this stage would replace"):
         make(tmp_path, "sft", weights / "model.safetensors", overwrite=True)

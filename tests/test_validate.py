@@ -533,11 +533,20 @@ def test_margins_are_those_of_held_out_pairs_with_those_of_trained_ones_beside_t
 
 
 def test_only_policies_that_were_trained_with_as_many_pairs_held_out_are_measured(tmp_path):
-    cfg = validate.Config(root=str(tmp_path), name="x", held_out=2)
-    for name, held_out in (("dpo-a", {}), ("dpo-b", {"held_out": 2}), ("dpo-c", {"held_out": 5})):
+    (given := tmp_path / "given").mkdir()
+    (given / "pairs.jsonl").write_text("")
+    cfg = validate.Config(root=str(tmp_path), name="x", held_out=2, pairs_from=str(given))
+    pairs = {str(given / "pairs.jsonl"): "its hash"}
+    for name, its, inputs in (
+        ("dpo-a", {}, pairs),
+        ("dpo-b", {"held_out": 2}, pairs),
+        ("dpo-c", {"held_out": 5}, pairs),
+        ("dpo-of-other-pairs", {"held_out": 2}, {"pi05/seed42/prefs-branch": "a"}),
+        ("dpo-on-black-images", {"held_out": 2, "blank_images": True}, pairs),
+    ):
         (cfg.seed_dir / name).mkdir(parents=True)
-        config = {"pairs": cfg.pairs, "start": cfg.start} | held_out
-        disk.write_json(cfg.seed_dir / name / "done.json", {"config": config})
+        config = {"pairs": cfg.pairs, "start": cfg.start} | its
+        disk.write_json(cfg.seed_dir / name / "done.json", {"config": config, "inputs": inputs})
     assert [*cfg.dpo_folders()] == ["dpo-b"]
     assert [*dataclasses.replace(cfg, held_out=0).dpo_folders()] == ["dpo-a"]
 
