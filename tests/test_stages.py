@@ -156,7 +156,7 @@ def test_right_place_tells_a_policy_that_looks(name, monkeypatch):
         )
 
     summary = episodes.summarise([look(row) for row in range(120)])
-    assert summary["right_place"] == pytest.approx(share, abs=0.08) and summary["looks"] == 480
+    assert summary["right_place"] == pytest.approx(share, abs=0.08) and summary["looks"] == 120
     monkeypatch.setattr(evaluation, "target_places", lambda *_: np.full((2, 3), np.nan))
     assert evaluation.first_look(SimpleNamespace(suite="s", task_id=0), None, evaluation.Config(), 40) == {}
 
