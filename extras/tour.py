@@ -3,7 +3,7 @@
     python extras/tour.py
 
 reads   extras/tour_page.md, the text; checkpoints/try/pi05/: the policy that DPO starts from, 20 pairs, and a
-        LoRA adapter that was trained on them and 90 others
+        LoRA adapter that was trained on them and 95 others
 writes  docs/tour.md, docs/tour/: four PNGs and a GIF
 """
 
