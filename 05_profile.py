@@ -160,9 +160,9 @@ def points(cfg: Config, policy) -> Iterator[tuple[str, dict]]:
         "dtype": ("bfloat16",),
     }
     yield "as it is", base
-    for key, value in [(key, value) for key, many in values.items() for value in many if cfg.sweeps]:
-        if value != base[key]:
-            yield f"{key} {value}", base | {key: value}
+    others = [(key, value) for key, many in values.items() for value in many if value != base[key]]
+    for key, value in others if cfg.sweeps else ():
+        yield f"{key} {value}", base | {key: value}
     if cfg.sweeps and (cfg.device == "cuda" or shutil.which("g++") or shutil.which("clang++")):
         yield "compiled", base | {"backend": "compile"}
 

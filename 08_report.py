@@ -23,6 +23,7 @@ differences, and tests between two files of episodes (report/audit.py).
 import re
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
@@ -60,7 +61,7 @@ ABSENT = {  # what a row has for the keys that not every stage writes
 def of_run(cfg: Config, backbone: str) -> Experiment:
     """All seeds of one backbone of a run."""
     folder = cfg.run_dir / backbone
-    experiment = Experiment(f"{cfg.name} {backbone}", [], episodes=folder)
+    experiment, now = Experiment(f"{cfg.name} {backbone}", [], episodes=folder), cache(stage.made_now)
     seed_dirs = [path for path in folder.glob("seed*") if path.name[4:].isdecimal()]
     for seed_dir in sorted(seed_dirs, key=lambda path: int(path.name[4:])):
         finished = {  # script, group and name of the evaluations that are not being redone
@@ -71,7 +72,7 @@ def of_run(cfg: Config, backbone: str) -> Experiment:
         }
         for path in [*sorted(seed_dir.glob("*.json")), *sorted(seed_dir.glob("*/table.json"))]:
             made_in = path.parent if path.name == "table.json" else path.with_suffix("")
-            table = [] if stage.out_of_date(made_in) else disk.read_json(path)
+            table = [] if stage.out_of_date(made_in, now) else disk.read_json(path)
             experiment.rows += [
                 ABSENT | row
                 for row in (table if isinstance(table, list) else [])
@@ -117,8 +118,10 @@ def main(cfg: Config) -> None:
         from report import claims  # a user's own run is no evidence about the paper
 
         blocks, named = claims.chapters(folder)
-        experiments = [of_results(path, top) for path in tables if path.parent != folder]
-        experiments.sort(key=lambda e: (not any(script(row) == "04_eval.py" for row in e.rows), e.title))
+        experiments = sorted(
+            (of_results(path, top) for path in tables if path.parent != folder),
+            key=lambda e: (not any(script(row) == "04_eval.py" for row in e.rows), e.title),
+        )
     else:
         claims_page = link_to(HERE / "results" / "claims.md", "results/claims.md", folder)
         blocks, named = [f"What this kit's own results say about the paper's claims: {claims_page}."], {}

@@ -250,18 +250,23 @@ def save_adapter(adapted, folder: Path) -> None:
 
 def load_adapter(policy, folder: Path, trainable: bool = False):
     """The policy, in evaluation mode, with an adapter in peft's format: merged (if float32), or trainable."""
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 
+    import dora
+
+    exact = all(p.dtype == torch.float32 for p in policy.parameters())  # bfloat16 rounds small changes away
     path = folder / "adapter_model.safetensors"
     refuse(not path.is_file(), f"{folder} holds no adapter_model.safetensors; run 03_dpo.py first")
     tensors = disk.load_finite(path)
     same_origin(policy, path)
     wrong = disk.reading(folder, "run 03_dpo.py again", "holds no adapter of this policy")
     with wrong, warnings.catch_warnings(action="ignore"):  # of missing keys, which are an error below
-        adapted = PeftModel.from_pretrained(policy, str(folder), is_trainable=trainable)
+        config = LoraConfig.from_pretrained(str(folder))
+        if config.use_dora and not exact:
+            config._register_custom_module({torch.nn.Linear: dora.DoraLinear})
+        adapted = PeftModel.from_pretrained(policy, str(folder), is_trainable=trainable, config=config)
     other = {*tensors} ^ {*get_peft_model_state_dict(adapted, save_embedding_layers=False)}
     refuse(other, f"{folder} holds an adapter of another policy: only one has {', '.join(sorted(other)[:1])}")
-    exact = all(p.dtype == torch.float32 for p in policy.parameters())  # bfloat16 rounds small changes away
     return (adapted if trainable else adapted.merge_and_unload() if exact else policy).eval()
 
 

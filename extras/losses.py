@@ -100,8 +100,7 @@ def nft(error: Tensor, mirrored: Tensor, won: Tensor, beta: float) -> Tensor:
 
 def balanced(losses: Tensor, won: Tensor) -> Tensor:
     """The mean of successes' and failures' mean losses (of one group, where the batch has no other)."""
-    means = [losses[group].mean() for group in (won, ~won) if group.any()]
-    return torch.stack(means).mean()
+    return torch.stack([losses[group].mean() for group in (won, ~won) if group.any()]).mean()
 
 
 # -------------------------------------------------------------------------------------------------- unpaired

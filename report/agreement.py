@@ -26,8 +26,7 @@ def quantity(scores: Tensor, ref: Tensor | None, shared: bool) -> Tensor:
     Not shared: each term comes from another repeat, so that no two terms share draws.
     """
     terms = [term for each in (scores, ref) if each is not None for term in each.unbind(-1)]
-    if not shared:
-        terms = [term.roll(i, 0) for i, term in enumerate(terms)]
+    terms = [term.roll(0 if shared else i, 0) for i, term in enumerate(terms)]
     return terms[0] - terms[1] if ref is None else terms[0] - terms[1] - (terms[2] - terms[3])
 
 
@@ -278,7 +277,7 @@ def report(cfg, folder: Path) -> None:
         "backbone": cfg.backbone,
         "pairs": cfg.pairs,
         "start": cfg.start,
-        "train_seeds": [cfg.seed],
+        "train_seeds": [cfg.start_seed or cfg.seed],
         "command": timing["command"],
         "commit": timing["commit"],
     }

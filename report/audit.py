@@ -36,7 +36,7 @@ def policy_of(path: Path, folder: Path) -> str:
     their folder alone, so it stays.
     """
     parts = path.relative_to(folder).with_suffix("").parts  # the kit's runs have a folder for each evaluation
-    no_name = "episodes|played" + r"|seed\d+" * ("-noise" not in str(path))
+    no_name = "episodes|played" + r"|seed\d+" * ("-noise" not in "/".join(parts[-2:]))
     *folders, name = [p for p in parts if not re.fullmatch(no_name, p)] or [path.stem]
     if not name.startswith("cell-"):
         name = re.sub(r"[-_]{2,}", lambda m: m[0][0], re.sub(NOISE, "", name)).strip("-_") or name

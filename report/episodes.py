@@ -98,17 +98,15 @@ def summarise(rows: list[dict]) -> dict:
     places = [place_of(row) for row in valid]
     deff = stats.design_effect([row["success"] for row in valid], places, [str(p[:2]) for p in places])
     right = [row["right_place"] for row in valid if "right_place" in row]  # a share of four chunks, see 04
-    ci95_tasks = (0.0, 1.0)
     tasks = np.array([f"{LAYOUTS.get(suite, suite)}/{task}" for suite, task, _ in places])  # in any layout
-    if len({*tasks}) > 1:
-        low, high = stats.over_clusters(np.array([row["success"] for row in valid], float), tasks)
-        ci95_tasks = max(0.0, low), min(1.0, high)
+    successes = np.array([row["success"] for row in valid], float)
+    low, high = stats.over_clusters(successes, tasks) if len({*tasks}) > 1 else (0.0, 1.0)
     return {
         "n": len(valid),
         "successes": wins,
         "crashes": len(rows) - len(valid),
         "ci95": stats.wilson(wins, len(valid), deff),
-        "ci95_tasks": ci95_tasks,
+        "ci95_tasks": (max(0.0, low), min(1.0, high)),
         "tasks": {task: [sum(successes), len(successes)] for task, successes in of_task.items()},
         "mean_steps": float(np.mean([row["steps"] for row in valid])) if valid else 0.0,
     } | ({"right_place": float(np.mean(right)), "looks": len(right)} if right else {})

@@ -73,7 +73,7 @@ def metric_rows(cfg, point: dict, timing: dict) -> list[dict]:
     return [
         {
             "backbone": cfg.backbone,
-            "train_seeds": [cfg.seed],
+            "train_seeds": [cfg.start_seed or cfg.seed],
             "n": point["n"],
             "command": timing["command"],
             "commit": timing["commit"],

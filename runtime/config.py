@@ -112,9 +112,8 @@ def as_number(value: str | int | float, kind: type) -> int | float | None:
         number = int(value, 0) if based else float(value)
     except (ValueError, OverflowError):
         return None
-    if not math.isfinite(number) or (kind is int and number != int(number)):
-        return None
-    return kind(number)
+    whole = math.isfinite(number) and (kind is not int or number == int(number))
+    return kind(number) if whole else None
 
 
 # ------------------------------------------------------------------------------------------------------- YAML
@@ -202,8 +201,7 @@ def load_config(cls: type, argv: list[str]):
         print(usage, *re.findall(r"^    [a-z]\w*: (?!ClassVar).*", "".join(shown), re.MULTILINE), sep="\n")
         sys.exit()
     refuse(not argv or "=" in argv[0] or argv[0].startswith("-"), f"{usage}; --help lists the keys")
-    path = Path(argv[0])
-    path = path if path.is_file() else HERE / path
+    path = Path(argv[0]) if Path(argv[0]).is_file() else HERE / argv[0]
     overrides = [parsed(item) for item in argv[1:]]
     chosen = {key: value for section, key, value in overrides if (section, key) == ("", "backbone")}
     backbone = str((read_yaml(path) | chosen).get("backbone", "pi05"))
@@ -215,7 +213,6 @@ def load_config(cls: type, argv: list[str]):
             not isinstance(data.get(name) or {}, dict),
             f"{path}: section {name!r} must hold `key: value` lines",
         )
-    data = laid_over(data, {"model": {key: value for section, key, value in overrides if section == "model"}})
 
     hints, shared = get_type_hints(cls, include_extras=True), shared_keys()
     keys = [field.name for field in fields(cls)]  # in a section also what is shared, for its stage alone
@@ -242,6 +239,9 @@ def load_config(cls: type, argv: list[str]):
             checked = located(checked, Path.cwd() if where == "command line" else HERE)
         if key in hints:
             values[key] = checked
+    if "model" in hints:
+        changed = {key: value for section, key, value in overrides if section == "model"}
+        values["model"] = laid_over(values.get("model", {}), changed)
     return cls(**values)
 
 
@@ -249,9 +249,9 @@ def located(place: str, base: Path) -> str:
     """A file or folder that a config names. ~ is the home folder. What is relative begins in the kit's folder
     if a YAML names it, and in the working directory if the command line does.
     """
-    place = os.path.normpath(os.path.expanduser(place))  # without a slash at its end
+    place = os.path.expanduser(place)
     refuse(place.startswith("~"), f"nobody knows whose home folder {place} means; write the path out")
-    return place if Path.cwd() == HERE else str(base / place)
+    return os.path.normpath(place if Path.cwd() == HERE else base / place)  # without a slash at its end
 
 
 def parsed(item: str) -> tuple[str, str, object]:

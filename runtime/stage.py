@@ -95,12 +95,6 @@ def execute(main: Callable, cfg, preview: Callable = nothing, after: Callable = 
     )
     processes, size = max(ranks.size(), getattr(cfg, "processes", 1)), getattr(cfg, "batch_size", 0)
     refuse(
-        getattr(cfg, "device", "cpu") == "cuda"
-        and ranks.size() == 1
-        and processes > torch.cuda.device_count(),
-        f"{cfg.section}.processes={processes} take a GPU each; set it to {torch.cuda.device_count()} or less",
-    )
-    refuse(
         size % processes,
         f"{cfg.section}.batch_size={size} can't be split over {processes} processes; make it a multiple",
     )
@@ -213,8 +207,7 @@ class Run:
             path.unlink()
         files = {str(p.relative_to(self.dir)): p for p in sorted(self.dir.rglob("*")) if p.is_file()}
         for path in files.values():  # those from before an interruption are whole, or this names them
-            if path.suffix in (".safetensors", ".jsonl"):
-                (disk.load_tensors if path.suffix == ".safetensors" else disk.read_jsonl)(path)
+            {".safetensors": disk.load_tensors, ".jsonl": disk.read_jsonl}.get(path.suffix, nothing)(path)
         outputs = {name: disk.sha256(path) for name, path in files.items() if name not in UNSIGNED}
         timing = {
             "last_process_s": round(time.time() - self.began, 1),
@@ -244,6 +237,11 @@ def open_together(script: Path, cfg, preview: Callable) -> Run | None:
         ranks.told("refused")
         raise
     if run and ranks.size() == 1 and getattr(cfg, "processes", 1) > 1:
+        refuse(
+            getattr(cfg, "device", "cpu") == "cuda" and cfg.processes > torch.cuda.device_count(),
+            f"{cfg.section}.processes={cfg.processes} take a GPU each, of which this machine has "
+            f"{torch.cuda.device_count()}; lower it",
+        )
         ranks.launch(cfg.processes)
         ranks.join(getattr(cfg, "device", "cpu"))
     ranks.told("open" if run else "done")
@@ -296,10 +294,10 @@ def open_folder(script: Path, cfg) -> Run | None:
     )
     if markers:
         print(f"[{name}] redone, because of: {because}", flush=True)
+    hidden = folder.with_name(f".{folder.name}.old")
     with disk.writing(folder):
+        shutil.rmtree(hidden, ignore_errors=True)  # left by a kill
         if folder.exists():  # first out of sight: a half removed folder must not look like one of anything
-            hidden = folder.with_name(f".{folder.name}.old")
-            shutil.rmtree(hidden, ignore_errors=True)
             shutil.rmtree(folder.rename(hidden))
         folder.mkdir()
     disk.write_json(folder / "started.json", identity)
@@ -419,11 +417,13 @@ def made_now(name: str, run: Path) -> list[str]:
 def out_of_date(folder: Path, now: Callable = made_now) -> bool:
     """Whether an input of <run>/<backbone>/seed<k>/<folder> was made anew since its done.json.
 
-    now: made_now, or its cached form for several folders, since checkpoints may be large.
+    An input that is gone counts as it was. now: made_now, or its cached form for several folders, since
+    checkpoints may be large.
     """
     done = folder.resolve() / "done.json"
+    run = Path(*done.parts[:-4])
     made_from = disk.read_json(done).get("inputs", {}) if done.is_file() else {}
-    return any(made not in now(name, done.parents[3]) for name, made in made_from.items())
+    return any((its := now(name, run)) and made not in its for name, made in made_from.items())
 
 
 def fingerprint_of(path: Path, run: Path) -> str:

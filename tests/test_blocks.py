@@ -95,8 +95,9 @@ def test_a_block_writes_every_held_out_episode_of_its_arms(tmp_path, monkeypatch
         shutil.copytree(
             seed_dir / "eval-x", seed_dir / "eval-older"
         )  # of weights that have been made anew since
-        older = disk.read_json(seed_dir / "eval-older" / "done.json") | {"inputs": {"pi05/seed7/sft": "x"}}
+        older = disk.read_json(seed_dir / "eval-older" / "done.json") | {"inputs": {"older.json": "x"}}
         disk.write_json(seed_dir / "eval-older" / "done.json", older)
+        (seed_dir.parents[1] / "older.json").write_text("made anew")
         (seed_dir / folder).mkdir(parents=True)
         disk.write_json(seed_dir / folder / "done.json", facts | {"more": 1} | spent.get(arm, {}))
         disk.write_json(seed_dir / folder / "timing.json", {"commit": "abc", "host": "x"})

@@ -10,6 +10,7 @@ import torch
 
 import backbones
 import common
+import dora
 from backbones.pi05 import Pi05, Pi05Config
 from runtime.config import load_config
 from runtime.errors import UserError
@@ -86,11 +87,12 @@ def test_what_pi05_keeps_in_float32_counted_by_the_spec():
     assert sum(count.values()) == sum(p.numel() for p in policy.parameters())
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("name", MODELS)
-def test_an_adapter_acts_in_bfloat16_as_it_was_trained(name, tmp_path):
+def test_an_adapter_acts_in_bfloat16_as_it_was_trained(name, kind, tmp_path):
     """To the bit. Merged into weights of bfloat16, small changes would be gone."""
     policy = make_policy(name, "bfloat16")
-    adapted = common.attach_adapter(policy, "lora", 4, 8, policy.adapter_targets, seed=1)
+    adapted = common.attach_adapter(policy, kind, 4, 8, policy.adapter_targets, seed=1)
     for key, p in adapted.named_parameters():
         if "lora_B" in key:
             p.data = 0.05 * torch.randn(p.shape, generator=common.stream(0, key))
@@ -101,6 +103,8 @@ def test_an_adapter_acts_in_bfloat16_as_it_was_trained(name, tmp_path):
         for p in (policy, common.load_adapter(make_policy(name, "bfloat16"), tmp_path))
     ]
     assert torch.equal(*scores)
+    own = common.load_adapter(make_policy(name, "bfloat16"), tmp_path).modules()
+    assert (kind == "dora") == any(isinstance(layer, dora.DoraLinear) for layer in own), "peft's own is slow"
 
 
 def test_openvla_is_all_in_one_precision():

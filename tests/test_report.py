@@ -523,6 +523,10 @@ def test_what_was_measured_on_older_weights_is_left_out_everywhere(tmp_path, mon
     assert report_stage.of_run(report_cfg, "pi05").rows == []
     cells, (found,) = audit.read(tmp_path / "x")
     assert not cells and "made anew since" in found.text
+    shutil.rmtree(weights)  # to save space: then nothing is newer
+    assert len(report_stage.of_run(report_cfg, "pi05").rows) == 3
+    shutil.copytree(cfg.folder, tmp_path / "copy")
+    assert not audit.audit(tmp_path / "copy")["findings"]
 
 
 def test_trainings_under_one_noise_seed_stay_apart(tmp_path):

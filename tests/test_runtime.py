@@ -12,6 +12,7 @@ import json
 import re
 import resource
 import runpy
+import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -105,6 +106,7 @@ def test_bad_config_is_one_line_that_names_the_key(tmp_path, text, override, hin
 
 def test_a_key_of_the_model_is_laid_over_the_configs(tmp_path):
     text = "model: {horizon: 4, vlm: {width: 8}}\npi05: {model: {max_tokens: 9}}"
+    assert load(tmp_path, "", "model={horizon: 4}", "model.prompt=x").model == {"horizon": 4, "prompt": "x"}
     for given, changed in (
         ([], {}),
         (["model.horizon=16", "model.prompt=lerobot"], {"horizon": 16, "prompt": "lerobot"}),
@@ -542,21 +544,28 @@ def test_files_that_no_stage_has_signed_are_not_removed(tmp_path):
 
 def test_a_kill_while_an_old_folder_is_removed_leaves_nothing_behind(tmp_path, monkeypatch):
     sft = make(tmp_path, "sft")
-    monkeypatch.setattr(stage.shutil, "rmtree", lambda *_, **__: sys.exit(9))
-    with pytest.raises(SystemExit):
-        make(tmp_path, "sft", steps=9, overwrite=True)
-    monkeypatch.undo()
-    for steps in (10, 11):
-        make(tmp_path, "sft", steps=steps, overwrite=True)
+    for killed_at in (0, 1):
+        calls = []
+
+        def rmtree(path, ignore_errors=False, calls=calls, at=killed_at, real=shutil.rmtree):
+            calls.append(path)
+            return sys.exit(9) if len(calls) > at else real(path, ignore_errors)
+
+        monkeypatch.setattr(stage.shutil, "rmtree", rmtree)
+        with pytest.raises(SystemExit):
+            make(tmp_path, "sft", steps=9 + killed_at, overwrite=True)
+        assert len(calls) == killed_at + 1
+        monkeypatch.undo()
+        make(tmp_path, "sft", steps=20 + killed_at, overwrite=True)
         assert {path.name for path in sft.parent.iterdir()} == {".sft.lock", "sft"}
 
 
 def test_as_many_processes_as_gpus(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    given = ["configs/tiny.yaml", f"root={tmp_path}", "device=cuda"]
-    cfg = load_config(importlib.import_module("01_sft").Config, given)
-    with pytest.raises(UserError, match=r"sft.processes=2 take a GPU each; set it to 1 or less"):
+    cfg = placed(Config(name="exp", root=str(tmp_path), device="cuda"), "sft")
+    cfg.processes = 2
+    with pytest.raises(UserError, match=r"sft.processes=2 take a GPU each, of which this machine has 1"):
         stage.execute(write, cfg)
 
 
