@@ -60,7 +60,8 @@ def effect(trainings: dict[tuple, tuple[list[dict], list[dict]]]) -> Found:
     own, base = ([row for sides in trainings.values() for row in sides[side]] for side in (0, 1))
     test = episodes.paired(own, base)
     low, high = stats.difference_interval(test)
-    text = f"{difference(test)} for this training, {wins}, p = {p_value(test['p_vs_sft'])}"
+    which = "these two trainings" if len({file for file, _ in trainings}) > 1 else "this training"
+    text = f"{difference(test)} for {which}, {wins}, p = {p_value(test['p_vs_sft'])}"
     discordance = (test["gained"] + test["lost"]) / test["paired_n"]
     seen = partial(power.paired_power, n=test["paired_n"], discordance=discordance, deff=test["deff"])
     return Found(test["diff_vs_sft"], (low, high), text, (high - low) / 2 / stats.Z, power=seen)
