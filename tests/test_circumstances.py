@@ -439,7 +439,7 @@ def test_a_reference_that_calls_all_pairs_alike_gives_no_beta(monkeypatch, tmp_p
 
 def test_a_gradient_that_overflows_stops_the_training_and_nothing_of_it_is_logged(tmp_path):
     given = [CONFIG, f"root={tmp_path}", "dpo.lr=1", "dpo.warmup=0", "dpo.log_every=9"]
-    one_line(lambda: run_stage("03_dpo", *given), "the gradient is inf at step", "lower dpo.lr")
+    one_line(lambda: run_stage("03_dpo", *given), "the gradient is", "at step", "lower dpo.lr")
     (log,) = tmp_path.rglob("metrics.jsonl")
     assert all(math.isfinite(value) for row in disk.read_jsonl(log) for value in row.values())
 
