@@ -82,10 +82,11 @@ class Config(common.SceneConfig, common.StartConfig):
             self.blank_images,
             "black images are all alike, so there is nothing to retrieve; set blank_images=false",
         )
-        sft = self.sft_inputs()
-        held = self.holdout if self.checkpoint else disk.read_json(sft[0] / "done.json")["config"]["holdout"]
+        inputs = [stage.require(self.data_dir, "demos"), *self.sft_inputs()]
+        made = {} if self.checkpoint else disk.read_json(inputs[1] / "done.json")["config"]
+        held = made.get("holdout", self.holdout)
         refuse(self.holdout > held, f"01 held out {held} init states; set head.holdout={held}")
-        return [stage.require(self.data_dir, "demos"), *sft]
+        return inputs
 
 
 # ---------------------------------------------------------------------------------------------- head and loss

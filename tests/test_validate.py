@@ -452,8 +452,8 @@ def test_stage_07_from_end_to_end_killed_and_resumed(run, monkeypatch, capsys):
     assert set(first) == {"measures.safetensors", "gradients.jsonl"}
     validate.validate(dataclasses.replace(cfg, overwrite=True))
     assert "already done" in capsys.readouterr().out
-    (folder / "done.json").unlink()
-    validate.validate(dataclasses.replace(cfg, overwrite=True, workers=2))
+    shutil.rmtree(folder)
+    validate.validate(dataclasses.replace(cfg, workers=2))
     assert disk.read_json(folder / "done.json")["outputs"] == first
 
     measures = disk.load_tensors(folder / "measures.safetensors")
