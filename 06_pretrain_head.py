@@ -83,9 +83,11 @@ class Config(common.SceneConfig, common.StartConfig):
             "black images are all alike, so there is nothing to retrieve; set blank_images=false",
         )
         inputs = [stage.require(self.data_dir, "demos"), *self.sft_inputs()]
-        made = {} if self.checkpoint else disk.read_json(inputs[1] / "done.json")["config"]
-        held = made.get("holdout", self.holdout)
-        refuse(self.holdout > held, f"01 held out {held} init states; set head.holdout={held}")
+        made = disk.read_json(inputs[1] / "done.json")["config"] if not self.checkpoint else vars(self)
+        refuse(
+            self.holdout > made["holdout"],
+            f"01 held out {made['holdout']} init states; set head.holdout={made['holdout']}",
+        )
         return inputs
 
 

@@ -9,6 +9,7 @@ import gc
 import importlib
 import itertools
 import math
+import shutil
 
 import numpy as np
 import pytest
