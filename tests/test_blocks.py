@@ -199,7 +199,7 @@ def test_greedy_decoding_is_played_once(commands):
         0,
         "dora",
         5,
-        "2000",
+        "1500",
     )
 
 
