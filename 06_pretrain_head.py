@@ -83,11 +83,9 @@ class Config(common.SceneConfig, common.StartConfig):
             "black images are all alike, so there is nothing to retrieve; set blank_images=false",
         )
         inputs = [stage.require(self.data_dir, "demos"), *self.sft_inputs()]
-        made = disk.read_json(inputs[1] / "done.json")["config"] if not self.checkpoint else vars(self)
-        refuse(
-            self.holdout > made["holdout"],
-            f"01 held out {made['holdout']} init states; set head.holdout={made['holdout']}",
-        )
+        if not self.checkpoint:
+            held = disk.read_json(inputs[1] / "done.json")["config"]["holdout"]
+            refuse(self.holdout > held, f"01 held out {held} init states; set head.holdout={held}")
         return inputs
 
 

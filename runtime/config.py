@@ -263,5 +263,5 @@ def parsed(item: str) -> tuple[str, str, object]:
     section, dot, key = name.rpartition(".")
     if dot:
         one_of(f"{item!r}: stage", section, [*STAGES, "model"])
-    plain = not text or key == "name"  # 2026_11_30 too is one
-    return section, key, text if plain else parse_yaml(text, f"{item!r}, after the equals sign,")
+    where = f"{item!r}, after the equals sign,"
+    return section, key, parse_yaml(text, where) if text and key != "name" else text  # a name: 2026_11_30 too

@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node 2 03_dpo.py configs/tiny.yaml
 
-A stage whose config has `processes` starts that many itself, on every machine, so results don't depend on
-its cores.
+A stage whose config has `processes` starts that many itself, on every machine's CPU, so results don't depend
+on its cores. On a GPU it stays alone.
 
 Training (01, 03): every rank takes its rows of the same batch and gradients are averaged, so the result
 is that of one process but for rounding. (03 with surrogate=independent: each rank has draws of its own.)

@@ -236,14 +236,9 @@ def open_together(script: Path, cfg, preview: Callable) -> Run | None:
     except UserError:
         ranks.told("refused")
         raise
-    if run and ranks.size() == 1 and getattr(cfg, "processes", 1) > 1:
-        refuse(
-            getattr(cfg, "device", "cpu") == "cuda" and cfg.processes > torch.cuda.device_count(),
-            f"{cfg.section}.processes={cfg.processes} take a GPU each, of which this machine has "
-            f"{torch.cuda.device_count()}; lower it",
-        )
+    if run and ranks.size() == 1 and getattr(cfg, "processes", 1) > 1 and cfg.device == "cpu":
         ranks.launch(cfg.processes)
-        ranks.join(getattr(cfg, "device", "cpu"))
+        ranks.join(cfg.device)
     ranks.told("open" if run else "done")
     return run
 

@@ -460,7 +460,7 @@ def test_an_adapter_needs_weights_that_it_adapts(tmp_path):
     one_line(cfg.inputs, "sft.train=lora adapts given weights", "init_from=")
 
 
-def test_a_training_that_would_end_before_its_last_snapshot_is_refused():
+def test_a_training_that_would_end_after_its_schedule_is_refused():
     one_line(lambda: sft.Config(steps=100, until=200), "sft.until=200 is beyond sft.steps=100")
 
 

@@ -86,11 +86,8 @@ def test_config_casts_by_type_and_command_line_wins(tmp_path):
         ("backbone: pi", None, "did you mean 'pi05'"),
         ("", "steps", "not key=value"),
         ("", "sfft.steps=1", "did you mean 'sft'"),
-        (
-            "sft: {execute: 3}",
-            None,
-            "unknown key 'execute'",
-        ),  # this stage has no such key, so it would be lost
+        # this stage has no such key, so it would be lost
+        ("sft: {execute: 3}", None, "unknown key 'execute'"),
         ("", "sft.execute=3", "unknown key 'execute'"),
         ("", "seed=0", "must be at least 1"),  # 0 stands for "as `seed`" where a seed is an option
         ("", "workers=two", "must be int"),
@@ -560,13 +557,16 @@ def test_a_kill_while_an_old_folder_is_removed_leaves_nothing_behind(tmp_path, m
         assert {path.name for path in sft.parent.iterdir()} == {".sft.lock", "sft"}
 
 
-def test_as_many_processes_as_gpus(tmp_path, monkeypatch):
+def test_processes_share_a_cpu_and_not_a_gpu(tmp_path, monkeypatch):
+    launched = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    cfg = placed(Config(name="exp", root=str(tmp_path), device="cuda"), "sft")
-    cfg.processes = 2
-    with pytest.raises(UserError, match=r"sft.processes=2 take a GPU each, of which this machine has 1"):
+    monkeypatch.setattr(stage.ranks, "launch", launched.append)
+    for device in ("cuda", "cpu"):
+        cfg = placed(Config(name=device, root=str(tmp_path), device=device), "sft")
+        cfg.processes = 2
         stage.execute(write, cfg)
+        assert (cfg.folder / "done.json").is_file()
+    assert launched == [2]
 
 
 def test_what_was_made_from_an_older_input_is_refused(tmp_path):
