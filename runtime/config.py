@@ -148,7 +148,8 @@ class Loader(yaml.SafeLoader):  # without two traps of YAML: 010 that means 8, a
         return node
 
 
-NO_NUMBER = re.compile(r"[-+]?(0[0-9_]+|[0-9_]+:[0-9_:.]+)$")  # 010 is 8 to YAML, 1:30 is 90; here it is text
+# 010 is 8 to YAML, 1:30 is 90 and 2026_11_30 20261130; here they are text, and an int's key reads its number
+NO_NUMBER = re.compile(r"[-+]?(0[0-9_]+|[0-9_]+:[0-9_:.]+|[0-9]+_[0-9_]+)$")
 Loader.yaml_implicit_resolvers = {
     first: [("tag:yaml.org,2002:str", NO_NUMBER), *others]
     for first, others in yaml.SafeLoader.yaml_implicit_resolvers.items()

@@ -119,6 +119,11 @@ def test_a_name_is_text(name, tmp_path):
     assert load(tmp_path, "", f"name={name}").name == name
 
 
+@pytest.mark.parametrize("name", ["2026_11_30", "010", "12:30"])
+def test_in_a_yaml_too(name, tmp_path):
+    assert load(tmp_path, f"name: {name}").name == name
+
+
 def test_a_slash_at_the_end_makes_no_other_experiment(tmp_path):
     given, plain = (load(tmp_path, "", f"init_from={tmp_path}/sft{end}") for end in ("/", ""))
     assert given.init_from == plain.init_from == f"{tmp_path}/sft"
