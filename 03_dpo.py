@@ -3,20 +3,20 @@
 reads   <run>/<backbone>/seed<k>/sft/ (01), .../prefs-<pairs>/ (02)
 writes  <run>/<backbone>/seed<k>/dpo-<adapter>-<pairs>[-<surrogate>][-at<start>]/: adapter_model.safetensors
         adapter_config.json (peft's format), metrics.jsonl, done.json
-cost    per step one pass of the language model each for policy and reference, and 4 x draws expert passes per
-        pair; configs/tiny.yaml: half a minute.
+cost    per step two passes of the language model (policy, reference), and 4 x draws passes of the action
+        network per pair; configs/tiny.yaml: half a minute.
         surrogate=exact: 8 x ode_steps passes per pair (2 a step, for 4 scores), with two derivatives each
-try     python 03_dpo.py configs/try.yaml name=mine dpo.beta=0.1
+try     python 03_dpo.py configs/try.yaml name=beta dpo.beta=0.1
 
 The loss is that of Rafailov et al. (arXiv 2305.18290, Eq. 7) on four log-probabilities. Autoregressive
 backbones have them in closed form. For flow matching the paper puts a surrogate in their place: the negative
 flow-matching error.
 
 `surrogate:` names what takes the place of log p (common.SURROGATES). "exact" is the likelihood itself
-(backbones/likelihood.py), its trace by Hutchinson's estimate. The four terms share the probes, and every step
-has fresh ones: fixed probes could be learned by heart. "independent" is what the paper's code does: every
-term has draws of its own with t ~ Beta(1.5, 1), and augmented images of its own. (The mean over dimensions
-that it takes only rescales beta.)
+(backbones/likelihood.py), its trace by random probe vectors (Hutchinson). The four terms share them, and
+every step has fresh ones: fixed ones could be learned by heart. "independent" is what the paper's code does:
+every term has draws of its own with t ~ Beta(1.5, 1), and augmented images of its own. (The mean over
+dimensions that it takes only rescales beta.)
 
 Differs from the paper's code: one set of draws (t, eps) per pair serves chosen, rejected, policy and
 reference (theirs draws afresh in each of 16 forwards). Errors are summed over the executed actions. Dropout
@@ -51,7 +51,7 @@ class Config(common.AdapterConfig):
     beta: str = "auto"  # a number, or "auto": 1 / std of log p_ref(chosen) - log p_ref(rejected)
     loss: Literal["dpo", "ipo", "hinge"] = "dpo"  # of the margin, see dpo_loss; the paper's is dpo
     contrast: float = 1.0  # weight of this loss; 0 = train on the anchor only
-    sft_coef: float = 1.0  # weight of the anchor, which keeps chosen chunks likely; the paper: 0
+    sft_coef: float = 1.0  # weight of the anchor: keeps chosen chunks likely; the paper 0, tiny.yaml 2
     lr: float = 5e-5  # peak; cosine to 1 % of it
     warmup: int = 20
     rank: Count = 32
@@ -193,9 +193,8 @@ def batch_of(pairs: dict, index: torch.Tensor) -> tuple:
 def choose_beta(policy, pairs: dict, cfg: Config) -> float:
     """dpo.beta. "auto" is 1 / std of log p_ref(chosen) - log p_ref(rejected), known before training.
 
-    It scales the margins to order 1, where DPO's sigmoid is neither flat nor saturated. A number that is five
-    orders of magnitude away from it is refused, unless there is no contrast that needs it. 64 to 127 evenly
-    spread pairs count (all if fewer).
+    It scales the margins to order 1, where DPO's sigmoid is neither flat nor saturated. A number five orders
+    of magnitude off is refused, unless dpo.contrast=0. 64 to 127 evenly spread pairs count (all if fewer).
     """
     n, given = len(pairs["mask"]), as_number(cfg.beta, float)
     refuse(n < 2 and not given, "dpo.beta=auto needs two pairs or more; give it a number")

@@ -137,7 +137,7 @@ SURROGATES = {  # what stands for log p(a | o) of a flow policy -> the scheme of
 TIME_WEIGHTS = {  # w(t) on the squared *velocity* error, of times of any shape
     "velocity": torch.ones_like,  # the paper's
     "noise": lambda t: (1 - t) ** 2,  # makes it the squared error in eps
-    # 1/2 d log SNR / dt on the error in eps, bounded near t = 0; of dpo.weight, for any draws
+    # 1/2 |d log SNR / dt| on the error in eps, capped near t = 0; for dpo.weight=elbo, any draws
     "elbo": lambda t: (1 - t) / t.clamp(min=0.05),
     "logsnr": lambda t: 2 * LOG_SNR * (1 - t) ** 2,  # the same, over the density of surrogate=elbo's times
 }
