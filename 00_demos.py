@@ -191,8 +191,13 @@ def record_task(job: tuple[Config, str, int]) -> None:
             if rows:
                 demo = data.create_group(f"demo_{len(data)}")
                 write_demo(demo, rows)
-                demo.attrs.update({"init_state_id": init_state, "success_step": success_step})  # not LIBERO's
-                demo.attrs["target_places"] = target_places(env, init_state)  # the same
+                demo.attrs.update(  # not LIBERO's
+                    {
+                        "init_state_id": init_state,
+                        "success_step": success_step,
+                        "target_places": target_places(env, init_state),
+                    }
+                )
         total = sum(summary["steps"] for summary in tries)
         data.attrs.update(file_attributes(env) | {"num_demos": len(data), "total": total})
         disk.write_json(tries_file(*job), tries)  # first: a task whose file is there is done

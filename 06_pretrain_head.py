@@ -426,7 +426,6 @@ def recall_rows(frames: Frames, heads: dict, cfg: Config) -> Iterator[dict]:
         for (name, kind), suite, (i, k) in places:
             of = (frames.suite[asked] == suite) | (suite == "all")
             recall = recalls[name, kind][of, i]
-            bounds = stats.over_clusters(recall, frames.episode[asked][of])
             yield {
                 "suite": suite,
                 "protocol": protocol,
@@ -436,7 +435,8 @@ def recall_rows(frames: Frames, heads: dict, cfg: Config) -> Iterator[dict]:
                 "metric": f"recall@{k}",
                 "features": name,
                 "value": recall.mean(),
-                "ci95": None if name == "chance" else bounds,  # it is no estimate
+                # chance is no estimate
+                "ci95": None if name == "chance" else stats.over_clusters(recall, frames.episode[asked][of]),
             }
 
 

@@ -7,26 +7,12 @@ this package is cheap: a backbone's module, and transformers with it, is importe
 from pathlib import Path
 
 import torch
+from torch.utils.data import default_collate as collate  # observations -> one batch
 
 from backbones.load import build, horizon, load_policy, weights_of
-from backbones.policy import Policy, build_tokenizer, collate, is_own
+from backbones.policy import Policy, build_tokenizer, is_own
 from common import blank_images
 from runtime import ranks, refuse
-
-__all__ = [
-    "Policy",
-    "build",
-    "build_tokenizer",
-    "collate",
-    "heads_right",
-    "horizon",
-    "is_own",
-    "load_policy",
-    "load_sft",
-    "preview",
-    "propose",
-]
-
 
 EXAMPLES = {"pi05": "lerobot/pi05_libero_finetuned", "openvla": "openvla/openvla-7b-finetuned-libero-object"}
 TOO_MANY = "execute={} must be at most {}, the policy's chunk length"

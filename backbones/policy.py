@@ -2,7 +2,8 @@
 
 The stages ask five things of a policy and know nothing of what is behind them:
 
-    encode(obs) -> Prefix              images, text and state -> what every later call shares; the costly part
+    encode(obs) -> Prefix              images, text and state -> what every later call shares: the costly part
+                                       obs: uint8 images (B, S, S, 3), float32 state (B, 8), B instructions
     sample_actions(prefix, noise)      -> (B, H, D) normalised action chunk, the actions first in D
     log_prob(prefix, chunk, draws, mask) -> (B,) sum of token log-probabilities (action tokens), or a
                                        surrogate (flow matching)
@@ -27,7 +28,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from backbones.layers import Embedded, KeyValues, Prefix, decoder_layer
-from common import ACTION_DIM, CAMERAS
+from common import ACTION_DIM
 from runtime import UserError, did_you_mean, disk, one_line, refuse, typed
 
 DIMS = {"action": ACTION_DIM, "state": 8}  # end-effector position (3), its axis-angle (3), two finger joints
@@ -122,12 +123,6 @@ def build_tokenizer(instructions: Sequence[str]):
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = split
     return tokenizer
-
-
-def collate(obs: list[dict]) -> dict:
-    """Observations -> one batch: uint8 images (B, S, S, 3), float32 state (B, 8), B instructions."""
-    batch = {key: torch.from_numpy(np.stack([o[key] for o in obs])) for key in (*CAMERAS, "state")}
-    return batch | {"state": batch["state"].float(), "instruction": [o["instruction"] for o in obs]}
 
 
 # ------------------------------------------------------------------------------------------------- base class

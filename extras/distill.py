@@ -100,15 +100,9 @@ def main(cfg: Config, run: stage.Run) -> dict:
 
         # 2. one step of the student against all steps of the teacher
         loss = distance(student, teacher, prefix, noise, cfg.denoise_steps)
-        run.check(loss, step)
 
         # 3. one step of the optimiser, and the log
-        loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(student.expert.parameters(), 1.0)
-        run.check(grad_norm, step, "gradient")
-        run.set_learning_rate(optimizer, step)
-        optimizer.step()
-        optimizer.zero_grad()
+        grad_norm = run.update(loss, student.expert.parameters(), optimizer, step)
         if step == 0 or run.logs(step):
             with torch.no_grad():
                 held_out = distance(student, teacher, val, val_noise, cfg.denoise_steps)
@@ -116,7 +110,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
                 step,
                 rmse=loss.sqrt().item(),
                 val_rmse=held_out.sqrt().item(),
-                grad_norm=grad_norm.item(),
+                grad_norm=grad_norm,
             )
     student.save(run.dir)
     return {"observations": len(train)}

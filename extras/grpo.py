@@ -182,16 +182,11 @@ def main(cfg: Config, run: stage.Run) -> dict:
 
         # 3. one pass over all chunks, an update per batch
         losses = []
-        run.set_learning_rate(optimizer, step)
         for index, log_p_old in zip(order, old, strict=True):
             batch = common.select(chunks, index)
             log_ratio = per_number(policy, batch, common.select(draws, index)) - log_p_old
             loss = clipped_loss(log_ratio, batch["advantage"].to(log_ratio.device))
-            run.check(loss, step)
-            loss.backward()
-            run.check(torch.nn.utils.clip_grad_norm_(trained, 1.0), step, "gradient")
-            optimizer.step()
-            optimizer.zero_grad()
+            run.update(loss, trained, optimizer, step)
             losses.append(loss.item())
         run.log(
             step,

@@ -188,18 +188,11 @@ def main(cfg: Config, run: stage.Run) -> dict:
         else:
             loss = proximal(pi_w, pi_l, ref_w, ref_l, beta)
         total = cfg.contrast * loss - cfg.sft_coef * beta * (pi_w * good).sum() / len(index)
-        run.check(total, step)
 
         # 4. one step of the optimiser, and the log
-        total.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        run.check(grad_norm, step, "gradient")
-        run.set_learning_rate(optimizer, step)
-        optimizer.step()
-        optimizer.zero_grad()
+        grad_norm = run.update(total, trained, optimizer, step)
         if step == 0 or run.logs(step):
-            moved = {"log_ratio": (pi_w - ref_w).mean().item(), "grad_norm": grad_norm.item()}
-            run.log(step, loss=loss.item(), **moved)
+            run.log(step, loss=loss.item(), log_ratio=(pi_w - ref_w).mean().item(), grad_norm=grad_norm)
 
     common.save_adapter(adapted, run.dir)
     return {"beta": beta, "chunks": len(pairs["mask"])}

@@ -379,9 +379,6 @@ def chapters(folder: Path) -> tuple[list[str], dict[str, str]]:
     rows = [every[claim["id"]] for claim in paper["claims"]]
     verdicts = [row["verdict"] for row in rows]
     counts = [f"{verdict} {verdicts.count(verdict)}" for verdict in PILLS if verdict in verdicts]
-    tables = {
-        name: contrasts_table(plan, folder / f"blocks-{name}.png") for name, plan in paper["blocks"].items()
-    }
     named = {
         "card": listing(
             [every[entry["row"]] | entry for entry in paper["card"]],
@@ -410,7 +407,8 @@ def chapters(folder: Path) -> tuple[list[str], dict[str, str]]:
             },
         ),
         "blocks": "\n\n".join(
-            tables[name] or f"{plan['title']}: fewer than {ENOUGH} blocks yet."
+            contrasts_table(plan, folder / f"blocks-{name}.png")
+            or f"{plan['title']}: fewer than {ENOUGH} blocks yet."
             for name, plan in paper["blocks"].items()
         ),
         "limitations": "\n".join(map('- Line {0[0]}: "{0[1]}"'.format, paper["limitations"])),

@@ -5,7 +5,6 @@ A row: suite, task, init_state, seed, success, steps, crash (the simulator's err
 
 import functools
 import re
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from common import LAYOUTS, init_states
 from report import stats
+from report.tables import grouped
 from runtime import disk, ranks, stage, workers
 
 Place = tuple[str, int, int]  # suite, task, init state
@@ -92,9 +92,7 @@ def summarise(rows: list[dict]) -> dict:
     """Successes with intervals over all episodes that did not crash, and per task."""
     valid = [row for row in rows if not row["crash"]]
     wins = sum(row["success"] for row in valid)
-    of_task = defaultdict(list)
-    for row in sorted(valid, key=place_of):
-        of_task[f"{row['suite']}/{row['task']}"].append(row["success"])
+    of_task = sorted(grouped(valid, "suite", "task").items())
     places = [place_of(row) for row in valid]
     deff = stats.design_effect([row["success"] for row in valid], places, [str(p[:2]) for p in places])
     right = [row["right_place"] for row in valid if "right_place" in row]  # a share of four chunks, see 04
@@ -107,7 +105,7 @@ def summarise(rows: list[dict]) -> dict:
         "crashes": len(rows) - len(valid),
         "ci95": stats.wilson(wins, len(valid), deff),
         "ci95_tasks": (max(0.0, low), min(1.0, high)),
-        "tasks": {task: [sum(successes), len(successes)] for task, successes in of_task.items()},
+        "tasks": {f"{s}/{t}": [sum(row["success"] for row in of), len(of)] for (s, t), of in of_task},
         "mean_steps": float(np.mean([row["steps"] for row in valid])) if valid else 0.0,
     } | ({"right_place": float(np.mean(right)), "looks": len(right)} if right else {})
 

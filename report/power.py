@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import numpy as np
-from scipy import special
+from scipy import optimize, special
 
 from report.stats import Z
 
@@ -36,11 +36,7 @@ def detectable(power: Callable[[float], float], target: float = 0.8) -> float:
     target = 1/3 gives d33 of a replication (Simonsohn, Psychol. Sci. 26, 2015): an interval below it says
     that the first study could hardly have seen an effect so small.
     """
-    low, high = 0.0, 1.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (low, middle) if power(middle) >= target else (middle, high)
-    return high
+    return optimize.bisect(lambda effect: power(effect) - target, 0, 1) if power(1) >= target else 1.0
 
 
 def tost(value: float, error: float, df: float, delta: float) -> float:

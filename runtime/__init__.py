@@ -26,24 +26,3 @@ from runtime.config import (
     typed,
 )
 from runtime.errors import UserError, did_you_mean, one_line, one_of, refuse, regex, warn
-
-__all__ = [
-    "BACKBONES",
-    "HERE",
-    "STAGES",
-    "Count",
-    "Place",
-    "PlaceConfig",
-    "UserError",
-    "as_number",
-    "did_you_mean",
-    "laid_over",
-    "load_config",
-    "one_line",
-    "one_of",
-    "refuse",
-    "regex",
-    "shared_keys",
-    "typed",
-    "warn",
-]

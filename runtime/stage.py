@@ -163,6 +163,17 @@ class Run:
             group["lr"] = learning_rate(step, self.cfg)
         return learning_rate(step, self.cfg)
 
+    def update(self, loss: torch.Tensor, parameters, optimizer: torch.optim.Optimizer, step: int) -> float:
+        """One step on a loss, its gradient clipped to 1, at this step's learning rate. Returns the norm."""
+        self.check(loss, step)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        self.check(norm, step, "gradient")
+        self.set_learning_rate(optimizer, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        return norm.item()
+
     def check(self, value: float | torch.Tensor, step: int, name: str = "loss") -> None:
         """UserError unless it is finite. Before the first update no learning rate is to blame."""
         later = f"lower {self.cfg.section}.lr, or look at the data"
