@@ -371,6 +371,18 @@ def details(claims: list[dict]) -> str:
     )
 
 
+def card_row(entry: dict, every: dict, paper: dict) -> dict:
+    """A result at a glance: a claim's, or that of two arms of an experiment whose blocks are complete."""
+    if "row" in entry:
+        row = every[entry["row"]]
+        found = row["here"].partition("; ")[0]
+        told = f"{'different setting, ' if row['would'] else ''}{row['verdict']}: {found}"
+        return row | entry | {"outcome": told}
+    rows = contrasts(paper["blocks"][entry["blocks"]])
+    row = next(row for row in rows if [row["new"], row["base"]] == entry["arms"])
+    return entry | {"outcome": f"{outcome(row)}: {row['found'].text}"}
+
+
 # ----------------------------------------------------------------------------------------------- the chapters
 def chapters(folder: Path) -> tuple[list[str], dict[str, str]]:
     """The report's chapters about the paper, and their tables by name. Writes claims.json into `folder`."""
@@ -381,17 +393,8 @@ def chapters(folder: Path) -> tuple[list[str], dict[str, str]]:
     counts = [f"{verdict} {verdicts.count(verdict)}" for verdict in PILLS if verdict in verdicts]
     named = {
         "card": listing(
-            [every[entry["row"]] | entry for entry in paper["card"]],
-            {
-                "question": "{question}",
-                "paper": "{paper}",
-                "scope": "{scope}",
-                "compute": "{compute}",
-                "outcome": lambda row: (
-                    f"{'different setting, ' if row['would'] else ''}{row['verdict']}: "
-                    f"{row['here'].partition('; ')[0]}"
-                ),
-            },
+            [card_row(entry, every, paper) for entry in paper["card"]],
+            {key: f"{{{key}}}" for key in ("question", "paper", "scope", "compute", "outcome")},
         ),
         "verdicts": f"By verdict: {', '.join(counts)}.",
         "claims": listing(rows, COLUMNS),

@@ -185,7 +185,7 @@ def test_visits_to_a_pair_count():
 def test_the_card_says_toy_where_the_claim_is_one_of_a_toy():
     rows = {name: claims.judged(claim, PAPER) for name, claim in CLAIMS.items()}
     for entry in PAPER["card"]:
-        if entry["row"] in rows:
+        if entry.get("row") in rows:
             assert ("toy" in entry["scope"]) == (rows[entry["row"]]["scale"] == "toy"), entry
 
 
@@ -368,6 +368,8 @@ def test_planted_blocks_with_holm_over_the_three_primaries(tmp_path, monkeypatch
     theirs = scipys.ttest_1samp(gains, 0)
     assert found.interval == pytest.approx(tuple(theirs.confidence_interval(0.95)))
     assert rows["B", "A"]["p"] == pytest.approx(theirs.pvalue)
+    entry = {"blocks": "look", "arms": ["B", "A"], "question": "?"}
+    assert claims.card_row(entry, {}, {"blocks": {"look": plan}})["outcome"] == f"harmful: {found.text}"
     (tmp_path / "figures").mkdir()
     table = claims.contrasts_table(plan, tmp_path / "figures" / "b.png")
     title = plan["title"]
