@@ -144,8 +144,7 @@ def results_table(cfg: Config) -> list[dict]:
 
     With several suites, each also gets its own row. Evaluations of weights made anew since are left out.
     """
-    finished = episodes.finished(cfg.seed_dir, "eval-*", cfg.group)
-    of_policy = {facts["policy"]: (facts, played, timing) for facts, played, timing in finished}
+    of_policy = {each[0]["policy"]: each for each in episodes.finished(cfg.seed_dir, "eval-*", cfg.group)}
     rows = []
     for name in sorted(of_policy, key=lambda name: ("dpo" in name, name)):
         facts, played, timing = of_policy[name]

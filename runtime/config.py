@@ -217,13 +217,17 @@ def load_config(cls: type, argv: list[str]):
 
     hints, shared = get_type_hints(cls, include_extras=True), shared_keys()
     keys = [field.name for field in fields(cls)]  # in a section also what is shared, for its stage alone
-    given = [(key, data[key], str(path), [*shared, *sections]) for key in data if key not in sections]
-    in_section = data.get(cls.section) or {}
-    given += [(key, in_section[key], f"{path}, section {cls.section}", keys) for key in in_section]
-    given += [
-        (key, v, "command line", keys if section else [*keys, *shared])
-        for section, key, v in overrides
-        if section in ("", cls.section)
+    given = [  # key, value, where it stands, the keys that may stand there; the last one wins
+        *((key, v, str(path), [*shared, *sections]) for key, v in data.items() if key not in sections),
+        *(
+            (key, v, f"{path}, section {cls.section}", keys)
+            for key, v in (data.get(cls.section) or {}).items()
+        ),
+        *(
+            (key, v, "command line", keys if section else [*keys, *shared])
+            for section, key, v in overrides
+            if section in ("", cls.section)
+        ),
     ]
     values = {}
     for key, value, where, known in given:
