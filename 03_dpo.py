@@ -15,8 +15,8 @@ flow-matching error.
 `surrogate:` names what takes the place of log p (common.SURROGATES). "exact" is the likelihood itself
 (backbones/likelihood.py), its trace by random probe vectors (Hutchinson). The four terms share them, and
 every step has fresh ones: fixed ones could be learned by heart. "independent" is what the paper's code does:
-every term has draws of its own with t ~ Beta(1.5, 1), and augmented images of its own. (The mean over
-dimensions that it takes only rescales beta.)
+every term has draws of its own with t ~ Beta(1.5, 1), and augmented images of its own. It takes the
+mean over dimensions, which only rescales beta.
 
 Differs from the paper's code: one set of draws (t, eps) per pair serves chosen, rejected, policy and
 reference (theirs draws afresh in each of 16 forwards). Errors are summed over the executed actions. Dropout
