@@ -123,9 +123,8 @@ def read_pairs(folder: Path, policy=None) -> dict:
 
 # ------------------------------------------------------------- surrogate log-probability (paper, section 3.2)
 # t = 1 is noise, t = 0 the action, as in openpi and transformers. (The paper writes it the other way round.)
-LOG_SNR = math.log(
-    99
-)  # scheme "logsnr": half the log SNR, log((1-t) / t), lies within this: t is 0.01 to 0.99
+# Scheme "logsnr": half the log SNR, log((1-t) / t), lies within this: t is 0.01 to 0.99.
+LOG_SNR = math.log(99)
 
 SURROGATES = {  # what stands for log p(a | o) of a flow policy -> the scheme of its draws (t, eps)
     "paper": "stratified",  # its text: T = 4 times, a noise for each; the four terms of the loss share them

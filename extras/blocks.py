@@ -10,9 +10,10 @@ writes  runs/<config>/ and runs/<config>_<arm>/, by the stages themselves; besid
 cost    40 minutes on two idle cores for arms A to F; stopped at any moment, the same command goes on
 
 All arms start from one snapshot and train on one set of pairs, and each plays the same episodes. Every fifth
-attempt with a pair is kept from all arms, to measure what they learned. Without arms it makes the first six,
-or all where there are fewer. Those from ipo on belong to results/neighbours/plan.md. Those that end in -text
-and -code take the pairs of the paper's text and of its public code, and are measured on those.
+attempt with a pair is kept from all arms, to measure what they learned. Without arms it makes those of the
+plan's table. Those from ipo on belong to results/neighbours/plan.md. Those that end in -text and -code take
+the pairs of the paper's text and of its public code, and are measured on those. Those that end in -sum have
+the paper's beta as its text has it.
 """
 
 import csv
@@ -26,8 +27,9 @@ import common
 from report import episodes
 from runtime import HERE, disk, load_config, one_of, refuse, stage
 
-# the paper's dose; its beta of 0.1 multiplies a mean over 8 x 7 numbers, ours a sum
+# the paper's dose. Its code multiplies a mean over 8 x 7 numbers with 0.1, its text a sum, as this kit does
 PAPER = "dpo.sft_coef=0 dpo.beta=0.0017857 dpo.batch_size=1 dpo.steps=500 dpo.lr=5e-5 dpo.warmup=100"
+TEXT = f"{PAPER} dpo.beta=0.1"
 ANCHOR = "dpo.sft_coef=0.25"
 LOOK = {  # arm -> what makes it from the snapshot: a script and its settings; "" = nothing
     "A": "",
@@ -37,6 +39,7 @@ LOOK = {  # arm -> what makes it from the snapshot: a script and its settings; "
     "E": "03_dpo.py dpo.sft_coef=2",  # mostly anchor, as in tiny.yaml
     # filtered behaviour cloning; no pairs, so beta can't be auto: about that of C
     "F": f"03_dpo.py {ANCHOR} dpo.contrast=0 dpo.beta=0.5 held_out=0",
+    "B-sum": f"03_dpo.py {TEXT}",
     "D-dora": f"03_dpo.py {ANCHOR} adapter=dora",
     "D-elbo": f"03_dpo.py {ANCHOR} surrogate=elbo",
     "D-exact": f"03_dpo.py {ANCHOR} surrogate=exact",
@@ -56,11 +59,13 @@ AUTOREGRESSIVE = {
     "dora-paper": f"03_dpo.py {PAPER} adapter=dora",
     "lora-anchor": f"03_dpo.py {ANCHOR}",
     "dora-anchor": f"03_dpo.py {ANCHOR} adapter=dora",
+    "lora-sum": f"03_dpo.py {TEXT}",
+    "dora-sum": f"03_dpo.py {TEXT} adapter=dora",
 }
-EXPERIMENTS = {  # -> its config, under how many noise seeds each arm plays, its arms
-    "look": ("blocks", 2, LOOK),
-    "autoregressive": ("blocks_openvla", 1, AUTOREGRESSIVE),  # greedy decoding has no noise
-    "four_suites": ("blocks_4suite", 1, {arm: LOOK[arm] for arm in "ACD"}),
+EXPERIMENTS = {  # -> its config, under how many noise seeds each arm plays, how many arms are planned, all arms
+    "look": ("blocks", 2, 6, LOOK),
+    "autoregressive": ("blocks_openvla", 1, 5, AUTOREGRESSIVE),  # greedy decoding has no noise
+    "four_suites": ("blocks_4suite", 1, 3, {arm: LOOK[arm] for arm in "ACD"}),
 }
 RECORDED = ("beta", "pairs", "chunks", "playouts", "delivered", "commit")  # of what an arm trained on
 FIELDS = ("seed", "suite", "task", "init_state", "success", "steps", "crash", "right_place")
@@ -143,7 +148,7 @@ def collect(name: str, cfg: common.AdapterConfig, arms: dict) -> None:
 def main(*words: str) -> None:
     words = words if words[0] in EXPERIMENTS else ("look", *words)
     name, seed, named = words[0], "".join(words[1:2]), words[2:]
-    config, noises, arms = EXPERIMENTS[name]
+    config, noises, planned, arms = EXPERIMENTS[name]
     for arm in named:
         one_of("arm", arm, list(arms))
     block = f"configs/{config}.yaml", f"seed={seed}"
@@ -159,7 +164,7 @@ def main(*words: str) -> None:
     for script in ("00_demos.py", "01_sft.py", "02_collect_prefs.py"):
         run(script, *block)
     successes(HERE / cfg.made_pairs, HERE / cfg.seed_dir / "successes", cfg.held_out)
-    for arm in named or [*arms][:6]:
+    for arm in named or [*arms][:planned]:
         given, policy = block, "policy=sft"
         if arm != "A":
             script, *settings = arms[arm].split()
