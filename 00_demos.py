@@ -99,7 +99,7 @@ def attempt(
     env: TaskEnv, init_state: int, cfg: Config, rng: np.random.Generator, see=observation
 ) -> tuple[str, dict]:
     """One try: its outcome ("success", "missed grasp", "no success", "crash") and, of a success, the arrays
-    by dataset name.
+    by dataset name and `success_step`.
     """
     env.reset(init_state)
     expert, rows, first_success = Expert(env, rng, cfg.waypoint_jitter), {}, None
@@ -278,7 +278,7 @@ def adopt(cfg: Config) -> list[dict]:
         link = task_file(cfg, row["suite"], row["task"])
         link.parent.mkdir(exist_ok=True)
         link.unlink(missing_ok=True)
-        link.symlink_to(source_file(cfg, row["suite"], row["task"]).resolve())
+        link.symlink_to(source_file(cfg, row["suite"], row["task"]).absolute())
     return rows
 
 
@@ -288,7 +288,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
         disk.write_atomic(run.dir / "demos.json", json.dumps(rows, indent=1) + "\n")  # columns in this order
     shutil.rmtree(run.dir / "tries", ignore_errors=True)
     rows = disk.read_json(run.dir / "demos.json")
-    for line in [rows[0], *(row.values() for row in rows)]:
+    for line in [rows[0].keys(), *(row.values() for row in rows)]:
         print("  ".join(f"{cell:>12}" for cell in line))
     return {"kept": sum(row["kept"] for row in rows)}
 

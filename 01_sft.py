@@ -8,9 +8,9 @@ try     python 01_sft.py configs/try.yaml name=mine (after the same with 00_demo
 
 The loss is flow matching, or next-token cross-entropy: the backbone's own `sft_loss`. An observation is
 encoded once and scored with several draws of (t, eps), because on a small model the encoder is the expensive
-part. `early` draws a share of every batch from the first five frames of the episodes. Only there does the
-image alone say where the object is; later the hand is on its way, and the robot's state tells as much.
-`until` ends the training at a snapshot, on the schedule of `steps`.
+part. `early` draws a share of every batch from the first 16 steps of the episodes (five frames here). Only
+there do the images alone say where the object is. Later the hand is on its way, and the robot's state tells
+as much. `until` ends the training early, e.g. at a snapshot's step, on the schedule of `steps`.
 Differs from the paper: it publishes no SFT stage. Here `train: full` learns everything, from scratch or from
 `init_from`. `train: lora | dora` trains an adapter and merges it, so that stage 03's reference is one set of
 weights.
@@ -45,7 +45,7 @@ class Config(common.PolicyConfig):
     warmup: int = 100
     ema: Annotated[float, 0, 1] = 0.998  # decay of the averaged weights, which are the ones saved; 0 = none
     shift: int = 4  # random shift of the images, pixels
-    early: Annotated[float, 0, 1] = 0  # share of each batch drawn from the first five frames of episodes
+    early: Annotated[float, 0, 1] = 0  # share of each batch drawn from steps 0 to 16 of the episodes
     holdout: int = 2  # demonstrations of this many last init states are for validation only
     rank: Count = 32  # of the adapter
     alpha: Count = 64
@@ -124,16 +124,24 @@ def statistics(x: np.ndarray) -> dict:
     q01, q99 = np.quantile(x, (0.01, 0.99), axis=0)
     spare = np.maximum(0.0, 0.01 - (q99 - q01) / 2)
     q01, q99 = q01 - spare, q99 + spare
-    named = {"mean": x.mean(0), "std": x.std(0), "q01": q01, "q99": q99, "min": x.min(0), "max": x.max(0)}
-    return {key: [float(v) for v in value] for key, value in named.items()}
+    return {
+        "mean": x.mean(0).tolist(),
+        "std": x.std(0).tolist(),
+        "q01": q01.tolist(),
+        "q99": q99.tolist(),
+        "min": x.min(0).tolist(),
+        "max": x.max(0).tolist(),
+    }
 
 
 def rows_of_step(cfg: Config, step: int, data: dict) -> torch.Tensor:
-    """The rows (batch_size,) of a training step: any, and then the share of early frames."""
+    """The rows (batch_size,) of a training step: first some of all frames, then the early ones."""
     n = round(cfg.early * cfg.batch_size)
-    early = (data["step"] <= 16).nonzero()[:, 0]  # the first five frames: every fourth step has one
+    early = (data["step"] <= 16).nonzero()[:, 0]  # five frames, where every fourth step has one
     parts = [("sft", cfg.batch_size - n, torch.arange(len(data["step"]))), ("sft early", n, early)]
-    return torch.cat([r[common.shuffled(cfg.seed, name, step, k, len(r))] for name, k, r in parts if k])
+    return torch.cat(
+        [rows[common.shuffled(cfg.seed, name, step, k, len(rows))] for name, k, rows in parts if k]
+    )
 
 
 def batch_of(data: dict, index: torch.Tensor, blank: bool = False) -> tuple[dict, torch.Tensor]:
@@ -229,9 +237,8 @@ def main(cfg: Config, run: stage.Run) -> dict:
     parameters = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
 
-    first = run.resume(
-        policy=policy, averaged=averaged, optimizer=optimizer
-    )  # 0, or the last checkpoint's step
+    # 0, or the last checkpoint's step
+    first = run.resume(policy=policy, averaged=averaged, optimizer=optimizer)
     for step in run.steps(first, cfg.last):
         # 1. a batch, its images shifted at random, and draws (t, eps) for each observation
         g = common.stream(cfg.seed, "sft", step)
@@ -260,7 +267,8 @@ def main(cfg: Config, run: stage.Run) -> dict:
         if run.logs(step):
             row = {"loss": loss.item(), "grad_norm": grad_norm.item(), "lr": lr}
             if val and ((step + 1) % (4 * cfg.log_every) == 0 or step + 1 == cfg.last):
-                row |= {"val_loss": validation_loss(averaged, val, cfg)} | right_place(averaged, val, cfg)
+                saved = merged(averaged)
+                row |= {"val_loss": validation_loss(saved, val, cfg)} | right_place(saved, val, cfg)
             run.log(step, **row)
         if step + 1 in cfg.snapshots:
             run.save(f"model-{step + 1}.safetensors", merged(averaged).state_dict())

@@ -66,6 +66,11 @@ class Config(common.SceneConfig, common.ActingConfig, common.PairsConfig):
             self.start_seed not in (0, self.seed),
             f"the pairs are those of start_seed={self.start_seed}: collect them with seed={self.start_seed}",
         )
+        alike = self.candidates < 2 or not (self.noise_scale or self.noise_high or self.noise_low)
+        refuse(
+            self.pairs != "branch" and alike,
+            f"pairs={self.pairs} compares noisy episodes: set prefs.candidates to 2 or more, and some noise",
+        )
         common.init_states("prefs", self.n_init)
         tasks(self)
         return self.sft_inputs()
@@ -169,8 +174,8 @@ def branch_pairs(env, policy, cfg: Config, init: int, attempt: int) -> tuple[lis
     """Branch from a failed episode at decision points, until a chunk leads to success. -> pairs, play-outs,
     outcome.
 
-    Branching starts only from failures: from a success, it would take 1/(1-p) play-outs to find a chunk that
-    fails, where p is the policy's success rate.
+    Branching starts only from failures. From a state of a success, a policy that succeeds with probability p
+    would need 1/(1-p) play-outs on average to fail.
     """
     source = (env.suite, env.task_id, init, attempt)
     env.reset(init)
@@ -229,7 +234,7 @@ def collect(job: Job) -> None:
             found, tried, outcome = RECIPES[cfg.pairs](env, policy, cfg, init, attempt)
         except CRASHES as error:  # the simulator diverged: nobody's success or failure
             found, tried, outcome = [], [], f"crash: {type(error).__name__}"
-        rows = {"pairs": found[: job.quota - pairs], "tried": tried}
+        kept = {"pairs": found[: job.quota - pairs], "tried": tried}
         row = {
             "suite": job.suite,
             "task": job.task,
@@ -237,10 +242,10 @@ def collect(job: Job) -> None:
             "init_state": init,
             "playouts": len(tried) or most,  # after a crash nobody knows
             "outcome": outcome,
-            **{kind: [facts for _, facts in rows[kind]] for kind in rows},
+            **{kind: [facts for _, facts in of_kind] for kind, of_kind in kept.items()},
         }
-        for kind in filter(rows.get, rows):
-            parts = [tensors for tensors, _ in rows[kind]]
+        for kind in [kind for kind in kept if kept[kind]]:
+            parts = [tensors for tensors, _ in kept[kind]]
             stacked = {key: torch.stack([part[key] for part in parts]) for key in parts[0]}
             disk.save_tensors(part_file(job.folder, row, kind), stacked, made_with)
         disk.append_jsonl(job.folder / "units.jsonl", row)
@@ -313,9 +318,9 @@ def main(cfg: Config, run: stage.Run) -> dict | None:
             ranks.share(jobs),
             cfg.workers,
             "prefs",
-            lambda: sum(row["playouts"] for row in attempts(run.dir)),
-            cfg.max_playouts,
-            lambda: f"{sum(len(row['pairs']) for row in attempts(run.dir))} pairs",
+            count=lambda: sum(row["playouts"] for row in attempts(run.dir)),
+            total=cfg.max_playouts,
+            note=lambda: f"{sum(len(row['pairs']) for row in attempts(run.dir))} pairs",
         )
         ranks.wait()
 

@@ -1,6 +1,6 @@
 """03 - DPO with LoRA or DoRA on preference pairs, for either paradigm (the paper's section 3).
 
-reads   <run>/<backbone>/seed<k>/sft/ (01), .../prefs-<pairs>/ (02)
+reads   <run>/<backbone>/seed<k>/sft/ (01), .../prefs-<pairs>[-at<start>]/ (02)
 writes  <run>/<backbone>/seed<k>/dpo-<adapter>-<pairs>[-<surrogate>][-at<start>]/: adapter_model.safetensors
         adapter_config.json (peft's format), metrics.jsonl, done.json
 cost    per step two passes of the language model (policy, reference), and 4 x draws passes of the action
@@ -15,14 +15,14 @@ flow-matching error.
 `surrogate:` names what takes the place of log p (common.SURROGATES). "exact" is the likelihood itself
 (backbones/likelihood.py), its trace by random probe vectors (Hutchinson). The four terms share them, and
 every step has fresh ones: fixed ones could be learned by heart. "independent" is what the paper's code does:
-every term has draws of its own with t ~ Beta(1.5, 1), and augmented images of its own. It takes the
-mean over dimensions, which only rescales beta.
+every term has draws of its own with t ~ Beta(1.5, 1), and augmented images of its own. The paper's code also
+takes the mean over dimensions. This option sums; the difference only rescales beta.
 
 Differs from the paper's code: one set of draws (t, eps) per pair serves chosen, rejected, policy and
 reference (theirs draws afresh in each of 16 forwards). Errors are summed over the executed actions. Dropout
-and augmentation are off. The prefix is computed once per observation, and what no adapter touches of it once
-for all epochs. The reference is the same weights with the adapter switched off. An anchor (`sft_coef`; the
-paper: 0) may keep chosen chunks likely.
+and augmentation are off. The prefix is computed once per observation. The part of it that no adapter touches
+is computed once for all epochs. The reference is the same weights with the adapter switched off. An anchor
+(`sft_coef`; the paper: 0) may keep chosen chunks likely.
 Left out: losses of anything but the margin (extras/losses.py has some), label smoothing, reward models.
 """
 
@@ -67,8 +67,8 @@ class Config(common.AdapterConfig):
     def __post_init__(self):
         super().__post_init__()
         refuse(
-            self.backbone == "openvla" and self.surrogate != "paper",
-            "openvla has log p in closed form: `surrogate` is for flow policies, leave it at 'paper'",
+            self.backbone == "openvla" and (self.surrogate, self.weight) != ("paper", "velocity"),
+            "openvla has log p in closed form: leave `surrogate` at paper and dpo.weight at velocity",
         )
         refuse(
             self.surrogate == "exact" and (self.adapter == "dora" or self.recompute),
@@ -79,8 +79,9 @@ class Config(common.AdapterConfig):
             f"dpo.draws={self.draws} must be even for surrogate=mirrored: noises come in pairs",
         )
         refuse(
-            self.weight != "velocity" and self.surrogate in ("elbo", "exact"),
-            f"surrogate={self.surrogate} does not use dpo.weight: leave it at velocity",
+            (self.weight != "velocity" and self.surrogate in ("elbo", "exact"))
+            or (self.weight == "elbo" and self.surrogate == "independent"),  # its times are not uniform
+            f"surrogate={self.surrogate} does not go with dpo.weight={self.weight}: leave it at velocity",
         )
         regex("dpo.targets", self.targets)
         refuse(

@@ -10,8 +10,8 @@ try     python 04_eval.py configs/try.yaml name=mine policy=dpo adapters_from=  
 An episode is identified by (suite, task, init state, seed). These alone determine the policy's noise at each
 look. So two policies are compared on the same episodes, with the same noise, in any order and on any number
 of processes.
-The `right place` is a diagnostic of looking: at an episode's first look the policy is asked for four more
-chunks, and they count by where they head: to the object's place in this layout, or to that in the other.
+The `right place` shows whether the policy looks. At an episode's first look it is asked for four more chunks.
+One is right if it heads for the object's place in this layout, and not for its place in the other.
 Differs from the paper: it uses init states 40-49, on which nothing was trained (the paper: 0-4, from which
 its pairs came). README names the three choices that saw results on them. It has Wilson intervals and exact
 McNemar tests. A crash of the simulator is counted apart, not as a failure.

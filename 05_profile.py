@@ -8,7 +8,8 @@ try     python 05_profile.py configs/tiny.yaml
 
 An inference goes from an observation to a chunk of actions. This stage times every part of it: on a CPU in
 CPU seconds of this process, which a busy machine does not change, on a GPU by CUDA events. The times are
-exclusive, so they add up to the whole, which is timed on its own too.
+exclusive, so they add up to the whole, which is timed on its own too. The code is eager. On a CPU, 02 and 04
+act with a trace of the Euler step (Pi05.traced), whose denoising takes about half the time.
 A prefix cache saves at most the image towers and the prefix. Amdahl's law turns their share into a ceiling on
 the speed-up. The share is not a property of the architecture: the paper's 21.4 % (60 of 280 ms) belongs to
 eager code on one GPU, where the denoise steps launch many small kernels and wait for Python. The roofline

@@ -19,11 +19,12 @@ wrist view at t, and the agent view at t + 5. Retrieval uses the agent view alon
 recall@k is the share of queries with a right frame among their k nearest. Right is a frame of the same task,
 of the same episode, or of the same moment (same task, at most `near` steps apart).
 
-The head has three variants. "paper" is the paper's. "masked" takes no near frame of the same episode as a
-negative. "corrected" is masked, and its input is standardised; the first layer absorbs that after training.
+The head has three variants. "paper" is the paper's. In "masked", anchors of one episode that are near each
+other are no negatives of each other, nor are their partners. "corrected" is masked, and its input is
+standardised; the first layer absorbs that after training.
 They are compared with the head before training, the tower's features, 8 x 8 pixels, proprioception and
-chance. In "held-out tasks" only the head is new to the task: 01 trained the tower on it, unless
-encoder=random.
+chance. In "held-out tasks" the head has not seen the query's task, but the tower has: 01 trained it on all
+tasks. Only encoder=random avoids this.
 
 Differs from the paper: the pooling; the tower is the SFT policy's; the anchors come from the demonstrations.
 The paper's frames are LIBERO's, one per step. Here the partner is the recorded image nearest to t + 5: that
@@ -55,7 +56,7 @@ from sim.demos import demonstrations
 ANCHORS = 30  # of an episode, evenly spaced
 TEMPERATURE = 0.07
 TEMPORAL = 0.5  # weight of the temporal term; the views' term has the rest
-MASK = 10  # masked and corrected: frames of one episode at most so many steps apart are no negatives
+MASK = 10  # masked and corrected: anchors of one episode at most so many steps apart are no negatives
 FOLDS = 10  # groups of tasks; each is held out once
 AT = (1, 5, 10)  # the k of recall@k
 # variant of the head -> (near frames are no negatives, the input is standardised)
@@ -308,7 +309,7 @@ def train(frames: Frames, on: np.ndarray, split: str, variant: str, cfg: Config)
         # 3. the log
         if step % cfg.log_every == 0 or step == steps - 1:
             with torch.no_grad():
-                batches = [loss_terms(head, views, frames, index, masked) for index in held]
+                batches = [loss_terms(head, views, frames, some, masked) for some in held]
             row = {key: term.item() for key, term in terms.items()} | {
                 f"held_out_{key}": float(np.mean([batch[key].item() for batch in batches]))
                 for key in terms

@@ -1,12 +1,12 @@
 """07 - Is the surrogate right? Estimators of log p(chunk | observation) against the exact likelihood.
 
-reads   <run>/<backbone>/seed<k>/sft/ (01), prefs-<pairs>/ (02), every finished dpo-*-<pairs>/ of the same
-        pairs and start (03)
+reads   <run>/<backbone>/seed<k>/sft/ (01), prefs-<pairs>[-at<start>]/ (02), every finished
+        dpo-*-<pairs>/ of the same pairs and start (03)
 writes  <run>/<backbone>/seed<k>/validate-<pairs>[-at<start>]/: measures.safetensors (exact values and
         estimates of every chunk under every policy), gradients.jsonl, done.json;
         beside the folder its tables, validate-<pairs>[-at<start>].{json,md}
 cost    in passes of the action expert: an estimate takes one per draw, an exact value 2 x ode_steps x
-        (1 + dimensions of a chunk), the density of the Euler map half of that
+        (1 + dimensions of a chunk), the density of the Euler map denoise_steps x (1 + dimensions)
 try     python 07_validate.py configs/try.yaml name=mine validate.n_pairs=8
 
 Three quantities are compared. `log p` is that of a chunk. `difference` is log p of the chosen chunk minus
@@ -18,19 +18,20 @@ velocity error (common.TIME_WEIGHTS):
     log p~(a | o) = - mean over K draws of w(t) || v(t eps + (1-t) a, t, o) - (eps - a) ||^2
 
 `shared`: all terms of a quantity have the same draws, as in 03; otherwise every term has its own. All
-estimators score whole chunks, as the exact likelihood must. (03 scores the executed actions of a chunk, or
-with dpo.whole_chunk=true all.) Every estimate is repeated with fresh draws. An estimator's `noise` is the
-variance between repeats over that between pairs. Its `bias` is what more repeats would not cure: 1 - r^2
-between its mean over endless repeats and the exact values. report/agreement.py makes the tables.
+estimators score whole chunks, as the exact likelihood must. (03 scores a chunk's executed actions, or all of
+them with dpo.whole_chunk=true.) Every estimate is repeated with fresh draws. An estimator's `noise` is the
+variance between repeats over that between pairs. Its `bias` is what more repeats would not cure: 1 - r^2,
+where r is the correlation, over pairs, of its mean over endless repeats with the exact values.
+report/agreement.py makes the tables.
 
-"Exact" is the likelihood of the flow. The policy acts by ten Euler steps, whose density is another one. The
-noise behind a branch pair can be drawn again, so that density is measured too, and all are compared with it.
-(Where it does not give the chunk back, the value is nan.)
+"Exact" is the likelihood of the flow. The policy acts by ten Euler steps, and that map has another density.
+The noise behind a branch pair can be drawn again, so this stage measures that density too, and compares the
+exact value and all estimates with it. (Where the noise does not give the chunk back, the value is nan.)
 
-Bias and variance of DPO's loss are bounded by the variance of the estimated margin (VRPO, arXiv 2505.19223).
-Its three levers are among the estimators: more draws, one noise for each time (`paper, one time` has several
-noises at one), and shared draws. (There, shared draws are called antithetic. Here `mirrored` draws are a
-noise and its mirror image.)
+The variance of the estimated margin bounds bias and variance of DPO's loss (VRPO, arXiv 2505.19223). Its
+three levers are among the estimators: more draws; one noise for each time (`paper, one time` is the opposite:
+several noises at one time); and shared draws, which VRPO calls antithetic. Here `mirrored` means something
+else: a noise and its mirror image.
 
 An autoregressive policy's log p is exact, in closed form, so there is nothing to validate.
 Left out: marginals of the executed actions (no closed form), policies in bfloat16, GPUs.
@@ -71,9 +72,9 @@ ESTIMATORS = {  # name -> scheme of its draws, weight on the squared velocity er
 @dataclass
 class Config(common.ActingConfig, common.AdapterConfig):
     section: ClassVar = "validate"
-    draws: ClassVar = 4  # of the estimates in the tables (the paper's T) ...
+    draws: ClassVar = 4  # of the estimates in the tables: the paper's T
     n_pairs: Annotated[int, 2] = 200  # pairs looked at, evenly spread; all where there are fewer
-    max_draws: Annotated[int, 4] = 64  # ... and in the plots 1, 2, 4, ... up to this
+    max_draws: Annotated[int, 4] = 64  # the plots have 1, 2, 4, ... draws, up to this
     ode_steps: Count = 20  # midpoint steps of the exact likelihood
     gradient_batches: int = 2  # of 8 pairs, spread over all tasks, in each of two states of the DPO training
     gradient_probes: Annotated[int, 2] = 8  # of the exact gradient; half of them are compared with the rest
@@ -201,7 +202,7 @@ def measure(job: tuple) -> None:
         tensors["dims"] = torch.full((len(chunks),), policy.horizon * policy.cfg.flow_dim)
     for name in ("paper", "mirrored", "elbo", "independent"):
         seen = obs if name == "independent" else prefix
-        for i in range(name == "mirrored", cfg.max_draws.bit_length()):  # mirror images come in pairs
+        for i in range(1 if name == "mirrored" else 0, cfg.max_draws.bit_length()):  # mirror images: pairs
             k = 2**i
             repeats = [
                 estimate(
@@ -239,7 +240,7 @@ def dpo_gradient(policy, score: Callable[[str], Tensor], beta: float) -> Tensor:
 def gradients(job: tuple) -> None:
     """Worker: cosines between the exact DPO gradient on one batch of pairs and every estimator's.
 
-    state "start": the adapter as in DPO's first step, an identity (B = 0), so policy = reference.
+    state "start": the trained adapter with B = 0, an identity: policy = reference, as in DPO's first step.
     state "end": the adapter as trained.
     """
     cfg, file, pairs, adapter, state, betas = job
@@ -329,18 +330,20 @@ def main(cfg: Config, run: stage.Run) -> dict:
         **{name: measures[f"sft|{name}/{cfg.draws}"].mean(0) for name in ESTIMATORS},
         "exact": measures["sft|exact"],
     }
-    # beta: auto
+    # near beta: auto (03's for "independent" is smaller: there chosen and rejected have other draws)
     betas = {name: 1 / (x[:, 0] - x[:, 1]).std(correction=0).item() for name, x in scores.items()}
-    steps = [
+    gradient_jobs = [
         (cfg, parts / f"gradient-{state}-{b}.jsonl", block, policies[name], state, betas)
         for name in sorted((name for name in policies if name.startswith("dpo-lora")), key=len)[:1]
         for state in ("start", "end")
         for b, block in enumerate(spread(len(every), cfg.gradient_batches))
     ]
-    workers.run_missing(gradients, {job[1]: job for job in steps}, cfg.workers, "gradients")
+    workers.run_missing(gradients, {job[1]: job for job in gradient_jobs}, cfg.workers, "gradients")
 
     disk.save_tensors(run.dir / "measures.safetensors", measures)
-    disk.write_rows(run.dir / "gradients.jsonl", [row for job in steps for row in disk.read_jsonl(job[1])])
+    disk.write_rows(
+        run.dir / "gradients.jsonl", [row for job in gradient_jobs for row in disk.read_jsonl(job[1])]
+    )
     shutil.rmtree(parts)
     return {"policies": list(policies)}
 

@@ -77,8 +77,6 @@ SHIFT = 4  # pixels of random_shift in 03 and 07, for surrogate=independent
 
 def random_shift(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
     """Augmentation: move each image (B, S, S, 3) by up to `pixels` in both directions; the border repeats."""
-    if pixels == 0:
-        return images
     b, s = images.shape[:2]
     dy, dx = torch.randint(-pixels, pixels + 1, (2, b), generator=generator)
     rows = (torch.arange(s) + dy[:, None]).clamp(0, s - 1)  # (B, S)
@@ -136,9 +134,9 @@ SURROGATES = {  # what stands for log p(a | o) of a flow policy -> the scheme of
 TIME_WEIGHTS = {  # w(t) on the squared *velocity* error, of times of any shape
     "velocity": torch.ones_like,  # the paper's
     "noise": lambda t: (1 - t) ** 2,  # makes it the squared error in eps
-    # 1/2 |d log SNR / dt| on the error in eps, capped near t = 0; for dpo.weight=elbo, any draws
+    # 1/2 |d log SNR / dt| on the error in eps, capped near t = 0: the bound where t is uniform (weight=elbo)
     "elbo": lambda t: (1 - t) / t.clamp(min=0.05),
-    "logsnr": lambda t: 2 * LOG_SNR * (1 - t) ** 2,  # the same, over the density of surrogate=elbo's times
+    "logsnr": lambda t: 2 * LOG_SNR * (1 - t) ** 2,  # the same over the density of these times
 }
 
 
@@ -207,7 +205,8 @@ def surrogate_log_prob(error: Tensor, t: Tensor, weight: str = "velocity") -> Te
 
     error: the squared norm for each draw and chunk, by flow_matching_error.  t: its times. Both (K, B).
     Differs from the paper's code: draws are an argument (theirs are fresh in each forward); errors are summed
-    over H x 7 dimensions (theirs is a mean, which makes DPO's logit some 70 times smaller at the same beta).
+    over the 7 dimensions of the actions that count (theirs is a mean over all H x 7, which makes DPO's logit
+    some 70 times smaller at the same beta).
     """
     w = TIME_WEIGHTS[weight](t)  # (K, B)
     return -(w * error).mean(0)
@@ -248,7 +247,10 @@ def save_adapter(adapted, folder: Path) -> None:
 
 
 def load_adapter(policy, folder: Path, trainable: bool = False):
-    """The policy, in evaluation mode, with an adapter in peft's format: merged (if float32), or trainable."""
+    """The policy, in evaluation mode, with an adapter in peft's format.
+
+    It is merged where all weights are float32. Else, and if trainable, it stays beside them.
+    """
     from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 
     import dora
@@ -258,8 +260,10 @@ def load_adapter(policy, folder: Path, trainable: bool = False):
     refuse(not path.is_file(), f"{folder} holds no adapter_model.safetensors; run 03_dpo.py first")
     tensors = disk.load_finite(path)
     same_origin(policy, path)
-    wrong = disk.reading(folder, "run 03_dpo.py again", "holds no adapter of this policy")
-    with wrong, warnings.catch_warnings(action="ignore"):  # of missing keys, which are an error below
+    with (
+        disk.reading(folder, "run 03_dpo.py again", "holds no adapter of this policy"),
+        warnings.catch_warnings(action="ignore"),  # of missing keys, which are an error below
+    ):
         config = LoraConfig.from_pretrained(str(folder))
         if config.use_dora and not exact:
             config._register_custom_module({torch.nn.Linear: dora.DoraLinear})
@@ -272,8 +276,8 @@ def load_adapter(policy, folder: Path, trainable: bool = False):
 # ------------------------------------------------------------------------------------------------ config keys
 @dataclass
 class RunConfig(PlaceConfig):
-    """Keys of every stage, at the top level of the YAML. A stage inherits those that it may read. They
-    are part of its identity, but for those that `left_out` names."""
+    """Keys of every stage, at the top level of the YAML. A stage inherits those that it may read. All of
+    them count in its identity, except those that `left_out` names."""
 
     suites: list[Literal[tuple(MAX_STEPS)]] = field(default_factory=lambda: ["libero_object"])
     tasks: list[int] = field(default_factory=list)  # task numbers within a suite; empty = all
@@ -337,8 +341,20 @@ class StartConfig(PolicyConfig):
     def sft_inputs(self) -> list[Path]:
         """The files of `checkpoint`, or the folder of stage 01."""
         if self.checkpoint:
+            inside = Path(self.root).resolve().is_relative_to(Path(self.checkpoint).resolve())
+            refuse(inside, f"root={self.root} lies in the checkpoint's folder; choose another root=")
             return stage.checkpoint_files(self.checkpoint)
-        return [stage.require(self.start_dir / "sft", "sft")]
+        folder = stage.require(self.start_dir / "sft", "sft")
+        self.made_with(folder, "model")
+        return [folder]
+
+    def made_with(self, folder: Path, *labels: str) -> None:
+        """UserError if a stage made this folder with other values of these keys."""
+        done = folder / "done.json"
+        made = disk.read_object(done).get("config", {}) if done.is_file() else {}
+        for key in labels:
+            its = made.get(key, ours := getattr(self, key))
+            refuse(its != ours, f"{folder} was made with {key}={its}, not {ours}; set {key}={its}")
 
 
 @dataclass
@@ -381,19 +397,10 @@ class PairsConfig(StartConfig):
             )
         return [folder]
 
-    def as_given(self, folder: str, *labels: str) -> list[Path]:
-        """The files of a given folder; UserError if its stage made it with other values of these keys."""
-        done = Path(folder, "done.json")
-        made = disk.read_object(done).get("config", {}) if done.is_file() else {}
-        for key in labels:
-            its = made.get(key, ours := getattr(self, key))
-            refuse(its != ours, f"{folder} was made with {key}={its}, not {ours}; set {key}={its}")
-        return stage.checkpoint_files(folder)
-
     def pairs_inputs(self) -> list[Path]:
-        if self.pairs_from:
-            return self.as_given(self.pairs_from, "pairs")
-        return self.made_from_ours(self.made_pairs, "prefs")
+        own = [] if self.pairs_from else self.made_from_ours(self.made_pairs, "prefs")
+        self.made_with(self.pairs_dir, "pairs", "suites", "tasks")
+        return own or stage.checkpoint_files(self.pairs_from)
 
 
 @dataclass
@@ -418,6 +425,7 @@ class AdapterConfig(PairsConfig):
     def adapter_inputs(self, *labels: str) -> list[Path]:
         """A given adapter's files, or 03's folder. labels: more keys with which a given one must be made."""
         if self.adapters_from:
-            return self.as_given(str(self.adapter_dir), "pairs", "surrogate", *labels)
+            self.made_with(self.adapter_dir, "pairs", "surrogate", *labels)
+            return stage.checkpoint_files(str(self.adapter_dir))
         hint = f" adapter={self.adapter} surrogate={self.surrogate} seed={self.seed}"
         return self.made_from_ours(self.made_adapter, "dpo", hint)

@@ -5,7 +5,8 @@ the rows of W + s B A and counts as a constant in the backward pass (the paper's
 this whole out x in matrix in every forward pass. Here the square of the norm is expanded row by row,
 |W|^2 + 2 s <W A^T, B> + s^2 <B (A A^T), B>, which needs no such matrix.
 
-Only training uses this file. peft alone loads, merges and runs an adapter that it saved.
+Training uses this file, and so does acting in bfloat16, where adapters stay unmerged (common.load_adapter).
+In float32 peft alone loads, merges and runs an adapter that was saved.
 """
 
 import torch

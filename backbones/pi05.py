@@ -1,12 +1,12 @@
 """pi-0.5: a PaliGemma prefix and a Gemma action expert with adaptive RMSNorm, flow matching.
 
-Paper: arXiv 2504.16054. Follows openpi's PyTorch port (src/openpi/models_pytorch/pi0_pytorch.py,
-gemma_pytorch.py) number for number, on modules of transformers; tests/parity.py compares every intermediate
-result with the original's. The layer loops are written out here because gradients have to flow through the
-prefix's keys and values, and because one prefix serves many passes of the expert.
+pi-0.5's paper: arXiv 2504.16054. This follows openpi's PyTorch port, number for number, on modules of
+transformers (src/openpi/models_pytorch/pi0_pytorch.py, gemma_pytorch.py). tests/parity.py compares every
+intermediate result with the original's. The layer loops are written out here because gradients have to flow
+through the prefix's keys and values, and because one prefix serves many passes of the expert.
 
-Time convention: t = 1 is noise, x_t = t eps + (1 - t) a, u = eps - a (openpi's; the paper writes it the other
-way round).
+Time convention: t = 1 is noise, x_t = t eps + (1 - t) a, u = eps - a (openpi's; the CrossVLA paper writes
+it the other way round).
 
 Shapes: B observations, N rows of the expert (N = B, or K draws for each), S prefix tokens, H actions of a
 chunk, D action dimensions as flowed (32 published, of which 7 are real), W width of the expert, L layers.
@@ -78,10 +78,10 @@ class Pi05Config:  # defaults: pi-0.5 as published by openpi for LIBERO (pi05_li
     flow_dim: Annotated[int, ACTION_DIM, LARGEST] = 32  # dimensions as flowed: the 7 real ones and zeros
     max_tokens: Size = 200  # of the prompt; longer ones are cut on the right
     cameras: list[Literal[CAMERAS]] = field(default_factory=lambda: list(CAMERAS))  # openpi masks a third one
-    # text alone; or "Task: ..., State: ...;\nAction: ", which is also openpi's with discrete_state_input
+    # openpi: the text alone. lerobot: "Task: ..., State: ...;\nAction: ", as openpi with discrete_state_input
     prompt: Literal["openpi", "lerobot"] = "openpi"
     prompt_state_dims: Size = 8  # of the lerobot prompt: 8, or 32 (zero padding) before lerobot 0.5
-    resize: Literal["openpi", "lerobot"] = "openpi"  # PIL, antialiased; or torch bilinear, not antialiased
+    resize: Literal["openpi", "lerobot"] = "openpi"  # by PIL, antialiased; by torch, not antialiased
     normalisation: Literal[tuple(STATISTICS)] = "quantile"
     state_normalisation: Literal["", *STATISTICS] = ""  # of the state; empty = as the actions
     norm_eps: Literal["openpi", "lerobot"] = "openpi"  # where the epsilon stands in the formulas

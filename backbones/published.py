@@ -34,7 +34,7 @@ from backbones.policy import (
     read_tokenizer,
 )
 from common import ACTION_DIM, LAYOUTS
-from runtime import UserError, did_you_mean, disk, laid_over, one_line, refuse
+from runtime import UserError, did_you_mean, disk, laid_over, one_line, refuse, warn
 
 
 # --------------------------------------------------------------------------------------- other people's files
@@ -94,6 +94,11 @@ def weight_files(path: Path) -> list[Path]:
         " out of the folder if it is merged",
     )
     index = path / "model.safetensors.index.json"
+    refuse(
+        index.is_file() and "model.safetensors" in there,
+        f"{path} holds model.safetensors, which the original code reads, and shards with {index.name}; move"
+        " away what is not the checkpoint",
+    )
     if index.is_file():
         names = sorted(set(disk.read_object(index)["weight_map"].values()))
         for name in names:  # one outside the folder is not `there` either
@@ -297,6 +302,10 @@ def openpi_model(c: Checkpoint) -> dict:
         f"taken for openpi's pi05_libero: prompt without state, {horizon} actions; if it was trained with"
         " discrete_state_input, set model.prompt=lerobot, which is this prompt"
     )
+    if "lora" in f"{c.config.get('paligemma_variant')} {c.config.get('action_expert_variant')}":
+        warn(
+            f"{c.folder} was trained with LoRA, which openpi's converter drops (openpi #958); merge it before"
+        )
     return pi05_model(c, "") | {"horizon": horizon}
 
 
@@ -453,7 +462,7 @@ def lerobot_stats(c: Checkpoint, suites: list[str]) -> dict:
     stats = {}
     for kind, theirs in (("action", "action."), ("state", "observation.state.")):
         mode, eps, file = normaliser(c, kind)
-        if mode != "identity" and not (file and file.is_file()):
+        if c.given.get("asset_id") or (mode != "identity" and not (file and file.is_file())):
             return openpi_stats(c, suites)
         tensors = disk.load_finite(file) if mode != "identity" else {}
         named = {

@@ -62,7 +62,7 @@ AUTOREGRESSIVE = {
     "lora-sum": f"03_dpo.py {TEXT}",
     "dora-sum": f"03_dpo.py {TEXT} adapter=dora",
 }
-EXPERIMENTS = {  # -> its config, under how many noise seeds each arm plays, how many arms are planned, all arms
+EXPERIMENTS = {  # -> its config, noise seeds under which each arm plays, number of planned arms, all arms
     "look": ("blocks", 2, 6, LOOK),
     "autoregressive": ("blocks_openvla", 1, 5, AUTOREGRESSIVE),  # greedy decoding has no noise
     "four_suites": ("blocks_4suite", 1, 3, {arm: LOOK[arm] for arm in "ACD"}),
@@ -108,8 +108,10 @@ def successes(prefs: Path, folder: Path, held_out: int) -> None:
     """
     rows, tried = disk.read_jsonl(prefs / "tried.jsonl"), disk.load_tensors(prefs / "tried.safetensors")
     won = [i for i in trained_on(prefs, held_out) if rows[i]["success"]]
-    kept = {key: tried[key][won] for key in ("agentview", "wrist", "state", "mask")}
-    kept |= {"chosen": tried["chunk"][won], "rejected": tried["chunk"][won].roll(1, 0)}
+    kept = {key: tried[key][won] for key in ("agentview", "wrist", "state", "mask")} | {
+        "chosen": tried["chunk"][won],
+        "rejected": tried["chunk"][won].roll(1, 0),
+    }
     folder.mkdir(parents=True, exist_ok=True)
     disk.save_tensors(folder / "pairs.safetensors", kept)
     disk.write_rows(folder / "pairs.jsonl", [rows[i] for i in won])
@@ -136,19 +138,23 @@ def collect(name: str, cfg: common.AdapterConfig, arms: dict) -> None:
                     writer.writerow(row | {"block": seed, "arm": arm, "success": int(row["success"])})
     (out / "blocks").mkdir(exist_ok=True)
     disk.write_atomic(out / "blocks" / f"seed{seed}.csv", table.getvalue())
-    about = {
-        "block": seed,
-        "plan": disk.sha256(out / "plan.md"),
-        "playouts": disk.read_json(HERE / cfg.made_pairs / "done.json")["playouts"],
-        "arms": trained,
-    }
-    disk.write_json(out / "blocks" / f"seed{seed}.json", about)
+    disk.write_json(
+        out / "blocks" / f"seed{seed}.json",
+        {
+            "block": seed,
+            "plan": disk.sha256(out / "plan.md"),
+            "playouts": disk.read_json(HERE / cfg.made_pairs / "done.json")["playouts"],
+            "arms": trained,
+        },
+    )
 
 
 def main(*words: str) -> None:
     words = words if words[0] in EXPERIMENTS else ("look", *words)
     name, seed, named = words[0], "".join(words[1:2]), words[2:]
     config, noises, planned, arms = EXPERIMENTS[name]
+    usage = "usage: python -m extras.blocks [autoregressive | four_suites] SEED [ARM ...]"
+    refuse(not seed.isdecimal(), usage)
     for arm in named:
         one_of("arm", arm, list(arms))
     block = f"configs/{config}.yaml", f"seed={seed}"

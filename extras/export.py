@@ -31,6 +31,7 @@ from report import episodes
 from runtime import disk, refuse, stage, warn
 
 PREFIX = "base_model.model."  # peft's, of every key
+MORE = ("bias", "lora_bias", "modules_to_save", "alpha_pattern", "rank_pattern")  # by our names
 TENSORS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 EVALUATION = {  # format -> what has to be installed, and the commands
     "lerobot": """\
@@ -125,11 +126,16 @@ def write_adapter(
         layer, _, what = key.removeprefix(PREFIX).partition(".lora_")
         renamed[f"{PREFIX}{module[layer]}.lora_{what}"] = tensor
     plain, given = LoraConfig().to_dict(), disk.read_json(cfg.adapter_dir / SETTINGS)
+    more = [key for key in MORE if given.get(key, plain.get(key)) != plain.get(key)]
+    refuse(more, f"{cfg.adapter_dir} has {', '.join(more)}: only plain LoRA and DoRA can be exported")
     plain |= dict.fromkeys(("peft_type", "r", "lora_alpha"))  # these are always said
-    own = {key: value for key, value in given.items() if key in plain and value != plain[key]}
-    own |= {"auto_mapping": None, "target_modules": sorted(module.values())}
+    own = {key: value for key, value in given.items() if key in plain and value != plain[key]} | {
+        "auto_mapping": None,
+        "target_modules": sorted(module.values()),
+        "base_model_name_or_path": str(c.folder.resolve()),
+    }
     folder.mkdir(exist_ok=True)
-    disk.write_json(folder / SETTINGS, own | {"base_model_name_or_path": str(c.folder.resolve())})
+    disk.write_json(folder / SETTINGS, own)
     save_file(renamed, folder / TENSORS, {"format": "pt"})  # as peft writes it
     if c.format is published.FORMATS["lerobot"]:  # which reads these from the adapter's folder
         disk.write_json(folder / "config.json", c.config | {"use_peft": True})

@@ -71,11 +71,10 @@ def episodes(cfg) -> dict:
     """The success of 04's episodes; what they depend on, and the hashes of the checkpoint's files."""
     stage.execute(evaluation.main, cfg)
     summary, done, timing = (disk.read_json(cfg.folder / f"{n}.json") for n in ("summary", "done", "timing"))
-    hashes = {Path(name).name: its for name, its in done["inputs"].items()}
     return summary | {
         "config": done["config"] | {"checkpoint": ""},
         "versions": done["versions"],
-        "hashes": hashes,
+        "hashes": {Path(name).name: its for name, its in done["inputs"].items()},
         "timing": timing | {"command": "", "gpu": cfg.device == "cuda" and torch.cuda.get_device_name()},
     }
 
@@ -86,6 +85,8 @@ def main() -> None:
     few = ["name=first_run", "eval.group=val", "eval.n_init=1", "eval.videos=0"]
     cfg = load_config(evaluation.Config, [given[0], *few, *given[1:]])
     refuse(not cfg.checkpoint, "say which published checkpoint: checkpoint=FOLDER")
+    if cfg.dry_run:
+        return stage.execute(evaluation.main, cfg, backbones.preview)
     for part in (files, first_looks, episodes):
         report[part.__name__] = part(replace(cfg, suites=cfg.suites[:1]))
         print(json.dumps({part.__name__: report[part.__name__]}), flush=True)

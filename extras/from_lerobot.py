@@ -15,6 +15,7 @@ import importlib.util
 import io
 import itertools
 import json
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -77,6 +78,7 @@ def read_numbers(folder: Path, columns: dict, total: int) -> dict[int, tuple[int
             refuse(
                 shapes != ((7,), (8,)), f"{whose} actions and states of shapes {shapes}, not (7,) and (8,)"
             )
+            refuse(len({*tasks}) > 1, f"{whose} several tasks; split it")
             check_meaning(whose, actions, state)
             fingers = state[:, 6:] * [1, -1]
             refuse(
@@ -170,7 +172,8 @@ def convert(source: Path, target: Path, tasks: dict[str, list[str]]) -> str:
     suites = ",".join(sorted({file.partition("/")[0] for file in of.values()}))
     return (
         f"{len(of)} episodes of {len({*of.values()})} tasks are in {target}. Next:\n"
-        f"python 00_demos.py CONFIG demos.source={target} suites=[{suites}] image_size={size}"
+        f"python 00_demos.py CONFIG {shlex.quote(f'demos.source={target}')}"
+        f" suites=[{suites}] image_size={size}"
     )
 
 

@@ -114,6 +114,7 @@ def load_tried(cfg: Config, policy) -> dict:
         not path.is_file(), f"{path} is not there: kto and nft need the play-outs that 02 keeps; run 02 again"
     )
     tried, rows = disk.load_finite(path), disk.read_jsonl(path.with_suffix(".jsonl"), "instruction success")
+    refuse(len(rows) != len(tried["chunk"]), f"{path} and its .jsonl differ in length; run 02 again")
     kept = torch.tensor(trained_on(cfg.pairs_dir, cfg.held_out))
     tried |= {
         "won": torch.tensor([row["success"] for row in rows]),

@@ -114,6 +114,10 @@ CHECKS = {
 def main() -> None:
     argv = [word for word in sys.argv[1:] if word != "--config-only"]
     numbers = argv.pop(1).split() if len(argv) > 1 and "=" not in argv[1] else []
+    refuse(
+        {*numbers} - {"setup", *(script[:2] for script in STAGES.values())},
+        f"{' '.join(numbers)!r}: stages go by two digits, e.g. '03 04'",
+    )
     checks = CHECKS
     if argv:
         print_config(argv, numbers)

@@ -18,7 +18,7 @@ import torch
 import backbones
 import common
 from report.plots import COLOURS, canvas, save
-from runtime import HERE, disk, load_config, stage
+from runtime import HERE, disk, load_config, refuse, stage
 
 dpo, evaluation = importlib.import_module("03_dpo"), importlib.import_module("04_eval")
 
@@ -118,6 +118,7 @@ def episode() -> dict:
 
 
 def main() -> None:
+    refuse(sys.argv[1:], "usage: python extras/tour.py, which draws docs/tour.md anew")
     OUT.mkdir(parents=True, exist_ok=True)
     policy = backbones.load_policy(TRY / "sft").eval()
     after = common.load_adapter(backbones.load_policy(TRY / "sft"), TRY / "lora")

@@ -51,7 +51,7 @@ def episode_of(line: str) -> dict | None:
         return {
             **{key: int(row[keys.get(key, key)]) for key in ("task", "init_state", "seed", "steps")},
             "suite": str(row["suite"]),
-            "success": bool(row["success"]),
+            "success": {False: False, True: True}[row["success"]],  # no text
             "crash": bool(row.get("crash")),
         }
     except (KeyError, TypeError, ValueError):

@@ -137,17 +137,18 @@ def write_report(name: str, blocks: list[str], folder: Path, alone: bool) -> Non
 def write_audit(episodes: Path, folder: Path) -> bool:
     """Print the audit of a folder of episodes and keep it in `folder`; True if it found nothing."""
     found = audit.audit(episodes)
-    blocks = [
-        f"# Audit of {episodes}",
-        "## Success rates",
-        tables.rates_table(found["rates"]),
-        "## Paired with the SFT policy",
-        tables.pairs_table(found["pairs"]) if found["pairs"] else "Nothing is paired.",
-        "## Findings",
-        findings_list(found["findings"]),
-        "Findings are facts about files; this does not establish what caused them.",
-    ]
-    text = "\n\n".join(blocks) + "\n"
+    text = "\n\n".join(
+        [
+            f"# Audit of {episodes}",
+            "## Success rates",
+            tables.rates_table(found["rates"]),
+            "## Paired with the SFT policy",
+            tables.pairs_table(found["pairs"]) if found["pairs"] else "Nothing is paired.",
+            "## Findings",
+            findings_list(found["findings"]),
+            "Findings are facts about files; this does not establish what caused them.\n",
+        ]
+    )
     disk.write_atomic(folder / "audit.md", text)
     print(text, end="")
     return not found["findings"]

@@ -71,8 +71,8 @@ def finished(seed_dir: Path, pattern: str, group: str) -> list[tuple[dict, list[
     """
     evaluations, now = [], functools.cache(stage.made_now)
     for done in sorted(seed_dir.glob(f"{pattern}/done.json"), key=lambda p: p.parent.name):
-        facts = disk.read_json(done)
-        if facts["config"]["group"] == group and not stage.out_of_date(done.parent, now):
+        facts = disk.read_object(done)
+        if facts.get("config", {}).get("group") == group and not stage.out_of_date(done.parent, now):
             rows = disk.read_jsonl(done.with_name("episodes.jsonl"))
             evaluations.append((facts, rows, disk.read_json(done.with_name("timing.json"))))
     return evaluations

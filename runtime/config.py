@@ -66,8 +66,7 @@ class PlaceConfig:
 
     def left_out(self) -> tuple[str, ...]:
         """Keys that do not count in the stage's identity: these, and those whose files are hashed instead."""
-        own = [field.name for field in fields(PlaceConfig)]
-        return (*own, "start_seed", "pairs_from", "adapters_from")
+        return (*(own.name for own in fields(PlaceConfig)), "start_seed", "pairs_from", "adapters_from")
 
 
 def typed(value, kind, key: str):
@@ -196,7 +195,9 @@ def load_config(cls: type, argv: list[str]):
     Raises:
         UserError: an unknown key, a wrong type, a value out of range.
     """
-    usage = f"usage: python {STAGES.get(cls.section, '')} configs/NAME.yaml [key=value ...] [--dry-run]"
+    called = Path(sys.argv[0])
+    script = f"-m extras.{called.stem}" if called.parent.name == "extras" else STAGES.get(cls.section, "")
+    usage = f"usage: python {script} configs/NAME.yaml [key=value ...] [--dry-run]"
     if {"-h", "--help"} & {*argv}:
         shown = [inspect.getsource(each) for each in cls.__mro__ if is_dataclass(each)]
         print(usage, *re.findall(r"^    [a-z]\w*: (?!ClassVar).*", "".join(shown), re.MULTILINE), sep="\n")
@@ -269,4 +270,8 @@ def parsed(item: str) -> tuple[str, str, object]:
     if dot:
         one_of(f"{item!r}: stage", section, [*STAGES, "model"])
     where = f"{item!r}, after the equals sign,"
+    refuse(
+        key != "name" and text[:1] not in ("'", '"') and re.search(r"\s#", text),
+        f"{item!r}: in YAML ' #' begins a comment; quote the value, in quotes that the shell leaves",
+    )
     return section, key, parse_yaml(text, where) if text and key != "name" else text  # a name: 2026_11_30 too

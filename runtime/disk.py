@@ -124,7 +124,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def read_text(path: Path) -> str:  # UTF-8, whatever the locale: nothing else reads text files
-    return path.read_text(encoding="utf-8")
+    return path.read_text(encoding="utf-8-sig")  # with or without a byte-order mark
 
 
 def sha256(path: Path) -> str:
@@ -133,7 +133,7 @@ def sha256(path: Path) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------- JSON
-AGAIN = "remove its folder and run its stage again"
+AGAIN = "get it again, or remove its folder and run the stage that made it again"
 
 
 def json_text(path: Path, data, indent: int | None = None) -> str:

@@ -29,9 +29,13 @@ def origin(policy, targets: str) -> dict[str, str]:
         weight = layer.weight.detach().to("cpu", torch.bfloat16).contiguous()
         digest.update(f"{name} {tuple(weight.shape)} ".encode() + weight.view(torch.uint8).numpy().tobytes())
     statistics = hashlib.sha256(json.dumps(policy.norm_stats, sort_keys=True, default=list).encode())
-    hashes = {"base": digest.hexdigest(), "statistics": statistics.hexdigest()}
     settings = {key: value for key, value in asdict(policy.cfg).items() if key in SETTINGS}
-    return {"targets": targets, **hashes, "model": json.dumps(settings)}
+    return {
+        "targets": targets,
+        "base": digest.hexdigest(),
+        "statistics": statistics.hexdigest(),
+        "model": json.dumps(settings),
+    }
 
 
 def same_origin(policy, path: Path) -> None:

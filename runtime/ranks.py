@@ -104,8 +104,7 @@ def join(device: str) -> None:
         # the others come within MEET, or not at all: a cluster may have set WORLD_SIZE for a single process
         store = next(dist.rendezvous("env://", rank(), size(), timeout=MEET))[0]
         store.set_timeout(WEEK)  # from here on: a rank's episodes may take hours longer
-        backend = "nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, None, WEEK, size(), rank(), store)
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", None, WEEK, size(), rank(), store)
 
 
 @meeting()

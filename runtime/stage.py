@@ -1,13 +1,14 @@
 """How a stage runs: config, dry run, processes, run folder, resume, errors in one line.
 
-A script ends with `stage.start(main, Config)`.
+Scripts 00 to 06 end with `stage.start(main, Config)`. 07 and 08 call `command_line` themselves.
 
 A stage's Config names its `folder` and its `inputs()`. The folder counts as finished when it holds done.json:
 the stage's identity and the hashes of its files, written last and by rename. The identity is all that the
 results depend on: config keys, the inputs' identities, the code that the script imports, versions of
 packages. A finished stage with the same identity is skipped. With another one it is redone, when `overwrite`
-says so. Code in report/ and runtime/ decides where results lie and how they look: it does not count, but for
-runtime/seeds.py, which decides what a training step sees, and report/stats.py, whose intervals 06 writes.
+says so. Code in report/ and runtime/ does not count, because it only decides where results lie and how they
+look. Two files are exceptions: runtime/seeds.py decides what a training step sees, and report/stats.py makes
+the intervals that 06 writes.
 """
 
 import ast
@@ -164,7 +165,10 @@ class Run:
         return learning_rate(step, self.cfg)
 
     def update(self, loss: torch.Tensor, parameters, optimizer: torch.optim.Optimizer, step: int) -> float:
-        """One step on a loss, its gradient clipped to 1, at this step's learning rate. Returns the norm."""
+        """One step on a loss, its gradient clipped to 1, at this step's learning rate. Returns the norm.
+
+        For extras/; 01 and 03 write these lines out.
+        """
         self.check(loss, step)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -357,8 +361,11 @@ def imports(path: Path) -> list[Path]:
             # a stage's, as "03_dpo"
             names |= {arg.value for arg in node.args if isinstance(arg, ast.Constant)}
     places = [HERE / name.replace(".", "/") for name in names]
-    files = {place.with_suffix(".py") for place in places} | {place / "__init__.py" for place in places}
-    files |= {place.parent / "__init__.py" for place in places if place.parent != HERE}
+    files = {
+        file
+        for place in places
+        for file in (place.with_suffix(".py"), place / "__init__.py", place.parent / "__init__.py")
+    }
     return sorted(file for file in files if file.is_file())
 
 
@@ -475,8 +482,8 @@ def checkpoint_files(path: str) -> list[Path]:
     files = sorted(folder.rglob("*"))
     if (folder / "done.json").is_file():  # a stage's own folder: what it made, and not how long it took
         files = [folder / name for name in sorted(read_identity(folder / "done.json").get("outputs", ()))]
-    kinds = (".json", ".jsonl", ".safetensors", ".model")  # the last: a tokenizer
-    files = [p for p in files if p.suffix in kinds and p.is_file()]
+    # .model: a tokenizer
+    files = [p for p in files if p.suffix in (".json", ".jsonl", ".safetensors", ".model") and p.is_file()]
     refuse(not files, f"{path} holds no .safetensors")
     return files
 

@@ -135,11 +135,16 @@ def read_demos(path: Path, task: int) -> Iterator[Demo]:
         UserError: no HDF5 file, truncated, keys missing, or values not finite or of another meaning.
     """
     with opened(path) as file:
-        data, real = file["data"], path.resolve().name  # 00 links files from elsewhere
+        data, real = file["data"], path
+        while not real.name.endswith(ENDING) and real.is_symlink():  # 00 links files from elsewhere
+            real = real.parent / real.readlink()
         convention = data.attrs.get("macros_image_convention", "opengl")
-        refuse(convention != "opengl", f"{path} has {convention!r} images, not 'opengl' ones; make it again")
-        if real.endswith(ENDING):
-            instruction = sentence(real.removesuffix(ENDING))
+        refuse(
+            convention not in ("opengl", b"opengl"),
+            f"{path} has {convention!r} images, not 'opengl' ones; make it again",
+        )
+        if real.name.endswith(ENDING):
+            instruction = sentence(real.name.removesuffix(ENDING))
         else:
             text = json.loads(data.attrs["problem_info"])["language_instruction"]
             instruction = text if isinstance(text, str) else " ".join(text)
@@ -172,7 +177,6 @@ def read_demos(path: Path, task: int) -> Iterator[Demo]:
                 actions, state = actions[rows], state[rows]
             check_meaning(bad, actions, state)
             films = [Film(path, i.name, rows, size) for i in images]
-            places = np.asarray(group.attrs.get("target_places", np.full((2, 3), np.nan)), np.float32)
             yield Demo(
                 task=task,
                 number=number,
@@ -183,7 +187,7 @@ def read_demos(path: Path, task: int) -> Iterator[Demo]:
                 image_steps=steps,
                 agentview=films[0],
                 wrist=films[1],
-                places=places,
+                places=np.asarray(group.attrs.get("target_places", np.full((2, 3), np.nan)), np.float32),
                 no_ops=no_ops,
             )
 

@@ -430,8 +430,10 @@ def bowl(on: str, **where) -> list[partial]:
 
 
 def into_basket(name: str, shift=(0, 0), rise=0, **grasp) -> list[partial]:
-    drop = partial(drop_into, target=name, container="basket_1", shift=shift, rise=rise)
-    return [partial(pick_top, target=name, **grasp), drop]
+    return [
+        partial(pick_top, target=name, **grasp),
+        partial(drop_into, target=name, container="basket_1", shift=shift, rise=rise),
+    ]
 
 
 def both_into_basket(first: str, second: str) -> list[partial]:

@@ -211,6 +211,8 @@ SENSELESS = [
     ("dpo", "dpo: {beta: 0}"),
     ("dpo", "dpo: {beta: .inf}"),
     ("dpo", "dpo: {alpha: 0}"),
+    ("dpo", "{surrogate: independent, dpo: {weight: elbo}}"),
+    ("dpo", "{backbone: openvla, dpo: {weight: noise}}"),
     ("sft", "device: gpu"),
 ]
 
@@ -231,6 +233,8 @@ REFUSED = [  # before a stage writes anything
     (prefs, {}, "run `python 01_sft.py"),
     (prefs, {"n_init": 16}, "choose 1 to 15"),
     (prefs, {"start_seed": 7}, "seed=7"),
+    (prefs, {"pairs": "episode", "candidates": 1}, "set prefs.candidates to 2 or more"),
+    (prefs, {"pairs": "whole", "noise_scale": 0, "noise_low": 0, "noise_high": 0}, "some noise"),
     (prefs, {"checkpoint": "nowhere"}, "no checkpoint nowhere"),
     (dpo, {}, "run `python 01_sft.py"),
     (dpo, {"checkpoint": "TMP/policy"}, "run `python 02_collect_prefs.py"),
@@ -252,7 +256,8 @@ def test_what_a_stage_refuses_before_it_writes(module, values, line, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "override", ["steps", "=", "sft.steps=", "sft.steps=[", "sft.steps=2020-99-99", "x.steps=1", "sft.=1"]
+    "override",
+    ["steps", "root=a #b", "=", "sft.steps=", "sft.steps=[", "sft.steps=2020-99-99", "x.steps=1", "sft.=1"],
 )
 def test_an_argument_that_is_none(override, tmp_path):
     load(tmp_path, "sft", "seed: 1", override)

@@ -203,7 +203,9 @@ def test_greedy_decoding_is_played_once(commands):
     )
 
 
-@pytest.mark.parametrize("words", [[""], ["x"], ["7", "G"], ["autoregressive"], ["autoregressive", "7", "B"]])
+@pytest.mark.parametrize(
+    "words", [[""], ["--help"], ["7", "G"], ["autoregressive"], ["autoregressive", "7", "B"]]
+)
 def test_bad_words_are_named(words, commands):
     with pytest.raises(UserError):
         blocks.main(*words)

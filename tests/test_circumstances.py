@@ -720,3 +720,49 @@ def test_facts_of_a_file_have_one_order(tmp_path):
                 tmp_path / name, {"x": torch.zeros(1)}, {str(i): json.dumps(i) for i in range(9)}
             )
     assert len({(tmp_path / name).read_bytes() for name in "abcd"}) == 1
+
+
+# ------------------------------------------------------------------------------ what a stage would not notice
+def made(name: str, **config) -> dict:
+    """A done.json of a stage that names no files."""
+    outputs = {"pairs.jsonl": "", "pairs.safetensors": ""} if name == "prefs" else {}
+    return {"stage": name, "fingerprint": "", "inputs": {}, "config": config, "outputs": outputs}
+
+
+def test_pairs_of_other_suites_or_tasks_are_refused(tmp_path):
+    """03 trains on all pairs of the folder, so a record of other suites would be wrong."""
+    folder = copied(tmp_path, "prefs")
+    disk.write_json(folder / "done.json", made("prefs", suites=["libero_object"], tasks=[0]))
+    given = (CONFIG, f"pairs_from={folder}", f"root={tmp_path / 'runs'}")
+    assert load(dpo.Config, *given, "tasks=[0]").inputs()
+    for other in ("tasks=[5]", "suites=[libero_goal]"):
+        one_line(lambda other=other: load(dpo.Config, *given, "tasks=[0]", other).inputs(), "was made with")
+
+
+def test_a_model_that_is_not_01s_is_refused(tmp_path):
+    given = (CONFIG, f"root={tmp_path}", "checkpoint=")
+    cfg = load(dpo.Config, *given)
+    (cfg.seed_dir / "sft").mkdir(parents=True)
+    disk.write_json(cfg.seed_dir / "sft" / "done.json", made("sft", model=cfg.model))
+    assert cfg.sft_inputs()
+    one_line(load(dpo.Config, *given, "model.prompt=lerobot").sft_inputs, "was made with model=")
+
+
+def test_runs_inside_the_checkpoints_folder_are_refused(tmp_path):
+    folder = copied(tmp_path, "sft")
+    inside = load(dpo.Config, CONFIG, f"checkpoint={folder}", f"root={folder / 'runs'}")
+    one_line(inside.sft_inputs, "lies in the checkpoint's folder")
+    assert load(dpo.Config, CONFIG, f"checkpoint={folder}", f"root={tmp_path / 'runs'}").sft_inputs()
+
+
+def test_text_files_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "x.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert disk.read_json(tmp_path / "x.json") == {"a": 1}
+
+
+def test_help_names_the_script_that_was_called(monkeypatch, capsys):
+    for called, name in (("extras/losses.py", "-m extras.losses"), ("03_dpo.py", "03_dpo.py")):
+        monkeypatch.setattr(sys, "argv", [called])
+        with pytest.raises(SystemExit):
+            load(dpo.Config, "--help")
+        assert f"usage: python {name} " in capsys.readouterr().out

@@ -279,3 +279,17 @@ def test_pyproject_and_requirements_agree():
     assert sorted(required) == sorted(project["dependencies"] + extras["dev"])
     assert not set(extras["lerobot-data"]) & set(required)
     assert all("==" in package for package in [*required, *extras["lerobot-data"]])
+
+
+@pytest.mark.parametrize("attributes", [{}, OFFICIAL], ids=["OpenVLA's", "LIBERO's"])
+def test_links_to_files_with_other_names_are_followed(attributes, tmp_path):
+    """As a hub's cache has them: a name that says the task, and a blob named by its hash."""
+    blob = write_file(tmp_path / "blobs" / "0123abcd", attributes | {"macros_image_convention": b"opengl"})
+    link = tmp_path / "files" / file_name()
+    link.parent.mkdir(parents=True)
+    link.symlink_to(blob)
+    cfg = adopt(tmp_path / "files", tmp_path / "runs")
+    again = adopt(cfg.data_dir, tmp_path / "runs", name="again")  # the files of another run
+    for made in (cfg, again):
+        (demo, _) = read_demos(made.data_dir / SUITE / f"task_{TASK:02d}.hdf5", TASK)
+        assert demo.instruction == instruction(SUITE, TASK)

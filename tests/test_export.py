@@ -293,6 +293,16 @@ def test_an_adapter_that_does_not_fit_is_refused(damage, tmp_path):
     assert not (folder / "policy").exists() and not (folder / "adapter").exists()
 
 
+@pytest.mark.parametrize("more", [{"alpha_pattern": {"q_proj": 4}}, {"bias": "lora_only"}])
+def test_settings_that_go_by_the_kits_names_are_refused(more, tmp_path):
+    base = write_base("lerobot", tmp_path / "base", torch.float32)
+    folder = tmp_path / "adapters" / "lora"
+    write_adapter(load(base, "lerobot").cast("float32"), "lora", folder)
+    disk.write_json(folder / export.SETTINGS, disk.read_json(folder / export.SETTINGS) | more)
+    argv = arguments("lerobot", base, tmp_path / "adapters", tmp_path / "runs")
+    refused(argv, "only plain LoRA and DoRA can be exported", load_config(export.Config, argv).folder)
+
+
 # --------------------------------------------------------------------------------------------- the evaluation
 @pytest.mark.parametrize(
     "kind, words",
@@ -381,6 +391,9 @@ def test_a_first_run_reports_what_it_found(tmp_path, monkeypatch, capsys):
         "workers=1",
         "tasks=[0]",
     ]
+    monkeypatch.setattr(first_run.sys, "argv", [*argv, *small, "--dry-run"])
+    first_run.main()
+    assert "eval-sft-val" in capsys.readouterr().out and not (tmp_path / "first_run").exists()
     monkeypatch.setattr(first_run.sys, "argv", [*argv, *small])
     first_run.main()
     report = disk.read_json(tmp_path / "first_run" / "first_run.json")

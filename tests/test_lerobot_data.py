@@ -97,6 +97,7 @@ FAULTS = {
     "no gripper command below 0": lambda f: column(f, "action", zero_or_one),
     "fingers that open at 1": lambda f: column(f, "action", lambda a: a[:, 6].__imul__(-1)),
     "not finite": lambda f: column(f, "action", lambda a: a[3].fill(np.nan)),
+    "several tasks": lambda f: column(f, "task_index", lambda t: t[3:].fill(1)),
     "steps in two places": lambda f: column(f, "episode_index", lambda e: e[::2].fill(0)),
     "not a whole LeRobotDataset": lambda f: (f / "meta" / "tasks.parquet").unlink(),
     "not a whole LeRobotDataset, or": lambda f: cut(next(f.glob("videos/*image2/*/*.mp4"))),

@@ -175,6 +175,13 @@ def add_assets(folder: Path, name: str, shift: float) -> None:
     (folder / "assets" / name / "norm_stats.json").write_text(json.dumps(stats))
 
 
+@pytest.mark.parametrize("numbers", ["3", "dpo", "03 4"])
+def test_stages_that_are_none_are_named(numbers, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["preflight", "configs/try.yaml", numbers, "--config-only"])
+    with pytest.raises(UserError, match="two digits"):
+        preflight.main()
+
+
 def test_two_asset_ids_are_a_choice(tmp_path):
     published_files.write_openpi(tmp_path)
     shutil.rmtree(tmp_path / "assets")

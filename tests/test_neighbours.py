@@ -401,3 +401,11 @@ def test_the_tour_draws_what_its_page_shows(tmp_path, monkeypatch):
     )
     looks, steps = map(int, re.search(r"looks (\d+) times.* needs (\d+) control", page).groups())
     assert (looks - 1) * 8 < steps <= looks * 8 and "{" not in page
+
+
+def test_play_outs_that_do_not_go_with_their_lines_are_refused(tried, tmp_path):
+    lines = disk.read_jsonl(tried / "tried.jsonl")
+    disk.write_rows(tried / "tried.jsonl", lines[1:])
+    argv = ["configs/try.yaml", f"root={tmp_path}", f"pairs_from={tried}", "dpo.loss=kto"]
+    with pytest.raises(UserError, match="differ in length"):
+        run_stage("extras.losses", *argv)

@@ -211,6 +211,11 @@ FAULTS = {
         "00002-of-00002",
     ),
     "the index leads outside": ("openvla", index_outside, "elsewhere"),
+    "shards beside a single file": (
+        "openvla",
+        lambda f: shutil.copy(f / "model-00001-of-00002.safetensors", f / "model.safetensors"),
+        "which the original code reads, and shards",
+    ),
     "statistics of another suite": (
         "openvla",
         lambda f: (f / "dataset_statistics.json").write_text('{"bridge": {}}'),
@@ -274,3 +279,25 @@ def test_openvla_is_greedy_in_play_outs_and_evaluations(name):
     }
     cfgs = {section: load_config(module.Config, arguments) for section, module in stages.items()}
     assert [cfg.noise_scale for cfg in cfgs.values()] == [0, 0] and cfgs["prefs"].branch_scale > 0
+
+
+def test_a_lora_that_openpis_converter_dropped_is_said(tmp_path, capsys):
+    published_files.write_openpi(tmp_path)
+    assert load(tmp_path, "openpi") and "LoRA" not in capsys.readouterr().out
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"paligemma_variant": "gemma_2b_lora"}))
+    assert load(tmp_path, "openpi") and "trained with LoRA" in capsys.readouterr().out
+
+
+def test_named_statistics_are_taken_or_refused_of_a_lerobot_folder_too(tmp_path):
+    published_files.write_lerobot(tmp_path)
+    own = load(tmp_path, "lerobot").norm_stats["action"]
+    assets = tmp_path / "assets" / "mine"
+    assets.mkdir(parents=True)
+    stats = {key: published_files.statistics(n) for key, n in (("actions", 7), ("state", 8))}
+    stats["actions"]["mean"] = [0.5] * 7
+    (assets / "norm_stats.json").write_text(json.dumps({"norm_stats": stats}))
+    assert load(tmp_path, "lerobot").norm_stats["action"] == own
+    assert load(tmp_path, "lerobot", asset_id="mine").norm_stats["action"]["mean"] == [0.5] * 7
+    with pytest.raises(UserError, match="has statistics of mine"):
+        load(tmp_path, "lerobot", asset_id="nonsense")

@@ -145,6 +145,11 @@ def cut_line(f):
     path.write_text(path.read_text() + '{"suite": "libero_goal", "task_id": 3')
 
 
+def success_as_text(f):
+    path = f / f"{DORA.format(42)}.jsonl"
+    edit_lines(path, lambda row: row | {"success": str(row["success"])})
+
+
 PLANTED = {  # what is done to a clean folder: the kinds of finding that must come of it, and words of one
     duplicate_seeds: (
         {"duplicate"},
@@ -159,6 +164,7 @@ PLANTED = {  # what is done to a clean folder: the kinds of finding that must co
     crash_as_failure: ({"crash"}, "ended before the others' 300 steps"),
     baseline_without_a_seed: ({"missing"}, "100 episodes are of it or openvla_sft only"),
     cut_line: ({"unreadable"}, "1 of its lines"),
+    success_as_text: ({"unreadable", "missing"}, "100 of its lines"),
 }
 
 
