@@ -431,6 +431,18 @@ def test_what_is_saved_is_the_average_of_the_weights(tmp_path):
     assert moved > 20
 
 
+def test_the_validation_loss_is_that_of_the_saved_weights(tmp_path):
+    """An adapter's small change is rounded when it is merged into bfloat16."""
+    begun = config_of(tmp_path / "begun")
+    stage.execute(sft.main, begun)
+    given = {"train": "lora", "dtype": "bfloat16", "init_from": str(begun.folder), "ema": 0.0}
+    cfg = config_of(tmp_path / "adapted", **given)
+    stage.execute(sft.main, cfg)
+    (row,) = disk.read_jsonl(cfg.folder / "metrics.jsonl")
+    saved, (_, val, _) = backbones.load_policy(cfg.folder), sft.load_data(cfg, 4)
+    assert row["val_loss"] == sft.validation_loss(saved.cast("bfloat16"), val, cfg)
+
+
 def test_fine_tuning_goes_on_where_it_was(tmp_path, monkeypatch):
     whole, cut = (config_of(tmp_path / name, steps=4) for name in ("whole", "cut"))
     stage.execute(sft.main, whole)
