@@ -128,6 +128,7 @@ def try_until_success(env: TaskEnv, init_state: int, cfg: Config, see=observatio
     """At most max_tries tries, each with other noise: their outcomes, and the arrays of a success."""
     outcomes, rows = [], {}
     while "success" not in outcomes and len(outcomes) < cfg.max_tries:
+        # (the 0 has no meaning any more; without it all demonstrations would be others)
         rng = common.np_stream(cfg.demo_seed, "demo", env.suite, env.task_id, init_state, 0, len(outcomes))
         outcome, rows = attempt(env, init_state, cfg, rng, see)
         outcomes.append(outcome)

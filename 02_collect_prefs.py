@@ -143,11 +143,11 @@ def make_try(first: Decision, success: bool) -> Row:
 
 
 # ---------------------------------------------------------------------------------------------------- recipes
-def episode_pairs(env, policy, cfg: Config, init: int, attempt: int) -> tuple[list[Row], list[Row], str]:
+def episode_pairs(env, policy, cfg: Config, init: int, visit: int) -> tuple[list[Row], list[Row], str]:
     """The paper's recipe: K noisy episodes from one init state, ranked by outcome. -> pairs, play-outs,
     outcome.
     """
-    source = (env.suite, env.task_id, init, attempt)
+    source = (env.suite, env.task_id, init, visit)
     best, worst, tried = None, None, []
     sigmas = np.linspace(cfg.noise_low, cfg.noise_high, cfg.candidates)
     for i, sigma in enumerate(sigmas):
@@ -170,14 +170,14 @@ def episode_pairs(env, policy, cfg: Config, init: int, attempt: int) -> tuple[li
     return pairs, tried, "mixed outcomes"
 
 
-def branch_pairs(env, policy, cfg: Config, init: int, attempt: int) -> tuple[list[Row], list[Row], str]:
+def branch_pairs(env, policy, cfg: Config, init: int, visit: int) -> tuple[list[Row], list[Row], str]:
     """Branch from a failed episode at decision points, until a chunk leads to success. -> pairs, play-outs,
     outcome.
 
     Branching starts only from failures. From a state of a success, a policy that succeeds with probability p
     would need 1/(1-p) play-outs on average to fail.
     """
-    source = (env.suite, env.task_id, init, attempt)
+    source = (env.suite, env.task_id, init, visit)
     env.reset(init)
     base = play(env, policy, cfg, source)
     tried, pairs = [make_try(base[0], env.success)], []
@@ -229,9 +229,9 @@ def collect(job: Job) -> None:
     states, unit = common.init_states("prefs", cfg.n_init), len(rows)
     most = 1 + cfg.branches * cfg.tries if cfg.pairs == "branch" else cfg.candidates  # an attempt's play-outs
     while pairs < job.quota and playouts < job.budget:
-        init, attempt = states[unit % len(states)], unit // len(states)
+        init, visit = states[unit % len(states)], unit // len(states)  # each visit has noise of its own
         try:
-            found, tried, outcome = RECIPES[cfg.pairs](env, policy, cfg, init, attempt)
+            found, tried, outcome = RECIPES[cfg.pairs](env, policy, cfg, init, visit)
         except CRASHES as error:  # the simulator diverged: nobody's success or failure
             found, tried, outcome = [], [], f"crash: {type(error).__name__}"
         kept = {"pairs": found[: job.quota - pairs], "tried": tried}
