@@ -164,7 +164,7 @@ PLANTED = {  # what is done to a clean folder: the kinds of finding that must co
     crash_as_failure: ({"crash"}, "ended before the others' 300 steps"),
     baseline_without_a_seed: ({"missing"}, "100 episodes are of it or openvla_sft only"),
     cut_line: ({"unreadable"}, "1 of its lines"),
-    success_as_text: ({"unreadable", "missing"}, "100 of its lines"),
+    success_as_text: ({"unreadable"}, "100 of its lines"),
 }
 
 
