@@ -162,25 +162,21 @@ def read_object(path: Path) -> dict:  # a JSON file that holds an object
 
 
 def append_jsonl(path: Path, row: dict) -> None:
-    """Add one line, or raise UserError and add none. Several processes may append to one file."""
-    with writing(path), open(path, "a+b", buffering=0) as file:
+    """Add one line. Several processes may append to one file.
+
+    A line that a kill or a full disk has cut does not count (`read_jsonl`), and the next one takes its place.
+    """
+    with writing(path), open(path, "a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
         end = file.seek(0, os.SEEK_END)
         file.seek(0)
-        if end and not (content := file.read()).endswith(b"\n"):  # a kill has cut the last line: drop it
-            end = content.rfind(b"\n") + 1
-            file.truncate(end)
-        line = json_text(path, row).encode()
-        try:
-            if file.write(line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError:
-            file.truncate(end)
-            raise
+        if end and not (content := file.read()).endswith(b"\n"):
+            file.truncate(content.rfind(b"\n") + 1)
+        file.write(json_text(path, row).encode())
 
 
 def read_jsonl(path: Path, needs: str = "") -> list[dict]:
-    """The rows of a JSONL file; none where there is no file. A last line that a kill has cut does not count.
+    """The rows of a JSONL file; none where there is no file. A last line that is cut does not count.
 
     Raises:
         UserError: a line is not a JSON object with all the keys in `needs` (names, separated by blanks).

@@ -251,7 +251,9 @@ def test_a_line_without_room_is_no_line(tmp_path):
     disk.append_jsonl(path, {"a": 1})
     with room_for(path.stat().st_size + 5), pytest.raises(UserError, match="make room"):
         disk.append_jsonl(path, {"a": 2})
-    assert path.read_text() == '{"a": 1}\n'
+    assert disk.read_jsonl(path) == [{"a": 1}]
+    disk.append_jsonl(path, {"a": 3})
+    assert path.read_text() == '{"a": 1}\n{"a": 3}\n'
 
 
 def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path):
