@@ -36,8 +36,7 @@ def did_you_mean(word, known) -> str:
 
 def one_of(key: str, value, known) -> None:
     """UserError unless `value` is one of the `known` ones."""
-    if value not in known:
-        raise UserError(f"unknown {key}={value!r}; {did_you_mean(value, known)}")
+    refuse(value not in known, f"unknown {key}={value!r}; {did_you_mean(value, known)}")
 
 
 def regex(key: str, text: str) -> re.Pattern:
