@@ -399,15 +399,17 @@ def read_identity(path: Path) -> dict:
 
 
 def difference(old: dict, new: dict) -> str:
-    """What differs between two identities of a stage, in words."""
-    words = []
-    for part in ("config", "inputs", "source", "versions"):
-        before, now = old.get(part, {}), new[part]
-        for key in sorted({*before, *now}):
-            if before.get(key) != now.get(key):
-                values = f" {before.get(key)} -> {now.get(key)}" if part in ("config", "versions") else ""
-                words.append(f"{part} {key}{values}")
-    return "; ".join(words[:6])
+    """What differs between two identities of a stage, in words; of hashes only whose they are."""
+    parts = ("config", "inputs", "source", "versions")
+    before, now = (
+        {f"{part} {key}": value for part in parts for key, value in each.get(part, {}).items()}
+        for each in (old, new)
+    )
+    changed = [name for name in sorted(before | now) if before.get(name) != now.get(name)]
+    return "; ".join(
+        name if name.startswith(("inputs", "source")) else f"{name} {before.get(name)} -> {now.get(name)}"
+        for name in changed[:6]
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- inputs
