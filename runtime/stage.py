@@ -369,19 +369,14 @@ def imports(path: Path) -> list[Path]:
     return sorted(file for file in files if file.is_file())
 
 
-@functools.cache
-def hash_of_code(text: str) -> str:
-    """Hash of what Python code does: comments, docstrings and layout leave it as it is."""
-    tree = ast.parse(text)
+def source_hash(path: Path) -> str:
+    """Hash of what a file's code does: comments, docstrings and layout leave it as it is."""
+    tree = ast.parse(disk.read_text(path))
     for node in ast.walk(tree):
         documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
         if documented and ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:] or [ast.Pass()]
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
-
-
-def source_hash(path: Path) -> str:
-    return hash_of_code(disk.read_text(path))
 
 
 def read_identity(path: Path) -> dict:
