@@ -381,11 +381,10 @@ def source_hash(path: Path) -> str:
 
 def read_identity(path: Path) -> dict:
     """A done.json or started.json; UserError when it is not what a stage wrote."""
-    found = disk.read_json(path)
-    kinds = {"stage": str, "fingerprint": str, "inputs": dict}
-    right = isinstance(found, dict) and all(isinstance(found.get(key), kind) for key, kind in kinds.items())
-    parts = ("config", "source", "versions", "outputs")
-    right = right and all(isinstance(found.get(key, {}), dict) for key in parts)
+    found = disk.read_object(path)
+    needed = {"stage": str, "fingerprint": str, "inputs": dict}
+    kinds = needed | dict.fromkeys(("config", "source", "versions", "outputs"), dict)
+    right = needed.keys() <= found.keys() and all(isinstance(found[k], kinds[k]) for k in kinds if k in found)
     refuse(
         not right or ("versions" in found and fingerprint(found) != found["fingerprint"]),
         f"{path} is damaged; remove its folder and run its stage again",
