@@ -24,7 +24,6 @@ import io
 import itertools
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -135,15 +134,6 @@ def try_until_success(env: TaskEnv, init_state: int, cfg: Config, see=observatio
     return outcomes, rows
 
 
-@contextlib.contextmanager
-def hdf5_file(path: Path) -> Iterator[h5py.File]:
-    """An HDF5 file, made in memory and then written by rename: on a full disk the library itself crashes."""
-    content = io.BytesIO()
-    with h5py.File(content, "w") as file:
-        yield file
-    disk.write_atomic(path, content.getvalue())
-
-
 def file_attributes(env: TaskEnv) -> dict[str, str]:
     """The attributes of LIBERO's `data` group, the language as LIBERO's evaluations have it."""
     names = {"env_name": type(env.env).__name__, "problem_name": env.env.parsed_problem["problem_name"]}
@@ -177,10 +167,10 @@ def tries_file(cfg: Config, suite: str, task: int) -> Path:
 def record_task(job: tuple[Config, str, int]) -> None:
     """Worker: record the demonstrations of one task into a file, and beside it what became of every try."""
     cfg, suite, task = job
-    tries = []
+    tries, content = [], io.BytesIO()  # in memory until it is whole: on a full disk HDF5 itself crashes
     with (
         contextlib.closing(TaskEnv(suite, task, cfg.image_size, cfg.render)) as env,
-        hdf5_file(task_file(*job)) as file,
+        h5py.File(content, "w") as file,
     ):
         data = file.create_group("data")
         for init_state in common.init_states("demos", cfg.n_init):
@@ -201,7 +191,8 @@ def record_task(job: tuple[Config, str, int]) -> None:
                 )
         total = sum(summary["steps"] for summary in tries)
         data.attrs.update(file_attributes(env) | {"num_demos": len(data), "total": total})
-        disk.write_json(tries_file(*job), tries)  # first: a task whose file is there is done
+    disk.write_json(tries_file(*job), tries)  # first: a task whose file is there is done
+    disk.write_atomic(task_file(*job), content.getvalue())
 
 
 def write_demo(demo: h5py.Group, rows: dict[str, np.ndarray]) -> None:

@@ -297,10 +297,13 @@ from runtime import stage
 path = pathlib.Path(sys.argv[2])
 frames = [np.random.default_rng(i).integers(0, 255, (128, 128, 3), np.uint8) for i in range(12)]
 def hdf5():
-    with importlib.import_module("00_demos").hdf5_file(path) as file:
-        for i, frame in enumerate(frames):
-            file.create_dataset(str(i), data=frame, compression="gzip")
-            file.flush()
+    demos = importlib.import_module("00_demos")
+    rows = {"actions": np.zeros((12, 7)), "states": np.zeros((12, 9)), "obs/agentview_rgb": np.stack(frames)}
+    demos.TaskEnv = lambda *_: open("/dev/null")  # something to close
+    demos.try_until_success = lambda *_: (["success"], rows | {"success_step": 3})
+    demos.file_attributes, demos.target_places = lambda *_: {}, lambda *_: np.zeros((2, 3))
+    demos.task_file, demos.tries_file = lambda *_: path, lambda *_: path.parent.with_suffix(".json")
+    demos.record_task((demos.Config(n_init=1), "libero_object", 0))
 def gif():
     importlib.import_module("04_eval").save_gif(path, frames)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
