@@ -175,17 +175,6 @@ def load_pairs(cfg: Config, policy) -> tuple[dict, dict]:
     return tuple(common.select(pairs, part.nonzero()[:, 0]) for part in (~held, held))
 
 
-def encode_once(policy, pairs: dict, cfg: Config):
-    """The part of each observation's encoding that training leaves as it is, computed once for all epochs.
-    Where there is no such part, the observations themselves.
-    """
-    if cfg.surrogate == "independent":  # it augments the images
-        return pairs["obs"]
-    rows = torch.arange(len(pairs["mask"])).split(cfg.batch_size)
-    parts = [policy.begin(common.select(pairs["obs"], index)) for index in rows]
-    return pairs["obs"] if isinstance(parts[0], dict) else type(parts[0]).cat(parts)
-
-
 def batch_of(pairs: dict, index: torch.Tensor) -> tuple:
     """Observations, chosen and rejected chunks (B, H, 7), and mask (B, H) of the pairs of `index`."""
     return tuple(common.select(pairs[key], index) for key in ("obs", "chosen", "rejected", "mask"))
@@ -248,7 +237,8 @@ def main(cfg: Config, run: stage.Run) -> dict:
     beta = run.agree(choose_beta(policy, pairs, cfg))
     n, k = len(pairs["mask"]), sum(p.numel() for p in trained)
     print(f"[03_dpo] {n} pairs, {cfg.adapter} with {k:,} parameters, beta {beta:.4g}", flush=True)
-    pairs["obs"] = encode_once(policy, pairs, cfg)
+    if cfg.surrogate != "independent":  # which augments the images at every step
+        pairs["obs"] = policy.begin(pairs["obs"], cfg.batch_size)
 
     first = run.resume(adapter=trained, optimizer=optimizer)  # 0, or the last checkpoint's step
     for step in run.steps(first, cfg.steps):

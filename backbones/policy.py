@@ -28,7 +28,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from backbones.layers import Embedded, KeyValues, Prefix, decoder_layer
-from common import ACTION_DIM
+from common import ACTION_DIM, select
 from runtime import UserError, did_you_mean, disk, one_line, refuse, typed
 
 DIMS = {"action": ACTION_DIM, "state": 8}  # end-effector position (3), its axis-angle (3), two finger joints
@@ -180,15 +180,19 @@ class Policy(nn.Module):
         return self.language_model.norm(x) if to_end else None, cache
 
     @torch.no_grad()
-    def begin(self, obs: dict) -> dict | Embedded | Prefix:
+    def begin(self, obs: dict, batch_size: int) -> dict | Embedded | Prefix:
         """The part of encode(obs) that training leaves unchanged: all of it, all but the language model's
-        layers, or none. Computed once, it serves every epoch, and the reference as well.
+        layers, or none. Computed once, some observations at a time, it serves every epoch, and the reference
+        as well.
         """
         trained = [name for name, p in self.named_parameters() if p.requires_grad]
         llm = "language_model.layers."
         if any(not name.startswith((llm, "expert.")) for name in trained):
             return obs
-        return self.embed(obs) if any(name.startswith(llm) for name in trained) else self.encode(obs)
+        unchanged = self.embed if any(name.startswith(llm) for name in trained) else self.encode
+        rows = torch.arange(len(obs["instruction"])).split(batch_size)
+        parts = [unchanged(select(obs, index)) for index in rows]
+        return type(parts[0]).cat(parts)
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[Self]:

@@ -64,16 +64,6 @@ def load_observations(cfg: Config) -> list[dict]:
     ]
 
 
-@torch.no_grad()
-def encode_all(policy, obs: dict, batch_size: int):
-    """Prefixes of all observations."""
-    prefixes = [
-        policy.encode(common.select(obs, index))
-        for index in torch.arange(len(obs["state"])).split(batch_size)
-    ]
-    return type(prefixes[0]).cat(prefixes)
-
-
 def one_step(policy, prefix, noise: torch.Tensor) -> torch.Tensor:
     """What sample_actions(prefix, noise, 1) gives, with gradients: (B, H, D)."""
     return noise - policy.velocity(prefix, noise, torch.ones(1, device=noise.device))
@@ -89,7 +79,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
     teacher, student = backbones.load_sft(cfg), backbones.load_sft(cfg)
     student.requires_grad_(False).expert.requires_grad_(True)
     optimizer = torch.optim.AdamW(student.expert.parameters(), lr=cfg.lr, weight_decay=0.0)
-    train, val = (encode_all(teacher, obs, cfg.batch_size) for obs in load_observations(cfg))
+    train, val = (student.begin(obs, cfg.batch_size) for obs in load_observations(cfg))  # the prefixes
     val = val.select(torch.arange(0, len(val), max(1, len(val) // 256)))
     val_noise = teacher.noise(len(val), common.stream(0, "distill validation")).to(val.valid.device)
 

@@ -165,7 +165,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
     beta = dpo.choose_beta(policy, pairs, cfg)
     if unpaired:  # with the beta that the pairs of the same play-outs give
         pairs = load_tried(cfg, policy)
-    pairs["obs"] = dpo.encode_once(policy, pairs, cfg)
+    pairs["obs"] = policy.begin(pairs["obs"], cfg.batch_size)
 
     for step in run.steps(run.resume(adapter=trained, optimizer=optimizer), cfg.steps):
         # 1. a batch, and the draws that its log-probabilities share

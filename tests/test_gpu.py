@@ -72,7 +72,7 @@ def test_margin_is_exactly_zero_where_policy_equals_reference(backbone, kind, dt
     policy = make_policy(backbone, "cuda", dtype).requires_grad_(False)
     common.attach_adapter(policy, kind, 8, 16, policy.adapter_targets, 0)
     (obs, *rest), draws = batch(policy)
-    begun = policy.begin(obs)
+    begun = policy.begin(obs, 2)
     with policy.reference():
         ref = dpo.log_probs(policy, begun, *rest, draws, "velocity")
     pi = dpo.log_probs(policy, begun, *rest, draws, "velocity")

@@ -419,7 +419,7 @@ TOWER = r"vision_tower\..*[qkv]_proj"
 @pytest.mark.parametrize("targets, made", [(EVERYWHERE, "Embedded"), (EXPERT, "Prefix")])
 def test_what_no_adapter_touches_is_computed_once_and_changes_no_value(targets, made):
     (policy, _), pairs = trained("lora", targets), random_pairs(5)
-    begun = dpo.encode_once(policy, pairs, dpo.Config(batch_size=2))  # batches whose prompts differ in length
+    begun = policy.begin(pairs["obs"], 2)  # batches whose prompts differ in length
     assert type(begun).__name__ == made
     index = torch.tensor([3, 0, 4])
     obs, chosen, rejected, mask = dpo.batch_of(pairs, index)
@@ -439,10 +439,8 @@ def test_what_no_adapter_touches_is_computed_once_and_changes_no_value(targets, 
 
 
 def test_observations_that_training_changes_are_encoded_at_every_step():
-    pairs = random_pairs(5)
-    for targets, surrogate in ((TOWER, "paper"), (EXPERT, "independent")):  # which augments the images
-        policy, _ = adapted("lora", targets)
-        assert dpo.encode_once(policy, pairs, dpo.Config(batch_size=2, surrogate=surrogate)) is pairs["obs"]
+    obs = random_pairs(5)["obs"]
+    assert adapted("lora", TOWER)[0].begin(obs, 2) is obs
 
 
 def test_actions_that_were_not_executed_do_not_count():

@@ -82,7 +82,7 @@ def bench(targets: str, layer: Callable, repeats: int) -> dict:
     adapted(policy, targets or policy.adapter_targets)
     obs, *batch = dpo.batch_of(make_pairs(policy, 64), torch.arange(PAIRS))
     batch.append(policy.draws(PAIRS, DRAWS, common.stream(0, "draws"), "stratified"))
-    orders = {"published": (published_loss, obs), "kit": (kit_loss, policy.begin(obs))}
+    orders = {"published": (published_loss, obs), "kit": (kit_loss, policy.begin(obs, PAIRS))}
     rows, results = {name: [] for name in orders}, {}
     for i in range(repeats + 1):
         for name, (loss_of, seen) in orders.items():
@@ -117,7 +117,10 @@ def count(targets: str) -> dict:
     obs, *batch = dpo.batch_of(make_pairs(policy, 224, "meta"), torch.arange(PAIRS))
     batch.append(policy.draws(PAIRS, DRAWS, common.stream(0, "draws"), "stratified").to("meta"))
     found = {}
-    for name, loss_of, seen in (("published", published_loss, obs), ("kit", kit_loss, policy.begin(obs))):
+    for name, loss_of, seen in (
+        ("published", published_loss, obs),
+        ("kit", kit_loss, policy.begin(obs, PAIRS)),
+    ):
         counters = [FlopCounterMode(display=False) for _ in PARTS]
         with counters[0]:
             loss = loss_of(policy, seen, *batch)

@@ -61,7 +61,10 @@ def bench_dpo(config: str, adapter: str, recompute: bool) -> dict:
     trainable = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=cfg.lr)
     pairs = random_pairs(policy, cfg.batch_size)
-    begun, batch = policy.begin(pairs["obs"]), dpo.batch_of(pairs, torch.arange(cfg.batch_size))
+    begun, batch = (
+        policy.begin(pairs["obs"], cfg.batch_size),
+        dpo.batch_of(pairs, torch.arange(cfg.batch_size)),
+    )
     margins, times = [], []
 
     def step() -> None:
