@@ -64,14 +64,11 @@ def load_observations(cfg: Config) -> list[dict]:
     ]
 
 
-def one_step(policy, prefix, noise: torch.Tensor) -> torch.Tensor:
-    """What sample_actions(prefix, noise, 1) gives, with gradients: (B, H, D)."""
-    return noise - policy.velocity(prefix, noise, torch.ones(1, device=noise.device))
-
-
 def distance(student, teacher, prefix, noise: torch.Tensor, steps: int) -> torch.Tensor:
     """Mean squared difference between the student's and the teacher's chunks, over the real dimensions."""
-    off = one_step(student, prefix, noise) - teacher.sample_actions(prefix, noise, steps)
+    # what student.sample_actions(prefix, noise, 1) gives, with gradients
+    chunk = noise - student.velocity(prefix, noise, torch.ones(1, device=noise.device))
+    off = chunk - teacher.sample_actions(prefix, noise, steps)  # (B, H, D)
     return off[..., : common.ACTION_DIM].square().mean()
 
 

@@ -430,9 +430,6 @@ def test_one_step_is_what_sampling_in_one_step_gives_and_trains_the_expert_alone
     noise = policy.noise(2, common.stream(0, "n"))
     with torch.no_grad():
         prefix = policy.encode(collate([scene(0), scene(1)]))
-    torch.testing.assert_close(
-        distill.one_step(policy, prefix, noise), policy.sample_actions(prefix, noise, 1)
-    )
     assert distill.distance(policy, policy, prefix, noise, 1).item() == pytest.approx(0, abs=1e-10)
     assert distill.distance(policy, policy, prefix, noise, 4).item() > 1e-6
     policy.requires_grad_(False).expert.requires_grad_(True)
