@@ -3,7 +3,6 @@
 matplotlib is imported when something is drawn, so that importing this module is cheap.
 """
 
-import io
 from pathlib import Path
 
 from report import stats
@@ -43,9 +42,8 @@ def save(figure, path: Path) -> None:
     """Write a PNG with a palette of 64 colours: a third of the size, and text stays sharp."""
     from PIL import Image
 
-    png = io.BytesIO()
-    figure.savefig(png, format="png")
-    Image.open(png).convert("RGB").quantize(64).save(path, optimize=True)
+    figure.savefig(path)
+    Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
 
 
 # ---------------------------------------------------------------------------------------------- success rates
