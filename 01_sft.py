@@ -53,9 +53,7 @@ class Config(common.PolicyConfig):
     log_every: Count = 50
     checkpoint_every: Count = 200
     recompute: bool = False  # compute the layers' activations again, not keep them: less memory, more time
-    threads: Annotated[int, 1, 256] = 1  # of torch; part of the result's last bits
-
-    processes: Count = 1  # that share each batch on a CPU; part of the last bits too (GPUs: torchrun)
+    processes: Count = 1  # that share each batch on a CPU; part of the result's last bits (GPUs: torchrun)
 
     folder = property(lambda self: self.seed_dir / "sft")
     last = property(lambda self: self.until or self.steps)

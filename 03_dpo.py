@@ -28,7 +28,7 @@ Left out: losses of anything but the margin (extras/losses.py has some), label s
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +60,6 @@ class Config(common.AdapterConfig):
     recompute: bool = False  # compute the layers' activations again, not keep them: less memory, more time
     log_every: Count = 10
     checkpoint_every: Count = 50
-    threads: Annotated[int, 1, 256] = 1
 
     folder = property(lambda self: self.made_adapter)
 

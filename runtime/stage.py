@@ -100,7 +100,7 @@ def execute(main: Callable, cfg, preview: Callable = nothing, after: Callable = 
         f"{cfg.section}.batch_size={size} can't be split over {processes} processes; make it a multiple",
     )
     if run := open_together(script, cfg, preview):
-        torch.set_num_threads(getattr(cfg, "threads", 1))
+        torch.set_num_threads(1)  # more would be part of the last bits
         facts = main(cfg, run)
         if run.first:
             run.finish(**(facts or {}))

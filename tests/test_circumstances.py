@@ -464,10 +464,6 @@ def test_a_training_that_would_end_after_its_schedule_is_refused():
     one_line(lambda: sft.Config(steps=100, until=200), "sft.until=200 is beyond sft.steps=100")
 
 
-def test_absurdly_many_threads_are_refused():
-    one_line(lambda: load(dpo.Config, CONFIG, "dpo.threads=99999"), "threads", "at most")
-
-
 def test_before_the_first_update_no_learning_rate_is_blamed():
     run = stage.Run(sft.Config(), Path(), {})
     said = one_line(lambda: run.check(torch.tensor(math.nan), 0), "the loss is nan at step 0", "weights")
