@@ -44,7 +44,6 @@ class Config(common.PolicyConfig):
     lr: float = 1e-3  # peak; cosine to 1 % of it
     warmup: int = 100
     ema: Annotated[float, 0, 1] = 0.998  # decay of the averaged weights, which are the ones saved; 0 = none
-    shift: int = 4  # random shift of the images, pixels
     early: Annotated[float, 0, 1] = 0  # share of each batch drawn from steps 0 to 16 of the episodes
     holdout: int = 2  # demonstrations of this many last init states are for validation only
     rank: Count = 32  # of the adapter
@@ -242,7 +241,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
         g = common.stream(cfg.seed, "sft", step)
         obs, actions = batch_of(train, rows_of_step(cfg, step, train), cfg.blank_images)
         for camera in common.CAMERAS:
-            obs[camera] = common.random_shift(obs[camera], cfg.shift, g)
+            obs[camera] = common.random_shift(obs[camera], common.SHIFT, g)
         chunk = policy.normalise(actions)  # (B, H, 7)
         draws = policy.draws(len(chunk), cfg.draws, g, "beta")
         obs, chunk, draws = common.own_rows(cfg.batch_size, obs, chunk, draws)

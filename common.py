@@ -72,7 +72,7 @@ def blank_images(obs: dict) -> dict:
     return obs | {camera: obs[camera] * 0 for camera in CAMERAS}
 
 
-SHIFT = 4  # pixels of random_shift in 03 and 07, for surrogate=independent
+SHIFT = 4  # pixels of random_shift in 01, and in 03 and 07 for surrogate=independent
 
 
 def random_shift(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor:

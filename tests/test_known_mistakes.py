@@ -395,7 +395,7 @@ def test_what_is_held_out_and_what_belongs_together(tmp_path):
 
 def test_the_first_loss_written_out(tmp_path):
     """In the policy's units, on augmented images, with the draws of openpi's training."""
-    cfg = config_of(tmp_path, shift=2)
+    cfg = config_of(tmp_path)
     stage.execute(sft.main, cfg)
     (row,) = disk.read_jsonl(cfg.seed_dir / "sft" / "metrics.jsonl")
     made, train, _ = sft.make_policy(cfg)
@@ -404,7 +404,7 @@ def test_the_first_loss_written_out(tmp_path):
         "instruction": INSTRUCTIONS[:1] * 4
     }
     for camera in common.CAMERAS:
-        obs[camera] = common.random_shift(obs[camera], 2, g)
+        obs[camera] = common.random_shift(obs[camera], common.SHIFT, g)
     q01, q99 = (np.quantile(train["all_actions"], q, axis=0) for q in (0.01, 0.99))
     chunk = (2 * (train["chunk"][index].numpy() - q01) / (q99 - q01 + 1e-6) - 1).astype(np.float32)
     draws = common.make_draws(4, 4, 7, 2, g, "beta")
