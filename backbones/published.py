@@ -67,8 +67,6 @@ def weight_files(path: Path) -> list[Path]:
     Raises:
         UserError: there is none, a shard is missing, or the index names a file outside the folder.
     """
-    if path.is_file():
-        return [path]
     there = sorted(file.name for file in path.glob("*"))
     oft = [
         name
@@ -117,13 +115,13 @@ def weight_files(path: Path) -> list[Path]:
     return [path / "model.safetensors"]
 
 
-def open_checkpoint(path: Path, given: dict | None = None) -> Checkpoint:
+def open_checkpoint(folder: Path, given: dict | None = None) -> Checkpoint:
     """Keys and shapes of all files, from their headers; the keys tell the format. given: see Checkpoint.
 
     Raises:
         UserError: a file is a git-LFS pointer, damaged or another model's.
     """
-    folder, files, shapes = path if path.is_dir() else path.parent, weight_files(path), {}
+    files, shapes = weight_files(folder), {}
     for file in files:
         with open(file, "rb") as f:
             refuse(
