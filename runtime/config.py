@@ -107,8 +107,7 @@ def as_number(value: str | int | float, kind: type) -> int | float | None:
     if kind is int and isinstance(value, int):  # as it is: a float has no room for large ones
         return value
     try:
-        based = isinstance(value, str) and re.match(r"\s*[-+]?0[xob]", value, re.IGNORECASE)  # 0x1F
-        number = int(value, 0) if based else float(value)
+        number = float(value)
     except (ValueError, OverflowError):
         return None
     whole = math.isfinite(number) and (kind is not int or number == int(number))
