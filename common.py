@@ -58,9 +58,8 @@ def init_states(group: str, n: int | None = None) -> list[int]:
     """The first n init-state numbers of a group (all when n is None).
 
     Raises:
-        UserError: unknown group, or more states than it has: those of the next group have another purpose.
+        UserError: more states than it has: those of the next group have another purpose.
     """
-    one_of("group of init states", group, INIT_GROUPS)
     states = list(INIT_GROUPS[group])
     known = f"{group!r} has init states {states[0]}-{states[-1]}"
     refuse(n is not None and not 0 < n <= len(states), f"{known}: choose 1 to {len(states)}, not {n}")

@@ -24,7 +24,7 @@ def test_init_state_groups_share_no_state_and_cover_all():
     assert sorted(states) == list(range(50))
 
 
-@pytest.mark.parametrize("group, n", [("val", 6), ("test", 11), ("demos", 0), ("tset", 1)])
+@pytest.mark.parametrize("group, n", [("val", 6), ("test", 11), ("demos", 0)])
 def test_init_states_never_reach_into_another_group(group, n):
     with pytest.raises(UserError):
         common.init_states(group, n)
