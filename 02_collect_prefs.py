@@ -49,7 +49,7 @@ class Config(common.SceneConfig, common.ActingConfig, common.PairsConfig):
     by_torchrun: ClassVar = True
     n_pairs: Count = 60  # aim, spread evenly over the tasks
     n_init: Count = 15  # init states used, of the 15 in group "prefs"
-    max_playouts: Count = 300  # of all tasks; a task that only ever succeeds gives no pair
+    max_playouts: Count = 300  # of all tasks, each of which may go one attempt over its share
     candidates: Count = 4  # episode: K, the episodes played from one init state
     noise_low: float = 0.1  # episode: standard deviation of the action noise of the first candidate ...
     noise_high: float = 0.4  # ... and of the last

@@ -82,6 +82,10 @@ class Config(common.AdapterConfig):
             or (self.weight == "elbo" and self.surrogate == "independent"),  # its times are not uniform
             f"surrogate={self.surrogate} does not go with dpo.weight={self.weight}: leave it at velocity",
         )
+        refuse(
+            not (self.contrast or self.sft_coef),
+            "dpo.contrast=0 and dpo.sft_coef=0 leave nothing to train on: set one of them",
+        )
         regex("dpo.targets", self.targets)
         refuse(
             self.beta != "auto" and not 0 < (as_number(self.beta, float) or 0) < 1e9,

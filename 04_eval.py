@@ -172,10 +172,11 @@ def results_table(cfg: Config) -> list[dict]:
         base_facts, base, _ = of_policy.get(start, (facts, [], None))
         same_weights = base_facts["inputs"].items() <= facts["inputs"].items()  # not another start_seed's
         same_protocol = all(base_facts["config"][key] == used[key] for key in PROTOCOL)
+        same_code = all(base_facts.get(key) == facts.get(key) for key in ("versions", "source"))
         for suites in [used["suites"], *([s] for s in used["suites"] if len(used["suites"]) > 1)]:
             of_suites = [episode for episode in played if episode["suite"] in suites]
             rows.append(row | {"suite": " ".join(suites)} | episodes.summarise(of_suites))
-            if base and name != start and same_weights and same_protocol:
+            if base and name != start and same_weights and same_protocol and same_code:
                 test = episodes.paired(of_suites, base)
                 rows[-1] |= {"paired_with": start} | test if test["paired_n"] else {}
     return rows

@@ -325,7 +325,7 @@ def train_all(frames: Frames, cfg: Config, folder: Path) -> dict[tuple[str, str]
     refuse(
         cfg.batch_size > smallest,
         f"head.batch_size={cfg.batch_size} is more than "
-        f"the {smallest} anchors of the smallest training set; lower it",
+        f"the {smallest} anchors of the smallest training set; lower it, or head.gap",
     )
     heads, logged = {}, []
     (folder / "heads").mkdir(exist_ok=True)
@@ -437,7 +437,9 @@ def recall_rows(frames: Frames, heads: dict, cfg: Config) -> Iterator[dict]:
                 "features": name,
                 "value": recall.mean(),
                 # chance is no estimate
-                "ci95": None if name == "chance" else stats.over_clusters(recall, frames.episode[asked][of]),
+                "ci95": None
+                if name == "chance"
+                else np.clip(stats.over_clusters(recall, frames.episode[asked][of]), 0, 1).tolist(),
             }
 
 

@@ -72,16 +72,20 @@ def of_run(cfg: Config, backbone: str) -> Experiment:
         }
         for path in [*sorted(seed_dir.glob("*.json")), *sorted(seed_dir.glob("*/table.json"))]:
             made_in = path.parent if path.name == "table.json" else path.with_suffix("")
-            table = [] if stage.out_of_date(made_in, now) else disk.read_json(path)
+            redone = made_in.is_dir() and not (made_in / "done.json").is_file()
+            table = [] if redone or stage.out_of_date(made_in, now) else disk.read_json(path)
             experiment.rows += [
                 ABSENT | row
                 for row in (table if isinstance(table, list) else [])
                 if "successes" not in row or (script(row), row["group"], row["name"]) in finished
             ]
         for path in sorted(seed_dir.glob("dpo-*/metrics.jsonl")):
+            if stage.out_of_date(path.parent, now):
+                continue
             name = f"{path.parent.name}-{seed_dir.name}" if len(seed_dirs) > 1 else path.parent.name
             experiment.training[name] = disk.read_jsonl(path)
-        experiment.videos += sorted(seed_dir.glob("eval-*/videos/*.gif"))
+        videos = sorted(seed_dir.glob("eval-*/videos/*.gif"))
+        experiment.videos += [path for path in videos if not stage.out_of_date(path.parents[1], now)]
     return experiment
 
 

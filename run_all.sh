@@ -26,7 +26,9 @@ for argument in "$@"; do
     backbones=both) BACKBONES="pi05 openvla" ;;
     backbones=*) BACKBONES=${argument#*=} ;;
     *=* | --dry-run) OVERRIDES+=("$argument") ;;
-    *.yaml | *.yml) CONFIG=$argument ;;
+    *.yaml | *.yml)
+      [[ -z ${given:-} ]] || { echo "error: two configs, $CONFIG and $argument: give one" >&2; exit 2; }
+      CONFIG=$argument given=yes ;;
     *) STAGES+=" $argument" ;;
   esac
 done

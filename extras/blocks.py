@@ -159,7 +159,7 @@ def main(*words: str) -> None:
         one_of("arm", arm, list(arms))
     block = f"configs/{config}.yaml", f"seed={seed}"
     cfg = load_config(common.AdapterConfig, [*block])
-    record = HERE / "results" / name / "blocks" / f"seed{seed}.json"
+    record = HERE / "results" / name / "blocks" / f"seed{cfg.seed}.json"
     recorded = ["A", *disk.read_json(record)["arms"]] if record.is_file() else []
     lost = [str(folder_of(cfg, arm)) for arm in recorded if not folder_of(cfg, arm).is_dir()]
     refuse(

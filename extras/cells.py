@@ -353,8 +353,10 @@ def cells_table(cfg: Config) -> list[dict]:
         base, others = of_cell.get(name, (facts, []))
         same_weights = base["inputs"].items() <= teacher(facts)["inputs"].items()
         same_protocol = all(base["config"].get(key) == used.get(key) for key in PROTOCOL)
-        if others and same_weights and same_protocol and name != facts["cell"]:
-            row |= {"paired_with": name} | episodes.paired(played, others)
+        same_code = all(base.get(key) == facts.get(key) for key in ("versions", "source"))
+        if others and same_weights and same_protocol and same_code and name != facts["cell"]:
+            test = episodes.paired(played, others)
+            row |= {"paired_with": name} | test if test["paired_n"] else {}
         rows.append(row)
     return rows
 

@@ -152,6 +152,8 @@ def estimator_rows(cfg, measures: dict[str, dict], dims: int, attempt: np.ndarra
             shareds = {"independent": [False], "paper, one time": [True]}.get(name, [True, False])
             for shared, (what, ref) in itertools.product(shareds, references(policy, measures).items()):
                 every, kept = exact_values(cfg, measures, policy, what, ref, attempt)
+                if kept.sum() < 2:  # held out
+                    continue
                 value, together = (
                     quantity(estimates, ref and ref[key], each)[:, kept] for each in (shared, True)
                 )

@@ -54,8 +54,18 @@ def episode_of(line: str) -> dict | None:
             "success": {False: False, True: True}[row["success"]],  # no text
             "crash": bool(row.get("crash")),
         }
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return None
+
+
+PROTOCOL = (
+    "image_size",
+    "render",
+    "execute",
+    "noise_scale",
+    "model",
+    "dtype",
+)  # what a pair's episodes share
 
 
 def read(folder: Path) -> tuple[Cells, list[Finding]]:
@@ -65,12 +75,14 @@ def read(folder: Path) -> tuple[Cells, list[Finding]]:
         text, twice = path.read_bytes().decode(errors="replace"), 0
         if 'steps"' not in text:
             continue  # only episodes count steps
-        older = stage.out_of_date(path.parent, now)
+        older, done = stage.out_of_date(path.parent, now), path.with_name("done.json")
+        used = disk.read_object(done).get("config", {}) if done.is_file() else {}
+        protocol = str([used.get(key) for key in PROTOCOL])
         rows = [episode_of(line) for line in text.splitlines() if line.strip() and not older]
         for row in filter(None, rows):
             cell = cells[policy_of(path, folder), row["suite"], row["seed"]]
             twice += place_of(row) in cell
-            cell.setdefault(place_of(row), row)
+            cell.setdefault(place_of(row), row | {"protocol": protocol})
         bad = rows.count(None)
         begun = path.with_name("started.json").is_file() and not path.with_name("done.json").is_file()
         faults = [
@@ -145,7 +157,9 @@ def baseline_of(policy: str, cells: Iterable[tuple]) -> str | None:
     words = {p: set(re.split(r"[-_/]", p)) for p in sorted({policy, *(p for p, _, _ in cells)})}
     if words[policy] & {"sft", "cell"}:
         return None
+    alike = {p: {w for w in words[p] if re.fullmatch(r"at\d+|blank|noise\d+", w)} for p in words}
     fits = [p for p in words if "sft" in words[p] and words[p] - {"sft"} <= words[policy]]
+    fits = [p for p in fits if alike[p] == alike[policy]]
     return max(fits, key=lambda p: len(words[p]), default=None)
 
 

@@ -113,12 +113,16 @@ def summarise(rows: list[dict]) -> dict:
 def paired(rows: list[dict], base: list[dict]) -> dict:
     """Difference to a baseline on the episodes that both played, with one seed and no crash."""
     own, theirs = (
-        {(place_of(row), row["seed"]): row["success"] for row in side if not row["crash"]}
+        {
+            (place_of(row), row["seed"], row.get("protocol")): row["success"]
+            for row in side
+            if not row["crash"]
+        }
         for side in (rows, base)
     )
     both = [key for key in own if key in theirs]
     wins = [[side[key] for key in both] for side in (own, theirs)]
-    test = stats.mcnemar(*wins, [place for place, _ in both])
+    test = stats.mcnemar(*wins, [place for place, *_ in both])
     return {
         "diff_vs_sft": (test["only_a"] - test["only_b"]) / max(1, len(both)),
         "gained": test["only_a"],

@@ -32,7 +32,9 @@ def design_effect(values: Sequence[float], places: Sequence, tasks: Sequence | N
     tasks: the task of each value. Some tasks are easier than others, and what all places of a task share is
     not agreement between seeds, so it is removed first.
     """
-    left, tasks, of_place = np.asarray(values, float), np.asarray(tasks or [0] * len(values)), {}
+    left, of_place = np.array(values, float), {}
+    single = not tasks or len({*tasks}) == len({*places})  # one place a task: its mean would be the place's
+    tasks = np.zeros(len(left)) if single else np.asarray(tasks)
     for task in np.unique(tasks):
         left[tasks == task] -= left[tasks == task].mean()
     for value, place in zip(left, places, strict=True):
