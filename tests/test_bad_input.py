@@ -212,6 +212,7 @@ SENSELESS = [
     ("dpo", "dpo: {beta: .inf}"),
     ("dpo", "dpo: {alpha: 0}"),
     ("dpo", "{surrogate: independent, dpo: {weight: elbo}}"),
+    ("dpo", "dpo: {contrast: 0, sft_coef: 0}"),
     ("dpo", "{backbone: openvla, dpo: {weight: noise}}"),
     ("sft", "device: gpu"),
 ]

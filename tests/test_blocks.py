@@ -168,9 +168,9 @@ def test_a_block_that_was_made_elsewhere_is_not_overwritten(commands, tmp_path):
     record = tmp_path / "results/look/blocks/seed7.json"
     record.parent.mkdir(parents=True)
     record.write_text('{"arms": {"B": {}}}')
-    for folder in ("blocks", "blocks_B"):
+    for folder, seed in (("blocks", "07"), ("blocks_B", "7")):
         with pytest.raises(UserError, match=f"is there, but .*runs/{folder}/pi05/seed7.* is not"):
-            blocks.main("7", "kto")
+            blocks.main(seed, "kto")
         assert not commands
         (tmp_path / "runs" / folder / "pi05/seed7").mkdir(parents=True)
     blocks.main("7", "kto")

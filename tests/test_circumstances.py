@@ -376,6 +376,10 @@ def test_run_all_refuses_what_python_refuses(stub, tmp_path):
         (["x.yaml"], "twice"),
         (["nowhere.yaml"], "no config file"),
         (["9"], "no stage 9"),
+        (
+            ["configs/tiny.yaml", "configs/try.yaml", "08"],
+            "two configs, configs/tiny.yaml and configs/try.yaml",
+        ),
     ):
         result = run_all(stub, tmp_path, *arguments)
         assert result.returncode == 2 and word in result.stderr and result.stderr.count("\n") == 1

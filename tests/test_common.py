@@ -209,6 +209,13 @@ def test_what_the_places_of_a_task_share_is_no_agreement_of_seeds():
     assert np.mean([stats.design_effect(v, places) for v in values]) > 1.3, "without the tasks"
 
 
+def test_seeds_that_agree_count_once_where_each_task_has_a_single_place():
+    once = list(np.random.default_rng(1).random(40) < 0.5)
+    assert stats.design_effect(once * 3, list(range(40)) * 3, list(range(40)) * 3) == pytest.approx(3)
+    values = np.array([1.0, 0.0])
+    assert stats.design_effect(values, [0, 1]) == 1.0 and values.tolist() == [1.0, 0.0], "left as they were"
+
+
 def test_an_interval_over_tasks_is_wider_than_wilson_when_tasks_differ():
     values, clusters = np.repeat([1.0, 0.0], 50), np.repeat(np.arange(10), 10)
     low, high = stats.over_clusters(values, clusters)

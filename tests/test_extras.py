@@ -331,14 +331,14 @@ def write_weights(cfg) -> None:
         disk.write_json(cfg.seed_dir / "sft" / "done.json", done)
 
 
-def finished_cell(cfg, wins: list[bool], hits: float) -> None:
-    """A cell as `cells.main` leaves it, with 10 episodes of 100 steps and 50 looks."""
+def finished_cell(cfg, wins: list[bool], hits: float, task: int = 0) -> None:
+    """A cell as `cells.main` leaves it, from this task on, with episodes of 100 steps and 50 looks."""
     (Path(cfg.checkpoint) if cfg.checkpoint else cfg.seed_dir / "sft").mkdir(parents=True, exist_ok=True)
     write_weights(cfg)
 
     def main(cfg, run: stage.Run) -> dict:
         for i, win in enumerate(wins):
-            row = {"suite": "libero_object", "task": i // 5, "init_state": 35 + i % 5, "seed": 42}
+            row = {"suite": "libero_object", "task": task + i // 5, "init_state": 35 + i % 5, "seed": 42}
             row |= {"success": win, "steps": 100, "crash": "", "looks": 50, "hits": hits}
             row["wall_s"] = {"episode": 1.0, "check": 0.1, "encode": 0.2, "act": 0.3}
             disk.append_jsonl(run.dir / "played.jsonl", row)
@@ -368,6 +368,13 @@ def test_table_of_cells_pairs_with_the_same_look_interval(checkpoint, cell, tmp_
     assert "gained" not in rows["none-k2-euler10"] and "gained" not in rows["none-k5-euler10"]
     text = cells.listing([*rows.values()], cells.CELLS)
     assert "nothing new" in text and {line.count("|") for line in text.splitlines()} == {11}
+
+
+def test_cells_that_played_nothing_in_common_are_not_compared(cell):
+    finished_cell(cell, [True] * 5, 0)
+    finished_cell(replace(cell, reuse="chunk"), [False] * 5, 25, task=1)
+    rows = cells.cells_table(cell)
+    assert len(rows) == 2 and not any("gained" in row for row in rows)
 
 
 def test_a_cell_is_paired_with_its_own_weights_in_its_own_circumstances(cell, tmp_path):

@@ -217,6 +217,9 @@ def test_a_policy_is_paired_with_the_sft_policy_that_it_started_from_and_a_cell_
     assert audit.baseline_of("tiny/dpo-lora", cells) == "tiny/sft"
     assert audit.baseline_of("tiny/dpo-lora-at750", cells) == "tiny/sft-at750"
     assert audit.baseline_of("tiny/sft-at750", cells) is None
+    late = {key: cell for key, cell in cells.items() if key[0] != "tiny/sft-at750"}
+    for policy in ("dpo-lora-at750", "dpo-lora-blank", "dpo-lora-noise1042"):
+        assert audit.baseline_of(f"tiny/{policy}", late) is None, "the other start, or other images or noise"
     assert audit.baseline_of("tiny/cell-none-k2", cells) is None, "its table names what it is compared with"
 
 
@@ -406,6 +409,7 @@ def test_a_run_is_reported_as_far_as_it_has_come(tmp_path):
     for seed in (42, 1337):
         folder = tmp_path / "tiny" / "pi05" / f"seed{seed}"
         (folder / "profile").mkdir(parents=True)
+        disk.write_json(folder / "profile" / "done.json", {"inputs": {}})
         disk.write_json(folder / "results.json", [row | {"train_seeds": [seed]} for row in rows])
         metrics = [
             {"metric": f"{part}_ms", "value": v, "unit": "ms", "n": 9, "ci95": [v - 1, v + 1]}
@@ -508,6 +512,37 @@ def test_an_evaluation_that_is_being_redone_has_no_row(tmp_path, monkeypatch):
     assert report_stage.of_run(report_cfg, "pi05").rows == []
 
 
+def test_tables_of_a_folder_that_is_being_redone_are_not_shown(tmp_path):
+    report_cfg = report_stage.Config(root=str(tmp_path), name="x")
+    metric = {"metric": "a", "value": 1, "unit": "ms", "command": "python 07_validate.py x", "commit": ""}
+    (folder := tmp_path / "x" / "pi05" / "seed42" / "validate-branch").mkdir(parents=True)
+    disk.write_json(folder.with_suffix(".json"), [metric])
+    assert report_stage.of_run(report_cfg, "pi05").rows == []
+    disk.write_json(folder / "done.json", {"inputs": {}})
+    assert len(report_stage.of_run(report_cfg, "pi05").rows) == 1
+
+
+def test_episodes_of_another_protocol_or_simulator_have_no_partner(tmp_path, monkeypatch):
+    rows = [episode("libero_object", 0, init) for init in range(40, 50)]
+    cfgs = [
+        evaluation.Config(root=str(tmp_path), name="x", policy=policy, execute=execute)
+        for policy, execute in (("sft", 8), ("dpo", 4))
+    ]
+    for cfg in cfgs:
+        evaluate(monkeypatch, cfg, rows, [])
+    assert not audit.audit(tmp_path / "x" / "pi05")["pairs"]
+    same = replace(cfgs[1], execute=8, overwrite=True)
+    evaluate(monkeypatch, same, rows, [])
+    assert audit.audit(tmp_path / "x" / "pi05")["pairs"][0]["paired_n"] == 10
+    paired = [row for row in evaluation.results_table(same) if "gained" in row]
+    assert len(paired) == 1
+    done = disk.read_json(same.folder / "done.json")
+    for part in ("versions", "source"):
+        other = done | {part: done[part] | {"mujoco": "3.4"}}
+        disk.write_json(same.folder / "done.json", other)
+        assert not [row for row in evaluation.results_table(same) if "gained" in row]
+
+
 def test_what_was_measured_on_older_weights_is_left_out_everywhere(tmp_path, monkeypatch):
     cfg = evaluation.Config(root=str(tmp_path), name="x")
     (weights := cfg.seed_dir / "sft").mkdir(parents=True)
@@ -520,6 +555,11 @@ def test_what_was_measured_on_older_weights_is_left_out_everywhere(tmp_path, mon
     for made_in in ("profile", "validate-branch"):
         (cfg.seed_dir / made_in).mkdir()
         disk.write_json(cfg.seed_dir / made_in / "done.json", {"inputs": {"pi05/seed42/sft": "first"}})
+    (dpo := cfg.seed_dir / "dpo-lora-branch").mkdir()
+    disk.write_json(dpo / "done.json", {"inputs": {"pi05/seed42/sft": "first"}})
+    disk.write_rows(dpo / "metrics.jsonl", [{"step": 1}])
+    (cfg.folder / "videos").mkdir()
+    (cfg.folder / "videos" / "x.gif").touch()
     disk.write_json(cfg.seed_dir / "profile" / "table.json", [metric])
     disk.write_json(cfg.seed_dir / "validate-branch.json", [metric])
     report_cfg = report_stage.Config(root=str(tmp_path), name="x")
@@ -529,7 +569,12 @@ def test_what_was_measured_on_older_weights_is_left_out_everywhere(tmp_path, mon
     assert report_stage.of_run(report_cfg, "pi05").rows == []
     cells, (found,) = audit.read(tmp_path / "x")
     assert not cells and "made anew since" in found.text
+    assert (
+        not report_stage.of_run(report_cfg, "pi05").training
+        and not report_stage.of_run(report_cfg, "pi05").videos
+    )
     shutil.rmtree(weights)  # to save space: then nothing is newer
+    assert report_stage.of_run(report_cfg, "pi05").training and report_stage.of_run(report_cfg, "pi05").videos
     assert len(report_stage.of_run(report_cfg, "pi05").rows) == 3
     shutil.copytree(cfg.folder, tmp_path / "copy")
     assert not audit.audit(tmp_path / "copy")["findings"]

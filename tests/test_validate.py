@@ -10,6 +10,7 @@ import importlib
 import itertools
 import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -550,6 +551,32 @@ def test_only_policies_that_were_trained_with_as_many_pairs_held_out_are_measure
         disk.write_json(cfg.seed_dir / name / "done.json", {"config": config, "inputs": inputs})
     assert [*cfg.dpo_folders()] == ["dpo-b"]
     assert [*dataclasses.replace(cfg, held_out=0).dpo_folders()] == ["dpo-a"]
+
+
+def test_an_adapter_whose_pairs_nobody_knows_has_no_held_out_ones(tmp_path):
+    given = shutil.copytree(HERE / "checkpoints/try/pi05", tmp_path / "given")
+    cfg = validate.Config(
+        root=str(tmp_path),
+        checkpoint=str(given / "sft"),
+        pairs_from=str(given / "prefs"),
+        adapters_from=str(given),
+    )
+    assert cfg.inputs()
+    with pytest.raises(UserError, match="does not say which pairs"):
+        dataclasses.replace(cfg, held_out=2).inputs()
+    hashes = {path.name: disk.sha256(path) for path in (given / "prefs").iterdir()}
+    config = {"pairs": "branch", "surrogate": "paper", "held_out": 2}
+    outputs = {path.name: "" for path in (given / "lora").iterdir()}
+    done = {"stage": "03_dpo", "fingerprint": "", "inputs": hashes, "config": config, "outputs": outputs}
+    disk.write_json(given / "lora" / "done.json", done)
+    assert dataclasses.replace(cfg, held_out=2).inputs()
+
+
+def test_one_pair_is_too_few_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(validate, "load_pairs", lambda cfg: {"chunks": torch.zeros(1, 2, 10, 7)})
+    run = SimpleNamespace(dir=tmp_path)
+    with pytest.raises(UserError, match="a single pair"):
+        validate.main(validate.Config(adapters_from=str(tmp_path)), run)
 
 
 def test_one_time_is_any_time(tmp_path, monkeypatch):
