@@ -170,13 +170,10 @@ def results_table(cfg: Config) -> list[dict]:
             "commit": timing["commit"],
         }
         base_facts, base, _ = of_policy.get(start, (facts, [], None))
-        same_weights = base_facts["inputs"].items() <= facts["inputs"].items()  # not another start_seed's
-        same_protocol = all(base_facts["config"][key] == used[key] for key in PROTOCOL)
-        same_code = all(base_facts.get(key) == facts.get(key) for key in ("versions", "source"))
         for suites in [used["suites"], *([s] for s in used["suites"] if len(used["suites"]) > 1)]:
             of_suites = [episode for episode in played if episode["suite"] in suites]
             rows.append(row | {"suite": " ".join(suites)} | episodes.summarise(of_suites))
-            if base and name != start and same_weights and same_protocol and same_code:
+            if base and name != start and episodes.comparable(facts, base_facts, PROTOCOL, facts["inputs"]):
                 test = episodes.paired(of_suites, base)
                 rows[-1] |= {"paired_with": start} | test if test["paired_n"] else {}
     return rows

@@ -351,10 +351,8 @@ def cells_table(cfg: Config) -> list[dict]:
             checkpoint=teacher(facts)["config"]["checkpoint"],
         ).cell
         base, others = of_cell.get(name, (facts, []))
-        same_weights = base["inputs"].items() <= teacher(facts)["inputs"].items()
-        same_protocol = all(base["config"].get(key) == used.get(key) for key in PROTOCOL)
-        same_code = all(base.get(key) == facts.get(key) for key in ("versions", "source"))
-        if others and same_weights and same_protocol and same_code and name != facts["cell"]:
+        made_from = teacher(facts)["inputs"]
+        if others and name != facts["cell"] and episodes.comparable(facts, base, PROTOCOL, made_from):
             test = episodes.paired(played, others)
             row |= {"paired_with": name} | test if test["paired_n"] else {}
         rows.append(row)

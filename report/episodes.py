@@ -110,6 +110,17 @@ def summarise(rows: list[dict]) -> dict:
     } | ({"right_place": float(np.mean(right)), "looks": len(right)} if right else {})
 
 
+def comparable(facts: dict, base: dict, protocol: tuple[str, ...], inputs: dict) -> bool:
+    """Whether an evaluation and its baseline, by their done.json, share the config keys of a protocol, their
+    code, and their weights. inputs: what the evaluated policy was made from.
+    """
+    return (
+        base["inputs"].items() <= inputs.items()  # not another start_seed's
+        and all(base["config"].get(key) == facts["config"].get(key) for key in protocol)
+        and all(base.get(key) == facts.get(key) for key in ("versions", "source"))
+    )
+
+
 def paired(rows: list[dict], base: list[dict]) -> dict:
     """Difference to a baseline on the episodes that both played, with one seed and no crash."""
     own, theirs = (
