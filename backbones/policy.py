@@ -252,11 +252,12 @@ class Policy(nn.Module):
         return [np.asarray(stats[name]) for name in names]
 
     def save(self, folder: Path) -> None:
-        """Write model.safetensors, config.json, norm_stats.json, tokenizer.json; each whole or not at all.
-
-        No adapter may be attached: load_weights knows none of its keys.
-        """
+        """Write model.safetensors, config.json, norm_stats.json, tokenizer.json; each whole or not at all."""
         state = {key: tensor.detach().contiguous() for key, tensor in self.state_dict().items()}
+        refuse(
+            any("lora_" in key for key in state),
+            "an adapter is attached: save it with peft's save_pretrained, or merge it first",
+        )
         folder.mkdir(parents=True, exist_ok=True)
         disk.write_json(folder / "config.json", {"backbone": self.backbone} | asdict(self.cfg))
         disk.write_json(folder / "norm_stats.json", self.norm_stats)
