@@ -84,13 +84,6 @@ class Config(common.ActingConfig, common.AdapterConfig):
     def dpo_folders(self) -> dict[str, Path]:
         """Name -> folder of every finished DPO on these pairs and this start, or of the one that is given."""
         if self.adapters_from:
-            done = self.adapter_dir / "done.json"
-            made_from = disk.read_object(done).get("inputs", {}).values() if done.is_file() else ()
-            refuse(
-                self.held_out
-                and not all(stage.fingerprint_of(p, self.run_dir) in made_from for p in self.pairs_inputs()),
-                f"held_out={self.held_out}: {self.adapter_dir} does not say which pairs it was trained on",
-            )
             return {self.made_adapter.name: self.adapter_dir}
         pairs = {stage.input_name(path, self.run_dir) for path in self.pairs_inputs()}
         ours = {key: getattr(self, key) for key in ("pairs", "start", "held_out", "blank_images")}
@@ -105,9 +98,14 @@ class Config(common.ActingConfig, common.AdapterConfig):
     def inputs(self) -> list[Path]:
         exact = (self.device, self.dtype) == ("cpu", "float32")
         refuse(not exact, "07_validate.py measures on the CPU in float32; set device=cpu dtype=float32")
-        adapters = self.dpo_folders().values()
-        if self.adapters_from:
-            adapters = self.adapter_inputs("held_out")
+        adapters = self.adapter_inputs("held_out") if self.adapters_from else self.dpo_folders().values()
+        if self.adapters_from and self.held_out:
+            done = self.adapter_dir / "done.json"
+            known = disk.read_object(done).get("inputs", {}).values() if done.is_file() else ()
+            refuse(
+                not all(stage.fingerprint_of(path, self.run_dir) in known for path in self.pairs_inputs()),
+                f"held_out={self.held_out}: {self.adapter_dir} does not say which pairs it was trained on",
+            )
         inputs = [*self.sft_inputs(), *self.pairs_inputs(), *adapters]
         self.made_with(self.pairs_dir, "denoise_steps")  # whose density the policy acts by
         return inputs

@@ -157,7 +157,7 @@ def of_config(name: str, *arguments: str) -> dict:
             "pairs seen 4000 (paper: 500); visits to a pair 36.36 (paper: 4.545)",
         ),
         ("dpo.sft_coef=0.25", "different", "sft_coef 0.25 (paper: 0)"),
-        ("dpo.contrast=0", "different", "contrast 0 (paper: 1)"),
+        ("dpo.contrast=0.4", "different", "contrast 0.4 (paper: 1)"),
         ("dpo.lr=1e-4", "same", ""),
         ("dpo.lr=1.1e-4", "different", "lr 0.00011 (paper: 5e-05)"),
         ("pairs=branch", "different", "pairs branch (paper: episode)"),
