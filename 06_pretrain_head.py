@@ -439,7 +439,7 @@ def recall_rows(frames: Frames, heads: dict, cfg: Config) -> Iterator[dict]:
                 # chance is no estimate
                 "ci95": None
                 if name == "chance"
-                else np.clip(stats.over_clusters(recall, frames.episode[asked][of]), 0, 1).tolist(),
+                else stats.share_over_clusters(recall, frames.episode[asked][of]),
             }
 
 

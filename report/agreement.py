@@ -6,7 +6,6 @@ belong together.
 
 import itertools
 from collections.abc import Iterator
-from functools import partial
 from operator import itemgetter
 from pathlib import Path
 
@@ -59,7 +58,7 @@ def correlations(x: np.ndarray, y: np.ndarray, attempt: np.ndarray) -> dict:
 def right_signs(estimates: Tensor, truth: Tensor, attempt: np.ndarray) -> tuple[float, float, float]:
     """How often estimates (R, N) have the sign of the truth (N,), with its interval."""
     right = (estimates.sign() == truth.sign()).double().flatten().numpy()
-    return float(right.mean()), *np.clip(stats.over_clusters(right, np.tile(attempt, len(estimates))), 0, 1)
+    return float(right.mean()), *stats.share_over_clusters(right, np.tile(attempt, len(estimates)))
 
 
 def compare(estimates: Tensor, truth: Tensor, attempt: np.ndarray, shared: Tensor | None = None) -> dict:
@@ -122,11 +121,13 @@ def base_rates(cfg, measures: dict[str, dict], attempt: np.ndarray) -> Iterator[
             for name, part in parts.items():
                 exact = every[part].double().numpy()
                 positive = (exact > 0).astype(float)
-                share, over = positive.mean(), partial(stats.over_clusters, clusters=attempt[part])
+                share, sources = positive.mean(), attempt[part]
                 about = {"policy": policy, "surrogate": "exact", "quantity": name, "n": len(exact)}
                 yield about | {"metric": "blind guess", "unit": "share", "value": max(share, 1 - share)}
-                for metric, unit, x in (("positive", "share", positive), ("mean", "nats", exact)):
-                    yield about | {"metric": metric, "unit": unit, "value": x.mean(), "ci95": list(over(x))}
+                interval = stats.share_over_clusters(positive, sources)
+                yield about | {"metric": "positive", "unit": "share", "value": share, "ci95": interval}
+                interval = stats.over_clusters(exact, sources)
+                yield about | {"metric": "mean", "unit": "nats", "value": exact.mean(), "ci95": interval}
 
 
 def estimator_rows(cfg, measures: dict[str, dict], dims: int, attempt: np.ndarray) -> Iterator[dict]:
@@ -192,7 +193,7 @@ def against_what_acts(cfg, sft: dict, attempt: np.ndarray) -> Iterator[dict]:
     positive = (truth > 0).double().numpy()
     yield from rows_of(
         about | {"surrogate": "always positive", "draws": 0},
-        {"sign agreement": (positive.mean(), *stats.over_clusters(positive, attempt))},
+        {"sign agreement": (positive.mean(), *stats.share_over_clusters(positive, attempt))},
     )
 
 

@@ -98,13 +98,12 @@ def summarise(rows: list[dict]) -> dict:
     right = [row["right_place"] for row in valid if "right_place" in row]  # a share of four chunks, see 04
     tasks = np.array([f"{LAYOUTS.get(suite, suite)}/{task}" for suite, task, _ in places])  # in any layout
     successes = np.array([row["success"] for row in valid], float)
-    low, high = stats.over_clusters(successes, tasks) if len({*tasks}) > 1 else (0.0, 1.0)
     return {
         "n": len(valid),
         "successes": wins,
         "crashes": len(rows) - len(valid),
         "ci95": stats.wilson(wins, len(valid), deff),
-        "ci95_tasks": (max(0.0, low), min(1.0, high)),
+        "ci95_tasks": stats.share_over_clusters(successes, tasks) if len({*tasks}) > 1 else (0.0, 1.0),
         "tasks": {f"{s}/{t}": [sum(row["success"] for row in of), len(of)] for (s, t), of in of_task},
         "mean_steps": float(np.mean([row["steps"] for row in valid])) if valid else 0.0,
     } | ({"right_place": float(np.mean(right)), "looks": len(right)} if right else {})

@@ -98,11 +98,18 @@ def over_clusters(values: np.ndarray, clusters: np.ndarray) -> tuple[float, floa
 
     The mean is a ratio of two sums over clusters. Each cluster counts with its deviation from that ratio, and
     with clusters of one size that is the t interval of their means. In simulations it covers the truth as
-    often as it says (tests/test_stats.py), where a percentile bootstrap over ten tasks covers 90.5 %. One
-    cluster tells nothing of others: then it is the range of the values.
+    often as it says (tests/test_stats.py), where a percentile bootstrap over ten tasks covers 90.5 %. Of
+    shares near 0 and 100 % it is too narrow. One cluster tells nothing of others: then it is the range of
+    the values.
     """
     _, cluster = np.unique(clusters, return_inverse=True)
     if not np.any(cluster):
         return float(np.min(values)), float(np.max(values))
     counts, mean = np.bincount(cluster), np.mean(values)
     return t_interval(mean + (np.bincount(cluster, values) - mean * counts) / counts.mean())
+
+
+def share_over_clusters(values: np.ndarray, clusters: np.ndarray) -> tuple[float, float]:
+    """The same of values between 0 and 1, which their mean does not leave either."""
+    low, high = over_clusters(values, clusters)
+    return max(0.0, low), min(1.0, high)

@@ -146,3 +146,9 @@ def test_equivalence_at_the_bound_is_found_in_one_case_of_twenty():
 
 def test_one_cluster_gives_a_range_that_json_can_hold():
     assert stats.over_clusters(np.array([0.0, 1.0, 1.0]), np.zeros(3, int)) == (0.0, 1.0)
+
+
+def test_an_interval_of_a_share_stays_between_0_and_1():
+    low, high = stats.share_over_clusters(np.array([1.0, 1.0, 0.0, 1.0]), np.array([0, 0, 1, 1]))
+    assert stats.over_clusters(np.array([1.0, 1.0, 0.0, 1.0]), np.array([0, 0, 1, 1]))[1] > 1
+    assert (low, high) == (0.0, 1.0)
