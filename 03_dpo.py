@@ -282,10 +282,12 @@ def main(cfg: Config, run: stage.Run) -> dict:
 def metrics(loss: torch.Tensor, rewards: dict, pi_w: torch.Tensor, pi_l: torch.Tensor) -> dict[str, float]:
     """A line of the log; docs/reading.md explains each number."""
     margins = rewards["rewards/margins"]
+    mean = ranks.mean({"": margins.mean().item()})[""]  # over all processes
+    variance = ranks.mean({"": (margins - mean).square().mean().item()})[""]
     return {key: value.mean().item() for key, value in rewards.items()} | {
         "loss": loss.item(),
         "rewards/accuracies": (margins > 0).float().mean().item(),
-        "rewards/margin_std": margins.std(correction=0).item(),
+        "rewards/margin_std": variance**0.5,
         "logps/chosen": pi_w.mean().item(),
         "logps/rejected": pi_l.mean().item(),
     }

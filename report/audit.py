@@ -173,7 +173,7 @@ def tables(folder: Path, cells: Cells) -> Iterator[Finding]:
     """Rows of a table.json that disagree with the episodes of their name in its folder, if there are any."""
     for path in sorted(folder.rglob("table.json")):
         for row in [row for row in disk.read_json(path) if "successes" in row]:
-            kind, group = "cell-" if "hit_rate" in row else "", "-val" if row["group"] == "val" else ""
+            kind, group = "cell-" if "hit_rate" in row else "", "-val" if row.get("group") == "val" else ""
             name = "/".join([*path.parent.relative_to(folder).parts, f"{kind}{{}}{group}"])
             policy = name.format(row["name"])
             base = name.format(row["paired_with"]) if "paired_with" in row else baseline_of(policy, cells)

@@ -169,6 +169,8 @@ def test_two_ranks_train_what_one_process_trains(finished, tmp_path):
             torch.testing.assert_close(got[key], want[key], atol=1e-5, rtol=0)
         logs = [disk.read_jsonl(root / folder / "metrics.jsonl") for root in (kit, finished)]
         assert len(logs[0]) == len(logs[1]) > 0
+        for ours, alone in zip(*logs, strict=True):
+            assert ours == pytest.approx(alone, rel=1e-2, abs=1e-4)
     refused = torchrun(kit, "03_dpo.py", "configs/micro.yaml", "dpo.batch_size=3", "overwrite=true")
     assert refused.returncode != 0 and "dpo.batch_size=3 can't be split" in refused.stderr
 

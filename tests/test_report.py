@@ -191,6 +191,8 @@ def test_the_audit_checks_the_kits_tables(tmp_path):
     assert [found.kind for found in audit.audit(folder)["findings"]] == ["table"]
     edit_json(folder / "table.json", lambda rows: rows[0].update(successes=rows[0]["successes"] + 1))
     assert [found.kind for found in audit.audit(folder)["findings"]] == ["table", "table"]
+    edit_json(folder / "table.json", lambda rows: [row.pop("group") for row in rows])
+    assert [found.kind for found in audit.audit(folder)["findings"]] == ["table", "table"]
 
 
 def test_a_cell_keeps_its_name():
