@@ -229,7 +229,7 @@ def collect(job: Job) -> None:
     states, unit = common.init_states("prefs", cfg.n_init), len(rows)
     most = 1 + cfg.branches * cfg.tries if cfg.pairs == "branch" else cfg.candidates  # an attempt's play-outs
     while pairs < job.quota and playouts < job.budget:
-        init, visit = states[unit % len(states)], unit // len(states)  # each visit has noise of its own
+        init, visit = states[unit % len(states)], unit // len(states)  # each visit draws new noise
         try:
             found, tried, outcome = RECIPES[cfg.pairs](env, policy, cfg, init, visit)
         except CRASHES as error:  # the simulator diverged: nobody's success or failure

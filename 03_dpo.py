@@ -15,8 +15,8 @@ flow-matching error.
 `surrogate:` names what takes the place of log p (common.SURROGATES). "exact" is the likelihood itself
 (backbones/likelihood.py), its trace by random probe vectors (Hutchinson). The four terms share them, and
 every step has fresh ones: fixed ones could be learned by heart. "independent" is what the paper's code does:
-every term has draws of its own with t ~ Beta(1.5, 1), and augmented images of its own. The paper's code also
-takes the mean over dimensions. This option sums; the difference only rescales beta.
+each term draws its own (t, eps), with t ~ Beta(1.5, 1), and augments its own images. The paper's code also
+takes the mean over dimensions. This option sums, which only rescales beta.
 
 Differs from the paper's code: one set of draws (t, eps) per pair serves chosen, rejected, policy and
 reference (theirs draws afresh in each of 16 forwards). Errors are summed over the executed actions. Dropout
@@ -282,8 +282,8 @@ def main(cfg: Config, run: stage.Run) -> dict:
 def metrics(loss: torch.Tensor, rewards: dict, pi_w: torch.Tensor, pi_l: torch.Tensor) -> dict[str, float]:
     """A line of the log; docs/reading.md explains each number."""
     margins = rewards["rewards/margins"]
-    mean = ranks.mean({"": margins.mean().item()})[""]  # over all processes
-    variance = ranks.mean({"": (margins - mean).square().mean().item()})[""]
+    mean = ranks.mean({"margin": margins.mean().item()})["margin"]  # over the pairs of all processes
+    variance = ranks.mean({"margin": (margins - mean).square().mean().item()})["margin"]
     return {key: value.mean().item() for key, value in rewards.items()} | {
         "loss": loss.item(),
         "rewards/accuracies": (margins > 0).float().mean().item(),

@@ -133,10 +133,7 @@ def save_gif(path: Path, frames: list) -> None:
 
 # ----------------------------------------------------------------------------------------------------- tables
 # What the rows of a paired comparison must share:
-PROTOCOL = (
-    *("suites", "image_size", "render", "execute", "denoise_steps", "noise_scale", "group", "start"),
-    *("model", "dtype"),
-)
+PROTOCOL = ("suites", "group", "start", "denoise_steps", *episodes.PROTOCOL)
 
 
 def results_table(cfg: Config) -> list[dict]:

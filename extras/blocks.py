@@ -27,7 +27,7 @@ import common
 from report import episodes
 from runtime import HERE, disk, load_config, one_of, refuse, stage
 
-# the paper's dose. Its code multiplies a mean over 8 x 7 numbers with 0.1, its text a sum, as this kit does
+# the paper's dose. Its code multiplies a mean over 8 x 7 numbers by 0.1, its text a sum, as this kit does
 PAPER = "dpo.sft_coef=0 dpo.beta=0.0017857 dpo.batch_size=1 dpo.steps=500 dpo.lr=5e-5 dpo.warmup=100"
 TEXT = f"{PAPER} dpo.beta=0.1"
 ANCHOR = "dpo.sft_coef=0.25"

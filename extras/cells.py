@@ -307,7 +307,7 @@ def evaluate(job: tuple[Config, Path, str, int, list[int]]) -> None:
 
 # ----------------------------------------------------------------------------------------------------- tables
 # what a cell and its baseline must share, beside the weights
-PROTOCOL = ("suites", "image_size", "render", "execute", "noise_scale", "model", "dtype")
+PROTOCOL = ("suites", *episodes.PROTOCOL)
 
 
 def teacher(facts: dict) -> dict:

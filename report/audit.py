@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from report import stats
-from report.episodes import paired, place_of, summarise
+from report.episodes import PROTOCOL, paired, place_of, summarise
 from runtime import disk, refuse, stage
 
 NOISE = r"^eval-|libero_(spatial|object|goal|10|90|long10)|\d+x\d+|multiseed|seed\d+"  # not the policy's name
@@ -56,16 +56,6 @@ def episode_of(line: str) -> dict | None:
         }
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
-
-
-PROTOCOL = (
-    "image_size",
-    "render",
-    "execute",
-    "noise_scale",
-    "model",
-    "dtype",
-)  # what a pair's episodes share
 
 
 def read(folder: Path) -> tuple[Cells, list[Finding]]:

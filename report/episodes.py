@@ -109,6 +109,9 @@ def summarise(rows: list[dict]) -> dict:
     } | ({"right_place": float(np.mean(right)), "looks": len(right)} if right else {})
 
 
+PROTOCOL = ("image_size", "render", "execute", "noise_scale", "model", "dtype")  # what paired episodes share
+
+
 def comparable(facts: dict, base: dict, protocol: tuple[str, ...], inputs: dict) -> bool:
     """Whether an evaluation and its baseline, by their done.json, share the config keys of a protocol, their
     code, and their weights. inputs: what the evaluated policy was made from.
