@@ -67,7 +67,7 @@ EXPERIMENTS = {  # -> its config, noise seeds under which each arm plays, number
     "autoregressive": ("blocks_openvla", 1, 5, AUTOREGRESSIVE),  # greedy decoding has no noise
     "four_suites": ("blocks_4suite", 1, 3, {arm: LOOK[arm] for arm in "ACD"}),
 }
-RECORDED = ("beta", "pairs", "chunks", "playouts", "delivered", "commit")  # of what an arm trained on
+RECORDED = ("beta", "pairs", "chunks", "playouts", "trained", "delivered", "commit")  # of an arm's training
 FIELDS = ("seed", "suite", "task", "init_state", "success", "steps", "crash", "right_place")
 
 
@@ -117,6 +117,16 @@ def successes(prefs: Path, folder: Path, held_out: int) -> None:
     disk.write_rows(folder / "pairs.jsonl", [rows[i] for i in won])
 
 
+def log_ratios(log: list[dict], beta: float) -> dict:
+    """Score under the policy minus score under the reference, of chunks trained on: second half of 03's log.
+
+    Empty for a loss that does not log it. A flow policy's scores are the surrogate's, which are no nats.
+    """
+    late = [row for row in log[len(log) // 2 :] if "rewards/chosen" in row]
+    sides = ("chosen", "rejected") if late else ()
+    return {side: sum(row[f"rewards/{side}"] for row in late) / len(late) / beta for side in sides}
+
+
 def collect(name: str, cfg: common.AdapterConfig, arms: dict) -> None:
     """Write what a block has played on held-out states, and what its arms trained on."""
     out, seed, table, trained = HERE / "results" / name, cfg.seed, io.StringIO(), {}
@@ -131,6 +141,8 @@ def collect(name: str, cfg: common.AdapterConfig, arms: dict) -> None:
                     **disk.read_json(path),  # with those that the arm has played itself
                     **disk.read_json(path.with_name("timing.json")),
                 }
+                log = disk.read_jsonl(path.with_name("metrics.jsonl"))
+                facts["trained"] = log_ratios(log, facts.get("beta"))
                 trained[arm] = {key: facts[key] for key in RECORDED if key in facts}
         for facts, rows, _ in episodes.finished(folder, "eval-*", "test"):
             if (facts["config"]["start"], facts["config"]["blank_images"]) == (cfg.start, False):

@@ -103,6 +103,9 @@ def test_a_block_writes_every_held_out_episode_of_its_arms(tmp_path, monkeypatch
         disk.write_json(seed_dir / folder / "timing.json", {"commit": "abc", "host": "x"})
         if arm != "A":
             disk.write_json(seed_dir / folder / "adapter_config.json", {})
+        if arm == "D":  # beta 2; of four lines the last two count
+            log = [{"rewards/chosen": reward, "rewards/rejected": -reward} for reward in (90, 90, 2, 6)]
+            disk.write_rows(seed_dir / folder / "metrics.jsonl", log)
     text.parent.mkdir()
     disk.write_json(text, {"playouts": 800})
     blocks.collect("look", cfg, blocks.LOOK)
@@ -122,7 +125,9 @@ def test_a_block_writes_every_held_out_episode_of_its_arms(tmp_path, monkeypatch
         played = [(r["seed"], r["init_state"], r["success"]) for r in arms[arm][7]]
         assert played == [(7, 40, True), (1007, 41, True)]
     record = json.loads((out / "seed7.json").read_text(encoding="utf-8"))
-    assert record["arms"]["D"] == facts | {"playouts": 950, "commit": "abc"}
+    moved = {"trained": {"chosen": 2.0, "rejected": -2.0}}
+    assert record["arms"]["D"] == facts | moved | {"playouts": 950, "commit": "abc"}
+    assert record["arms"]["kto"]["trained"] == {}
     assert record["plan"] == disk.sha256(tmp_path / "results/look/plan.md") and record["playouts"] == 950
 
 
