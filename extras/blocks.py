@@ -36,6 +36,7 @@ LOOK = {  # arm -> what makes it from the snapshot: a script and its settings; "
     "E": "03_dpo.py dpo.sft_coef=2",  # mostly anchor, as in tiny.yaml
     # filtered behaviour cloning; no pairs, so beta can't be auto: about that of C
     "F": f"03_dpo.py {ANCHOR} dpo.contrast=0 dpo.beta=0.5 held_out=0",
+    "B-sum": f"03_dpo.py {PAPER} dpo.beta=0.1",
     "D-dora": f"03_dpo.py {ANCHOR} adapter=dora",
     "D-elbo": f"03_dpo.py {ANCHOR} surrogate=elbo",
     "D-exact": f"03_dpo.py {ANCHOR} surrogate=exact",
@@ -60,7 +61,7 @@ EXPERIMENTS = {  # -> its config, under how many noise seeds each arm plays, its
     "look": ("blocks", 2, LOOK),
     "autoregressive": ("blocks_openvla", 1, AUTOREGRESSIVE),  # greedy decoding has no noise
 }
-RECORDED = ("beta", "pairs", "chunks", "playouts", "delivered", "commit")  # of what an arm trained on
+RECORDED = ("beta", "pairs", "chunks", "playouts", "trained", "delivered", "commit")  # of an arm's training
 FIELDS = ("seed", "suite", "task", "init_state", "success", "steps", "crash", "right_place")
 
 
@@ -108,6 +109,16 @@ def successes(prefs: Path, folder: Path, held_out: int) -> None:
     disk.write_rows(folder / "pairs.jsonl", [rows[i] for i in won])
 
 
+def log_ratios(log: list[dict], beta: float) -> dict:
+    """Score under the policy minus score under the reference, of chunks trained on: second half of 03's log.
+
+    Empty for a loss that does not log it. A flow policy's scores are the surrogate's, which are no nats.
+    """
+    late = [row for row in log[len(log) // 2 :] if "rewards/chosen" in row]
+    sides = ("chosen", "rejected") if late else ()
+    return {side: sum(row[f"rewards/{side}"] for row in late) / len(late) / beta for side in sides}
+
+
 def collect(name: str, cfg: common.AdapterConfig, arms: dict) -> None:
     """Write what a block has played on held-out states, and what its arms trained on."""
     out, seed, table, trained = HERE / "results" / name, cfg.seed, io.StringIO(), {}
@@ -122,6 +133,8 @@ def collect(name: str, cfg: common.AdapterConfig, arms: dict) -> None:
                     **disk.read_json(path),  # with those that the arm has played itself
                     **disk.read_json(path.with_name("timing.json")),
                 }
+                log = disk.read_jsonl(path.with_name("metrics.jsonl"))
+                facts["trained"] = log_ratios(log, facts.get("beta"))
                 trained[arm] = {key: facts[key] for key in RECORDED if key in facts}
         for path in sorted(folder.glob("eval-*/done.json")):
             used = disk.read_json(path)["config"]
