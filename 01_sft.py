@@ -8,7 +8,7 @@ try     python 01_sft.py configs/try.yaml name=mine (after the same with 00_demo
 
 The loss is flow matching, or next-token cross-entropy: the backbone's own `sft_loss`. An observation is
 encoded once and scored with several draws of (t, eps), because on a small model the encoder is the expensive
-part. `early` draws a share of every batch from the first 16 steps of the episodes (five frames here). Only
+part. `early` draws a share of every batch from steps 0 to 16 of the episodes (five frames here). Only
 there do the images alone say where the object is. Later the hand is on its way, and the robot's state tells
 as much. `until` ends the training early, e.g. at a snapshot's step, on the schedule of `steps`.
 Differs from the paper: it publishes no SFT stage. Here `train: full` learns everything, from scratch or from
@@ -252,7 +252,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
 
         # 3. one step of the optimiser, and of the average that will be saved
         loss.backward()
-        run.average_gradients(parameters)
+        ranks.average_gradients(parameters)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         run.check(grad_norm, step, "gradient")
         lr = run.set_learning_rate(optimizer, step)

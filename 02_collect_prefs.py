@@ -54,7 +54,7 @@ class Config(common.SceneConfig, common.ActingConfig, common.PairsConfig):
     noise_low: float = 0.1  # episode: standard deviation of the action noise of the first candidate ...
     noise_high: float = 0.4  # ... and of the last
     branches: Count = 3  # branch: decision points per failed episode
-    tries: Count = 2  # branch: other chunks tried at a decision point; a third seldom helps where two did not
+    tries: Count = 2  # branch: other chunks per decision point; a third seldom succeeds where two failed
     branch_scale: float = 1.0  # branch: noise_scale of the chunks that are tried, and of nothing else
     max_steps: int = 0  # play-outs end here at the latest; 0 = the suite's own limit
     last_decision: Count = 6  # branch: decision points are among the first 6 looks, about up to the grasp

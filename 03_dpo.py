@@ -16,7 +16,8 @@ flow-matching error.
 (backbones/likelihood.py), its trace by random probe vectors (Hutchinson). The four terms share them, and
 every step has fresh ones: fixed ones could be learned by heart. "independent" is what the paper's code does:
 each term draws its own (t, eps), with t ~ Beta(1.5, 1), and augments its own images. The paper's code also
-takes the mean over dimensions. This option sums, which only rescales beta.
+takes the mean over all of a chunk's numbers. This option sums those of the executed actions; with
+whole_chunk=true only the scale of beta differs.
 
 Differs from the paper's code: one set of draws (t, eps) per pair serves chosen, rejected, policy and
 reference (theirs draws afresh in each of 16 forwards). Errors are summed over the executed actions. Dropout
@@ -237,7 +238,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
     policy.recompute = cfg.recompute
     trained = torch.nn.ParameterList(p for p in policy.parameters() if p.requires_grad)
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=0.0)
-    beta = run.agree(choose_beta(policy, pairs, cfg))
+    beta = ranks.told(choose_beta(policy, pairs, cfg))
     n, k = len(pairs["mask"]), sum(p.numel() for p in trained)
     print(f"[03_dpo] {n} pairs, {cfg.adapter} with {k:,} parameters, beta {beta:.4g}", flush=True)
     if cfg.surrogate != "independent":  # which augments the images at every step
@@ -263,7 +264,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
 
         # 4. one step of the optimiser, and the log
         total.backward()
-        run.average_gradients(trained)
+        ranks.average_gradients(trained)
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
         run.check(grad_norm, step, "gradient")
         lr = run.set_learning_rate(optimizer, step)

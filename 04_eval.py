@@ -2,8 +2,8 @@
 
 reads   <run>/<backbone>/seed<k>/sft/ (01) and, for policy=dpo, .../dpo-<adapter>-<pairs>/ (03)
 writes  <run>/<backbone>/seed<k>/eval-<policy>[-val]/: episodes.jsonl (a line per episode), summary.json,
-        videos/, done.json; and results.{json,md} beside these folders: all evaluations so far in one table,
-        paired with the SFT policy
+        videos/, done.json; and results[-val].{json,md} beside these folders: all evaluations so far in one
+        table, paired with the SFT policy
 cost    1 to 3 s per episode and core
 try     python 04_eval.py configs/try.yaml name=mine policy=dpo adapters_from=    (without it, the kit's own)
 

@@ -55,7 +55,7 @@ GPUS = {
 @dataclass
 class Config(common.SceneConfig, common.ActingConfig):
     section: ClassVar = "profile"
-    weights: Literal["sft", "random"] = "sft"  # "random": of the shapes in `model`, read from nowhere
+    weights: Literal["sft", "random"] = "sft"  # "random": of the shapes in `model` or of the checkpoint
     repeats: Count = 20  # timed inferences at each point
     sweeps: bool = True  # vary steps, views, batch, chunk, dtype and the compiler, one at a time
     gpu: Literal[tuple(GPUS)] = "H20"  # first line of the roofline; the paper's GPU
@@ -256,9 +256,7 @@ def roofline(cfg: Config) -> dict:
     layers, and for the actions also the prefix's keys and values, in every pass. Kernel launches, norms and
     rotations come on top.
     """
-    policy = memory.make_policy(
-        replace(cfg, model={}, checkpoint="", init_from="", dtype="bfloat16", device="cpu"), ""
-    )
+    policy = memory.make_policy(replace(cfg, model={}, checkpoint="", init_from="", dtype="bfloat16"), "")
     obs, _, _ = memory.make_batch(policy, 1)
     noise = policy.noise(1, torch.Generator()).to("meta")
     passes = cfg.denoise_steps if policy.backbone == "pi05" else policy.horizon * common.ACTION_DIM
@@ -280,7 +278,7 @@ def roofline(cfg: Config) -> dict:
 # ------------------------------------------------------------------------------------------------------- main
 def random_policy(cfg: Config):
     """Random weights of the config's shapes, made in place: two copies of published shapes may not fit."""
-    policy = memory.make_policy(replace(cfg, dry_run=True), "").to_empty(device=cfg.device)
+    policy = memory.make_policy(cfg, "").to_empty(device=cfg.device)
     for p in policy.parameters():
         torch.nn.init.normal_(p, std=0.02)
     return policy.eval()

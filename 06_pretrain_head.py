@@ -379,7 +379,7 @@ def chance(right: np.ndarray, candidates: np.ndarray, k: int) -> np.ndarray:
     1 - C(c - r, k) / C(c, k)
     """
     missed = [np.maximum(candidates - right - i, 0) / np.maximum(candidates - i, 1) for i in range(k)]
-    return 1 - np.prod(missed, axis=0)
+    return (1 - np.prod(missed, axis=0)) * (right > 0)
 
 
 def score(

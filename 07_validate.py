@@ -96,8 +96,14 @@ class Config(common.ActingConfig, common.AdapterConfig):
         }
 
     def inputs(self) -> list[Path]:
-        exact = (self.device, self.dtype) == ("cpu", "float32")
-        refuse(not exact, "07_validate.py measures on the CPU in float32; set device=cpu dtype=float32")
+        refuse(
+            (self.device, self.dtype) != ("cpu", "float32"),
+            "07_validate.py measures on the CPU in float32; set device=cpu dtype=float32",
+        )
+        refuse(
+            self.max_draws & (self.max_draws - 1),
+            f"validate.max_draws={self.max_draws} must be a power of 2: 1, 2, 4, ... draws are tried",
+        )
         adapters = self.adapter_inputs("held_out") if self.adapters_from else self.dpo_folders().values()
         if self.adapters_from and self.held_out:
             done = self.adapter_dir / "done.json"
@@ -179,7 +185,7 @@ def estimate(policy, obs, chunks: Tensor, name: str, k: int, g: torch.Generator)
     flat = chunks.transpose(0, 1).flatten(0, 1)  # (c n, H, 7)
     errors = policy.errors(prefix, flat, draws.repeat(c), torch.ones(c * n, h))
     errors = errors.unflatten(1, (c, n)).transpose(1, 2)
-    return -(common.TIME_WEIGHTS[weight](draws.t)[..., None] * errors).mean(0), errors
+    return common.surrogate_log_prob(errors, draws.t[..., None], weight), errors
 
 
 def exact(policy, prefix, chunks: Tensor, steps: int, g: torch.Generator | None = None) -> Tensor:
@@ -223,12 +229,12 @@ def measure(job: tuple) -> None:
             ]
             tensors[f"{name}/{k}"] = torch.stack([score for score, _ in repeats])  # (R, n, 2)
             if name == "paper":  # its errors give the estimates with other weights, too
-                errors = torch.stack([error for _, error in repeats])  # (R, K, n, 2)
-                t = ((torch.arange(k) + 0.5) / k)[None, :, None, None]
-                tensors[f"paper-noise/{k}"] = -(common.TIME_WEIGHTS["noise"](t) * errors).mean(1)
-                tensors[f"paper-elbo/{k}"] = -(common.TIME_WEIGHTS["elbo"](t) * errors).mean(1)
+                errors = torch.stack([error for _, error in repeats], dim=1)  # (K, R, n, 2)
+                t = ((torch.arange(k) + 0.5) / k)[:, None, None, None]
+                for weight in ("noise", "elbo"):
+                    tensors[f"paper-{weight}/{k}"] = common.surrogate_log_prob(errors, t, weight)
                 order = torch.randperm(k, generator=common.stream(cfg.seed, "one time", k, pairs[0]))
-                tensors["by_time"] = -errors.mean(0)[order]  # (K, n, 2) of the largest K, which comes last
+                tensors["by_time"] = -errors.mean(1)[order]  # (K, n, 2) of the largest K, which comes last
     disk.save_tensors(file, tensors)
 
 

@@ -5,8 +5,9 @@ reads   of a run, for each backbone and seed, <run>/<backbone>/seed<k>/: dpo-*/m
         */table.json). With results=FOLDER, each folder at or below it that holds a table.json, as the
         committed results do: table.json, training/, episodes/, videos/; and the paper's claims
         (configs/paper.yaml), with the files below results/ that they name
-writes  <run>/report/, or FOLDER/report/: index.html; report.md and PNGs, the same for other readers; of a run
-        table.json, all its rows; with results= claims.json. A run's page contains its smaller pictures.
+writes  <run>/report/, or FOLDER/report/: index.html, and the same as report.md with PNGs. Of a run also
+        table.json, which holds all its rows; its page contains its smaller pictures. With results= also
+        claims.json.
         With readme=PATH, the tables between <!-- table:NAME --> and <!-- /table --> in that Markdown file,
         or in every one below that folder. With audit=FOLDER, only <run>/report/audit.md; the exit code is 1
         if the audit finds something.
@@ -36,7 +37,7 @@ from runtime import BACKBONES, HERE, Place, disk, load_config, refuse, stage
 
 
 @dataclass
-class Config(common.PolicyConfig):
+class Config(common.RunConfig):
     section: ClassVar = "report"
     results: Place = ""  # folder of committed results to report on, instead of the run
     audit: Place = ""  # folder of episodes to audit, instead of a report
@@ -64,9 +65,9 @@ def of_run(cfg: Config, backbone: str) -> Experiment:
     experiment, now = Experiment(f"{cfg.name} {backbone}", [], episodes=folder), cache(stage.made_now)
     seed_dirs = [path for path in folder.glob("seed*") if path.name[4:].isdecimal()]
     for seed_dir in sorted(seed_dirs, key=lambda path: int(path.name[4:])):
-        finished = {  # script, group and name of the evaluations that are not being redone
-            (kind, group, facts.get("policy") or facts["cell"])
-            for kind, pattern in (("04_eval.py", "eval-*"), ("extras.cells", "cell-*"))
+        finished = {  # cell or not, group and name of the evaluations that are not being redone
+            (pattern == "cell-*", group, facts.get("policy") or facts["cell"])
+            for pattern in ("eval-*", "cell-*")
             for group in ("test", "val")
             for facts, _, _ in episodes.finished(seed_dir, pattern, group)
         }
@@ -77,7 +78,7 @@ def of_run(cfg: Config, backbone: str) -> Experiment:
             experiment.rows += [
                 ABSENT | row
                 for row in (table if isinstance(table, list) else [])
-                if "successes" not in row or (script(row), row["group"], row["name"]) in finished
+                if "successes" not in row or ("hit_rate" in row, row["group"], row["name"]) in finished
             ]
         for path in sorted(seed_dir.glob("dpo-*/metrics.jsonl")):
             if stage.out_of_date(path.parent, now):
@@ -91,10 +92,19 @@ def of_run(cfg: Config, backbone: str) -> Experiment:
 
 def of_results(table: Path, top: Path) -> Experiment:
     """One folder of committed results."""
-    folder, redrawn = table.parent, re.compile("differences|dpo")
+    folder, redrawn, rows = table.parent, re.compile("differences|dpo"), disk.read_json(table)
+    refuse(
+        not isinstance(rows, list)
+        or not all(
+            isinstance(row, dict)
+            and ({"metric", "value"} <= row.keys() or {"successes", "n", "ci95"} <= row.keys())
+            for row in rows
+        ),
+        f"{table} has other rows than this kit's tables; move it away, or name another folder",
+    )
     return Experiment(
         str(folder.relative_to(top)) if folder != top else folder.name,
-        [ABSENT | row for row in disk.read_json(table)],
+        [ABSENT | row for row in rows],
         {path.stem: disk.read_jsonl(path) for path in sorted(folder.glob("training/dpo-*.jsonl"))},
         folder / "episodes" if (folder / "episodes").is_dir() else None,
         [path for path in sorted(folder.glob("*.png")) if not redrawn.match(path.name)],
@@ -138,7 +148,8 @@ def main(cfg: Config) -> None:
     write_report(Path(cfg.results).name or cfg.name, blocks, folder, alone=not cfg.results)
     pages = [readme] if readme.is_file() else readme.rglob("*.md")
     for path in pages if cfg.readme else []:
-        disk.write_atomic(path, fill_in(disk.read_text(path), named))
+        if b"<!-- table:" in path.read_bytes():
+            disk.write_atomic(path, fill_in(disk.read_text(path), named, path))
 
 
 if __name__ == "__main__":

@@ -15,18 +15,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from runtime import (
-    Count,
-    Place,
-    PlaceConfig,
-    disk,
-    one_of,
-    refuse,
-    regex,
-    stage,
-    typed,
-    warn,
-)
+from runtime import Count, Place, PlaceConfig, disk, one_of, refuse, regex, stage, typed, warn
 from runtime.origin import origin, same_origin
 from runtime.seeds import entropy, np_stream, own_rows, select, shuffled, stream  # noqa: F401 (for stages)
 
@@ -88,7 +77,8 @@ def read_pairs(folder: Path, policy=None) -> dict:
     """02's pairs: their tensors, `instruction` (N strings) and `attempt` (N,), which attempt found each pair.
 
     Raises:
-        UserError: something is missing, not finite or of another shape, the policy's chunk length included.
+        UserError: something is missing, not finite or of another shape, or `policy` has chunks of another
+            length.
     """
     path = folder / "pairs.safetensors"
     pairs, again = disk.load_tensors(path), "remove its folder and run 02_collect_prefs.py again"
@@ -203,9 +193,9 @@ def surrogate_log_prob(error: Tensor, t: Tensor, weight: str = "velocity") -> Te
     """log p~(a | o) = - mean over draws of w(t) || v(x_t, t, o) - u_t ||^2, float32 (B,); paper, section 3.2.
 
     error: the squared norm for each draw and chunk, by flow_matching_error.  t: its times. Both (K, B).
-    Differs from the paper's code: draws are an argument (theirs are fresh in each forward); errors are summed
-    over the 7 dimensions of the actions that count (theirs is a mean over all H x 7, which makes DPO's logit
-    some 70 times smaller at the same beta).
+    Differs from the paper's code: draws are an argument (theirs are fresh in each forward). Errors are summed
+    over the 7 dimensions of the actions that count. Theirs is a mean over all H x 7: where 8 actions count,
+    DPO's logit is some 56 times smaller at the same beta.
     """
     w = TIME_WEIGHTS[weight](t)  # (K, B)
     return -(w * error).mean(0)

@@ -76,10 +76,10 @@ stage() { # number, script and its arguments
   "$PYTHON" "$kit$1" "${arguments[@]}"
 }
 
-# A wrong key shows now, not in half an hour. Before a new run also: is this simulator everyone's simulator? Once.
+# A wrong key shows now, not in half an hour. Before a new run, preflight also checks the simulator's versions, files and pixels.
 for backbone in ${BACKBONES:-""}; do
   flag=--config-only
-  if [[ " $STAGES " == *" 00 "* && ! -d "$RUN" && $backbone == "${BACKBONES##* }" ]]; then
+  if [[ " $STAGES " == *" 00 "* && ! -d "$RUN/data" && $backbone == "${BACKBONES##* }" ]]; then
     echo "[setup] \$ python -m extras.preflight $CONFIG"
     flag=""
   fi

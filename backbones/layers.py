@@ -15,6 +15,12 @@ from torch import Tensor, nn
 KeyValues = list[tuple[Tensor, Tensor]]  # of each layer, (B, kv heads, S, head_dim), keys rotated
 
 
+STEM = (  # what a model of such sizes is told
+    "{}: conv_stem needs a patch_size that is a power of 2, an image_size that is a multiple of it, and a"
+    " hidden_size of 16 or more that is a multiple of 8"
+)
+
+
 def conv_stem(width: int, patch_size: int) -> nn.Sequential:
     """log2(patch_size) convolutions of stride 2 that end in `width` channels: a patch embedding's token grid.
 
@@ -115,7 +121,9 @@ def decoder_layer(
 
 
 class Rows:
-    """Tensors of a batch, observations first, tokens last but one; the last of them is `valid` (B, S)."""
+    """Tensors of a batch. The first dimension counts observations. The last but one counts tokens, except in
+    the last tensor, `valid` (B, S).
+    """
 
     def tensors(self) -> list[Tensor]:
         return [getattr(self, name) for name in self.__dataclass_fields__]

@@ -5,14 +5,7 @@ from pathlib import Path
 
 import torch
 
-from backbones.policy import (
-    Policy,
-    build_tokenizer,
-    checked_stats,
-    config_from,
-    is_own,
-    read_tokenizer,
-)
+from backbones.policy import Policy, build_tokenizer, checked_stats, config_from, is_own, read_tokenizer
 from runtime import BACKBONES, disk, laid_over, one_of, refuse
 
 

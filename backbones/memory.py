@@ -4,13 +4,14 @@
 
 The policy is built on PyTorch's meta device, where tensors have a shape and no content. Weights, gradients
 and the optimizer's state are counted there. So are the activations: the stage's own forward pass runs there,
-and what autograd keeps is added up. With `recompute` two things come on top: the most that one layer keeps
-while the backward pass is in it, and the gradients of the prefix's keys and values, which gather until the
-pass reaches the prefix.
+and what autograd keeps is added up. The gradients of the prefix's keys and values come on top, which gather
+until the backward pass is there. With `recompute`, so does the most that one layer keeps while the pass is
+in it.
 
 Left out: PyTorch itself (0.4 GB on a CPU, about 1 GB with CUDA), the allocator's slack, the kernels'
 workspaces, the data. The image towers are counted as part of every DPO step. But 03 runs them once and keeps
-the tokens of all pairs, which are not counted.
+the tokens of all pairs, which are not counted. Activations are those of the whole batch, which several
+processes share. surrogate=exact needs more than is said: it keeps 2 x ode_steps passes and their derivatives.
 """
 
 import torch
@@ -37,13 +38,8 @@ def make_policy(cfg, trained: str) -> nn.Module:
     from_scratch = model and "vocab_size" not in model  # one instruction has about as many words as LIBERO's
     with torch.device("meta"):
         if start := checkpoint or cfg.init_from:
-            policy = load_policy(
-                start,
-                weights_of(cfg.start if checkpoint else "final"),
-                model,
-                cfg.suites,
-                read=False,
-            ).train()
+            weights = weights_of(cfg.start if checkpoint else "final")
+            policy = load_policy(start, weights, model, cfg.suites, read=False).train()
         else:
             policy = build(cfg.backbone, model, [INSTRUCTION] if from_scratch else None)
         policy.cast("float32" if trained == "full" else cfg.dtype)
@@ -58,9 +54,10 @@ def make_policy(cfg, trained: str) -> nn.Module:
                 cfg.seed,
             )
     policy.recompute = getattr(cfg, "recompute", False)
-    policy.tokenizer = build_tokenizer([INSTRUCTION])
-    policy.norm_stats = {
-        kind: {"q01": [-1.0] * n, "q99": [1.0] * n, "mean": [0.0] * n, "std": [1.0] * n}
+    policy.tokenizer = policy.tokenizer or build_tokenizer([INSTRUCTION])
+    policy.norm_stats = policy.norm_stats or {
+        kind: dict.fromkeys(("q01", "min", "mean"), [-1.0] * n)
+        | dict.fromkeys(("q99", "max", "std"), [1.0] * n)
         for kind, n in DIMS.items()
     }
     return policy

@@ -33,6 +33,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
 from backbones.layers import (
+    STEM,
     KeyValues,
     Prefix,
     conv_stem,
@@ -118,8 +119,13 @@ class OpenVLAConfig:  # defaults: OpenVLA-7B as published for LIBERO (openvla-7b
             f"model.n_bins={self.n_bins} must fit into the vocabulary of {self.vocab_size}",
         )
         refuse(
-            self.conv_stem and self.patch_size & (self.patch_size - 1),
-            "model.patch_size must be a power of 2: model.conv_stem halves the image at each step",
+            self.conv_stem
+            and (
+                self.patch_size & (self.patch_size - 1)
+                or self.image_size % self.patch_size
+                or any(tower.hidden_size % 8 or tower.hidden_size < 16 for tower in (self.dino, self.siglip))
+            ),
+            STEM.format("model"),
         )
         refuse(
             max(self.bos, self.eos, self.space) >= self.vocab_size,
@@ -271,8 +277,8 @@ class OpenVLA(Policy):
 
     # ------------------------------------------------------------------------------------------ action tokens
     def surroundings(self, valid: Tensor, n: int) -> tuple[tuple, Tensor]:
-        """Everything about n tokens behind those that are valid (N, S) that does not depend on their values:
-        rotary tables, mask (N, 1, n, S + n).
+        """What n further tokens need that does not depend on their values: rotary tables, and the mask
+        (N, 1, n, S + n). valid (N, S): which tokens before them count.
         """
         positions = valid.sum(1, keepdim=True) + torch.arange(n, device=valid.device)
         causal = valid.new_ones(n, n).tril().expand(len(valid), -1, -1)

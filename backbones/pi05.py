@@ -28,6 +28,7 @@ from transformers.models.gemma.modeling_gemma import GemmaDecoderLayer, GemmaRMS
 
 import common
 from backbones.layers import (
+    STEM,
     Prefix,
     attend,
     conv_stem,
@@ -80,7 +81,8 @@ class Pi05Config:  # defaults: pi-0.5 as published by openpi for LIBERO (pi05_li
     cameras: list[Literal[CAMERAS]] = field(default_factory=lambda: list(CAMERAS))  # openpi masks a third one
     # openpi: the text alone. lerobot: "Task: ..., State: ...;\nAction: ", as openpi with discrete_state_input
     prompt: Literal["openpi", "lerobot"] = "openpi"
-    prompt_state_dims: Size = 8  # of the lerobot prompt: 8, or 32 (zero padding) before lerobot 0.5
+    # of the lerobot prompt: 8, or 32 (zero padding) before lerobot 0.5
+    prompt_state_dims: Annotated[int, DIMS["state"], LARGEST] = 8
     resize: Literal["openpi", "lerobot"] = "openpi"  # by PIL, antialiased; by torch, not antialiased
     normalisation: Literal[tuple(STATISTICS)] = "quantile"
     state_normalisation: Literal["", *STATISTICS] = ""  # of the state; empty = as the actions
@@ -109,8 +111,14 @@ class Pi05Config:  # defaults: pi-0.5 as published by openpi for LIBERO (pi05_li
         )
         refuse(not self.cameras, f"model.cameras is empty; choose from {', '.join(CAMERAS)}")
         refuse(
-            self.conv_stem and vision.patch_size & (vision.patch_size - 1),
-            "model.vision.patch_size must be a power of 2: conv_stem halves the image at each step",
+            self.conv_stem
+            and (
+                vision.patch_size & (vision.patch_size - 1)
+                or vision.image_size % vision.patch_size
+                or vision.hidden_size % 8
+                or vision.hidden_size < 16
+            ),
+            STEM.format("model.vision"),
         )
 
 
@@ -292,8 +300,8 @@ class Pi05(Policy):
         return [norm.modulation(cond) for norm in [*norms, self.expert.norm]]
 
     def surroundings(self, prefix: Prefix, h: int) -> tuple:
-        """Everything that h action tokens attend to and that does not depend on their values or times: rotary
-        tables, attention bias, and each layer's keys and values of the prefix.
+        """What h action tokens need that depends neither on their values nor on t: rotary tables, attention
+        bias, and the prefix's keys and values in each layer.
         """
         valid = torch.cat([prefix.valid, prefix.valid.new_ones(len(prefix), h)], dim=1)
         positions = prefix.valid.sum(1, keepdim=True) + torch.arange(h, device=valid.device)

@@ -27,12 +27,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from backbones.policy import (
-    DIMS,
-    Policy,
-    checked_stats,
-    read_tokenizer,
-)
+from backbones.policy import DIMS, Policy, checked_stats, read_tokenizer
 from common import ACTION_DIM, LAYOUTS
 from runtime import UserError, did_you_mean, disk, laid_over, one_line, refuse, warn
 

@@ -11,19 +11,21 @@ cost    40 minutes on two idle cores for arms A to F; stopped at any moment, the
 
 All arms start from one snapshot and train on one set of pairs, and each plays the same episodes. Every fifth
 attempt with a pair is kept from all arms, to measure what they learned. Without arms it makes those of the
-plan's table. Those from ipo on belong to results/neighbours/plan.md. Those that end in -text and -code take
-the pairs of the paper's text and of its public code, and are measured on those. Those that end in -sum have
-the paper's beta as its text has it.
+plan's table. ipo, hinge, proximal, simpo, kto, nft and grpo belong to results/neighbours/plan.md. Those that
+end in -text and -code take the pairs of the paper's text and of its public code, and are measured on those.
+Those that end in -sum have the paper's beta as its text has it.
 """
 
 import csv
 import io
+import itertools
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import common
+from extras.losses import trained_on
 from report import episodes
 from runtime import HERE, disk, load_config, one_of, refuse, stage
 
@@ -88,19 +90,6 @@ def run(script: str, *settings: str) -> None:
     refuse(code, f"{script[-1]} stopped with code {code}; mend it, and give the same command again")
 
 
-def trained_on(prefs: Path, held_out: int) -> list[int]:
-    """Which play-outs of 02 may be trained on: all but those of attempts whose pairs 03 holds out."""
-    with_pairs, tried = (
-        [
-            (row["suite"], row["task"], row["unit"])
-            for row in disk.read_jsonl(prefs / f"{name}.jsonl", "suite task unit")
-        ]
-        for name in ("pairs", "tried")
-    )
-    held = list(dict.fromkeys(with_pairs))[::held_out] if held_out else []  # as common.read_pairs counts
-    return [i for i, attempt in enumerate(tried) if attempt not in held]
-
-
 def successes(prefs: Path, folder: Path, held_out: int) -> None:
     """Pairs that clone what worked: chosen is the first chunk of a successful play-out.
 
@@ -134,6 +123,13 @@ def collect(name: str, cfg: common.AdapterConfig, arms: dict) -> None:
     writer.writeheader()
     for arm in arms:
         folder = folder_of(cfg, arm)
+        played = [
+            rows
+            for facts, rows, _ in episodes.finished(folder, "eval-*", "test")
+            if (facts["config"]["start"], facts["config"]["blank_images"]) == (cfg.start, False)
+        ]
+        if len(played) < EXPERIMENTS[name][1]:  # not yet under all noise seeds
+            continue
         for path in folder.rglob("done.json"):
             if path.with_name("adapter_config.json").is_file():  # 03 or an extra has trained here
                 facts = {
@@ -144,10 +140,8 @@ def collect(name: str, cfg: common.AdapterConfig, arms: dict) -> None:
                 log = disk.read_jsonl(path.with_name("metrics.jsonl"))
                 facts["trained"] = log_ratios(log, facts.get("beta"))
                 trained[arm] = {key: facts[key] for key in RECORDED if key in facts}
-        for facts, rows, _ in episodes.finished(folder, "eval-*", "test"):
-            if (facts["config"]["start"], facts["config"]["blank_images"]) == (cfg.start, False):
-                for row in rows:
-                    writer.writerow(row | {"block": seed, "arm": arm, "success": int(row["success"])})
+        for row in itertools.chain(*played):
+            writer.writerow(row | {"block": seed, "arm": arm, "success": int(row["success"])})
     (out / "blocks").mkdir(exist_ok=True)
     disk.write_atomic(out / "blocks" / f"seed{seed}.csv", table.getvalue())
     disk.write_json(
@@ -165,8 +159,9 @@ def main(*words: str) -> None:
     words = words if words[0] in EXPERIMENTS else ("look", *words)
     name, seed, named = words[0], "".join(words[1:2]), words[2:]
     config, noises, planned, arms = EXPERIMENTS[name]
-    usage = "usage: python -m extras.blocks [autoregressive | four_suites] SEED [ARM ...]"
-    refuse(not seed.isdecimal(), usage)
+    refuse(
+        not seed.isdecimal(), "usage: python -m extras.blocks [autoregressive | four_suites] SEED [ARM ...]"
+    )
     for arm in named:
         one_of("arm", arm, list(arms))
     block = f"configs/{config}.yaml", f"seed={seed}"

@@ -15,8 +15,8 @@ A look is an observation that the policy gets: one every `execute` steps of the 
 each look is answered by an inference, of whose chunk k = `execute` actions are carried out. A look that
 reuses something instead is a hit. What it reuses:
 
-    chunk    the last chunk goes on where it stands; each of its H actions is carried out once, so between k
-             of H (never a hit) and all H
+    chunk    the last chunk goes on where it stopped. No action is carried out twice: k of its H are if no
+             look is a hit, all H if every look is
     prefix   denoising runs again, from fresh noise, on the keys and values of an older observation; where the
              state is part of the prefix, the actions learn nothing new
     patches  as VLA-Cache (arXiv 2502.02175): image patches that stand still keep their keys and values. Those
@@ -50,7 +50,7 @@ import common
 from backbones.layers import Prefix, project_kv, rotary, rotate
 from report import episodes
 from report.tables import listing, publish
-from runtime import Count, disk, refuse, stage
+from runtime import HERE, Count, disk, refuse, stage
 from sim.env import CRASHES, TaskEnv, carry_out, tasks
 
 # What a look that reuses all it may can still learn, of what the policy sees (test_extras.py measures it)
@@ -312,7 +312,7 @@ PROTOCOL = ("suites", *episodes.PROTOCOL)
 
 def teacher(facts: dict) -> dict:
     """Of a student's cell what the student was made from, by its done.json; of any other cell itself."""
-    done = Path(facts["config"]["checkpoint"]) / "done.json"
+    done = HERE / facts["config"]["checkpoint"] / "done.json"
     made_from = disk.read_json(done) if done.is_file() else {"stage": ""}
     return made_from if made_from["stage"] in ("distill", "05_distill") else facts
 

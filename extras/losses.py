@@ -22,6 +22,7 @@ Left out: ORPO (arXiv 2403.07691). Its odds p / (1 - p) need p < 1, and a densit
 
 import importlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
@@ -30,7 +31,6 @@ from torch import Tensor
 
 import backbones
 import common
-from extras.blocks import trained_on
 from runtime import disk, refuse, stage
 
 dpo = importlib.import_module("03_dpo")
@@ -104,6 +104,19 @@ def balanced(losses: Tensor, won: Tensor) -> Tensor:
 
 
 # -------------------------------------------------------------------------------------------------- unpaired
+def trained_on(prefs: Path, held_out: int) -> list[int]:
+    """Which play-outs of 02 may be trained on: all but those of attempts whose pairs 03 holds out."""
+    with_pairs, tried = (
+        [
+            (row["suite"], row["task"], row["unit"])
+            for row in disk.read_jsonl(prefs / f"{name}.jsonl", "suite task unit")
+        ]
+        for name in ("pairs", "tried")
+    )
+    held = list(dict.fromkeys(with_pairs))[::held_out] if held_out else []  # as common.read_pairs counts
+    return [i for i, attempt in enumerate(tried) if attempt not in held]
+
+
 def load_tried(cfg: Config, policy) -> dict:
     """The first chunks of 02's play-outs, as 03's batches have pairs, and whether they `won`.
 

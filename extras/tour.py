@@ -1,6 +1,6 @@
 """Pictures of what happens inside, from the small policies in checkpoints/try: docs/tour.md, in two minutes.
 
-    python extras/tour.py
+    python -m extras.tour
 
 reads   extras/tour_page.md, the text; checkpoints/try/pi05/: the policy that DPO starts from, 20 pairs, and a
         LoRA adapter that was trained on them and 95 others
@@ -10,8 +10,6 @@ writes  docs/tour.md, docs/tour/: four PNGs and a GIF
 import importlib
 import sys
 from pathlib import Path
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # also without -m
 
 import torch
 
@@ -112,13 +110,17 @@ def episode() -> dict:
         row = evaluation.play(env, policy, cfg, init, frames)
         if row["success"]:
             break
+    else:
+        refuse(
+            True, "the policy solves no held-out init state here; check the simulator with extras.preflight"
+        )
     env.close()
     evaluation.save_gif(OUT / "episode.gif", frames[::2])
     return {"init": init, "looks": len(frames), "steps": row["steps"]}
 
 
 def main() -> None:
-    refuse(sys.argv[1:], "usage: python extras/tour.py, which draws docs/tour.md anew")
+    refuse(sys.argv[1:], "usage: python -m extras.tour, which draws docs/tour.md anew")
     OUT.mkdir(parents=True, exist_ok=True)
     policy = backbones.load_policy(TRY / "sft").eval()
     after = common.load_adapter(backbones.load_policy(TRY / "sft"), TRY / "lora")

@@ -32,8 +32,8 @@ Finding = namedtuple("Finding", "kind where text")
 def policy_of(path: Path, folder: Path) -> str:
     """The policy that a file's place names: openvla_dpo_libero_goal_dora_seed42.jsonl is openvla_dpo_dora.
 
-    A cell keeps its name, in which 0.92x4 is a threshold and a cap. Under one noise seed trainings differ by
-    their folder alone, so it stays.
+    A cell keeps its name, in which 0.92x4 is a threshold and a cap. Trainings that share a noise
+    seed differ in their seed folder alone, so that name stays too.
     """
     parts = path.relative_to(folder).with_suffix("").parts  # the kit's runs have a folder for each evaluation
     no_name = "episodes|played" + r"|seed\d+" * ("-noise" not in "/".join(parts[-2:]))
@@ -63,8 +63,9 @@ def read(folder: Path) -> tuple[Cells, list[Finding]]:
     cells, findings, now = defaultdict(dict), [], functools.cache(stage.made_now)
     for path in sorted(folder.rglob("*.jsonl")):
         text, twice = path.read_bytes().decode(errors="replace"), 0
-        if 'steps"' not in text:
-            continue  # only episodes count steps
+        # a hidden folder is what a stage was about to remove when it was killed; only episodes count steps
+        if "/." in f"/{path.relative_to(folder)}" or 'steps"' not in text:
+            continue
         older, done = stage.out_of_date(path.parent, now), path.with_name("done.json")
         used = disk.read_object(done).get("config", {}) if done.is_file() else {}
         protocol = str([used.get(key) for key in PROTOCOL])
@@ -74,7 +75,7 @@ def read(folder: Path) -> tuple[Cells, list[Finding]]:
             twice += place_of(row) in cell
             cell.setdefault(place_of(row), row | {"protocol": protocol})
         bad = rows.count(None)
-        begun = path.with_name("started.json").is_file() and not path.with_name("done.json").is_file()
+        begun = path.with_name("started.json").is_file() and not done.is_file()
         faults = [
             ("missing", older, "its weights were made anew since, so its episodes were left out"),
             ("missing", begun, f"its stage has not finished: {len(rows) - bad} episodes so far"),
@@ -160,9 +161,14 @@ COUNTED = {  # keys of a row of table.json, and what is said if the episodes giv
 
 
 def tables(folder: Path, cells: Cells) -> Iterator[Finding]:
-    """Rows of a table.json that disagree with the episodes of their name in its folder, if there are any."""
+    """Rows of a table.json that disagree with the episodes of the same name in its folder.
+
+    A row without such episodes is not checked.
+    """
     for path in sorted(folder.rglob("table.json")):
-        for row in [row for row in disk.read_json(path) if "successes" in row]:
+        for row in disk.read_json(path):
+            if not isinstance(row, dict) or not {"successes", "name", "suite", "train_seeds"} <= row.keys():
+                continue
             kind, group = "cell-" if "hit_rate" in row else "", "-val" if row.get("group") == "val" else ""
             name = "/".join([*path.parent.relative_to(folder).parts, f"{kind}{{}}{group}"])
             policy = name.format(row["name"])

@@ -1,7 +1,7 @@
 """The paper's claims (configs/paper.yaml) beside its public logs and this kit's committed results.
 
-Two fields of a row are computed. `setting` says how near the experiment is to the claim's: from configs.json
-(the configs that 03 had), counts of pairs and rows of table.json, against the paper's settings. `verdict`
+Two fields of a row are computed. `setting` says how near the experiment is to the claim's own. It compares
+the paper's settings with configs.json (03's configs), the number of pairs, and rows of table.json. `verdict`
 compares the claim's own number with the data. results/claims.md states the rule of both.
 """
 
@@ -25,10 +25,6 @@ RESULTS = HERE / "results"
 DELTA = 0.03  # a difference of success rates below 3 points is none, unless a row says another
 FACTOR = 2.0  # settings that differ by more are different, and smaller policies than this are toys
 ENOUGH = 3  # trainings, from which on an interval is over trainings
-
-
-def read_paper(path: Path = HERE / "configs" / "paper.yaml") -> dict:
-    return yaml.safe_load(path.read_bytes())
 
 
 # ---------------------------------------------------------------------------------------- what was found here
@@ -72,6 +68,7 @@ def trainings_of(ours: dict, new: str = "new", base: str = "base") -> dict:
     found = defaultdict(lambda: ([], []))
     for side, name in enumerate((new, base)):
         for i, file in enumerate(np.atleast_1d(ours[name])):
+            refuse(not (RESULTS / file).is_file(), f"a claim needs {RESULTS / file}, which is not there")
             for row in disk.read_jsonl(RESULTS / file):
                 if row["suite"] in ours.get("suites", [row["suite"]]):
                     found[i, row["seed"]][side].append(row | {"seed": (i, row["seed"])})
@@ -121,7 +118,9 @@ def paper_facts(claim: dict, paper: dict) -> dict:
 def training_logs(ours: dict, name: str) -> list[list[dict]]:
     """The rows of each committed log of this name, one for each seed."""
     files = sorted((RESULTS / ours["folder"]).glob("training/*.jsonl"))
-    return [disk.read_jsonl(file) for file in files if file.stem.partition("-seed")[0] == name]
+    logs = [disk.read_jsonl(file) for file in files if file.stem.partition("-seed")[0] == name]
+    refuse(not logs, f"a claim needs {RESULTS / ours['folder']}/training/{name}*.jsonl, which is not there")
+    return logs
 
 
 def our_facts(claim: dict, row: dict) -> dict:
@@ -161,7 +160,7 @@ def treatment(claim: dict, paper: dict) -> tuple[str, bool]:
     """DPO's margin in the second half of the training, and whether the authors' own logs end near it."""
     logs = training_logs(claim["ours"], claim["ours"]["config"])
     margins = [row["rewards/margins"] for rows in logs for row in rows[len(rows) // 2 :]]
-    margin, theirs = float(np.mean(margins or [0.0])), paper["settings"]["logs.margin"][0]
+    margin, theirs = float(np.mean(margins)), paper["settings"]["logs.margin"][0]
     given = margin * FACTOR >= theirs
     return (
         f"mean margin {margin:.3g}, {'delivered' if given else 'not delivered'} "
@@ -386,7 +385,7 @@ def card_row(entry: dict, every: dict, paper: dict) -> dict:
 # ----------------------------------------------------------------------------------------------- the chapters
 def chapters(folder: Path) -> tuple[list[str], dict[str, str]]:
     """The report's chapters about the paper, and their tables by name. Writes claims.json into `folder`."""
-    paper = read_paper()
+    paper = yaml.safe_load((HERE / "configs" / "paper.yaml").read_bytes())
     every = {claim["id"]: judged(claim, paper) for claim in [*paper["claims"], *paper["also"]]}
     rows = [every[claim["id"]] for claim in paper["claims"]]
     verdicts = [row["verdict"] for row in rows]

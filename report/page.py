@@ -56,8 +56,8 @@ def as_html(text: str, folder: Path, alone: bool) -> str:
     return template.substitute(title=title, body=body)
 
 
-def fill_in(text: str, tables: dict[str, str]) -> str:
-    """A Markdown text with the table of each <!-- table:NAME --> ... <!-- /table --> made anew.
+def fill_in(text: str, tables: dict[str, str], where: Path) -> str:
+    """The Markdown text of `where` with the table of each <!-- table:NAME --> ... <!-- /table --> made anew.
 
     Raises:
         UserError: no table has this name, or the markers don't come in pairs.
@@ -67,13 +67,13 @@ def fill_in(text: str, tables: dict[str, str]) -> str:
     def renewed(marker: re.Match) -> str:
         refuse(
             marker[1] not in tables,
-            f"no table is called {marker[1]!r}; {did_you_mean(marker[1], tables)}",
+            f"{where}: no table is called {marker[1]!r}; {did_you_mean(marker[1], tables)}",
         )
         return f"<!-- table:{marker[1]} -->\n\n{tables[marker[1]]}\n\n{end}"
 
     filled, n = re.subn(rf"{start}((?!<!-- table:).)*?{end}", renewed, text, flags=re.DOTALL)
     refuse(
         not n == len(re.findall(start, text)) == text.count(end),
-        f"every <!-- table:NAME --> needs its {end} before the next one begins",
+        f"{where}: every <!-- table:NAME --> needs its {end} before the next one begins",
     )
     return filled

@@ -1,8 +1,9 @@
 """Intervals and tests of success rates.
 
-A place is a (task, init state). Episodes of one place under several seeds are not independent, and these
-functions allow for that: by grouping episodes by place, or by the design effect `deff`, the factor by which
-dependence raises the variance. A p-value of `mcnemar` generalises over init states, for the policies at hand.
+A place is a (suite, task, init state). Episodes of one place under several seeds are not independent, and
+these functions allow for that: by grouping episodes by place, or by the design effect `deff`, the factor by
+which dependence raises the variance. A p-value of `mcnemar` generalises over init states, for the policies at
+hand.
 `t_interval`, which takes one value for each training, generalises over trainings. report/power.py has what an
 experiment can see.
 """
@@ -50,7 +51,7 @@ def mcnemar(a: list[bool], b: list[bool], places: list) -> dict:
 
     only_a, only_b: how often only a, or only b, succeeded. p: under a fair coin for each place. deff: design
     effect of the difference.
-    places: (task, init state) of each pair. Pairs of one place under several seeds are not independent, so
+    places: the place of each pair. Pairs of one place under several seeds are not independent, so
     their differences change sign together. With one pair per place this is McNemar's test.
     """
     differences, of_place = [int(x) - int(y) for x, y in zip(a, b, strict=True)], {}

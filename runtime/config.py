@@ -101,8 +101,8 @@ def typed(value, kind, key: str):
 
 
 def as_number(value: str | int | float, kind: type) -> int | float | None:
-    """The number that a text or number stands for; None where it is none, not finite, or no whole one for an
-    int.
+    """The number that a text or number stands for; None where it is no number, is not finite, or is not
+    whole although an int is wanted.
     """
     if kind is int and isinstance(value, int):  # as it is: a float has no room for large ones
         return value
@@ -188,8 +188,8 @@ def load_config(cls: type, argv: list[str]):
     """The Config of one stage from `CONFIG.yaml [key=value ...]`: defaults < YAML < command line.
 
     In the YAML, what holds for one backbone alone stands in a section of its name. On the command line a key
-    may carry its section (`dpo.beta=0.2`, `model.horizon=16`). A key of another stage is ignored, and checked
-    when that stage runs.
+    may carry its section (`dpo.beta=0.2`, `model.horizon=16`). A key in another stage's section is
+    ignored here. That stage checks it when it runs.
 
     Raises:
         UserError: an unknown key, a wrong type, a value out of range.
@@ -236,7 +236,7 @@ def load_config(cls: type, argv: list[str]):
         refuse(key not in known, f"{where}: unknown key {key!r}; {did_you_mean(key, known)}")
         refuse(
             key == "backbone" and str(value) != backbone,
-            f"{where}: backbone is no key of one section; set it at the top level",
+            f"{where}: backbone does not belong in a section; set it at the top level",
         )
         kind = hints.get(key) or shared[key]
         checked = typed({} if value is None and kind is dict else value, kind, key)

@@ -1,6 +1,7 @@
 """Files that are whole or not there: JSON, JSONL, tensors, the state of a training.
 
-Every file is written beside its place and then renamed, so a kill or a full disk leaves the old file or none.
+A file is written beside its place and then renamed, so a kill or a full disk leaves the old file or none.
+Only logs (JSONL) grow in place, line by line.
 """
 
 import contextlib
@@ -132,7 +133,7 @@ def sha256(path: Path) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------- JSON
-AGAIN = "get it again, or remove its folder and run the stage that made it again"
+AGAIN = "get it again; or, if a stage made it, remove its folder and run that stage again"
 
 
 def json_text(path: Path, data, indent: int | None = None) -> str:
@@ -167,9 +168,8 @@ def append_jsonl(path: Path, row: dict) -> None:
     """
     with writing(path), open(path, "a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
-        end = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        if end and not (content := file.read()).endswith(b"\n"):
+        content = os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0)
+        if not content.endswith(b"\n"):
             file.truncate(content.rfind(b"\n") + 1)
         file.write(json_text(path, row).encode())
 

@@ -98,7 +98,6 @@ def meeting(remedy: str = "run the same command again, it goes on") -> Iterator[
 def join(device: str) -> None:
     """Connect this rank to the others, once per process. With device "cuda", each rank uses its own GPU."""
     if size() > 1 and not dist.is_initialized():
-        number("MASTER_PORT", 1)
         if device == "cuda":
             torch.cuda.set_device(place(device))
         # the others come within MEET, or not at all: a cluster may have set WORLD_SIZE for a single process

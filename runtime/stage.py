@@ -132,8 +132,6 @@ class Run:
     began: float = field(default_factory=time.time)
 
     first = property(lambda self: ranks.first())  # whether this is the process that writes
-    agree = staticmethod(ranks.told)  # the first process's value, in all
-    average_gradients = staticmethod(ranks.average_gradients)  # means over the processes
 
     def resume(self, **parts) -> int:
         """Fill `parts` (modules and optimizers) from the last checkpoint; returns its step, or 0."""
@@ -281,6 +279,8 @@ def open_folder(script: Path, cfg) -> Run | None:
         ]
         if old["fingerprint"] == identity["fingerprint"] and not missing:
             print(f"[{name}] {'already done:' if finished else 'goes on in'} {folder}", flush=True)
+            for left in UNSIGNED[1:] if finished else ():  # by a kill right after done.json
+                (folder / left).unlink(missing_ok=True)
             return None if finished else Run(cfg, folder, identity, lock)
         because = f"{folder / missing[0]} is missing" if missing else difference(old, identity)
         made = {path.name for path in folder.glob("[!.]*")} - {"started.json"}
@@ -417,7 +417,8 @@ def in_kit(value):  # a path in the kit is the same from every working directory
 
 
 def made_now(name: str, run: Path) -> list[str]:
-    """What an input is now: a stage's folder's fingerprint, or a file's hash. Empty if it is gone."""
+    """What an input is now: the fingerprint of a stage's folder, or the hashes of the files that its name
+    can mean. Empty if it is gone."""
     if (done := run / name / "done.json").is_file():
         return [read_identity(done)["fingerprint"]]
     return [disk.sha256(path) for path in (run / name, HERE / name) if path.is_file()]
@@ -431,7 +432,7 @@ def out_of_date(folder: Path, now: Callable = made_now) -> bool:
     """
     done = folder.resolve() / "done.json"
     run = Path(*done.parts[:-4])
-    made_from = disk.read_json(done).get("inputs", {}) if done.is_file() else {}
+    made_from = disk.read_object(done).get("inputs", {}) if done.is_file() else {}
     return any((its := now(name, run)) and made not in its for name, made in made_from.items())
 
 
@@ -486,7 +487,7 @@ def checkpoint_files(path: str) -> list[Path]:
 
 # -------------------------------------------------------------------------------------------------- the facts
 def command() -> str:
-    """The command that runs this process, as a user would type it."""
+    """The command that runs this process, without the shell's quotes."""
     script = Path(sys.argv[0])
     name = f"-m extras.{script.stem}" if script.parent.name == "extras" else sys.argv[0]
     return " ".join(["python", name, *sys.argv[1:]])

@@ -108,6 +108,10 @@ def test_a_block_writes_every_held_out_episode_of_its_arms(tmp_path, monkeypatch
             disk.write_rows(seed_dir / folder / "metrics.jsonl", log)
     text.parent.mkdir()
     disk.write_json(text, {"playouts": 800})
+    killed = tmp_path / "runs" / "blocks_C" / "pi05" / "seed7"  # between its two evaluations
+    shutil.copytree(seed_dir, killed)
+    for name in ("eval-x-noise1007", "eval-older"):
+        shutil.rmtree(killed / name)
     blocks.collect("look", cfg, blocks.LOOK)
     out = tmp_path / "results/look/blocks"
     monkeypatch.setattr(claims, "RESULTS", tmp_path / "results")

@@ -75,7 +75,7 @@ def test_a_process_that_is_alone_is_the_first_whatever_a_cluster_has_set(launche
         ({"WORLD_SIZE": "0"}, ["WORLD_SIZE='0'"]),
         ({"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29501"}, ["RANK=''"]),
         ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29501"}, ["RANK='2'"]),
-        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost"}, ["MASTER_PORT=''"]),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost"}, ["WORLD_SIZE=2", "MASTER_PORT"]),
         ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "29501"}, ["WORLD_SIZE=2", "MASTER_ADDR"]),
     ],
 )
@@ -359,6 +359,14 @@ def test_run_all_hands_a_dry_run_on(stub, tmp_path):
     said = run_all(stub, tmp_path, "configs/try.yaml", "03 08", "--dry-run").stdout
     ran = [line for line in said.splitlines() if "$ python 0" in line]
     assert len(ran) == 2 and all(line.endswith(" --dry-run") for line in ran)
+
+
+def test_a_report_does_not_stand_for_the_check_of_the_simulator(stub, tmp_path):
+    (tmp_path / "runs" / "try" / "report").mkdir(parents=True)
+    for made, checked in (("report", True), ("data", False)):
+        (tmp_path / "runs" / "try" / made).mkdir(exist_ok=True)
+        said = run_all(stub, tmp_path, "configs/try.yaml", "00", f"root={tmp_path / 'runs'}").stdout
+        assert ("extras.preflight" in said) == checked
 
 
 def test_run_all_takes_stages_with_and_without_quotes(stub, tmp_path):

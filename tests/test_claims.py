@@ -18,7 +18,7 @@ from runtime import disk
 from runtime.config import HERE, load_config
 from runtime.errors import UserError
 
-PAPER = claims.read_paper()
+PAPER = yaml.safe_load((HERE / "configs" / "paper.yaml").read_bytes())
 CLAIMS = {claim["id"]: claim for claim in PAPER["claims"]}
 ALSO = {claim["id"]: claim for claim in PAPER["also"]}
 SUITES = ["libero_spatial", "libero_object", "libero_goal", "libero_10"]
@@ -322,6 +322,19 @@ def test_a_look_up_that_finds_no_row_or_two_is_an_error():
     for where in ({"name": "nobody"}, {"policy": "dpo"}):
         with pytest.raises(UserError, match="a claim needs one"):
             claims.look_up({"file": file, "where": where})
+
+
+def test_a_claim_whose_files_are_gone_is_no_claim_on_fewer(tmp_path, monkeypatch):
+    claim = next(claim for claim in PAPER["also"] if len(np.atleast_1d(claim["ours"].get("new", []))) > 1)
+    files = [file for side in ("new", "base") for file in np.atleast_1d(claim["ours"][side])]
+    for file in files[1:]:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(claims.RESULTS / file, tmp_path / file)
+    monkeypatch.setattr(claims, "RESULTS", tmp_path)
+    with pytest.raises(UserError, match=f"{files[0]}, which is not there"):
+        claims.trainings_of(claim["ours"])
+    with pytest.raises(UserError, match=r"training/dpo-lora\*.jsonl, which is not there"):
+        claims.training_logs({"folder": "x"}, "dpo-lora")
 
 
 # ------------------------------------------------------------------------------------ an experiment in blocks

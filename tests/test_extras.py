@@ -409,7 +409,7 @@ def test_a_cell_of_weights_that_have_changed_since_is_left_out(cell, tmp_path):
 
 @pytest.mark.parametrize("made_by", ["distill", "05_distill"])  # the second one, before it moved to extras/
 @pytest.mark.parametrize("checkpoint", ["", "published"])
-def test_a_student_is_paired_with_its_teacher(checkpoint, made_by, cell, tmp_path):
+def test_a_student_is_paired_with_its_teacher(checkpoint, made_by, cell, tmp_path, monkeypatch):
     cfg = replace(cell, execute=8, checkpoint=str(tmp_path / checkpoint) if checkpoint else "")
     finished_cell(cfg, [True] * 10, 0)
     (student := tmp_path / "student").mkdir()
@@ -423,6 +423,10 @@ def test_a_student_is_paired_with_its_teacher(checkpoint, made_by, cell, tmp_pat
     disk.write_json(folder / "done.json", facts)
     rows = {row["name"]: row for row in cells.cells_table(cfg)}
     assert rows["student-none-k8-euler1"]["paired_with"] == cfg.cell
+    monkeypatch.setattr(
+        cells, "HERE", tmp_path
+    )  # a folder of the kit is named from there, wherever one stands
+    assert cells.teacher({"config": {"checkpoint": "student"}})["stage"] == made_by
     others = {"start": done | {"config": done["config"] | {"start": "750"}, "inputs": own["inputs"]}}
     others["weights"] = done | {"inputs": dict.fromkeys(own["inputs"], "made before")}
     for of_another in others.values():

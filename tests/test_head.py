@@ -158,6 +158,8 @@ def test_chance_against_all_that_can_be_drawn():
         drawn = [right[list(subset)].any() for subset in itertools.combinations(range(n), min(k, n))]
         counts = right[:n].sum(keepdims=True), np.array([n])
         assert head.chance(*counts, k)[0] == pytest.approx(np.mean(drawn))
+    nothing = np.zeros(2, int)  # neither candidates, nor right ones among one
+    assert head.chance(nothing, np.array([0, 1]), 3).tolist() == [0, 0]
 
 
 def frames_of(task, episode, step, held=None) -> "head.Frames":

@@ -10,6 +10,7 @@ import torch
 import backbones
 import common
 from backbones import memory
+from runtime import disk
 from runtime.config import HERE, STAGES, load_config
 from runtime.errors import UserError
 
@@ -167,6 +168,19 @@ def test_a_dry_run_prints_and_writes_nothing(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0 and "activations" in result.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_takes_the_statistics_and_words_of_the_policy(tmp_path):
+    for normalisation in ("quantile", "mean_std", "min_max"):
+        cfg = config("sft", f"model.normalisation={normalisation}")
+        assert memory.estimate(cfg, "sft")["trainable"] > 0
+    start = HERE / "checkpoints" / "try" / "pi05" / "sft"
+    words = backbones.load_policy(start).tokenizer.get_vocab_size()
+    policy = memory.make_policy(
+        config("eval", f"checkpoint={start}", path=str(HERE / "configs" / "try.yaml")), ""
+    )
+    assert policy.tokenizer.get_vocab_size() == words
+    assert policy.norm_stats == disk.read_json(start / "norm_stats.json")
 
 
 def test_a_build_for_gpus_where_there_is_none(monkeypatch):

@@ -18,8 +18,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
-from report import audit, claims, episodes, page, stats, tables
+from report import audit, episodes, page, stats, tables
 from runtime import disk, stage
 from runtime.config import HERE, load_config
 from runtime.errors import UserError
@@ -195,6 +197,23 @@ def test_the_audit_checks_the_kits_tables(tmp_path):
     assert [found.kind for found in audit.audit(folder)["findings"]] == ["table", "table"]
 
 
+@pytest.mark.parametrize(
+    "foreign", ['{"successes": 5}', "[3]", '[{"successes": 31}]', '[{"metric": "loss"}]']
+)
+def test_a_table_of_another_program_is_named_by_the_report_and_no_matter_to_the_audit(foreign, tmp_path):
+    folder = public_folder(tmp_path / "episodes")
+    (folder / "table.json").write_text(foreign)
+    assert audit.audit(folder)["findings"] == []
+    with pytest.raises(UserError, match=r"table\.json has other rows"):
+        report_stage.of_results(folder / "table.json", tmp_path)
+
+
+def test_the_audit_leaves_out_what_a_killed_stage_was_about_to_remove(tmp_path):
+    folder = public_folder(tmp_path / "episodes")
+    shutil.copytree(folder, folder / ".eval-sft.old")
+    assert audit.audit(folder)["findings"] == []
+
+
 def test_a_cell_keeps_its_name():
     folder, names = Path("x"), [f"cell-tiny_libero_object-chunk{t}x4-k2-euler10-val" for t in (0.92, 0.95)]
     assert [audit.policy_of(folder / "episodes" / f"{name}.jsonl", folder) for name in names] == names
@@ -297,7 +316,7 @@ def test_the_paired_interval_covers_the_truth(up, down):
 
 
 # ----------------------------------------------------------------------------------------------------- claims
-PAPER = claims.read_paper()
+PAPER = yaml.safe_load((HERE / "configs" / "paper.yaml").read_bytes())
 
 
 # -------------------------------------------------------------------------------------------- README's tables
@@ -306,8 +325,8 @@ MARKED = "before\n<!-- table:one -->\nold\n<!-- /table -->\nbetween\n<!-- table:
 
 
 def test_marked_tables_are_renewed_and_the_rest_stays():
-    once = page.fill_in(MARKED, TABLES)
-    assert page.fill_in(once, TABLES) == once and "old" not in once
+    once = page.fill_in(MARKED, TABLES, HERE)
+    assert page.fill_in(once, TABLES, HERE) == once and "old" not in once
     outside = re.sub(r"(<!-- table:\S+ -->).*?(<!-- /table -->)", r"\1\2", once, flags=re.DOTALL)
     assert outside == MARKED.replace("\nold\n", "")
     assert "| a | b\\|c |\n| --- | --- |\n| 1 | x\\|y |" in once
@@ -324,7 +343,7 @@ def test_marked_tables_are_renewed_and_the_rest_stays():
 )
 def test_a_wrong_marker_is_one_line(text, words):
     with pytest.raises(UserError, match=words):
-        page.fill_in(text, TABLES)
+        page.fill_in(text, TABLES, HERE)
 
 
 # --------------------------------------------------------------------------------------------------- the page
@@ -514,6 +533,20 @@ def test_an_evaluation_that_is_being_redone_has_no_row(tmp_path, monkeypatch):
     assert report_stage.of_run(report_cfg, "pi05").rows == []
 
 
+def test_an_evaluation_by_another_script_has_its_row(tmp_path, monkeypatch):
+    cfg = evaluation.Config(root=str(tmp_path), name="x")
+    cfg.seed_dir.mkdir(parents=True)
+    evaluate(monkeypatch, cfg, [episode("libero_object", 0, init) for init in range(40, 50)], [])
+    rows = [row | {"command": "python sweep.py"} for row in evaluation.results_table(cfg)]
+    disk.write_json(cfg.seed_dir / "results.json", rows)
+    assert len(report_stage.of_run(report_stage.Config(root=str(tmp_path), name="x"), "pi05").rows) == 1
+
+
+def test_a_report_needs_no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert load_config(report_stage.Config, ["configs/pi05.yaml"]).name == "pi05"
+
+
 def test_tables_of_a_folder_that_is_being_redone_are_not_shown(tmp_path):
     report_cfg = report_stage.Config(root=str(tmp_path), name="x")
     metric = {"metric": "a", "value": 1, "unit": "ms", "command": "python 07_validate.py x", "commit": ""}
@@ -643,6 +676,16 @@ def test_an_evaluation_that_is_still_at_work_is_named(tmp_path):
     ) and "100 episodes so far" in found.text
     disk.write_json(folder / "done.json", {})
     assert audit.audit(tmp_path)["findings"] == []
+
+
+def test_pages_without_a_marker_stay_as_they_are(tmp_path, monkeypatch):
+    for name, content in (("a.md", b"x\r\n\xff"), ("b.md", b"<!-- table:nobody --><!-- /table -->")):
+        (tmp_path / name).write_bytes(content)
+    cfg = report_stage.Config(root=str(tmp_path), name="x", readme=str(tmp_path / "a.md"))
+    report_stage.main(cfg)
+    assert (tmp_path / "a.md").read_bytes() == b"x\r\n\xff"
+    with pytest.raises(UserError, match=r"b\.md: no table is called 'nobody'"):
+        report_stage.main(replace(cfg, readme=str(tmp_path)))
 
 
 def test_a_readme_that_is_not_there_is_refused(tmp_path):

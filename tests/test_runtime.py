@@ -515,6 +515,14 @@ def test_a_stage_is_skipped_resumed_refused_and_redone(tmp_path, capsys):
     assert disk.read_json(folder / "done.json")["config"]["steps"] == 4
 
 
+def test_what_a_kill_right_after_the_end_has_left_goes_with_the_next_start(tmp_path):
+    folder = make(tmp_path, "eval")
+    for left in ("started.json", "played.jsonl", "checkpoint.pt"):
+        (folder / left).write_text("{}")
+    make(tmp_path, "eval")
+    assert {path.name for path in folder.iterdir()} == {"done.json", "timing.json", "model.bin", "videos"}
+
+
 def test_two_runs_at_once_are_one(tmp_path):
     def again(cfg, run):
         with pytest.raises(UserError, match="another process is at work"):

@@ -433,6 +433,11 @@ def test_dpo_on_the_exact_likelihood_resumes_where_it_was(run, tmp_path, monkeyp
         assert again.keys() == whole.keys() and all(torch.equal(again[k], whole[k]) for k in whole)
 
 
+def test_draws_that_are_no_power_of_two_would_have_no_row():
+    with pytest.raises(UserError, match="max_draws=100 must be a power of 2"):
+        validate.Config(max_draws=100).inputs()
+
+
 def test_stage_07_from_end_to_end_killed_and_resumed(run, monkeypatch, capsys):
     sizes = {"max_draws": 4, "ode_steps": 2, "gradient_batches": 1, "gradient_probes": 2}
     cfg = validate.Config(name=run.name, root=run.root, pairs=run.pairs, workers=1, n_pairs=4, **sizes)
