@@ -252,7 +252,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
 
         # 3. one step of the optimiser, and of the average that will be saved
         loss.backward()
-        ranks.average_gradients(parameters)
+        run.average_gradients(parameters)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         run.check(grad_norm, step, "gradient")
         lr = run.set_learning_rate(optimizer, step)

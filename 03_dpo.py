@@ -264,7 +264,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
 
         # 4. one step of the optimiser, and the log
         total.backward()
-        ranks.average_gradients(trained)
+        run.average_gradients(trained)
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
         run.check(grad_norm, step, "gradient")
         lr = run.set_learning_rate(optimizer, step)

@@ -166,9 +166,8 @@ def tables(folder: Path, cells: Cells) -> Iterator[Finding]:
     A row without such episodes is not checked.
     """
     for path in sorted(folder.rglob("table.json")):
-        for row in disk.read_json(path):
-            if not isinstance(row, dict) or not {"successes", "name", "suite", "train_seeds"} <= row.keys():
-                continue
+        needed = {"successes", "name", "suite", "train_seeds"}
+        for row in [row for row in disk.read_json(path) if isinstance(row, dict) and needed <= row.keys()]:
             kind, group = "cell-" if "hit_rate" in row else "", "-val" if row.get("group") == "val" else ""
             name = "/".join([*path.parent.relative_to(folder).parts, f"{kind}{{}}{group}"])
             policy = name.format(row["name"])

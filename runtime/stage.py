@@ -131,6 +131,7 @@ class Run:
     times: dict = field(default_factory=dict)  # what else timing.json shall hold
     began: float = field(default_factory=time.time)
 
+    average_gradients = staticmethod(ranks.average_gradients)  # means over the processes
     first = property(lambda self: ranks.first())  # whether this is the process that writes
 
     def resume(self, **parts) -> int:

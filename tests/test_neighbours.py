@@ -399,7 +399,7 @@ def test_the_tour_draws_what_its_page_shows(tmp_path, monkeypatch):
     assert (
         drawn == set(re.findall(r"\(tour/(.*?)\)", page)) == {p.name for p in (HERE / "docs/tour").iterdir()}
     )
-    looks, steps = map(int, re.search(r"looks (\d+) times.* needs (\d+) control", page).groups())
+    looks, steps = map(int, re.search(r"looks (\d+) times.* needs (\d+) steps", page).groups())
     assert (looks - 1) * 8 < steps <= looks * 8 and "{" not in page
 
 
