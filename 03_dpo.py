@@ -36,7 +36,7 @@ import torch.nn.functional as F
 
 import backbones
 import common
-from runtime import Count, as_number, disk, ranks, refuse, regex, stage, warn
+from runtime import Count, as_number, disk, ranks, refuse, stage, warn
 
 
 @dataclass
@@ -57,7 +57,6 @@ class Config(common.AdapterConfig):
     warmup: int = 20
     rank: Count = 32
     alpha: Count = 64
-    targets: str = ""  # regex of the adapted linear layers; empty = the backbone's q, k, v, o projections
     recompute: bool = False  # compute the layers' activations again, not keep them: less memory, more time
     log_every: Count = 10
     checkpoint_every: Count = 50
@@ -87,7 +86,6 @@ class Config(common.AdapterConfig):
             not (self.contrast or self.sft_coef),
             "dpo.contrast=0 and dpo.sft_coef=0 leave nothing to train on: set one of them",
         )
-        regex("dpo.targets", self.targets)
         refuse(
             self.beta != "auto" and not 0 < (as_number(self.beta, float) or 0) < 1e9,
             f'dpo.beta must be "auto" or a positive number, not {self.beta!r}',
@@ -233,7 +231,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
     policy = backbones.load_sft(cfg)  # in evaluation mode throughout: no dropout in any log-probability
     pairs, held = load_pairs(cfg, policy)
     adapted = common.attach_adapter(
-        policy, cfg.adapter, cfg.rank, cfg.alpha, cfg.targets or policy.adapter_targets, cfg.seed
+        policy, cfg.adapter, cfg.rank, cfg.alpha, policy.adapter_targets, cfg.seed
     )
     policy.recompute = cfg.recompute
     trained = torch.nn.ParameterList(p for p in policy.parameters() if p.requires_grad)

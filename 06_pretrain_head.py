@@ -276,7 +276,7 @@ def loss_terms(head: Head, views: dict, frames: Frames, index: np.ndarray, maske
 
 
 def train(frames: Frames, on: np.ndarray, split: str, variant: str, cfg: Config) -> tuple[Head, list[dict]]:
-    """A head trained on the anchors `on`, and its log; of "episodes" also the loss on the held-out ones."""
+    """A head trained on the anchors `on`, and its log."""
     masked, standardised = VARIANTS[variant]
     mean, spread = torch.zeros(1), torch.ones(1)
     if standardised:  # each dimension, over these anchors and both cameras
@@ -290,9 +290,6 @@ def train(frames: Frames, on: np.ndarray, split: str, variant: str, cfg: Config)
     optimizer = torch.optim.AdamW(head.parameters(), lr=3e-4, weight_decay=0.01)
     steps = max(1, cfg.epochs * len(on) // cfg.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    held = np.flatnonzero(frames.held[frames.anchors] & (split == "episodes"))
-    whole = len(held) // cfg.batch_size * cfg.batch_size  # whole batches
-    held = common.np_stream(cfg.seed, "held").permutation(held)[:whole].reshape(-1, cfg.batch_size)
 
     logged = []
     for step in workers.progress(range(steps), desc=f"head {split} {variant}", unit="step", leave=False):
@@ -308,14 +305,8 @@ def train(frames: Frames, on: np.ndarray, split: str, variant: str, cfg: Config)
 
         # 3. the log
         if step % cfg.log_every == 0 or step == steps - 1:
-            with torch.no_grad():
-                batches = [loss_terms(head, views, frames, some, masked) for some in held]
-            row = {key: term.item() for key, term in terms.items()} | {
-                f"held_out_{key}": float(np.mean([batch[key].item() for batch in batches]))
-                for key in terms
-                if batches
-            }
-            logged.append(row | {"trained_on": split, "variant": variant, "step": step + 1})
+            row = {"trained_on": split, "variant": variant, "step": step + 1}
+            logged.append(row | {key: term.item() for key, term in terms.items()})
     return head.cpu().fold_in(mean, spread), logged
 
 

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from runtime import Count, Place, PlaceConfig, disk, one_of, refuse, regex, stage, typed, warn
+from runtime import Count, Place, PlaceConfig, disk, one_of, refuse, stage, typed, warn
 from runtime.origin import origin, same_origin
 from runtime.seeds import entropy, np_stream, own_rows, select, shuffled, stream  # noqa: F401 (for stages)
 
@@ -212,12 +212,6 @@ def attach_adapter(policy, kind: str, rank: int, alpha: int, targets: str, seed:
 
     import dora
 
-    matches = {n: layer for n, layer in policy.named_modules() if regex("targets", targets).fullmatch(n)}
-    other = [name for name, layer in matches.items() if not isinstance(layer, torch.nn.Linear)]
-    refuse(
-        other or not matches,
-        f"the regex {targets!r} matches {max(other, default='no layer')}; it must match linear layers alone",
-    )
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, use_dora=kind == "dora")
     if kind == "dora":
         config._register_custom_module({torch.nn.Linear: dora.DoraLinear})

@@ -50,7 +50,7 @@ def make_policy(cfg, trained: str) -> nn.Module:
                 trained,
                 cfg.rank,
                 cfg.alpha,
-                getattr(cfg, "targets", "") or policy.adapter_targets,
+                policy.adapter_targets,
                 cfg.seed,
             )
     policy.recompute = getattr(cfg, "recompute", False)
@@ -150,14 +150,13 @@ def estimate(cfg, stage: str) -> dict:
         prefix = policy.encode(make_batch(policy, 1)[0])
     weights, gradients = size(policy.parameters()), size(trainable.values())
     of_one, chunks = size([prefix.keys, prefix.values]), 2 if stage == "dpo" else 1
-    through_prefix = any(not name.startswith("expert.") for name in trainable)
     parts = {
         "weights": weights,
         "gradients": gradients,
         "AdamW's moments": 2 * gradients,
         "averaged copy": weights if stage == "sft" else 0,
         "activations": kept_for_backward(policy, lambda: FORWARD[stage](policy, cfg)) if trainable else 0,
-        "gradients of keys and values": chunks * cfg.batch_size * of_one if through_prefix else 0,
+        "gradients of keys and values": chunks * cfg.batch_size * of_one if trainable else 0,
         "keys and values": 0 if trainable else of_one,
         "the student's weights": weights if stage == "distill" else 0,
     }

@@ -10,13 +10,14 @@ writes  runs/<config>/ and runs/<config>_<arm>/, by the stages themselves; besid
 cost    40 minutes on two idle cores for arms A to F; stopped at any moment, the same command goes on
 
 All arms start from one snapshot and train on one set of pairs, and each plays the same episodes. Every fifth
-attempt with a pair is kept from all arms, to measure what they learned. Without arms it makes those of the
-plan's table. ipo, hinge, proximal, simpo, kto, nft and grpo belong to results/neighbours/plan.md. Those that
-end in -text and -code take the pairs of the paper's text and of its public code, and are measured on those.
-Those that end in -sum have the paper's beta as its text has it.
+attempt with a branch pair is kept from all arms, to measure what they learned. Without arms it makes those of
+the plan's table. ipo, hinge, proximal, simpo, kto, nft and grpo belong to results/neighbours/plan.md. Those
+that end in -text and -code take the pairs of the paper's text and of its public code. Those that end in -sum
+have the paper's beta as its text has it.
 """
 
 import csv
+import importlib
 import io
 import itertools
 import subprocess
@@ -24,10 +25,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import backbones
 import common
 from extras.losses import trained_on
 from report import episodes
 from runtime import HERE, disk, load_config, one_of, refuse, stage
+
+dpo = importlib.import_module("03_dpo")
 
 # the paper's dose. Its code multiplies a mean over 8 x 7 numbers by 0.1, its text a sum, as this kit does
 PAPER = "dpo.sft_coef=0 dpo.beta=0.0017857 dpo.batch_size=1 dpo.steps=500 dpo.lr=5e-5 dpo.warmup=100"
@@ -116,6 +120,14 @@ def log_ratios(log: list[dict], beta: float) -> dict:
     return {side: sum(row[f"rewards/{side}"] for row in late) / len(late) / beta for side in sides}
 
 
+def delivered(cfg: dpo.Config, folder: Path) -> dict:
+    """What an arm moved on the block's held-out branch pairs (03_dpo.py), whatever it was trained on."""
+    policy = backbones.load_sft(cfg)
+    _, held = dpo.load_pairs(cfg, policy)
+    common.load_adapter(policy, folder, trainable=True)
+    return dpo.delivered(policy, held, cfg.batch_size)
+
+
 def collect(name: str, cfg: common.AdapterConfig, arms: dict) -> None:
     """Write what a block has played on held-out states, and what its arms trained on."""
     out, seed, table, trained = HERE / "results" / name, cfg.seed, io.StringIO(), {}
@@ -139,6 +151,10 @@ def collect(name: str, cfg: common.AdapterConfig, arms: dict) -> None:
                 }
                 log = disk.read_jsonl(path.with_name("metrics.jsonl"))
                 facts["trained"] = log_ratios(log, facts.get("beta"))
+                if (
+                    measured := folder / "delivered.json"
+                ).is_file():  # blocks before 105 have 03's own, if any
+                    facts["delivered"] = disk.read_json(measured)
                 trained[arm] = {key: facts[key] for key in RECORDED if key in facts}
         for row in itertools.chain(*played):
             writer.writerow(row | {"block": seed, "arm": arm, "success": int(row["success"])})
@@ -189,6 +205,9 @@ def main(*words: str) -> None:
             run(script, *given)
             made = folder_of(cfg, arm).glob("*/*/adapter_config.json")  # by an extra, where 04 does not look
             given += tuple(f"adapters_from={path.parents[1].relative_to(HERE)}" for path in made)
+            for path in folder_of(cfg, arm).rglob("adapter_config.json"):
+                moved = delivered(load_config(dpo.Config, [*block]), path.parent)
+                disk.write_json(folder_of(cfg, arm) / "delivered.json", moved)
         for noise in [0, 1000 + cfg.seed][:noises]:
             run("04_eval.py", *given, policy, f"eval.noise_seed={noise}")
         collect(name, cfg, arms)

@@ -170,7 +170,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
     unpaired = cfg.loss in ("kto", "nft")
     pairs, _ = dpo.load_pairs(cfg, policy)
     adapted = common.attach_adapter(
-        policy, cfg.adapter, cfg.rank, cfg.alpha, cfg.targets or policy.adapter_targets, cfg.seed
+        policy, cfg.adapter, cfg.rank, cfg.alpha, policy.adapter_targets, cfg.seed
     )
     policy.recompute = cfg.recompute
     trained = torch.nn.ParameterList(p for p in policy.parameters() if p.requires_grad)

@@ -64,14 +64,17 @@ def effect(trainings: dict[tuple, tuple[list[dict], list[dict]]]) -> Found:
 
 
 def trainings_of(ours: dict, new: str = "new", base: str = "base") -> dict:
-    """The episodes of two of the files (or lists of files) that a claim names, by training: file and seed."""
-    found = defaultdict(lambda: ([], []))
+    """The episodes of two of the files (or lists of files) that a claim names, by training and seed.
+
+    Each file is a training, unless the claim's `trainings` say which files share one: their mean counts.
+    """
+    found, names = defaultdict(lambda: ([], [])), ours.get("trainings", range(99))
     for side, name in enumerate((new, base)):
-        for i, file in enumerate(np.atleast_1d(ours[name])):
+        for i, (training, file) in enumerate(zip(names, np.atleast_1d(ours[name]), strict=False)):
             refuse(not (RESULTS / file).is_file(), f"a claim needs {RESULTS / file}, which is not there")
             for row in disk.read_jsonl(RESULTS / file):
                 if row["suite"] in ours.get("suites", [row["suite"]]):
-                    found[i, row["seed"]][side].append(row | {"seed": (i, row["seed"])})
+                    found[training, row["seed"]][side].append(row | {"seed": (i, row["seed"])})
     return {training: sides for training, sides in found.items() if all(sides)}
 
 
@@ -218,6 +221,8 @@ def judged(claim: dict, paper: dict) -> dict:
         row["setting"], row["differs"], row["scale"] = setting(claim, stated, own)
     if row["setting"] == "different":
         row |= {"verdict": "not judged", "would": row["verdict"]}
+    elif row["setting"] == "by construction":  # nothing that an experiment could have refuted
+        row["verdict"] = row["setting"]
     if found.power:
         row["detectable"] = f"{100 * power.detectable(found.power):.1f}"
         row["power"] = f"{found.power(claim['effect']):.0%}" if claim.get("effect") else ""
@@ -257,8 +262,13 @@ def contrasts(plan: dict) -> list[dict]:
         blocks = sorted(arms[new].keys() & arms[base].keys())
         if len(blocks) < ENOUGH:
             continue
-        found = effect({block: (arms[new][block], arms[base][block]) for block in blocks})
-        whole = found.error * np.sqrt(len(blocks) / plan["blocks"])  # the standard error of all blocks
+        found, first = (
+            effect({block: (arms[new][block], arms[base][block]) for block in some})
+            for some in (blocks, blocks[:ENOUGH])
+        )
+        whole, planned = (  # the standard error of all blocks, by those so far and by the first three
+            some.error * np.sqrt((some.df + 1) / plan["blocks"]) for some in (found, first)
+        )
         complete = len(blocks) >= plan["blocks"]
         rows += [
             {
@@ -266,6 +276,7 @@ def contrasts(plan: dict) -> list[dict]:
                 "base": base,
                 "blocks": len(blocks),
                 "detectable": power.detectable(power.over_trainings(whole, plan["blocks"] - 1)),
+                "foreseen": power.detectable(power.over_trainings(planned, plan["blocks"] - 1)),
                 "nats": [record["delivered"]["nats"] for record in records[new] if "delivered" in record],
                 "playouts": [record["playouts"] for record in records[new]],
                 "found": found if complete else None,
@@ -316,7 +327,7 @@ def contrasts_table(plan: dict, path: Path) -> str:
     if not rows:
         return ""
     return (
-        f"### {plan['title']}\n\n"
+        f"### {plan['title']}\n\n`python -m extras.blocks {plan['command']}`\n\n"
         + effects_plot(plan, path)
         + listing(
             rows,
@@ -329,6 +340,7 @@ def contrasts_table(plan: dict, path: Path) -> str:
                 "p": lambda row: "" if row["p"] is None else p_value(row["p"]),
                 "p (Holm)": lambda row: "" if row["p_holm"] is None else p_value(row["p_holm"]),
                 "detectable, points": lambda row: f"{100 * row['detectable']:.1f}",
+                "... by the first three": lambda row: f"{100 * row['foreseen']:.1f}",
                 "delivered, nats": lambda row: f"{np.mean(row['nats']):.3g}" if row["nats"] and whole else "",
                 "play-outs": lambda row: f"{np.mean(row['playouts']):.0f}" * whole,
                 "outcome": outcome,

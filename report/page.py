@@ -15,6 +15,7 @@ PILLS = {  # verdict -> its CSS class
     "contradicted": "not",
     "inconclusive": "pending",
     "not judged": "untestable",
+    "by construction": "untestable",
     "not run": "untestable",
 }
 LARGEST = 400_000  # bytes of another stage's picture that a page may contain

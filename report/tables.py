@@ -62,7 +62,7 @@ def percent(interval: tuple[float, float] | None) -> str:
 
 
 def p_value(p: float) -> str:
-    return f"{p:.2f}" if p >= 0.0095 else f"{p:.1g}"
+    return f"{p:.2f}" if p >= 0.0995 else f"{p:.2g}" if p >= 0.0095 else f"{p:.1g}"
 
 
 def number(value: float) -> str:

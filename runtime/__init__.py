@@ -25,4 +25,4 @@ from runtime.config import (
     shared_keys,
     typed,
 )
-from runtime.errors import UserError, did_you_mean, one_line, one_of, refuse, regex, warn
+from runtime.errors import UserError, did_you_mean, one_line, one_of, refuse, warn

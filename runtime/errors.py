@@ -2,7 +2,6 @@
 
 import difflib
 import functools
-import re
 
 
 class UserError(Exception):
@@ -37,11 +36,3 @@ def did_you_mean(word, known) -> str:
 def one_of(key: str, value, known) -> None:
     """UserError unless `value` is one of the `known` ones."""
     refuse(value not in known, f"unknown {key}={value!r}; {did_you_mean(value, known)}")
-
-
-def regex(key: str, text: str) -> re.Pattern:
-    """The compiled regular expression of a config key."""
-    try:
-        return re.compile(text)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise UserError(f"{key}={text!r} is no regular expression ({error})") from error

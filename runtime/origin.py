@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from runtime import disk, refuse, regex, warn
+from runtime import disk, refuse, warn
 
 SETTINGS = (  # of both backbones: what goes into a policy, and in which units
     *("prompt", "prompt_state_dims", "cameras", "state_token", "resize"),
@@ -24,7 +25,7 @@ def origin(policy, targets: str) -> dict[str, str]:
     """
     digest = hashlib.sha256()
     modules = {n.removesuffix(".base_layer"): m for n, m in policy.named_modules()}  # below an adapter too
-    adapted = regex("targets", targets).fullmatch
+    adapted = re.compile(targets).fullmatch
     for name, layer in sorted((n, m) for n, m in modules.items() if "lora_" not in n and adapted(n)):
         weight = layer.weight.detach().to("cpu", torch.bfloat16).contiguous()
         digest.update(f"{name} {tuple(weight.shape)} ".encode() + weight.view(torch.uint8).numpy().tobytes())

@@ -203,8 +203,6 @@ SENSELESS = [
     ("sft", "backbone: pi0"),
     ("eval", "image_size: 5000"),
     ("sft", "sft: {ema: 1.5}"),
-    ("dpo", "dpo: {targets: '('}"),
-    ("dpo", "dpo: {targets: '*'}"),
     ("dpo", "dpo: {beta: e-5}"),
     ("dpo", "dpo: {beta: 1e-}"),
     ("dpo", "dpo: {beta: '²'}"),

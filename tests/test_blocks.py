@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 
+import backbones
 import common
 from extras import blocks, grpo, losses
 from report import claims
@@ -108,6 +109,7 @@ def test_a_block_writes_every_held_out_episode_of_its_arms(tmp_path, monkeypatch
             disk.write_rows(seed_dir / folder / "metrics.jsonl", log)
     text.parent.mkdir()
     disk.write_json(text, {"playouts": 800})
+    disk.write_json(tmp_path / "runs/blocks_B-text/pi05/seed7/delivered.json", {"nats": 3.0})
     killed = tmp_path / "runs" / "blocks_C" / "pi05" / "seed7"  # between its two evaluations
     shutil.copytree(seed_dir, killed)
     for name in ("eval-x-noise1007", "eval-older"):
@@ -122,7 +124,7 @@ def test_a_block_writes_every_held_out_episode_of_its_arms(tmp_path, monkeypatch
     assert {arm: [r["delivered"]["nats"] for r in of_arm] for arm, of_arm in records.items()} == {
         "D": [1.0],
         "kto": [1.0],
-        "B-text": [1.0],
+        "B-text": [3.0],  # on the block's pairs, not on its own
     }
     assert {arm: r["playouts"] for arm, (r,) in records.items()} == {"D": 950, "kto": 960, "B-text": 800}
     for arm in made:
@@ -133,6 +135,22 @@ def test_a_block_writes_every_held_out_episode_of_its_arms(tmp_path, monkeypatch
     assert record["arms"]["D"] == facts | moved | {"playouts": 950, "commit": "abc"}
     assert record["arms"]["kto"]["trained"] == {}
     assert record["plan"] == disk.sha256(tmp_path / "results/look/plan.md") and record["playouts"] == 950
+
+
+def test_every_arm_is_measured_on_the_blocks_own_pairs(tmp_path):
+    """An untrained adapter moves nothing; that of the kit moves the pairs as 03 says."""
+    start = HERE / "checkpoints" / "try" / "pi05"
+    words = ["configs/try.yaml", f"checkpoint={start / 'sft'}", f"pairs_from={start / 'prefs'}", "held_out=5"]
+    cfg = load_config(blocks.dpo.Config, words)
+    policy = backbones.load_sft(cfg)
+    _, held = blocks.dpo.load_pairs(cfg, policy)
+    adapted = common.attach_adapter(policy, "lora", 4, 4, policy.adapter_targets, 0)
+    common.save_adapter(adapted, tmp_path)
+    n = len(held["mask"])
+    assert blocks.delivered(cfg, tmp_path) == {"nats": 0, "std": 0, "pairs": n} and n > 2
+    policy = backbones.load_sft(cfg)
+    common.load_adapter(policy, start / "lora", trainable=True)
+    assert blocks.delivered(cfg, start / "lora") == blocks.dpo.delivered(policy, held, cfg.batch_size)
 
 
 @pytest.fixture
@@ -152,6 +170,7 @@ def commands(tmp_path, monkeypatch):
     monkeypatch.setattr(blocks, "run", run)
     monkeypatch.setattr(blocks, "successes", lambda *_: None)
     monkeypatch.setattr(blocks, "collect", lambda *_: None)
+    monkeypatch.setattr(blocks, "delivered", lambda *_: {"nats": 0.5})
     return ran
 
 

@@ -570,11 +570,6 @@ def test_targets_that_could_match_parts_of_an_adapter_make_the_same_origin(targe
     assert disk.facts_of(tmp_path / "adapter_model.safetensors") == common.origin(policy, targets)
 
 
-def test_targets_that_are_no_linear_layers_are_refused():
-    policy = backbones.load_policy(TRY / "sft")
-    one_line(lambda: common.attach_adapter(policy, "lora", 2, 2, ".*", 0), "'.*'", "linear layers alone")
-
-
 @pytest.mark.parametrize("key", ["bos", "vlm"])
 def test_a_checkpoint_of_the_other_backbone_is_named_before_its_keys(key):
     load = backbones.load_policy

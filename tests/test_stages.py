@@ -513,11 +513,6 @@ def test_an_adapter_of_another_depth_is_refused(mine, given, tmp_path):
         common.load_adapter(tiny_policy(**deep(mine)), tmp_path)
 
 
-def test_targets_that_match_no_layer_are_refused():
-    with pytest.raises(UserError, match="matches no layer"):
-        adapted(targets="nothing")
-
-
 @pytest.mark.parametrize("surrogate", ["paper", "elbo", "exact"])
 def test_betas_pairs_are_scored_a_batch_at_a_time(surrogate, monkeypatch):
     """As many as a training step scores, with the draws that each pair has among all: the same beta."""
