@@ -15,15 +15,19 @@ and -code take the pairs of the paper's text and of its public code, and are mea
 """
 
 import csv
+import importlib
 import io
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import backbones
 import common
 from runtime import HERE, disk, one_of, refuse, stage
 from runtime.config import load_config
+
+dpo = importlib.import_module("03_dpo")
 
 # the paper's dose; its beta of 0.1 multiplies a mean over 8 x 7 numbers, ours a sum
 PAPER = "dpo.sft_coef=0 dpo.beta=0.0017857 dpo.batch_size=1 dpo.steps=500 dpo.lr=5e-5 dpo.warmup=100"
@@ -119,6 +123,14 @@ def log_ratios(log: list[dict], beta: float) -> dict:
     return {side: sum(row[f"rewards/{side}"] for row in late) / len(late) / beta for side in sides}
 
 
+def delivered(cfg: dpo.Config, folder: Path) -> dict:
+    """What an arm moved on the block's held-out branch pairs (03_dpo.py), whatever it was trained on."""
+    policy = backbones.load_sft(cfg)
+    _, held = dpo.load_pairs(cfg, policy)
+    common.load_adapter(policy, folder, trainable=True)
+    return dpo.delivered(policy, held)
+
+
 def collect(name: str, cfg: common.AdapterConfig, arms: dict) -> None:
     """Write what a block has played on held-out states, and what its arms trained on."""
     out, seed, table, trained = HERE / "results" / name, cfg.seed, io.StringIO(), {}
@@ -135,6 +147,8 @@ def collect(name: str, cfg: common.AdapterConfig, arms: dict) -> None:
                 }
                 log = disk.read_jsonl(path.with_name("metrics.jsonl"))
                 facts["trained"] = log_ratios(log, facts.get("beta"))
+                if (measured := folder / "delivered.json").is_file():  # else what 03 says, if it does
+                    facts["delivered"] = disk.read_json(measured)
                 trained[arm] = {key: facts[key] for key in RECORDED if key in facts}
         for path in sorted(folder.glob("eval-*/done.json")):
             used = disk.read_json(path)["config"]
@@ -181,6 +195,9 @@ def main(*words: str) -> None:
             run(script, *given)
             made = folder_of(cfg, arm).glob("*/*/adapter_config.json")  # by an extra, where 04 does not look
             given += tuple(f"adapters_from={path.parents[1].relative_to(HERE)}" for path in made)
+            for path in folder_of(cfg, arm).rglob("adapter_config.json"):
+                moved = delivered(load_config(dpo.Config, [*block]), path.parent)
+                disk.write_json(folder_of(cfg, arm) / "delivered.json", moved)
         for noise in [0, 1000 + cfg.seed][:noises]:
             run("04_eval.py", *given, policy, f"eval.noise_seed={noise}")
         collect(name, cfg, arms)
