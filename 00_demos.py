@@ -235,11 +235,12 @@ def statistics(demos: list[dict]) -> dict:
 def source_file(cfg: Config, suite: str, task: int) -> Path:
     """The file of `source` for a task, by the task's name, or by its number where another run made it."""
     names = (suite_of(suite).get_task(task).name + ENDING, f"task_{task:02d}.hdf5")
-    folders = [Path(cfg.source) / folder for folder in (suite, f"{suite}_no_noops")]
+    folders = [Path(cfg.source) / folder for folder in (suite, f"{suite}_no_noops", "")]
     found = [folder / name for folder in folders for name in names if (folder / name).is_file()]
     refuse(
         len(found) != 1,
-        f"source: {folders[0]} holds {len(found)} files {' or '.join(names)}, but one is needed",
+        f"source: {folders[0]} holds {len(found)} files {' or '.join(names)}, but one is needed"
+        + (f" of {' and '.join(map(str, found))}: name its folder" if found else ""),
     )
     return found[0]
 

@@ -38,7 +38,7 @@ import torch
 
 import backbones
 import common
-from report.tables import grouped, table
+from report.tables import pivot
 from runtime import Count, disk, ranks, refuse, stage, workers
 from sim.env import CRASHES, TaskEnv, carry_out, tasks
 
@@ -287,21 +287,6 @@ def assemble(folder: Path) -> None:
         disk.write_rows(folder / f"{kind}.jsonl", lines)
 
 
-def summary(rows: list[dict]) -> str:
-    """Table of what was tried and kept, by task."""
-    outcomes = sorted({row["outcome"] for row in rows})
-    lines = [
-        [
-            f"{suite} {task}",
-            sum(len(row["pairs"]) for row in of_task),
-            sum(row["playouts"] for row in of_task),
-            *(sum(row["outcome"] == outcome for row in of_task) for outcome in outcomes),
-        ]
-        for (suite, task), of_task in sorted(grouped(rows, "suite", "task").items())
-    ]
-    return table(["task", "pairs", "play-outs", *outcomes], lines)
-
-
 def main(cfg: Config, run: stage.Run) -> dict | None:
     (run.dir / "parts").mkdir(exist_ok=True)
     if not (run.dir / "pairs.jsonl").is_file():  # written when all else is there
@@ -331,7 +316,8 @@ def main(cfg: Config, run: stage.Run) -> dict | None:
         return None
     rows = attempts(run.dir)
     shutil.rmtree(run.dir / "parts", ignore_errors=True)
-    print(summary(rows))
+    outcomes = {name: name for name in sorted({row["outcome"] for row in rows})}
+    print(pivot(rows, ["suite", "task"], "outcome", outcomes, len))  # how many attempts ended how
     return {"pairs": sum(len(row["pairs"]) for row in rows), "playouts": sum(row["playouts"] for row in rows)}
 
 

@@ -58,7 +58,7 @@ class FactoredDora(DoraLinearVariant):
 
 
 class DoraLinear(Linear):
-    """peft's layer around a linear one, without dropout."""
+    """peft's layer around a linear one, without dropout. One with a bias keeps peft's own forward pass."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config, **kwargs):
         assert config.use_dora and not config.lora_dropout
@@ -68,16 +68,12 @@ class DoraLinear(Linear):
     lora_variants = property(lambda self: {("use_dora",): FactoredDora})
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        if self.disable_adapters or self.merged:
+        if self.disable_adapters or self.merged or self.get_base_layer().bias is not None:
             return super().forward(x)
         [adapter], base = self.active_adapters, self.get_base_layer()
         A, B, s = self.lora_A[adapter].weight, self.lora_B[adapter].weight, self.scaling[adapter]
         m, norm = self.lora_magnitude_vector[adapter].weight, self.row_norm(adapter)
-        if base.bias is None:
-            return Product.apply(x.flatten(0, -2), base.weight, A, B, m, norm, s).unflatten(0, x.shape[:-1])
-        y, g = base(x), m / norm
-        # g does not scale a bias. In this order of terms y stays as it is where g = 1 and B = 0.
-        return (y + (g - 1) * (y - base.bias) + g * s * (x.to(A.dtype) @ A.T @ B.T)).to(y.dtype)
+        return Product.apply(x.flatten(0, -2), base.weight, A, B, m, norm, s).unflatten(0, x.shape[:-1])
 
     @torch.no_grad()
     def row_norm(self, adapter: str) -> Tensor:

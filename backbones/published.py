@@ -312,7 +312,11 @@ MODES = {
 }
 PUBLISHED_MODES = {"STATE": "QUANTILES", "ACTION": "QUANTILES"}  # lerobot's own defaults
 PROMPT_STEP = "pi05_prepare_state_tokenizer_processor_step"
-LIBERO_CAMERAS = {"observation.images.image": "agentview", "observation.images.image2": "wrist"}
+LIBERO_CAMERAS = {  # the last one is what other LIBERO sets call the second
+    "observation.images.image": "agentview",
+    "observation.images.image2": "wrist",
+    "observation.images.wrist_image": "wrist",
+}
 STEPS = {  # of lerobot's processors; this kit does the same, or refuses what it does not
     "rename_observations_processor",
     "to_batch_processor",
@@ -359,7 +363,7 @@ def lerobot_cameras(c: Checkpoint) -> list[str]:
     """The cameras, in the order of input_features. Empty cameras are masked there, and change nothing."""
     renamed = processor(c, "pre").get("rename_observations_processor", {}).get("rename_map", {})
     theirs = {renamed.get(name, name): camera for name, camera in LIBERO_CAMERAS.items()}
-    features = c.config.get("input_features") or {key: {"type": "VISUAL"} for key in theirs}
+    features = c.config.get("input_features") or {key: {"type": "VISUAL"} for key in [*theirs][:2]}
     wanted = [key for key, its in features.items() if its["type"] == "VISUAL" and "empty_camera_" not in key]
     unknown = ", ".join(key for key in wanted if key not in theirs)
     refuse(
@@ -477,6 +481,11 @@ def unpadded(c: Checkpoint, kind: str, named: dict[str, list | None]) -> dict[st
     refuse(
         sizes - {n},
         f"{c.folder} has another robot's statistics: its {kind} has {[*(sizes - {n})]} numbers, LIBERO's {n}",
+    )
+    low = named.get("min", named.get("q01", []))
+    refuse(
+        kind == "action" and low and low[6] >= 0,
+        f"{c.folder} has gripper commands from {low[6:]} on; LIBERO's open at -1 and close at 1",
     )
     return {key: values[:n] for key, values in named.items()}
 

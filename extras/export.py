@@ -43,8 +43,11 @@ pip install "lerobot[libero,peft]==0.4.4"  # a later one writes another prompt t
 pip install "transformers @ git+https://github.com/huggingface/transformers.git@fix/lerobot_openpi"
 lerobot-eval --policy.path={folder}/policy --env.type=libero --env.task={suites} {episodes}
 lerobot-eval --policy.path={folder}/adapter --env.type=libero --env.task={suites} {episodes}""",
+    "lerobot without processors": """\
+# {folder}/policy has no policy_preprocessor.json: lerobot would run it without statistics. Use 04_eval.py""",
     "openpi": """\
-# in a checkout of openpi that has src/openpi/models_pytorch; nothing there loads the adapter alone
+# in a checkout of openpi that has src/openpi/models_pytorch; nothing there loads the adapter alone. Name the
+# config of the policy's training: horizon, prompt and statistics come from there
 uv run scripts/serve_policy.py policy:checkpoint --policy.config=pi05_libero --policy.dir={folder}/policy
 python examples/libero/main.py --args.task-suite-name {suite}""",
     "openvla": """\
@@ -56,7 +59,7 @@ python experiments/robot/libero/run_libero_eval.py --model_family openvla --cent
 
 
 @dataclass
-class Config(common.AdapterConfig):
+class Config(common.ActingConfig, common.AdapterConfig):
     section: ClassVar = "export"
 
     folder = property(lambda self: self.seed_dir / f"export-{self.made_adapter.name}")
@@ -158,7 +161,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
         shutil.copytree(
             c.folder,
             run.dir / "policy",
-            ignore=shutil.ignore_patterns(".*"),
+            ignore=shutil.ignore_patterns(".*", "optimizer.pt"),
             copy_function=shutil.copyfile,
             dirs_exist_ok=True,
         )
@@ -210,13 +213,18 @@ def show(cfg: Config) -> None:
     kind = next(kind for kind, its in published.FORMATS.items() if its is c.format)
     if kind == "lerobot" and not any("language_model.embed_tokens" in key for key in c.shapes):
         kind = "lerobot <= 0.4.4"  # the embedding has one name there, lm_head
+    if "lerobot" in kind and not list(c.folder.glob("policy_preprocessor*")):
+        kind = "lerobot without processors"
+    names = published.processor(c, "pre").get("rename_observations_processor", {}).get("rename_map")
     for suite in cfg.suites[: 1 if "lerobot" in kind else None]:
         print(
             EVALUATION[kind].format(
                 folder=shlex.quote(str(cfg.folder.resolve())),
                 suites=",".join(cfg.suites),
                 suite=suite,
-                episodes="--eval.batch_size=1 --eval.n_episodes=10",
+                episodes=f"--eval.batch_size=1 --eval.n_episodes=10 --policy.n_action_steps={cfg.execute} "
+                f"--policy.num_inference_steps={cfg.denoise_steps}"
+                + (f" --rename_map={shlex.quote(json.dumps(names))}" if names else ""),
             ),
             flush=True,
         )

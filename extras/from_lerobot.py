@@ -79,6 +79,11 @@ def read_numbers(folder: Path, columns: dict, total: int) -> dict[int, tuple[int
                 shapes != ((7,), (8,)), f"{whose} actions and states of shapes {shapes}, not (7,) and (8,)"
             )
             refuse(len({*tasks}) > 1, f"{whose} several tasks; split it")
+            if {*actions[:, 6]} == {
+                0,
+                1,
+            }:  # as in OXE: 1 opens; check_meaning asks the fingers
+                actions[:, 6] = 1 - 2 * actions[:, 6]
             check_meaning(whose, actions, state)
             fingers = state[:, 6:] * [1, -1]
             refuse(
@@ -171,7 +176,7 @@ def convert(source: Path, target: Path, tasks: dict[str, list[str]]) -> str:
         Path(temporary, "whole").rename(target)
     suites = ",".join(sorted({file.partition("/")[0] for file in of.values()}))
     return (
-        f"{len(of)} episodes of {len({*of.values()})} tasks are in {target}. Next:\n"
+        f"{len(of)} of {len(episodes)} episodes, of {len({*of.values()})} tasks, are in {target}. Next:\n"
         f"python 00_demos.py CONFIG {shlex.quote(f'demos.source={target}')}"
         f" suites=[{suites}] image_size={size}"
     )

@@ -220,6 +220,14 @@ def test_a_wrong_size_task_or_file_leaves_nothing_behind(tmp_path):
     with pytest.raises(UserError, match=f"holds 0 files {path.name}"):
         adopt(tmp_path / "files", tmp_path / "runs")
     assert not list((tmp_path / "runs").glob("x/data/*"))
+    both = [tmp_path / "files" / f"{SUITE}{end}" / path.name for end in ("", "_no_noops")]
+    for each in both:
+        write_file(each, OFFICIAL)
+    with pytest.raises(UserError, match=f"holds 2 files .*{both[1]}: name its folder"):
+        adopt(tmp_path / "files", tmp_path / "runs")
+    adopt(both[1].parent, tmp_path / "other")
+    for each in both:
+        each.unlink()
     write_file(path, OFFICIAL)
     adopt(tmp_path / "files", tmp_path / "runs")  # no overwrite needed
 

@@ -31,7 +31,7 @@ FILES = (
 def test_what_lerobots_own_writer_wrote_is_read(name, tmp_path, capsys):
     """From files of lerobot 0.6.1 and 0.3.3 to what 01 sees, by way of 00."""
     from_lerobot.main(str(FIXTURES / f"lerobot_{name}"), str(tmp_path / "files"))
-    assert "3 episodes of 2 tasks" in capsys.readouterr().out
+    assert "3 of 3 episodes, of 2 tasks," in capsys.readouterr().out
     assert {str(p.relative_to(tmp_path / "files")) for p in (tmp_path / "files").rglob("*.hdf5")} == set(
         FILES
     )
@@ -94,8 +94,9 @@ FAULTS = {
     "lacks frames from": lambda f: info_with(f, lambda i: i.update(fps=40)),
     "another state than LIBERO's": lambda f: column(f, "observation.state", joints),
     "beyond [-1, 1]": lambda f: column(f, "action", lambda a: a.__imul__(30)),
-    "no gripper command below 0": lambda f: column(f, "action", zero_or_one),
+    "no gripper command below 0": lambda f: column(f, "action", lambda a: a[:, 6].clip(0.2, out=a[:, 6])),
     "fingers that open at 1": lambda f: column(f, "action", lambda a: a[:, 6].__imul__(-1)),
+    "which closes them": lambda f: column(f, "action", zero_or_one),
     "not finite": lambda f: column(f, "action", lambda a: a[3].fill(np.nan)),
     "several tasks": lambda f: column(f, "task_index", lambda t: t[3:].fill(1)),
     "steps in two places": lambda f: column(f, "episode_index", lambda e: e[::2].fill(0)),
@@ -113,6 +114,18 @@ def test_a_dataset_that_is_not_what_it_seems_is_refused_and_nothing_written(line
         from_lerobot.main(str(folder), str(tmp_path / "target"))
     assert line in str(error.value) and "\n" not in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_gripper_that_opens_at_1_and_closes_at_0_is_turned(tmp_path):
+    def as_oxe(actions):
+        actions[:, 6] = (1 - actions[:, 6]) / 2
+
+    column(folder := copy_of("v30_video", tmp_path), "action", as_oxe)
+    for source, target in ((FIXTURES / "lerobot_v30_video", "theirs"), (folder, "oxe")):
+        from_lerobot.main(str(source), str(tmp_path / target))
+    for file in FILES:
+        theirs, oxe = ([*read_demos(tmp_path / name / file, 0)] for name in ("theirs", "oxe"))
+        assert all(np.array_equal(a.actions, b.actions) for a, b in zip(theirs, oxe, strict=True))
 
 
 def test_other_suites_and_sentences_of_several_tasks(tmp_path):

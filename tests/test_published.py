@@ -151,6 +151,26 @@ def test_switches_are_read_and_overridden(folders, tmp_path):
         load(tmp_path, "lerobot")
 
 
+def test_a_gripper_from_0_to_1_is_no_liberos(tmp_path, monkeypatch):
+    def from_0(n, named=published_files.statistics):
+        made = named(n)
+        for key in ("min", "q01"):
+            made[key][6] = 0.0
+        return made
+
+    monkeypatch.setattr(published_files, "statistics", from_0)
+    published_files.write_openpi(tmp_path)
+    with pytest.raises(UserError, match=r"gripper commands from \[0"):
+        load(tmp_path, "openpi")
+
+
+def test_a_wrist_camera_may_have_the_name_of_other_sets(tmp_path):
+    features = {"type": "VISUAL", "shape": [3, 16, 16]}
+    names = [f"observation.images.{name}" for name in ("image", "wrist_image")]
+    published_files.write_lerobot(tmp_path, input_features=dict.fromkeys(names, features))
+    assert load(tmp_path, "lerobot").cfg.cameras == ["agentview", "wrist"]
+
+
 def test_a_stage_starts_from_it(folders):
     cfg = common.StartConfig(
         checkpoint=str(folders["openvla"][0]), model=MODEL["openvla"], backbone="openvla", dtype="bfloat16"
