@@ -405,7 +405,7 @@ def lerobot_model(c: Checkpoint) -> dict:
     sizes, steps, dims = pi05_model(c, "model."), processor(c, "pre"), DIMS["state"]
     check_robot(c)
     mode, _, file = normaliser(c, "action")
-    if file is None and mode != "identity" and list(c.folder.rglob("norm_stats.json")):
+    if file is None and mode != "identity" and (steps or not new) and list(c.folder.rglob("norm_stats.json")):
         return sizes  # openpi's weights: settings as openpi's
     if not new:
         dims = max(dims, steps.get(PROMPT_STEP, {}).get("max_state_dim", 32))

@@ -43,8 +43,8 @@ pip install "lerobot[libero,peft]==0.4.4"  # a later one writes another prompt t
 pip install "transformers @ git+https://github.com/huggingface/transformers.git@fix/lerobot_openpi"
 lerobot-eval --policy.path={folder}/policy --env.type=libero --env.task={suites} {episodes}
 lerobot-eval --policy.path={folder}/adapter --env.type=libero --env.task={suites} {episodes}""",
-    "lerobot without processors": """\
-# {folder}/policy has no policy_preprocessor.json: lerobot would run it without statistics. Use 04_eval.py""",
+    "lerobot without statistics": """\
+# lerobot finds no statistics in {folder}/policy and would score 0 %: evaluate it with 04_eval.py""",
     "openpi": """\
 # in a checkout of openpi that has src/openpi/models_pytorch; nothing there loads the adapter alone. Name the
 # config of the policy's training: horizon, prompt and statistics come from there
@@ -213,8 +213,8 @@ def show(cfg: Config) -> None:
     kind = next(kind for kind, its in published.FORMATS.items() if its is c.format)
     if kind == "lerobot" and not any("language_model.embed_tokens" in key for key in c.shapes):
         kind = "lerobot <= 0.4.4"  # the embedding has one name there, lm_head
-    if "lerobot" in kind and not list(c.folder.glob("policy_preprocessor*")):
-        kind = "lerobot without processors"
+    if "lerobot" in kind and "prompt" not in published.lerobot_model(c):  # openpi's weights
+        kind = "lerobot without statistics"
     names = published.processor(c, "pre").get("rename_observations_processor", {}).get("rename_map")
     for suite in cfg.suites[: 1 if "lerobot" in kind else None]:
         print(

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -330,7 +331,34 @@ def test_the_version_follows_the_files(tmp_path, capsys):
     cfg.folder.mkdir(parents=True)
     disk.write_json(cfg.folder / "done.json", {"inputs": {}})
     export.show(cfg)
-    assert "lerobot[pi,libero,peft]==0.6.1" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "lerobot[pi,libero,peft]==0.6.1" in said
+    assert said.count(" --policy.n_action_steps=10 --policy.num_inference_steps=10\n") == 2
+
+
+def test_the_command_has_the_folders_renamed_cameras_and_none_is_printed_without_statistics(tmp_path, capsys):
+    shutil.copytree(OURS, folder := tmp_path / "policy")
+    cfg = load_config(export.Config, arguments("lerobot", folder, tmp_path, tmp_path))
+    cfg.folder.mkdir(parents=True)
+    disk.write_json(cfg.folder / "done.json", {"inputs": {}})
+    pre = folder / "policy_preprocessor.json"
+    made, names = disk.read_object(pre), {"observation.images.front": "observation.images.image"}
+    (step,) = (s for s in made["steps"] if s["registry_name"] == "rename_observations_processor")
+    step["config"]["rename_map"] = names
+    disk.write_json(pre, made)
+    export.show(cfg)
+    assert f"--rename_map='{json.dumps(names)}'" in capsys.readouterr().out
+    for path in [*folder.glob("policy_*.safetensors")]:
+        path.unlink()
+    for path in (pre, folder / "policy_postprocessor.json"):
+        made = disk.read_object(path)
+        for step in made["steps"]:
+            step.pop("state_file", "")
+        disk.write_json(path, made)
+    (folder / "norm_stats.json").write_text("{}")
+    export.show(cfg)
+    said = capsys.readouterr().out
+    assert "would score 0 %" in said and "lerobot-eval" not in said
 
 
 def test_eval_info_is_lerobots(tmp_path):
