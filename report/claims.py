@@ -51,7 +51,7 @@ def effect(trainings: dict[tuple, tuple[list[dict], list[dict]]]) -> Found:
     if len(gains) >= ENOUGH:
         df, error = len(gains) - 1, max(1e-9, float(np.std(gains, ddof=1) / np.sqrt(len(gains))))
         interval, mean = stats.t_interval(gains), float(np.mean(gains))
-        text = f"{points(mean, interval)} over {len(gains)} runs, {wins}"
+        text = f"{points(mean, interval)} over {len(gains)} trainings, {wins}"
         return Found(mean, interval, text, error, df, power.over_trainings(error, df))
     own, base = ([row for sides in trainings.values() for row in sides[side]] for side in (0, 1))
     test = episodes.paired(own, base)

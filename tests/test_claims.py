@@ -63,7 +63,7 @@ def test_settings_and_verdicts_of_the_committed_results():
         assert (settings[name], rows[name]["would"]) == ("different", "inconclusive")
     for name in ("surrogate-tracks", "prefix-cache", "retrieval"):
         assert (settings[name], verdicts[name], rows[name]["scale"]) == ("analogue", "supported", "toy")
-    assert verdicts["early"] == "supported" and "over 6 runs" in rows["early"]["here"]
+    assert verdicts["early"] == "supported" and "over 6 trainings" in rows["early"]["here"]
     assert verdicts["early-contrast"] == verdicts["contrast"] == verdicts["long"] == "inconclusive"
 
 
@@ -74,9 +74,9 @@ def test_numbers_of_the_statistician():
     assert rows["dora-object"]["detectable"] == "12.5"
     assert "+5.0 points (-2.7 to +12.6), 35 gained and 25 lost" in rows["dora-mean"]["logs"]
     assert "+14.0 points (-2.6 to +29.5)" in rows["dora-object"]["logs"]
-    assert "-0.8 points (-2.4 to +0.7) over 3 runs" in rows["flow-dpo"]["here"]
-    assert "+1.1 points (-1.4 to +3.6) over 3 runs" in rows["dora-lora"]["here"]
-    assert "-8.7 points (-23.2 to +5.9) over 3 runs" in rows["long"]["here"]
+    assert "-0.8 points (-2.4 to +0.7) over 3 trainings" in rows["flow-dpo"]["here"]
+    assert "+1.1 points (-1.4 to +3.6) over 3 trainings" in rows["dora-lora"]["here"]
+    assert "-8.7 points (-23.2 to +5.9) over 3 trainings" in rows["long"]["here"]
     assert "+13.8 points (+7.8 to +19.8)" in rows["early"]["here"]
     assert "+5.0 points (-3.0 to +12.8)" in rows["early-contrast"]["here"]
     validate = disk.read_json(HERE / "results" / "validate" / "table.json")
@@ -268,7 +268,7 @@ def test_planted_outcomes(kind, effect, gains, margin, verdict, tmp_path, monkey
     claim = plant(tmp_path, gains, margin=margin) | {"kind": kind, "effect": effect}
     row = claims.judged(claim, PAPER)
     assert (row["setting"], row["scale"], row["verdict"]) == ("analogue", "toy", verdict), row
-    assert (" runs, " in row["here"]) == (len(gains) >= 3)
+    assert (" trainings, " in row["here"]) == (len(gains) >= 3)
     if len(gains) >= 3:
         low, high = scipys.ttest_1samp(np.round(np.array(gains) * 200) / 200, 0).confidence_interval(0.95)
         assert f"({100 * low:+.1f} to {100 * high:+.1f})" in row["here"]
