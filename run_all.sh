@@ -67,10 +67,10 @@ for number in $STAGES; do
 done
 
 began=$SECONDS
-stage() { # number, script and its arguments
+stage() { # number, script and its arguments; `last` is an argument that the command line can't change
   [[ " $STAGES " == *" $1 "* ]] || return 0
   shift
-  local arguments=("$CONFIG" ${backbone:+backbone="$backbone"} "${@:2}" overwrite=true ${OVERRIDES[@]+"${OVERRIDES[@]}"})
+  local arguments=("$CONFIG" ${backbone:+backbone="$backbone"} "${@:2}" overwrite=true ${OVERRIDES[@]+"${OVERRIDES[@]}"} ${last:-})
   echo
   echo "[$(((SECONDS - began) / 60)) min] \$ python $1 ${arguments[*]}"
   "$PYTHON" "$kit$1" "${arguments[@]}"
@@ -90,11 +90,11 @@ for backbone in ${BACKBONES:-""}; do
   stage 01 01_sft.py
   stage 02 02_collect_prefs.py
   for adapter in $ADAPTERS; do stage 03 03_dpo.py adapter="$adapter"; done
-  stage 04 04_eval.py policy=sft start=final
+  last=start=final stage 04 04_eval.py policy=sft
   stage 04 04_eval.py policy=sft
   for adapter in $ADAPTERS; do stage 04 04_eval.py policy=dpo adapter="$adapter"; done
   stage 05 05_profile.py
-  stage 06 06_pretrain_head.py start=final
+  last=start=final stage 06 06_pretrain_head.py
   stage 07 07_validate.py
 done
 stage 08 08_report.py

@@ -369,6 +369,12 @@ def test_a_report_does_not_stand_for_the_check_of_the_simulator(stub, tmp_path):
         assert ("extras.preflight" in said) == checked
 
 
+def test_another_start_leaves_the_final_policys_evaluation(stub, tmp_path):
+    said = run_all(stub, tmp_path, "configs/tiny.yaml", "04 06", "start=500", "adapters=").stdout
+    ran = [line.split("start=")[-1] for line in said.splitlines() if "$ python 0" in line]
+    assert ran == ["final", "500", "final"]
+
+
 def test_run_all_takes_stages_with_and_without_quotes(stub, tmp_path):
     for stages in (["03", "08"], ["03 08"]):
         said = run_all(stub, tmp_path, "configs/try.yaml", *stages, "adapters=lora").stdout
