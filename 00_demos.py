@@ -189,8 +189,8 @@ def record_task(job: tuple[Config, str, int]) -> None:
                         "target_places": target_places(env, init_state),
                     }
                 )
-        total = sum(summary["steps"] for summary in tries)
-        data.attrs.update(file_attributes(env) | {"num_demos": len(data), "total": total})
+        size = {"num_demos": len(data), "total": sum(summary["steps"] for summary in tries)}
+        data.attrs.update(file_attributes(env) | size)
     disk.write_json(tries_file(*job), tries)  # first: a task whose file is there is done
     disk.write_atomic(task_file(*job), content.getvalue())
 
@@ -264,9 +264,36 @@ def adopted(cfg: Config) -> list[dict]:
     return rows
 
 
+def check_upright(cfg: Config) -> None:
+    """UserError if images from elsewhere are turned or mirrored beside the simulator's.
+
+    Looks at one demonstration of each suite. Scene and arm are the same in all of a task's init states.
+    """
+    for suite, task in {suite: (suite, task) for suite, task in tasks(cfg)}.values():
+        path = source_file(cfg, suite, task)
+        theirs = next(read_demos(path, task)).agentview[0].mean(2)  # (S, S)
+        with contextlib.closing(TaskEnv(suite, task, cfg.image_size, cfg.render)) as env:
+            env.reset(0)
+            ours = env.frame("agentview").mean(2).ravel()
+        views = {
+            "upright": theirs,
+            "turned by 180 degrees": theirs[::-1, ::-1],
+            "upside down": theirs[::-1],
+            "mirrored": theirs[:, ::-1],
+        }
+        way = max(views, key=lambda name: np.corrcoef(views[name].ravel(), ours)[0, 1])
+        refuse(
+            way != "upright",
+            f"{path} has images that are {way} beside LIBERO's own files: turn obs/agentview_rgb and "
+            "obs/eye_in_hand_rgb back",
+        )
+
+
 def adopt(cfg: Config) -> list[dict]:
     """Link the files of `source` to where later stages look."""
     rows = adopted(cfg)
+    if source_file(cfg, *tasks(cfg)[0]).name.endswith(ENDING):  # no other run's
+        check_upright(cfg)
     for row in rows:
         link = task_file(cfg, row["suite"], row["task"])
         link.parent.mkdir(exist_ok=True)

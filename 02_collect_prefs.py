@@ -160,14 +160,11 @@ def episode_pairs(env, policy, cfg: Config, init: int, visit: int) -> tuple[list
             worst = (decisions, float(sigma))
     if best is None or worst is None:
         return [], tried, "all succeeded" if best else "all failed"
-    chunks = list(zip(best[0], worst[0], strict=False))
-    if cfg.pairs == "episode":
-        chunks = chunks[:1]
+    chunks = list(zip(best[0], worst[0], strict=False))[: 1 if cfg.pairs == "episode" else None]
     seen = best[0][0].obs  # the first observation, which both share
     wins = sum(facts["success"] for _, facts in tried)
     facts = {"chosen_sigma": best[1], "rejected_sigma": worst[1], "wins": wins}
-    pairs = [make_pair(replace(good, obs=seen), bad, **facts) for good, bad in chunks]
-    return pairs, tried, "mixed outcomes"
+    return [make_pair(replace(good, obs=seen), bad, **facts) for good, bad in chunks], tried, "mixed outcomes"
 
 
 def branch_pairs(env, policy, cfg: Config, init: int, visit: int) -> tuple[list[Row], list[Row], str]:
@@ -256,8 +253,7 @@ def collect(job: Job) -> None:
 
 
 def attempts(folder: Path) -> list[dict]:
-    needs = "suite task unit init_state outcome playouts pairs tried"
-    rows = disk.read_jsonl(folder / "units.jsonl", needs)
+    rows = disk.read_jsonl(folder / "units.jsonl", "suite task unit init_state outcome playouts pairs tried")
     return list({(row["suite"], row["task"], row["unit"]): row for row in rows}.values())
 
 
@@ -274,8 +270,10 @@ def portion(total: int, parts: int, part: int) -> int:
 def assemble(folder: Path) -> None:
     """Merge the attempts' files, sorted by task and attempt. pairs.jsonl comes last and marks the end."""
     rows = sorted(attempts(folder), key=lambda row: (row["suite"], row["task"], row["unit"]))
-    none = f"{len(rows)} attempts gave no pair (see {folder / 'units.jsonl'})"
-    refuse(not any(row["pairs"] for row in rows), f"{none}; raise prefs.max_playouts")
+    refuse(
+        not any(row["pairs"] for row in rows),
+        f"{len(rows)} attempts gave no pair (see {folder / 'units.jsonl'}); raise prefs.max_playouts",
+    )
     disk.write_rows(folder / "units.jsonl", rows)
     for kind in ("tried", "pairs"):
         files = [part_file(folder, row, kind) for row in rows if row[kind]]
@@ -283,8 +281,10 @@ def assemble(folder: Path) -> None:
         tensors = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
         disk.save_tensors(folder / f"{kind}.safetensors", tensors, disk.facts_of(files[0]))
         where = ("suite", "task", "unit", "init_state")
-        lines = [{key: row[key] for key in where} | facts for row in rows for facts in row[kind]]
-        disk.write_rows(folder / f"{kind}.jsonl", lines)
+        disk.write_rows(
+            folder / f"{kind}.jsonl",
+            [{key: row[key] for key in where} | facts for row in rows for facts in row[kind]],
+        )
 
 
 def main(cfg: Config, run: stage.Run) -> dict | None:

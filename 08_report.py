@@ -81,10 +81,9 @@ def of_run(cfg: Config, backbone: str) -> Experiment:
                 if "successes" not in row or ("hit_rate" in row, row["group"], row["name"]) in finished
             ]
         for path in sorted(seed_dir.glob("dpo-*/metrics.jsonl")):
-            if stage.out_of_date(path.parent, now):
-                continue
-            name = f"{path.parent.name}-{seed_dir.name}" if len(seed_dirs) > 1 else path.parent.name
-            experiment.training[name] = disk.read_jsonl(path)
+            if not stage.out_of_date(path.parent, now):
+                name = f"{path.parent.name}-{seed_dir.name}" if len(seed_dirs) > 1 else path.parent.name
+                experiment.training[name] = disk.read_jsonl(path)
         videos = sorted(seed_dir.glob("eval-*/videos/*.gif"))
         experiment.videos += [path for path in videos if not stage.out_of_date(path.parents[1], now)]
     return experiment

@@ -110,8 +110,7 @@ def as_number(value: str | int | float, kind: type) -> int | float | None:
         number = float(value)
     except (ValueError, OverflowError):
         return None
-    whole = math.isfinite(number) and (kind is not int or number == int(number))
-    return kind(number) if whole else None
+    return kind(number) if math.isfinite(number) and (kind is not int or number == int(number)) else None
 
 
 # ------------------------------------------------------------------------------------------------------- YAML
@@ -121,8 +120,11 @@ def read_yaml(path: Path, backbone: str = "", above: tuple[str, ...] = ()) -> di
     A file's own section of the backbone is laid over the rest of that file, so a file wins over its base in
     everything. above: the files that led here.
     """
-    near = did_you_mean(path.stem, [p.stem for p in (HERE / "configs").glob("*.yaml")])
-    refuse(not path.is_file(), f"no config file {path}; {near}")
+    refuse(
+        not path.is_file(),
+        f"no config file {path}; "
+        + did_you_mean(path.stem, [p.stem for p in (HERE / "configs").glob("*.yaml")]),
+    )
     data = parse_yaml(path.read_bytes(), str(path)) or {}
     refuse(not isinstance(data, dict), f"{path} must hold `key: value` lines")
     base = data.pop("base", None)

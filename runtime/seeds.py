@@ -53,8 +53,7 @@ def select(x, index: torch.Tensor):
 
 def own_rows(batch_size: int, *parts) -> tuple:
     """This process's rows of the parts of a batch: all of them, unless torchrun splits it."""
-    index = ranks.share(torch.arange(batch_size))
-    return tuple(select(part, index) for part in parts)
+    return tuple(select(part, ranks.share(torch.arange(batch_size))) for part in parts)
 
 
 def learning_rate(step: int, cfg) -> float:

@@ -63,8 +63,9 @@ class Films:
 
     def select(self, index: torch.Tensor) -> torch.Tensor:
         films = np.searchsorted(self.ends, index.numpy(), side="right")
-        rows = [self.films[k][i - self.ends[k]] for k, i in zip(films, index.tolist(), strict=True)]
-        return torch.from_numpy(np.stack(rows))
+        return torch.from_numpy(
+            np.stack([self.films[k][i - self.ends[k]] for k, i in zip(films, index.tolist(), strict=True)])
+        )
 
 
 def frames(films: list[Film]) -> torch.Tensor | Films:

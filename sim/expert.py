@@ -56,8 +56,10 @@ class Expert:
 
     def near(self, position, rotation, tolerance: float, turn_tolerance: float) -> bool:
         """Whether the hand is within the tolerances (metres, radians) of a pose."""
-        turn = np.linalg.norm(turn_between(self.rotation, rotation))
-        return np.linalg.norm(position - self.position) < tolerance and turn < turn_tolerance
+        return (
+            np.linalg.norm(position - self.position) < tolerance
+            and np.linalg.norm(turn_between(self.rotation, rotation)) < turn_tolerance
+        )
 
     def root(self, name: str) -> int:
         """The body that carries an object or a fixture."""
@@ -65,8 +67,7 @@ class Expert:
 
     def spot(self, name: str) -> np.ndarray:
         """The position (3,) of an object or fixture (its origin) or of a site (LIBERO's regions)."""
-        place = self.data.body(self.root(name)) if name in self.things else self.data.site(name)
-        return place.xpos.copy()
+        return (self.data.body(self.root(name)) if name in self.things else self.data.site(name)).xpos.copy()
 
     def points(self, *names: str) -> np.ndarray:
         """Points (N, 3) on the collision geometry of objects and fixtures."""

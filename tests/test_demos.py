@@ -287,6 +287,17 @@ def test_official_files_are_adopted(file, record, tmp_path):
     copy.write_bytes(file.read_bytes())
     linked = record(source=tmp_path / "official")
     assert linked.is_symlink() and len(list(read_demos(linked, TASK))) == 2
+    for word, turn in (
+        ("turned by 180", np.s_[:, ::-1, ::-1]),
+        ("upside down", np.s_[:, ::-1]),
+        ("mirrored", np.s_[:, :, ::-1]),
+    ):
+        copy.write_bytes(file.read_bytes())
+        with h5py.File(copy, "r+") as f:
+            for demo in f["data"].values():
+                demo["obs/agentview_rgb"][:] = demo["obs/agentview_rgb"][()][turn]
+        with pytest.raises(UserError, match=f"{word}.*turn obs/agentview_rgb"):
+            record(source=tmp_path / "official")
 
 
 WRITES = """

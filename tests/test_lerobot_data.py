@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_demo_files import adopt
+from test_demo_files import adopt, pictures  # noqa: F401 (a fixture)
 from write_lerobot import EPISODES, NOOP, SENTENCES, SIZE, numbers, picture
 
 from runtime.errors import UserError
