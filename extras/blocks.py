@@ -83,8 +83,7 @@ def folder_of(cfg: common.AdapterConfig, arm: str) -> Path:
 
 def pairs_of(cfg: common.AdapterConfig, how: str) -> Path:
     """Where the pairs of an arm are: its settings may name a recipe of their own."""
-    pairs = dict(word.split("=") for word in how.split() if word in RECIPES)
-    return replace(cfg, **pairs).made_pairs
+    return replace(cfg, **dict(word.split("=") for word in how.split() if word in RECIPES)).made_pairs
 
 
 def run(script: str, *settings: str) -> None:
@@ -149,11 +148,11 @@ def collect(name: str, cfg: common.AdapterConfig, arms: dict) -> None:
                     **disk.read_json(path),  # with those that the arm has played itself
                     **disk.read_json(path.with_name("timing.json")),
                 }
-                log = disk.read_jsonl(path.with_name("metrics.jsonl"))
-                facts["trained"] = log_ratios(log, facts.get("beta"))
-                if (
-                    measured := folder / "delivered.json"
-                ).is_file():  # blocks before 105 have 03's own, if any
+                facts["trained"] = log_ratios(
+                    disk.read_jsonl(path.with_name("metrics.jsonl")), facts.get("beta")
+                )
+                # blocks before 105 have 03's own, if any
+                if (measured := folder / "delivered.json").is_file():
                     facts["delivered"] = disk.read_json(measured)
                 trained[arm] = {key: facts[key] for key in RECORDED if key in facts}
         for row in itertools.chain(*played):

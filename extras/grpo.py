@@ -112,8 +112,9 @@ def play_group(group: Group) -> None:
     for i in range(GROUP):
         try:
             env.reset(group.init)
-            source = ("grpo", group.number, group.suite, group.task, group.init, i)
-            made = prefs.play(env, policy, cfg, source)
+            made = prefs.play(
+                env, policy, cfg, ("grpo", group.number, group.suite, group.task, group.init, i)
+            )
         except CRASHES:  # neither success nor failure: the group is dropped
             returns[i] = torch.nan
             continue

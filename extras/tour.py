@@ -81,8 +81,10 @@ def margins(pairs: dict) -> None:
     for kind, colour in zip(("dpo", "ipo", "hinge"), ("lora", "dora", "other"), strict=True):
         policy = backbones.load_policy(TRY / "sft").eval()
         common.attach_adapter(policy, "lora", 32, 64, policy.adapter_targets, 0)
-        weights = [p for p in policy.parameters() if p.requires_grad]
-        optimizer, seen = torch.optim.AdamW(weights, lr=1.5e-4), []
+        optimizer, seen = (
+            torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1.5e-4),
+            [],
+        )
         batch = dpo.batch_of(pairs, torch.arange(PAIR, PAIR + 8))
         draws = policy.draws(8, 4, common.stream(0, "tour margins"), "stratified")
         with policy.reference():

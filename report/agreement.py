@@ -103,8 +103,7 @@ def exact_values(cfg, measures: dict, policy: str, what: str, ref: dict | None, 
 
     For margins they are the pairs that DPO was not trained on, where there are any.
     """
-    some = cfg.held_out and what == "margin"
-    kept = attempt % cfg.held_out == 0 if some else np.full(len(attempt), True)
+    kept = attempt % (cfg.held_out if cfg.held_out and what == "margin" else 1) == 0
     return quantity(measures[policy]["exact"][None], ref and ref["exact"][None], True)[0], kept
 
 

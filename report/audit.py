@@ -179,8 +179,11 @@ def tables(folder: Path, cells: Cells) -> Iterator[Finding]:
             for keys, text in COUNTED.items():
                 stated, found = ([side.get(key) for key in keys] for side in (row, counted))
                 if stated != found and None not in (*stated, *found):
-                    where = f"{path.relative_to(folder)}, {row['name']}{group}"
-                    yield Finding("table", where, text.format(*stated, *found))
+                    yield Finding(
+                        "table",
+                        f"{path.relative_to(folder)}, {row['name']}{group}",
+                        text.format(*stated, *found),
+                    )
 
 
 # ----------------------------------------------------------------------------------------------------- tables
@@ -192,8 +195,9 @@ def pairs(cells: Cells) -> list[dict]:
         suites = sorted({suite for own, suite, _ in cells if own == policy})
         for chosen in dict.fromkeys([*((suite,) for suite in suites), tuple(suites)]):
             test = paired(together(cells, policy, chosen), together(cells, base, chosen))
-            name = chosen[0] if len(chosen) == 1 else "all"
-            rows.append({"policy": policy, "against": base, "suite": name} | test)
+            rows.append(
+                {"policy": policy, "against": base, "suite": chosen[0] if len(chosen) == 1 else "all"} | test
+            )
     rows = [row for row in rows if row["paired_n"]]
     corrected = stats.holm([row["p_vs_sft"] for row in rows])
     return [row | {"p_holm": p} for row, p in zip(rows, corrected, strict=True)]

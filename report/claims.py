@@ -243,12 +243,15 @@ def read_blocks(plan: dict) -> tuple[dict, dict]:
             if line["suite"] != plan.get("suite", line["suite"]):
                 continue
             numbers = {key: int(line[key]) for key in ("task", "init_state", "seed")}
-            row = line | numbers | {"success": line["success"] == "1"}
-            arms[line["arm"]][int(line["block"])].append(row)
+            arms[line["arm"]][int(line["block"])].append(line | numbers | {"success": line["success"] == "1"})
         block = disk.read_json(path.with_suffix(".json"))
         for arm, facts in block["arms"].items():
             records[arm].append(block | facts)
     return arms, records
+
+
+def arms_of(plan: dict) -> set[str]:
+    return {arm for pair in [*plan["primary"], *plan["exploratory"]] for arm in pair}
 
 
 def contrasts(plan: dict) -> list[dict]:
@@ -257,7 +260,7 @@ def contrasts(plan: dict) -> list[dict]:
     No test is made before the plan's number of blocks is there. Until then only the spread of the effects is
     used, for what the whole experiment could detect.
     """
-    (arms, records), rows = read_blocks(plan), []
+    (arms, _), rows = read_blocks(plan), []
     for new, base in [*plan["primary"], *plan["exploratory"]]:
         blocks = sorted(arms[new].keys() & arms[base].keys())
         if len(blocks) < ENOUGH:
@@ -277,8 +280,6 @@ def contrasts(plan: dict) -> list[dict]:
                 "blocks": len(blocks),
                 "detectable": power.detectable(power.over_trainings(whole, plan["blocks"] - 1)),
                 "foreseen": power.detectable(power.over_trainings(planned, plan["blocks"] - 1)),
-                "nats": [record["delivered"]["nats"] for record in records[new] if "delivered" in record],
-                "playouts": [record["playouts"] for record in records[new]],
                 "found": found if complete else None,
                 # a plan that tests nothing gives intervals alone
                 "p": power.t_test(found.value, found.error, found.df)
@@ -311,19 +312,60 @@ def outcome(row: dict) -> str:
 def effects_plot(plan: dict, path: Path) -> str:
     """Draw what each arm of a plan does to the success of arm A, block by block; returns Markdown."""
     arms, _ = read_blocks(plan)
-    named = {arm for pair in [*plan["primary"], *plan["exploratory"]] for arm in pair} - {"A"}
     effects = {
         arm: [episodes.paired(arms[arm][block], arms["A"][block])["diff_vs_sft"] for block in both]
-        for arm in sorted(named & arms.keys())
+        for arm in sorted(arms_of(plan) & arms.keys() - {"A"})
         if (both := [block for block in arms[arm] if block in arms["A"]])
     }
     plots.save(plots.blocks(effects), path)
     return f"![{plan['title']}: points against A]({path.parent.name}/{path.name})\n\n"
 
 
+def arms_table(plan: dict) -> str:
+    """A line for each arm, over the blocks of the plan's own: episodes, and what its training recorded."""
+    arms, records = read_blocks(plan)
+    compared = [new for new, _ in [*plan["primary"], *plan["exploratory"]] if new in arms]
+    blocks = {block for arm in compared for block in arms[arm]}
+
+    def mean(values: list[float], form: str = "{:.3g}") -> str:
+        return form.format(np.mean(values)) if values else ""
+
+    return listing(
+        [
+            {
+                "arm": arm,
+                "blocks": len(blocks & arms[arm].keys()),
+                "played": [row for block in blocks for row in arms[arm][block] if not row["crash"]],
+                "records": [record for record in records[arm] if record["block"] in blocks],
+            }
+            for arm in sorted(arms_of(plan) & arms.keys())
+        ],
+        {
+            "arm": "{arm}",
+            "blocks": "{blocks}",
+            "success": lambda row: "{} of {}".format(
+                sum(each["success"] for each in row["played"]), len(row["played"])
+            ),
+            "right place": lambda row: mean(
+                [float(each["right_place"]) for each in row["played"] if each["right_place"]], "{:.1%}"
+            ),
+            **{
+                f"trained, {side}": lambda row, side=side: mean(
+                    [each["trained"][side] for each in row["records"] if each.get("trained")]
+                )
+                for side in ("chosen", "rejected")
+            },
+            "delivered, nats": lambda row: mean(
+                [each["delivered"]["nats"] for each in row["records"] if "delivered" in each]
+            ),
+            "play-outs": lambda row: mean([each["playouts"] for each in row["records"]], "{:.0f}"),
+        },
+    )
+
+
 def contrasts_table(plan: dict, path: Path) -> str:
-    """Plot and table of a plan, with its title; nothing while fewer than three blocks are complete."""
-    rows, whole = contrasts(plan), "suite" not in plan
+    """Plot and tables of a plan, with its title; nothing while fewer than three blocks are complete."""
+    rows = contrasts(plan)
     if not rows:
         return ""
     return (
@@ -341,11 +383,10 @@ def contrasts_table(plan: dict, path: Path) -> str:
                 "p (Holm)": lambda row: "" if row["p_holm"] is None else p_value(row["p_holm"]),
                 "detectable, points": lambda row: f"{100 * row['detectable']:.1f}",
                 "... by the first three": lambda row: f"{100 * row['foreseen']:.1f}",
-                "delivered, nats": lambda row: f"{np.mean(row['nats']):.3g}" if row["nats"] and whole else "",
-                "play-outs": lambda row: f"{np.mean(row['playouts']):.0f}" * whole,
                 "outcome": outcome,
             },
         )
+        + ("" if "suite" in plan else "\n\n" + arms_table(plan))  # what is recorded is of all suites
     )
 
 
