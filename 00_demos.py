@@ -37,6 +37,13 @@ from sim.demos import ENDING, read_demos
 from sim.env import CRASHES, TaskEnv, instruction, suite_of, tasks
 from sim.expert import TASKS, Expert, MissedGrasp, target_places
 
+TURNS = {  # how images from elsewhere may stand
+    "upright": np.s_[:],
+    "turned by 180 degrees": np.s_[::-1, ::-1],
+    "upside down": np.s_[::-1],
+    "mirrored": np.s_[:, ::-1],
+}
+
 
 @dataclass
 class Config(common.SceneConfig):
@@ -274,17 +281,13 @@ def check_upright(cfg: Config) -> None:
         theirs = next(read_demos(path, task)).agentview[0].mean(2)  # (S, S)
         with contextlib.closing(TaskEnv(suite, task, cfg.image_size, cfg.render)) as env:
             env.reset(0)
-            ours = env.frame("agentview").mean(2).ravel()
-        views = {
-            "upright": theirs,
-            "turned by 180 degrees": theirs[::-1, ::-1],
-            "upside down": theirs[::-1],
-            "mirrored": theirs[:, ::-1],
-        }
-        way = max(views, key=lambda name: np.corrcoef(views[name].ravel(), ours)[0, 1])
+            ours = env.frame("agentview").mean(2)
+        alike = {name: np.corrcoef(theirs[turn].ravel(), ours.ravel())[0, 1] for name, turn in TURNS.items()}
+        way = max(alike, key=alike.get)
         refuse(
             way != "upright",
-            f"{path} has images that are {way} beside LIBERO's own files: turn obs/agentview_rgb and "
+            f"{path} has images that are {way} beside LIBERO's own files (correlation with the simulator's "
+            f"{alike[way]:.2f}, as they are {alike['upright']:.2f}): turn obs/agentview_rgb and "
             "obs/eye_in_hand_rgb back",
         )
 

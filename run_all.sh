@@ -16,7 +16,7 @@ kit=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)/
 export PYTHONPATH=$kit${PYTHONPATH:+:$PYTHONPATH}
 [[ $kit != "$(pwd -P)/" ]] || kit="" # scripts are shown as they are typed
 
-unset ADAPTERS # "adapters=" means none
+unset ADAPTERS last # "adapters=" means none
 CONFIG=configs/look.yaml STAGES="" BACKBONES="" OVERRIDES=()
 for argument in "$@"; do
   case $argument in

@@ -67,9 +67,8 @@ def load_observations(cfg: Config) -> list[dict]:
 def distance(student, teacher, prefix, noise: torch.Tensor, steps: int) -> torch.Tensor:
     """Mean squared difference between the student's and the teacher's chunks, over the real dimensions."""
     # what student.sample_actions(prefix, noise, 1) gives, with gradients
-    chunk = noise - student.velocity(prefix, noise, torch.ones(1, device=noise.device))
-    off = chunk - teacher.sample_actions(prefix, noise, steps)  # (B, H, D)
-    return off[..., : common.ACTION_DIM].square().mean()
+    chunk = noise - student.velocity(prefix, noise, torch.ones(1, device=noise.device))  # (B, H, D)
+    return (chunk - teacher.sample_actions(prefix, noise, steps))[..., : common.ACTION_DIM].square().mean()
 
 
 def main(cfg: Config, run: stage.Run) -> dict:
