@@ -324,8 +324,7 @@ def effects_plot(plan: dict, path: Path) -> str:
 def arms_table(plan: dict) -> str:
     """A line for each arm, over the blocks of the plan's own: episodes, and what its training recorded."""
     arms, records = read_blocks(plan)
-    compared = [new for new, _ in [*plan["primary"], *plan["exploratory"]] if new in arms]
-    blocks = {block for arm in compared for block in arms[arm]}
+    blocks = {b for new, _ in [*plan["primary"], *plan["exploratory"]] for b in arms.get(new, ())}
 
     def mean(values: list[float], form: str = "{:.3g}") -> str:
         return form.format(np.mean(values)) if values else ""
