@@ -503,7 +503,7 @@ def work(job):
     if job == 90: raise ValueError("planted")
     if job == 91: os.kill(os.getpid(), 9)
     if job == 92: raise UserError("one line")
-    if job == 93: print(os.getpid(), flush=True); time.sleep(600)
+    if job == 93: os.write(1, f"\\n{os.getpid()}\\n".encode()); time.sleep(600)  # one write: prints may mix
     (FOLDER / f"{job}").write_text(str(job * 10))
 def results():
     return {path.name: path.read_text() for path in FOLDER.iterdir()}
