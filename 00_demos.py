@@ -74,7 +74,7 @@ class Config(common.SceneConfig):
             source.resolve().is_relative_to(self.data_dir.resolve()),
             f"demos.source={source} is the folder that this stage writes, or lies in it",
         )
-        adopted(self)
+        adopted(self)  # fails now if a file cannot serve
         return [source] if (source / "done.json").is_file() else []
 
 
@@ -242,7 +242,8 @@ def statistics(demos: list[dict]) -> dict:
 def source_file(cfg: Config, suite: str, task: int) -> Path:
     """The file of `source` for a task, by the task's name, or by its number where another run made it."""
     names = (suite_of(suite).get_task(task).name + ENDING, f"task_{task:02d}.hdf5")
-    folders = [Path(cfg.source) / folder for folder in (suite, f"{suite}_no_noops", "")]
+    places = (suite, f"{suite}_no_noops", "")  # the last not for a layout: its tasks have its suite's names
+    folders = [Path(cfg.source) / place for place in places if place or suite not in common.LAYOUTS]
     found = [folder / name for folder in folders for name in names if (folder / name).is_file()]
     refuse(
         len(found) != 1,
@@ -266,8 +267,15 @@ def adopted(cfg: Config) -> list[dict]:
             any(demo.agentview.size != cfg.image_size for demo in demos),
             f"{path} has images of {size} px: set image_size={size} for this stage (02 and 04 keep theirs)",
         )
-        steps, no_ops = (sum(n) for n in zip(*((len(d.actions), d.no_ops) for d in demos), strict=True))
-        rows.append({"suite": suite, "task": task, "kept": len(demos), "steps": steps, "no_ops": no_ops})
+        rows.append(
+            {
+                "suite": suite,
+                "task": task,
+                "kept": len(demos),
+                "steps": sum(len(demo.actions) for demo in demos),
+                "no_ops": sum(demo.no_ops for demo in demos),
+            }
+        )
     return rows
 
 
@@ -276,7 +284,7 @@ def check_upright(cfg: Config) -> None:
 
     Looks at one demonstration of each suite. Scene and arm are the same in all of a task's init states.
     """
-    for suite, task in {suite: (suite, task) for suite, task in tasks(cfg)}.values():
+    for suite, task in dict(tasks(cfg)).items():  # the last task of each suite
         path = source_file(cfg, suite, task)
         theirs = next(read_demos(path, task)).agentview[0].mean(2)  # (S, S)
         with contextlib.closing(TaskEnv(suite, task, cfg.image_size, cfg.render)) as env:
@@ -295,7 +303,7 @@ def check_upright(cfg: Config) -> None:
 def adopt(cfg: Config) -> list[dict]:
     """Link the files of `source` to where later stages look."""
     rows = adopted(cfg)
-    if source_file(cfg, *tasks(cfg)[0]).name.endswith(ENDING):  # no other run's
+    if any(source_file(cfg, *task).name.endswith(ENDING) for task in tasks(cfg)):  # not all another run's
         check_upright(cfg)
     for row in rows:
         link = task_file(cfg, row["suite"], row["task"])

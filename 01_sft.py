@@ -224,7 +224,7 @@ def right_place(policy, data: dict, cfg: Config) -> dict:
         noise = policy.noise(len(rows), common.stream(0, "first look", len(right)))
         chunk = policy.sample_actions(policy.encode(obs), noise).cpu()
         actions = policy.unnormalise(chunk)[:, : common.EXECUTE]
-        right.append(backbones.heads_right(actions, obs["state"][:, :3], data["places"][rows]))
+        right.append(backbones.heads_for_first(actions, obs["state"][:, :3], data["places"][rows]))
     return {"right_place": torch.cat(right).float().mean().item()} if right else {}
 
 

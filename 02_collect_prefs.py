@@ -81,11 +81,11 @@ class Config(common.SceneConfig, common.ActingConfig, common.PairsConfig):
 class Decision:
     """A point at which the policy looked: the simulator's state, the observation, the chunk (normalised)."""
 
-    number: int
+    number: int  # of the looks before it
     state: object
     obs: dict
     proposed: np.ndarray  # (H, 7)
-    executed: np.ndarray  # (H, 7) with noise and clipped, as the first n of them were executed
+    executed: np.ndarray  # (H, 7) with noise and clipped, of which the first n were carried out
     n: int
 
 
@@ -120,9 +120,9 @@ Row = tuple[dict[str, torch.Tensor], dict]  # what is stored of a pair, or of a 
 
 def stored(seen: Decision, n: int, arrays: dict[str, np.ndarray], facts: dict) -> Row:
     """Chunks (H, 7) with the observation that they answer, and the mask of the n executed actions."""
-    arrays |= {key: seen.obs[key] for key in (*common.CAMERAS, "state")}
+    arrays = arrays | {key: seen.obs[key] for key in (*common.CAMERAS, "state")}
     arrays["mask"] = np.arange(len(seen.proposed)) < n
-    facts |= {"decision": seen.number, "instruction": seen.obs["instruction"]}
+    facts = facts | {"decision": seen.number, "instruction": seen.obs["instruction"]}
     return {key: torch.as_tensor(value) for key, value in arrays.items()}, facts
 
 
@@ -160,11 +160,18 @@ def episode_pairs(env, policy, cfg: Config, init: int, visit: int) -> tuple[list
             worst = (decisions, float(sigma))
     if best is None or worst is None:
         return [], tried, "all succeeded" if best else "all failed"
-    chunks = list(zip(best[0], worst[0], strict=False))[: 1 if cfg.pairs == "episode" else None]
+    chunks = list(zip(best[0], worst[0], strict=False))
     seen = best[0][0].obs  # the first observation, which both share
     wins = sum(facts["success"] for _, facts in tried)
     facts = {"chosen_sigma": best[1], "rejected_sigma": worst[1], "wins": wins}
-    return [make_pair(replace(good, obs=seen), bad, **facts) for good, bad in chunks], tried, "mixed outcomes"
+    return (
+        [
+            make_pair(replace(good, obs=seen), bad, **facts)
+            for good, bad in (chunks if cfg.pairs == "whole" else chunks[:1])
+        ],
+        tried,
+        "mixed outcomes",
+    )
 
 
 def branch_pairs(env, policy, cfg: Config, init: int, visit: int) -> tuple[list[Row], list[Row], str]:
@@ -190,6 +197,7 @@ def branch_pairs(env, policy, cfg: Config, init: int, visit: int) -> tuple[list[
             other = play(env, policy, cfg, source, k, chunk)[0]
             tried.append(make_try(other, env.success))
             if env.success:
+                # its number among the tries: 07 draws its noise again
                 pairs.append(make_pair(other, base[k], tried=i + 1))
                 break
     return pairs, tried, f"failed, {len(pairs)} pairs"
@@ -239,9 +247,10 @@ def collect(job: Job) -> None:
             "init_state": init,
             "playouts": len(tried) or most,  # after a crash nobody knows
             "outcome": outcome,
-            **{kind: [facts for _, facts in of_kind] for kind, of_kind in kept.items()},
+            "pairs": [facts for _, facts in kept["pairs"]],
+            "tried": [facts for _, facts in tried],
         }
-        for kind in [kind for kind in kept if kept[kind]]:
+        for kind in [name for name in kept if kept[name]]:
             parts = [tensors for tensors, _ in kept[kind]]
             stacked = {key: torch.stack([part[key] for part in parts]) for key in parts[0]}
             disk.save_tensors(part_file(job.folder, row, kind), stacked, made_with)
@@ -291,9 +300,16 @@ def main(cfg: Config, run: stage.Run) -> dict | None:
     (run.dir / "parts").mkdir(exist_ok=True)
     if not (run.dir / "pairs.jsonl").is_file():  # written when all else is there
         # 1. every task gets an equal share of the pairs wanted and of the play-outs allowed
-        every, n = tasks(cfg), len(tasks(cfg))
+        every = tasks(cfg)
         jobs = [
-            Job(cfg, run.dir, suite, task, portion(cfg.n_pairs, n, i), portion(cfg.max_playouts, n, i))
+            Job(
+                cfg,
+                run.dir,
+                suite,
+                task,
+                portion(cfg.n_pairs, len(every), i),
+                portion(cfg.max_playouts, len(every), i),
+            )
             for i, (suite, task) in enumerate(every)
         ]
 

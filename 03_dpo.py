@@ -22,8 +22,9 @@ whole_chunk=true only the scale of beta differs.
 Differs from the paper's code: one set of draws (t, eps) per pair serves chosen, rejected, policy and
 reference (theirs draws afresh in each of 16 forwards). Errors are summed over the executed actions. Dropout
 and augmentation are off. The prefix is computed once per observation. The part of it that no adapter touches
-is computed once for all epochs. The reference is the same weights with the adapter switched off. An anchor
-(`sft_coef`; the paper: 0) may keep chosen chunks likely.
+is computed once for all epochs. The reference is the same weights with the adapter switched off. An anchor,
+- sft_coef * beta * log p(chosen), may keep chosen chunks likely (the paper: 0); the logged `loss` leaves it
+out.
 Left out: losses of anything but the margin (extras/losses.py has some), label smoothing, reward models.
 """
 
@@ -52,7 +53,7 @@ class Config(common.AdapterConfig):
     beta: str = "auto"  # a number, or "auto": 1 / std of log p_ref(chosen) - log p_ref(rejected)
     loss: Literal["dpo", "ipo", "hinge"] = "dpo"  # of the margin, see dpo_loss; the paper's is dpo
     contrast: float = 1.0  # weight of this loss; 0 = train on the anchor only
-    sft_coef: float = 1.0  # weight of the anchor: keeps chosen chunks likely; the paper 0, tiny.yaml 2
+    sft_coef: float = 1.0  # of the anchor, - sft_coef * beta * log p(chosen); the paper 0, tiny.yaml 2
     lr: float = 5e-5  # peak; cosine to 1 % of it
     warmup: int = 20
     rank: Count = 32
@@ -169,10 +170,9 @@ def load_pairs(cfg: Config, policy) -> tuple[dict, dict]:
     pairs = common.read_pairs(cfg.pairs_dir, policy)
     if cfg.whole_chunk:
         pairs["mask"] = torch.ones_like(pairs["mask"])
-    obs = {key: pairs[key] for key in (*common.CAMERAS, "state", "instruction")}
+    obs = {key: pairs.pop(key) for key in (*common.CAMERAS, "state", "instruction")}
     pairs["obs"] = common.blank_images(obs) if cfg.blank_images else obs
-    none = torch.zeros(len(pairs["mask"]), dtype=torch.bool)
-    held = pairs["attempt"] % cfg.held_out == 0 if cfg.held_out else none
+    held = pairs["attempt"] % cfg.held_out == 0 if cfg.held_out else pairs["attempt"] < 0  # (N,)
     refuse(bool(held.all()), f"held_out={cfg.held_out} leaves no pair to train on")
     return tuple(common.select(pairs, part.nonzero()[:, 0]) for part in (~held, held))
 
@@ -238,7 +238,8 @@ def main(cfg: Config, run: stage.Run) -> dict:
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=0.0)
     beta = ranks.told(choose_beta(policy, pairs, cfg))
     n, k = len(pairs["mask"]), sum(p.numel() for p in trained)
-    print(f"[03_dpo] {n} pairs, {cfg.adapter} with {k:,} parameters, beta {beta:.4g}", flush=True)
+    if run.first:
+        print(f"[03_dpo] {n} pairs, {cfg.adapter} with {k:,} parameters, beta {beta:.4g}", flush=True)
     if cfg.surrogate != "independent":  # which augments the images at every step
         pairs["obs"] = policy.begin(pairs["obs"], cfg.batch_size)
 

@@ -49,7 +49,11 @@ class Config(common.SceneConfig, common.ActingConfig, common.AdapterConfig):
     def policy_name(self) -> str:
         """What is evaluated, e.g. sft, sft-at1500, sft-blank, dpo-lora-branch."""
         name = self.made_adapter.name if self.policy == "dpo" else self.variant("sft")
-        return name + "-blank" * self.blank_images + (f"-noise{self.noise_seed}" if self.noise_seed else "")
+        return (
+            name
+            + ("-blank" if self.blank_images else "")
+            + (f"-noise{self.noise_seed}" if self.noise_seed else "")
+        )
 
     suffix = property(lambda self: "" if self.group == "test" else "-val")
     folder = property(lambda self: self.seed_dir / f"eval-{self.policy_name}{self.suffix}")
@@ -79,7 +83,7 @@ def first_look(env: TaskEnv, policy, cfg: Config, init: int) -> dict:
         return {}
     obs, noises = env.observe(), [common.stream(cfg.noise_seed or cfg.seed, *names, i) for i in range(4)]
     actions = policy.unnormalise(backbones.propose(policy, obs, cfg, noises))[:, : cfg.execute]
-    right = backbones.heads_right(actions, obs["state"][None, :3], places[None])
+    right = backbones.heads_for_first(actions, obs["state"][None, :3], places[None])
     return {"right_place": right.float().mean().item()}
 
 
@@ -146,7 +150,7 @@ def results_table(cfg: Config) -> list[dict]:
     for name in sorted(of_policy, key=lambda name: ("dpo" in name, name)):
         facts, played, timing = of_policy[name]
         used = facts["config"]
-        start = replace(  # the SFT policy that its training started from
+        start = replace(  # its SFT start; of a blind SFT policy, the same one seeing
             cfg,
             policy="sft",
             start=used["start"],
@@ -172,7 +176,7 @@ def results_table(cfg: Config) -> list[dict]:
             rows.append(row | {"suite": " ".join(suites)} | episodes.summarise(of_suites))
             if base and name != start and episodes.comparable(facts, base_facts, PROTOCOL, facts["inputs"]):
                 test = episodes.paired(of_suites, base)
-                rows[-1] |= {"paired_with": start} | test if test["paired_n"] else {}
+                rows[-1] |= ({"paired_with": start} | test) if test["paired_n"] else {}
     return rows
 
 
@@ -187,7 +191,7 @@ RESULTS = {  # heading -> cell. over tasks: their t interval. p: exact McNemar o
     "right place": lambda row: "{right_place:.1%} at {looks}".format(**row) if "looks" in row else "",
     "against its SFT start": lambda row: f"{100 * row['diff_vs_sft']:+.1f} points" if "gained" in row else "",
     "gained / lost": lambda row: (  # among the episodes of both
-        f"{row['gained']} / {row['lost']}" + f" of {row['paired_n']}" * (row["paired_n"] < row["n"])
+        f"{row['gained']} / {row['lost']}" + (f" of {row['paired_n']}" if row["paired_n"] < row["n"] else "")
         if "gained" in row
         else ""
     ),

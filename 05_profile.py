@@ -169,7 +169,10 @@ def points(cfg: Config, policy) -> Iterator[tuple[str, dict]]:
 
 
 def prepare(policy, point: dict):
-    """The policy at this point. No weight depends on the number of views or the length of a chunk."""
+    """The policy, changed in place to this point; a copy where the dtype differs.
+
+    No weight depends on the number of views or the length of a chunk.
+    """
     policy.cfg.cameras = ["agentview", *["wrist"] * (point["views"] - 1)]
     policy.cfg.horizon = point["chunk"]
     if point["dtype"] != "float32" and next(policy.language_model.layers.parameters()).dtype == torch.float32:

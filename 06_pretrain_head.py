@@ -75,7 +75,7 @@ class Config(common.SceneConfig, common.StartConfig):
     log_every: Count = 10
 
     folder = property(
-        lambda self: self.seed_dir / (self.variant("head") + "-random" * (self.encoder == "random"))
+        lambda self: self.seed_dir / (self.variant("head") + ("-random" if self.encoder == "random" else ""))
     )
 
     def inputs(self) -> list[Path]:
@@ -267,8 +267,8 @@ def loss_terms(head: Head, views: dict, frames: Frames, index: np.ndarray, maske
         torch.cat([views["agentview"][at], views["wrist"][at], views["agentview"][frames.partners[index]]])
     ).chunk(3)  # (B, D) each
     step, episode = frames.step[at], frames.episode[at]
-    near = (abs(step[:, None] - step) <= MASK) & (episode[:, None] == episode)
-    negatives = torch.from_numpy(~(near & masked)).to(now.device)
+    alike = (abs(step[:, None] - step) <= MASK) & (episode[:, None] == episode)
+    negatives = torch.from_numpy(~alike if masked else np.full_like(alike, True)).to(now.device)
     return {
         "views": info_nce(now, wrist, TEMPERATURE, negatives),
         "temporal": info_nce(now, then, TEMPERATURE, negatives),
@@ -416,7 +416,7 @@ def recall_rows(frames: Frames, heads: dict, cfg: Config) -> Iterator[dict]:
         kept = [key for key in recalls if recalls["chance", key[1]].any()]
         places = itertools.product(kept, suites if len(suites) == 1 else [*suites, "all"], enumerate(AT))
         for (name, kind), suite, (i, k) in places:
-            of = (frames.suite[asked] == suite) | (suite == "all")
+            of = np.full(len(asked), True) if suite == "all" else frames.suite[asked] == suite
             recall = recalls[name, kind][of, i]
             yield {
                 "suite": suite,

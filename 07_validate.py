@@ -82,7 +82,10 @@ class Config(common.ActingConfig, common.AdapterConfig):
     folder = property(lambda self: self.seed_dir / self.variant("validate", self.pairs))
 
     def dpo_folders(self) -> dict[str, Path]:
-        """Name -> folder of every finished DPO on these pairs and this start, or of the one that is given."""
+        """Name -> folder of each finished DPO on these pairs, with this start, held_out and blank_images.
+
+        Or of the one that is given.
+        """
         if self.adapters_from:
             return {self.made_adapter.name: self.adapter_dir}
         pairs = {stage.input_name(path, self.run_dir) for path in self.pairs_inputs()}
@@ -113,7 +116,7 @@ class Config(common.ActingConfig, common.AdapterConfig):
                 f"held_out={self.held_out}: {self.adapter_dir} does not say which pairs it was trained on",
             )
         inputs = [*self.sft_inputs(), *self.pairs_inputs(), *adapters]
-        self.made_with(self.pairs_dir, "denoise_steps")  # whose density the policy acts by
+        self.made_with(self.pairs_dir, "denoise_steps")  # the Euler steps whose density `acting` measures
         return inputs
 
 
@@ -252,6 +255,8 @@ def dpo_gradient(policy, score: Callable[[str], Tensor], beta: float) -> Tensor:
 def gradients(job: tuple) -> None:
     """Worker: cosines between the exact DPO gradient on one batch of pairs and every estimator's.
 
+    "exact" with k draws: the mean over the first k probes against that over the last half.
+
     state "start": the trained adapter with B = 0, an identity: policy = reference, as in DPO's first step.
     state "end": the adapter as trained.
     """
@@ -333,7 +338,9 @@ def main(cfg: Config, run: stage.Run) -> dict:
         tensors = [disk.load_tensors(file) for _, file, _, _ in of_policy]
         measures |= {
             f"{name}|{key}": torch.cat(
-                [part[key] for part in tensors], dim=int("/" in key or key == "by_time")
+                # the pairs are the second axis of estimates (R, n, 2) and of by_time (K, n, 2)
+                [part[key] for part in tensors],
+                dim=1 if "/" in key or key == "by_time" else 0,
             )
             for key in tensors[0]
         }
@@ -347,6 +354,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
     betas = {name: 1 / (x[:, 0] - x[:, 1]).std(correction=0).item() for name, x in scores.items()}
     gradient_jobs = [
         (cfg, parts / f"gradient-{state}-{b}.jsonl", block, policies[name], state, betas)
+        # the shortest name is that of the paper's surrogate
         for name in sorted((name for name in policies if name.startswith("dpo-lora")), key=len)[:1]
         for state in ("start", "end")
         for b, block in enumerate(spread(len(every), cfg.gradient_batches))

@@ -100,10 +100,13 @@ def read_pairs(folder: Path, policy=None) -> dict:
     many = f"{path}: in {int(equal.sum())} of {n} pairs the executed chunks do not differ"
     refuse(equal.all(), f"{many}; collect others")
     if equal.any():
-        warn(f"{many}; leave those out")
+        warn(f"{many}; they are trained on, and teach DPO nothing")
     if policy is not None:
-        their = f"the pairs have chunks of {h[0]} actions, the policy of {policy.horizon}"
-        refuse(h != (policy.horizon,), f"{their}: they are another policy's, see pairs_from")
+        refuse(
+            h != (policy.horizon,),
+            f"the pairs have chunks of {h[0]} actions, the policy of {policy.horizon}: "
+            "they are another policy's, see pairs_from",
+        )
         same_origin(policy, path)
     return pairs
 
@@ -111,7 +114,7 @@ def read_pairs(folder: Path, policy=None) -> dict:
 # ------------------------------------------------------------- surrogate log-probability (paper, section 3.2)
 # t = 1 is noise, t = 0 the action, as in openpi and transformers. (The paper writes it the other way round.)
 # Scheme "logsnr": half the log SNR, log((1-t) / t), lies within this: t is 0.01 to 0.99.
-LOG_SNR = math.log(99)
+HALF_LOG_SNR = math.log(99)
 
 SURROGATES = {  # what stands for log p(a | o) of a flow policy -> the scheme of its draws (t, eps)
     "paper": "stratified",  # its text: T = 4 times, a noise for each; the four terms of the loss share them
@@ -125,7 +128,7 @@ TIME_WEIGHTS = {  # w(t) on the squared *velocity* error, of times of any shape
     "noise": lambda t: (1 - t) ** 2,  # makes it the squared error in eps
     # 1/2 |d log SNR / dt| on the error in eps, capped near t = 0: the bound where t is uniform (weight=elbo)
     "elbo": lambda t: (1 - t) / t.clamp(min=0.05),
-    "logsnr": lambda t: 2 * LOG_SNR * (1 - t) ** 2,  # the same over the density of these times
+    "logsnr": lambda t: 2 * HALF_LOG_SNR * (1 - t) ** 2,  # the same over the density of "logsnr"'s times
 }
 
 
@@ -168,7 +171,7 @@ def make_draws(batch: int, horizon: int, dim: int, k: int, generator: torch.Gene
         uniform = (strata + uniform) / k if scheme == "beta" else uniform
         t = uniform ** (1 / 1.5) * 0.999 + 0.001  # the quantile function of Beta(1.5, 1) is u^(1/1.5)
     if scheme == "logsnr":
-        t = torch.sigmoid(LOG_SNR * (2 * t - 1))
+        t = torch.sigmoid(HALF_LOG_SNR * (2 * t - 1))
     return Draws(t, torch.randn(k, batch, horizon, dim, generator=generator))
 
 
@@ -203,7 +206,9 @@ def surrogate_log_prob(error: Tensor, t: Tensor, weight: str = "velocity") -> Te
 
 # --------------------------------------------------------------------------------------------------- adapters
 def attach_adapter(policy, kind: str, rank: int, alpha: int, targets: str, seed: int):
-    """Put LoRA or DoRA (peft) into the linear layers that the regex matches; returns peft's model of them.
+    """Put LoRA or DoRA (peft) into `policy` itself: into the linear layers whose names match `targets`.
+
+    Returns peft's wrapper of it, for `save_adapter`.
 
     The adapted policy starts as an exact identity (B = 0; DoRA's magnitude is the norm that the forward pass
     computes), so that policy = reference gives a margin of exactly 0. Dropout is 0.
@@ -238,7 +243,7 @@ def load_adapter(policy, folder: Path, trainable: bool = False):
 
     import dora
 
-    exact = all(p.dtype == torch.float32 for p in policy.parameters())  # bfloat16 rounds small changes away
+    in_float32 = all(p.dtype == torch.float32 for p in policy.parameters())  # bfloat16 loses small changes
     path = folder / "adapter_model.safetensors"
     refuse(not path.is_file(), f"{folder} holds no adapter_model.safetensors; run 03_dpo.py first")
     tensors = disk.load_finite(path)
@@ -248,12 +253,12 @@ def load_adapter(policy, folder: Path, trainable: bool = False):
         warnings.catch_warnings(action="ignore"),  # of missing keys, which are an error below
     ):
         config = LoraConfig.from_pretrained(str(folder))
-        if config.use_dora and not exact:
+        if config.use_dora and not in_float32:
             config._register_custom_module({torch.nn.Linear: dora.DoraLinear})
         adapted = PeftModel.from_pretrained(policy, str(folder), is_trainable=trainable, config=config)
     other = {*tensors} ^ {*get_peft_model_state_dict(adapted, save_embedding_layers=False)}
-    refuse(other, f"{folder} holds an adapter of another policy: only one has {', '.join(sorted(other)[:1])}")
-    return (adapted if trainable else adapted.merge_and_unload() if exact else policy).eval()
+    refuse(other, f"{folder} holds an adapter of another policy: only one has {min(other, default='')}")
+    return (adapted if trainable else (adapted.merge_and_unload() if in_float32 else policy)).eval()
 
 
 # ------------------------------------------------------------------------------------------------ config keys
@@ -317,7 +322,7 @@ class StartConfig(PolicyConfig):
 
     def variant(self, *words: str) -> str:
         """Name of a folder whose contents depend on `start`."""
-        return "-".join([*words, *[f"at{self.start}"] * (self.start != "final")])
+        return "-".join(words if self.start == "final" else [*words, f"at{self.start}"])
 
     start_dir = property(lambda self: self.seed_dir.with_name(f"seed{self.start_seed or self.seed}"))
 
@@ -335,8 +340,8 @@ class StartConfig(PolicyConfig):
         """UserError if a stage made this folder with other values of these keys."""
         done = folder / "done.json"
         made = disk.read_object(done).get("config", {}) if done.is_file() else {}
-        for key in labels:
-            its = made.get(key, ours := getattr(self, key))
+        for key in [label for label in labels if label in made]:
+            its, ours = made[key], getattr(self, key)
             refuse(its != ours, f"{folder} was made with {key}={its}, not {ours}; set {key}={its}")
 
 

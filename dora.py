@@ -1,9 +1,9 @@
 """DoRA (arXiv 2402.09353) as peft has it, at the price of LoRA: same parameters, same files, same values.
 
 A DoRA layer computes g * (W x + s B A x). g = magnitude / norm has one number per output; the norm is that of
-the rows of W + s B A and counts as a constant in the backward pass (the paper's section 4.3). peft builds
-this whole out x in matrix in every forward pass. Here the square of the norm is expanded row by row,
-|W|^2 + 2 s <W A^T, B> + s^2 <B (A A^T), B>, which needs no such matrix.
+the rows of W + s B A. The backward pass takes it for a constant (section 4.3 of DoRA's paper). peft computes
+the product B A, an out x in matrix, in every forward pass. Here the square of the norm is expanded row by
+row, |W|^2 + 2 s <W A^T, B> + s^2 <B (A A^T), B>, without that product. (A bfloat16 W is copied to float32.)
 
 Training uses this file, and so does acting in bfloat16, where adapters stay unmerged (common.load_adapter).
 In float32 peft alone loads, merges and runs an adapter that was saved.

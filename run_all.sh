@@ -16,7 +16,7 @@ kit=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)/
 export PYTHONPATH=$kit${PYTHONPATH:+:$PYTHONPATH}
 [[ $kit != "$(pwd -P)/" ]] || kit="" # scripts are shown as they are typed
 
-unset ADAPTERS last # "adapters=" means none
+unset ADAPTERS given last # from the caller's environment; "adapters=" means none
 CONFIG=configs/look.yaml STAGES="" BACKBONES="" OVERRIDES=()
 for argument in "$@"; do
   case $argument in
@@ -46,7 +46,7 @@ if [[ -z ${PYTHON:-} ]]; then
   fi
 fi
 
-# what the config says of the run, as Python reads it
+# what the config says of a backbone, as Python reads it: sets STAGES, adapters and RUN
 ask='
 import sys
 from runtime import PlaceConfig, UserError, load_config
@@ -55,16 +55,20 @@ try:
     print(cfg.stages or "00 01 02 03 04 08", cfg.adapters or "lora dora", cfg.run_dir, sep="\n")
 except (UserError, OSError) as error:
     sys.exit(print(f"error: {error}", file=sys.stderr) or 2)'
-answer=$("$PYTHON" -c "$ask" "$CONFIG" ${STAGES:+stages="$STAGES"} ${ADAPTERS:+adapters="$ADAPTERS"} \
-  ${BACKBONES:+backbone="${BACKBONES##* }"} ${OVERRIDES[@]+"${OVERRIDES[@]}"})
-{ read -r STAGES; read -r named; read -r RUN; } <<<"$answer"
-ADAPTERS=${ADAPTERS-$named}
-for adapter in $ADAPTERS; do
-  [[ $adapter =~ ^(lora|dora)$ ]] || { echo "error: no adapter $adapter; adapters is a list such as \"lora dora\"" >&2; exit 2; }
-done
-for number in $STAGES; do
-  [[ $number =~ ^(0[0-8]|setup)$ ]] || { echo "error: no stage $number; STAGES is a list such as \"02 03 04\"" >&2; exit 2; }
-done
+read_config() {
+  local answer adapter number
+  answer=$("$PYTHON" -c "$ask" "$CONFIG" ${named:+stages="$named"} ${ADAPTERS:+adapters="$ADAPTERS"} \
+    ${backbone:+backbone="$backbone"} ${OVERRIDES[@]+"${OVERRIDES[@]}"})
+  { read -r STAGES; read -r adapters; read -r RUN; } <<<"$answer"
+  adapters=${ADAPTERS-$adapters}
+  for adapter in $adapters; do
+    [[ $adapter =~ ^(lora|dora)$ ]] || { echo "error: no adapter $adapter; adapters is a list such as \"lora dora\"" >&2; exit 2; }
+  done
+  for number in $STAGES; do
+    [[ $number =~ ^(0[0-8]|setup)$ ]] || { echo "error: no stage $number; STAGES is a list such as \"02 03 04\"" >&2; exit 2; }
+  done
+}
+named=$STAGES
 
 began=$SECONDS
 stage() { # number, script and its arguments; `last` is an argument that the command line can't change
@@ -78,6 +82,7 @@ stage() { # number, script and its arguments; `last` is an argument that the com
 
 # A wrong key shows now, not in half an hour. Before a new run, preflight also checks the simulator's versions, files and pixels.
 for backbone in ${BACKBONES:-""}; do
+  read_config
   flag=--config-only
   if [[ " $STAGES " == *" 00 "* && ! -d "$RUN/data" && $backbone == "${BACKBONES##* }" ]]; then
     echo "[setup] \$ python -m extras.preflight $CONFIG"
@@ -87,12 +92,14 @@ for backbone in ${BACKBONES:-""}; do
 done
 stage 00 00_demos.py
 for backbone in ${BACKBONES:-""}; do
+  read_config
   stage 01 01_sft.py
   stage 02 02_collect_prefs.py
-  for adapter in $ADAPTERS; do stage 03 03_dpo.py adapter="$adapter"; done
+  for adapter in $adapters; do stage 03 03_dpo.py adapter="$adapter"; done
+  # the finished SFT policy, then the one that DPO starts from (often a snapshot)
   last=start=final stage 04 04_eval.py policy=sft
   stage 04 04_eval.py policy=sft
-  for adapter in $ADAPTERS; do stage 04 04_eval.py policy=dpo adapter="$adapter"; done
+  for adapter in $adapters; do stage 04 04_eval.py policy=dpo adapter="$adapter"; done
   stage 05 05_profile.py
   last=start=final stage 06 06_pretrain_head.py
   stage 07 07_validate.py

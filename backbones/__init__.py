@@ -66,11 +66,11 @@ def propose(policy: Policy, obs: dict, cfg, generators: list[torch.Generator]) -
     return chunks
 
 
-def heads_right(actions: torch.Tensor, hand, places) -> torch.Tensor:
+def heads_for_first(actions: torch.Tensor, hand, places) -> torch.Tensor:
     """Whether chunks (N, H, 7) in environment units head for the first of two places (N, 2, 3): bool (N,).
 
-    A chunk does if its whole way makes a smaller angle with the line from the hand (N, 3) to the first place
-    than with the line to the second.
+    A chunk does if the sum of its movements makes a smaller angle with the line from the hand (N, 3) to the
+    first place than with the line to the second.
     hand, places: both tensors or both arrays.
     """
     directions = torch.nn.functional.normalize(torch.as_tensor(places - hand[:, None]), dim=-1)

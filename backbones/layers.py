@@ -27,7 +27,7 @@ def conv_stem(width: int, patch_size: int) -> nn.Sequential:
     The number of channels doubles from layer to layer.
     """
     steps = patch_size.bit_length() - 1
-    channels = [3] + [max(width >> (steps - 1 - i) & ~7, 16) for i in range(steps)]
+    channels = [3] + [max(width // 2 ** (steps - 1 - i) // 8 * 8, 16) for i in range(steps)]  # of 8 groups
     layers = []
     for i in range(steps):
         conv = nn.Conv2d(channels[i], channels[i + 1], 3, stride=2, padding=1)
@@ -38,7 +38,7 @@ def conv_stem(width: int, patch_size: int) -> nn.Sequential:
 
 @torch.no_grad()
 def init_matrices(named: Iterable[tuple[str, Tensor]], depth: int) -> None:
-    """For training from scratch: matrices of variance 1 / fan-in, those that end a branch scaled by depth."""
+    """For training from scratch: matrices of variance 1 / fan-in; at a branch's end 1 / (2 depth fan-in)."""
     for name, p in named:
         if p.ndim == 2:
             p.normal_(

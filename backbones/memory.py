@@ -3,10 +3,10 @@
     python 03_dpo.py configs/openvla_7b.yaml --dry-run
 
 The policy is built on PyTorch's meta device, where tensors have a shape and no content. Weights, gradients
-and the optimizer's state are counted there. So are the activations: the stage's own forward pass runs there,
-and what autograd keeps is added up. The gradients of the prefix's keys and values come on top, which gather
-until the backward pass is there. With `recompute`, so does the most that one layer keeps while the pass is
-in it.
+and the optimizer's state are counted there. So are the activations: a forward pass like the stage's runs
+there, and what autograd keeps is added up. The prefix's keys and values also have gradients, which pile up
+until the backward pass reaches them. With `recompute` the backward pass runs one layer at a time again, and
+the layer that keeps most is counted.
 
 Left out: PyTorch itself (0.4 GB on a CPU, about 1 GB with CUDA), the allocator's slack, the kernels'
 workspaces, the data. The image towers are counted as part of every DPO step. But 03 runs them once and keeps

@@ -331,7 +331,7 @@ class OpenVLA(Policy):
     def decode_actions(self, ids: Tensor) -> Tensor:
         """Token ids, clipped to those of actions -> centres of their bins, float64.
 
-        n_bins edges have n_bins - 1 centres: the last token, which is x = 1 exactly, shares its neighbour's.
+        n_bins edges have n_bins - 1 centres, so the token of x = 1 decodes to its neighbour's.
         """
         edges = self._edges(ids.device)
         centres = (edges[:-1] + edges[1:]) / 2
@@ -358,8 +358,8 @@ class OpenVLA(Policy):
         """Log-probability (B,) of normalised chunks (B, H, 7): the sum over the tokens of the actions where
         mask (B, H) is True.
 
-        float32, softmax over the full vocabulary as in training. The two highest tokens decode to the same
-        value. It is scored as the highest, which training uses for saturated values and open grippers.
+        float32, softmax over the full vocabulary as in training. The token of x = 1 and its neighbour decode
+        to the same value. It is scored as x = 1, which training has for saturated values and open grippers.
         """
         top = 1 - 1 / (self.cfg.n_bins - 1)  # the last centre
         chunk = torch.where((chunk - top).abs() < 1e-4, 1.0, chunk)
@@ -372,8 +372,8 @@ class OpenVLA(Policy):
         cfg, ids = self.cfg, self.encode_actions(chunk).flatten(1).to(prefix.valid.device)  # (B, 7 H)
         log_p = self.token_log_probs(prefix, ids, ids.shape[1] + 1)  # (B, 7 H + 1, rows)
         bins, stop = log_p[:, :-1, cfg.action_end - cfg.n_bins : cfg.action_end], log_p[:, -1, cfg.eos]
-        targets = smoothing(cfg.n_bins, cfg.label_smoothing_bins, ids.device)[ids - cfg.action_end]
-        actions = (targets * bins).sum(-1)
+        smooth = smoothing(cfg.n_bins, cfg.label_smoothing_bins, ids.device)  # a row for each bin
+        actions = (smooth[ids - cfg.action_end + cfg.n_bins] * bins).sum(-1)
         return -(actions.sum() + stop.sum()) / (actions.numel() + stop.numel())
 
     # ------------------------------------------------------------------------------------------ normalisation

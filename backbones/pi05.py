@@ -230,7 +230,7 @@ class Pi05(Policy):
         if self.cfg.prompt == "openpi":
             return text + "\n"
         state = np.pad(state, (0, self.cfg.prompt_state_dims - len(state)))
-        bins = np.digitize(state, np.linspace(-1, 1, 257)[:-1]) - 1  # -1..255: below -1 nothing is clipped
+        bins = np.digitize(state, np.linspace(-1, 1, 257)[:-1]) - 1  # 0 to 255, or -1 for what lies below -1
         return f"Task: {text}, State: {' '.join(map(str, bins))};\nAction: "
 
     def tokenize(self, prompts: list[str]) -> tuple[Tensor, Tensor]:  # ids, validity: (B, longest prompt)
@@ -252,9 +252,8 @@ class Pi05(Policy):
         return images, torch.ones(images.shape[:2], dtype=torch.bool), *self.tokenize([*prompts]), state
 
     def image_features(self, pixels: Tensor) -> Tensor:  # (B, 3, s, s) -> (B, tokens, VLM width), not scaled
-        tower = self.vision_tower
-        x = siglip_features(tower, pixels.float())
-        return self.multi_modal_projector["linear"](tower.post_layernorm(x))
+        x = siglip_features(self.vision_tower, pixels.float())
+        return self.multi_modal_projector["linear"](self.vision_tower.post_layernorm(x))
 
     def embed_prefix(
         self,
@@ -305,19 +304,22 @@ class Pi05(Policy):
         """
         valid = torch.cat([prefix.valid, prefix.valid.new_ones(len(prefix), h)], dim=1)
         positions = prefix.valid.sum(1, keepdim=True) + torch.arange(h, device=valid.device)
-        bias = key_bias(valid, prefix.keys.dtype)
-        return rotary(positions, self.cfg.expert.head_dim), bias, prefix.layers()
+        return (
+            rotary(positions, self.cfg.expert.head_dim),
+            key_bias(valid, prefix.keys.dtype),
+            prefix.layers(),
+        )
 
     def flow(self, surroundings: tuple, x_t: Tensor, modulations: Sequence[Tensor]) -> Tensor:
         """The expert on x_t (N, H, D): the velocity, float32 (N, H, D).
 
         Actions see every valid prefix token and one another.
         """
-        (rope, bias, cache), (*pairs, last) = surroundings, modulations
+        rope, bias, cache = surroundings
         x = self.action_in_proj(full(x_t)).to(bias.dtype)  # (N, H, W)
         for i, layer in enumerate(self.expert.layers):
-            x = self.run(expert_layer, layer, x, pairs[2 * i], pairs[2 * i + 1], rope, *cache[i], bias)
-        return self.action_out_proj(full(self.expert.norm(x, last)[0]))
+            x = self.run(expert_layer, layer, x, *modulations[2 * i : 2 * i + 2], rope, *cache[i], bias)
+        return self.action_out_proj(full(self.expert.norm(x, modulations[-1])[0]))
 
     def velocity(self, prefix: Prefix, x_t: Tensor, t: Tensor) -> Tensor:
         """v(x_t, t, o), float32 or better (N, H, D), for x_t (N, H, D) and t (N,), or (1,) for all rows."""
@@ -381,8 +383,7 @@ class Pi05(Policy):
 
     def sft_loss(self, prefix: Prefix, chunk: Tensor, draws: Draws) -> Tensor:
         """Flow matching: mean squared velocity error over draws, actions and real dimensions."""
-        every = torch.ones(chunk.shape[:2], dtype=torch.bool)
-        error = self.errors(prefix, chunk, draws, every)  # (K, B)
+        error = self.errors(prefix, chunk, draws, torch.ones(chunk.shape[:2], dtype=torch.bool))  # (K, B)
         return error.sum() / (error.numel() * chunk.shape[1] * ACTION_DIM)
 
     # ------------------------------------------------------------------------------------------ normalisation

@@ -1,12 +1,13 @@
 """What a policy is: the protocol that both backbones follow, their base class, and readers of its files.
 
-The stages ask five things of a policy and know nothing of what is behind them:
+The stages ask five things of a policy, whatever its backbone. (05 also times its parts by name. 07 and
+surrogate=exact also use pi-0.5's errors and velocity.)
 
     encode(obs) -> Prefix              images, text and state -> what every later call shares: the costly part
                                        obs: uint8 images (B, S, S, 3), float32 state (B, 8), B instructions
-    sample_actions(prefix, noise)      -> (B, H, D) normalised action chunk, the actions first in D
-    log_prob(prefix, chunk, draws, mask) -> (B,) sum of token log-probabilities (action tokens), or a
-                                       surrogate (flow matching)
+    sample_actions(prefix, noise, steps) -> (B, H, D) normalised action chunk, the actions first in D
+    log_prob(prefix, chunk, draws, mask, weight) -> (B,) sum of token log-probabilities (action tokens), or
+                                       a surrogate (flow matching)
     sft_loss(prefix, chunk, draws)     -> scalar, the loss of supervised fine-tuning
     reference()                        context: the same weights with the adapter off, without gradients
 
@@ -31,6 +32,7 @@ from backbones.layers import Embedded, KeyValues, Prefix, decoder_layer
 from common import ACTION_DIM, select
 from runtime import UserError, did_you_mean, disk, one_line, refuse, typed
 
+RANGES = ("q01", "q99"), ("q10", "q90"), ("min", "max")  # of statistics, by name
 DIMS = {"action": ACTION_DIM, "state": 8}  # end-effector position (3), its axis-angle (3), two finger joints
 LARGEST = 2**31 - 1
 Size = Annotated[int, 1, LARGEST]  # of a layer, an image, a vocabulary
@@ -80,15 +82,19 @@ def checked_stats(stats: dict, where: str) -> dict:
             not isinstance(named, dict) or not named,
             f"{where} has no statistics of the {kind}; get the checkpoint again",
         )
-        for name in {"mean", "std", "q01", "q99", "min", "max", "mask"} & named.keys():
+        for name in {"mean", "std", "q01", "q99", "q10", "q90", "min", "max", "mask"} & named.keys():
             values = named[name] if isinstance(named[name], list) else []
             refuse(
                 [isinstance(v, int | float) and abs(v) < float("inf") for v in values] != [True] * n,
                 f"{where}: {name} of the {kind} must be {n} finite numbers; get the checkpoint again",
             )
-        low, high = ([*named.get(a, ()), *named.get(b, ())] for a, b in (("q01", "min"), ("q99", "max")))
         refuse(
-            min(named.get("std", [0])) < 0 or any(a > b for a, b in zip(low, high, strict=False)),
+            min(named.get("std", [0])) < 0
+            or any(
+                a > b
+                for low, high in RANGES
+                for a, b in zip(named.get(low, ()), named.get(high, ()), strict=False)
+            ),
             f"{where}: a range of the {kind} is upside down; get the checkpoint again",
         )
     return stats
@@ -190,8 +196,9 @@ class Policy(nn.Module):
         if any(not name.startswith((llm, "expert.")) for name in trained):
             return obs
         unchanged = self.embed if any(name.startswith(llm) for name in trained) else self.encode
-        rows = torch.arange(len(obs["instruction"])).split(batch_size)
-        parts = [unchanged(select(obs, index)) for index in rows]
+        parts = [
+            unchanged(select(obs, rows)) for rows in torch.arange(len(obs["instruction"])).split(batch_size)
+        ]
         return type(parts[0]).cat(parts)
 
     @contextlib.contextmanager

@@ -607,6 +607,6 @@ def load(path: Path, build: Callable, given: dict, suites: list[str], read: bool
     if not read:
         return policy
     with reading(path):
-        read = ((f, {k: t for k, t in disk.load_finite(f).items() if k in c.shapes}) for f in c.files)
-        policy.load_weights(((f, renamed(t, policy.backbone, policy.cfg)) for f, t in read), assign=True)
+        loaded = ((f, {k: t for k, t in disk.load_finite(f).items() if k in c.shapes}) for f in c.files)
+        policy.load_weights(((f, renamed(t, policy.backbone, policy.cfg)) for f, t in loaded), assign=True)
     return policy

@@ -112,7 +112,7 @@ def successes(prefs: Path, folder: Path, held_out: int) -> None:
 def log_ratios(log: list[dict], beta: float) -> dict:
     """Score under the policy minus score under the reference, of chunks trained on: second half of 03's log.
 
-    Empty for a loss that does not log it. A flow policy's scores are the surrogate's, which are no nats.
+    Empty for a loss that does not log it. The scores are the surrogate's; the paper's are no nats.
     """
     late = [row for row in log[len(log) // 2 :] if "rewards/chosen" in row]
     sides = ("chosen", "rejected") if late else ()
@@ -127,19 +127,24 @@ def delivered(cfg: dpo.Config, folder: Path) -> dict:
     return dpo.delivered(policy, held, cfg.batch_size)
 
 
-def collect(name: str, cfg: common.AdapterConfig, arms: dict) -> None:
-    """Write what a block has played on held-out states, and what its arms trained on."""
+def collect(name: str, cfg: common.AdapterConfig, arms: dict, noises: list[int], kept: set[str]) -> None:
+    """Write what a block has played on held-out states, and what its arms trained on.
+
+    kept: recorded arms, which may not leave the record.
+    """
     out, seed, table, trained = HERE / "results" / name, cfg.seed, io.StringIO(), {}
     writer = csv.DictWriter(table, ("block", "arm", *FIELDS), extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for arm in arms:
         folder = folder_of(cfg, arm)
-        played = [
-            rows
+        own = {"policy": "sft" if arm == "A" else "dpo", "start": cfg.start, "blank_images": False}
+        played = {
+            facts["config"]["noise_seed"]: rows
             for facts, rows, _ in episodes.finished(folder, "eval-*", "test")
-            if (facts["config"]["start"], facts["config"]["blank_images"]) == (cfg.start, False)
-        ]
-        if len(played) < EXPERIMENTS[name][1]:  # not yet under all noise seeds
+            if own.items() <= facts["config"].items()
+        }
+        if not {*noises} <= played.keys():  # not yet under all noise seeds
+            refuse(arm in kept, f"the record has arm {arm}, but {folder} not all its episodes: name it too")
             continue
         for path in folder.rglob("done.json"):
             if path.with_name("adapter_config.json").is_file():  # 03 or an extra has trained here
@@ -155,7 +160,7 @@ def collect(name: str, cfg: common.AdapterConfig, arms: dict) -> None:
                 if (measured := folder / "delivered.json").is_file():
                     facts["delivered"] = disk.read_json(measured)
                 trained[arm] = {key: facts[key] for key in RECORDED if key in facts}
-        for row in itertools.chain(*played):
+        for row in itertools.chain(*(played[noise] for noise in noises)):
             writer.writerow(row | {"block": seed, "arm": arm, "success": int(row["success"])})
     (out / "blocks").mkdir(exist_ok=True)
     disk.write_atomic(out / "blocks" / f"seed{seed}.csv", table.getvalue())
@@ -173,7 +178,7 @@ def collect(name: str, cfg: common.AdapterConfig, arms: dict) -> None:
 def main(*words: str) -> None:
     words = words if words[0] in EXPERIMENTS else ("look", *words)
     name, seed, named = words[0], "".join(words[1:2]), words[2:]
-    config, noises, planned, arms = EXPERIMENTS[name]
+    config, n, planned, arms = EXPERIMENTS[name]
     refuse(
         not seed.isdecimal(), "usage: python -m extras.blocks [autoregressive | four_suites] SEED [ARM ...]"
     )
@@ -183,6 +188,10 @@ def main(*words: str) -> None:
     cfg = load_config(common.AdapterConfig, [*block])
     record = HERE / "results" / name / "blocks" / f"seed{cfg.seed}.json"
     recorded = ["A", *disk.read_json(record)["arms"]] if record.is_file() else []
+    refuse(
+        recorded and disk.read_json(record)["plan"] != disk.sha256(HERE / "results" / name / "plan.md"),
+        f"{record} follows another plan.md than today's: put that back",
+    )
     lost = [str(folder_of(cfg, arm)) for arm in recorded if not folder_of(cfg, arm).is_dir()]
     refuse(
         lost,
@@ -192,7 +201,8 @@ def main(*words: str) -> None:
     for script in ("00_demos.py", "01_sft.py", "02_collect_prefs.py"):
         run(script, *block)
     successes(HERE / cfg.made_pairs, HERE / cfg.seed_dir / "successes", cfg.held_out)
-    for arm in named or [*arms][:planned]:
+    made, noises = named or [*arms][:planned], [0, 1000 + cfg.seed][:n]
+    for arm in made:
         given, policy = block, "policy=sft"
         if arm != "A":
             script, *settings = arms[arm].split()
@@ -207,9 +217,9 @@ def main(*words: str) -> None:
             for path in folder_of(cfg, arm).rglob("adapter_config.json"):
                 moved = delivered(load_config(dpo.Config, [*block]), path.parent)
                 disk.write_json(folder_of(cfg, arm) / "delivered.json", moved)
-        for noise in [0, 1000 + cfg.seed][:noises]:
+        for noise in noises:
             run("04_eval.py", *given, policy, f"eval.noise_seed={noise}")
-        collect(name, cfg, arms)
+        collect(name, cfg, arms, noises, {*recorded} - {*made})
 
 
 if __name__ == "__main__":

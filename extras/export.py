@@ -213,8 +213,9 @@ def show(cfg: Config) -> None:
     kind = next(kind for kind, its in published.FORMATS.items() if its is c.format)
     if kind == "lerobot" and not any("language_model.embed_tokens" in key for key in c.shapes):
         kind = "lerobot <= 0.4.4"  # the embedding has one name there, lm_head
-    if "lerobot" in kind and "prompt" not in published.lerobot_model(c):  # openpi's weights
-        kind = "lerobot without statistics"
+    if "lerobot" in kind:
+        mode, _, file = published.normaliser(c, "action")
+        kind = "lerobot without statistics" if file is None and mode != "identity" else kind
     names = published.processor(c, "pre").get("rename_observations_processor", {}).get("rename_map")
     for suite in cfg.suites[: 1 if "lerobot" in kind else None]:
         print(

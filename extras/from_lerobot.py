@@ -79,10 +79,8 @@ def read_numbers(folder: Path, columns: dict, total: int) -> dict[int, tuple[int
                 shapes != ((7,), (8,)), f"{whose} actions and states of shapes {shapes}, not (7,) and (8,)"
             )
             refuse(len({*tasks}) > 1, f"{whose} several tasks; split it")
-            if {*actions[:, 6]} == {
-                0,
-                1,
-            }:  # as in OXE: 1 opens; check_meaning asks the fingers
+            # as in OXE: 0 closes, 1 opens. Ones alone are OXE's too, if they leave the fingers 7 cm apart
+            if {*actions[:, 6]} <= {0, 1} and (0 in actions[:, 6] or state[-1, 6] - state[-1, 7] > 0.07):
                 actions[:, 6] = 1 - 2 * actions[:, 6]
             check_meaning(whose, actions, state)
             fingers = state[:, 6:] * [1, -1]
@@ -189,7 +187,7 @@ def main(source: str = "", target: str = "", *suites: str) -> None:
     place, tasks = Path(target).absolute(), {}
     refuse(place.exists() or not place.parent.is_dir(), f"{target} must be a new folder in one that exists")
     for suite in suites or common.SUITES[:4]:
-        one_of("suite", suite, common.MAX_STEPS)
+        one_of("suite", suite, common.SUITES)  # no layout: its sentences are its suite's
         for task in suite_of(suite).tasks:
             tasks.setdefault(task.language.lower(), []).append(f"{suite}/{task.name}{ENDING}")
     try:

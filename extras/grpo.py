@@ -73,8 +73,7 @@ class Config(common.SceneConfig, common.ActingConfig, common.AdapterConfig):
 def advantages(returns: Tensor) -> Tensor:
     """Of groups (G, 8): how many standard deviations an episode is above its group's mean. nan: dropped."""
     mean, std = returns.mean(1, keepdim=True), returns.std(1, keepdim=True)
-    kept = (mean >= KEPT[0]) & (mean <= KEPT[1])
-    return torch.where(kept, (returns - mean) / (std + 1e-6), torch.nan)
+    return torch.where((mean >= KEPT[0]) & (mean <= KEPT[1]), (returns - mean) / (std + 1e-6), torch.nan)
 
 
 def clipped_loss(log_ratio: Tensor, advantage: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def sees(pairs: dict) -> None:
     figure, axes = canvas(7, 2.1, 1, 4)
     for i, number in enumerate((PAIR, PAIR + 8)):
         for j, camera in enumerate(common.CAMERAS):
-            axes[2 * i + j].imshow(pairs[camera][number])
+            axes[2 * i + j].imshow(pairs["obs"][camera][number])
             axes[2 * i + j].set(xticks=[], yticks=[], title=f"pair {number}, {camera}")
     save(figure, OUT / "sees.png")
 
@@ -81,10 +81,8 @@ def margins(pairs: dict) -> None:
     for kind, colour in zip(("dpo", "ipo", "hinge"), ("lora", "dora", "other"), strict=True):
         policy = backbones.load_policy(TRY / "sft").eval()
         common.attach_adapter(policy, "lora", 32, 64, policy.adapter_targets, 0)
-        optimizer, seen = (
-            torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1.5e-4),
-            [],
-        )
+        optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1.5e-4)
+        seen = []
         batch = dpo.batch_of(pairs, torch.arange(PAIR, PAIR + 8))
         draws = policy.draws(8, 4, common.stream(0, "tour margins"), "stratified")
         with policy.reference():
@@ -132,7 +130,7 @@ def main() -> None:
     errors(policy, after, pairs)
     margins(pairs)
     page = disk.read_text(Path(__file__).with_name("tour_page.md"))
-    page = page.format(pair=PAIR, sentence=pairs["instruction"][PAIR], **episode())
+    page = page.format(pair=PAIR, sentence=pairs["obs"]["instruction"][PAIR], **episode())
     disk.write_atomic(HERE / "docs" / "tour.md", page)
 
 

@@ -326,8 +326,9 @@ def arms_table(plan: dict) -> str:
     arms, records = read_blocks(plan)
     blocks = {b for new, _ in [*plan["primary"], *plan["exploratory"]] for b in arms.get(new, ())}
 
-    def mean(values: list[float], form: str = "{:.3g}") -> str:
-        return form.format(np.mean(values)) if values else ""
+    def mean(values: list[float], form: str = "{:.3g}", of: int = 0) -> str:
+        text = form + (f" ({len(values)} blocks)" if len(values) < of else "")
+        return text.format(np.mean(values)) if values else ""
 
     return listing(
         [
@@ -350,12 +351,14 @@ def arms_table(plan: dict) -> str:
             ),
             **{
                 f"trained, {side}": lambda row, side=side: mean(
-                    [each["trained"][side] for each in row["records"] if each.get("trained")]
+                    [each["trained"][side] for each in row["records"] if each.get("trained")],
+                    of=row["blocks"],
                 )
                 for side in ("chosen", "rejected")
             },
             "delivered, nats": lambda row: mean(
-                [each["delivered"]["nats"] for each in row["records"] if "delivered" in each]
+                [each["delivered"]["nats"] for each in row["records"] if "delivered" in each],
+                of=row["blocks"],
             ),
             "play-outs": lambda row: mean([each["playouts"] for each in row["records"]], "{:.0f}"),
         },

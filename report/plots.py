@@ -57,8 +57,9 @@ def forest(rows: list[dict]):
         interval = [100 * bound for bound in stats.difference_interval(row)]
         ax.plot(100 * row["diff_vs_sft"], y, "s", color=colour)
         ax.plot(interval, [y, y], color=colour, linewidth=2)
-        p = f"p = {row['p_vs_sft']:.2g}"
-        ax.text(1.02, y, p, transform=ax.get_yaxis_transform(), va="center", fontsize=9)
+        ax.text(
+            1.02, y, f"p = {row['p_vs_sft']:.2g}", transform=ax.get_yaxis_transform(), va="center", fontsize=9
+        )
     names = [f"{row['name']}, {short(row['suite'])}, seed {joined(row['train_seeds'])}" for row in rows]
     ax.set(yticks=places, yticklabels=names, ylim=(-0.6, len(rows) - 0.4))
     ax.grid(axis="x")

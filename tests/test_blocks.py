@@ -81,16 +81,20 @@ def test_a_block_writes_every_held_out_episode_of_its_arms(tmp_path, monkeypatch
             "crash": "",
             "right_place": 0.5,
         }
+        policy, other = ("sft", "dpo") if arm == "A" else ("dpo", "sft")
         for name, seed, init, *used in (
-            ("eval-x", 7, 40, "test", "2000", False),
-            ("eval-x-noise1007", 1007, 41, "test", "2000", False),
-            ("eval-x-val", 7, 35, "val", "2000", False),
-            ("eval-final", 7, 40, "test", "final", False),  # of the same folder, but not of the block
-            ("eval-x-blank", 7, 40, "test", "2000", True),
+            ("eval-x", 7, 40, "test", "2000", False, policy, 0),
+            ("eval-x-noise1007", 1007, 41, "test", "2000", False, policy, 1007),
+            ("eval-x-val", 7, 35, "val", "2000", False, policy, 0),
+            ("eval-final", 7, 40, "test", "final", False, policy, 0),  # in the same folder, not of the block
+            ("eval-x-blank", 7, 40, "test", "2000", True, policy, 0),
+            ("eval-x-noise9", 9, 42, "test", "2000", False, policy, 9),
+            ("eval-y", 7, 43, "test", "2000", False, other, 0),
         ):
             (seed_dir / name).mkdir(parents=True)
             disk.write_rows(seed_dir / name / "episodes.jsonl", [row | {"seed": seed, "init_state": init}])
-            config = dict(zip(("group", "start", "blank_images"), used, strict=True))
+            keys = ("group", "start", "blank_images", "policy", "noise_seed")
+            config = dict(zip(keys, used, strict=True))
             disk.write_json(seed_dir / name / "done.json", {"config": config, "inputs": {}})
             disk.write_json(seed_dir / name / "timing.json", {})
         shutil.copytree(
@@ -114,7 +118,9 @@ def test_a_block_writes_every_held_out_episode_of_its_arms(tmp_path, monkeypatch
     shutil.copytree(seed_dir, killed)
     for name in ("eval-x-noise1007", "eval-older"):
         shutil.rmtree(killed / name)
-    blocks.collect("look", cfg, blocks.LOOK)
+    blocks.collect("look", cfg, blocks.LOOK, [0, 1007], {"A", "D"})
+    with pytest.raises(UserError, match=r"the record has arm C, but .*blocks_C.* not all its episodes"):
+        blocks.collect("look", cfg, blocks.LOOK, [0, 1007], {"A", "C"})
     out = tmp_path / "results/look/blocks"
     monkeypatch.setattr(claims, "RESULTS", tmp_path / "results")
     arms, records = claims.read_blocks({"folder": "look/blocks"})  # what the report makes of it
@@ -195,7 +201,8 @@ def test_each_arm_is_played_with_the_adapter_that_was_trained_for_it(commands):
 def test_a_block_that_was_made_elsewhere_is_not_overwritten(commands, tmp_path):
     record = tmp_path / "results/look/blocks/seed7.json"
     record.parent.mkdir(parents=True)
-    record.write_text('{"arms": {"B": {}}}')
+    (record.parents[1] / "plan.md").write_text("a plan", encoding="utf-8")
+    disk.write_json(record, {"arms": {"B": {}}, "plan": disk.sha256(record.parents[1] / "plan.md")})
     for folder, seed in (("blocks", "07"), ("blocks_B", "7")):
         with pytest.raises(UserError, match=f"is there, but .*runs/{folder}/pi05/seed7.* is not"):
             blocks.main(seed, "kto")
@@ -203,6 +210,11 @@ def test_a_block_that_was_made_elsewhere_is_not_overwritten(commands, tmp_path):
         (tmp_path / "runs" / folder / "pi05/seed7").mkdir(parents=True)
     blocks.main("7", "kto")
     assert commands
+    commands.clear()
+    (record.parents[1] / "plan.md").write_text("another", encoding="utf-8")
+    with pytest.raises(UserError, match="follows another plan"):
+        blocks.main("7", "kto")
+    assert not commands
 
 
 def test_arms_share_their_start_and_pairs_and_play_the_same_noise(commands):

@@ -369,6 +369,16 @@ def test_a_report_does_not_stand_for_the_check_of_the_simulator(stub, tmp_path):
         assert ("extras.preflight" in said) == checked
 
 
+def test_each_backbone_has_the_adapters_of_its_own_section(stub, tmp_path):
+    (tmp_path / "x.yaml").write_text("stages: '03'\nopenvla: {adapters: dora}\n")
+    said = run_all(stub, tmp_path, "x.yaml", "backbones=both").stdout
+    ran = [line.split()[6:8] for line in said.splitlines() if "$ python 0" in line]
+    assert ran == [
+        [f"backbone={b}", f"adapter={a}"]
+        for b, a in [("pi05", "lora"), ("pi05", "dora"), ("openvla", "dora")]
+    ], said
+
+
 def test_another_start_leaves_the_final_policys_evaluation(stub, tmp_path):
     said = run_all(stub, tmp_path, "configs/tiny.yaml", "04 06", "start=500", "adapters=").stdout
     ran = [line.split("start=")[-1] for line in said.splitlines() if "$ python 0" in line]
@@ -418,7 +428,15 @@ def test_weights_that_are_not_finite_are_named_before_anything_begins(tmp_path):
     one_line(lambda: common.load_adapter(backbones.load_policy(TRY / "sft"), folder), "not finite")
 
 
-@pytest.mark.parametrize("change", [{"std": [-1.0] * 7}, {"q01": [2.0] * 7, "q99": [1.0] * 7}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"std": [-1.0] * 7},
+        {"q01": [2.0] * 7, "q99": [1.0] * 7},
+        {"q10": [2.0] * 7, "q90": [1.0] * 7},
+        {"q10": [math.nan] * 7, "q90": [1.0] * 7},
+    ],
+)
 def test_statistics_that_turn_actions_round_are_refused(change):
     named = {"mean": [0.0] * 7, "std": [1.0] * 7, "q01": [-1.0] * 7, "q99": [1.0] * 7}
     assert checked_stats({"action": named}, "x")

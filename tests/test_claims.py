@@ -36,6 +36,8 @@ def test_a_claim_is_complete_and_its_figures_are_in_the_files_it_names(claim):
         assert (row["setting"] == "different") == (row["verdict"] == "not judged") == bool(row["would"])
         assert 130 < claim["line"] < 480
     if "new" in claim.get("ours", {}):
+        lists = [claim["ours"][key] for key in ("new", "base", "trainings") if key in claim["ours"]]
+        assert len({np.size(each) for each in lists}) == 1, "a file without its partner would be left out"
         assert float(row["detectable"]) > 0 and bool(row["power"]) == bool(claim.get("effect"))
 
 
@@ -395,7 +397,9 @@ def test_planted_blocks_with_holm_over_the_three_primaries(tmp_path, monkeypatch
     assert (tmp_path / "figures" / "b.png").stat().st_size > 2000
     assert "| B - A | 12 of 12 |" in table and "exploratory" in table and " | harmful |" in table
     b = sum(map(sum, (won for (_, arm), won in wins.items() if arm == "B")))
-    assert f"| B | 12 | {b} of 4800 | 50.0% | 1 | -2 | 7.5 | 906 |" in table, "means over blocks"
+    assert f"| B | 12 | {b} of 4800 | 50.0% | 1 (8 blocks) | -2 (8 blocks) | 7.5 | 906 |" in table, (
+        "means over blocks"
+    )
     assert (
         f"| A | 12 | {sum(map(sum, (won for (_, arm), won in wins.items() if arm == 'A')))} of 4800 |"
         in table

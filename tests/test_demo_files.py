@@ -238,6 +238,14 @@ def test_a_wrong_size_task_or_file_leaves_nothing_behind(tmp_path):
     adopt(tmp_path / "files", tmp_path / "runs")  # no overwrite needed
 
 
+def test_one_file_does_not_serve_two_layouts(tmp_path):
+    """Layouts share their tasks' names and sentences, so a suite's own folder can't say which it holds."""
+    path = write_file(tmp_path / "files" / Path(file_name("libero_object")).name, OFFICIAL)
+    with pytest.raises(UserError, match=f"libero_object_swap holds 0 files {path.name}"):
+        adopt(tmp_path / "files", tmp_path / "runs", suites=["libero_object", "libero_object_swap"])
+    adopt(tmp_path / "files", tmp_path / "runs", suites=["libero_object"])
+
+
 # ----------------------------------------------------------------------------------------------------- memory
 def test_frames_on_disk_are_those_in_memory(tmp_path, monkeypatch):
     films = [demo.wrist for demo in read_demos(write_file(tmp_path / file_name(), {}), TASK)]

@@ -110,7 +110,7 @@ def test_the_expert_heads_for_where_the_target_is(file, env):
         assert np.allclose(demo.places, target_places(env, demo.init_state))
         chunk, hand = torch.from_numpy(demo.actions[None, :8]), demo.state[:1, :3]
         both = (demo.places[None], demo.places[None, ::-1])
-        assert [backbones.heads_right(chunk, hand, places).item() for places in both] == [True, False]
+        assert [backbones.heads_for_first(chunk, hand, places).item() for places in both] == [True, False]
 
 
 def test_labels_are_clean_and_replay_succeeds(file, env):

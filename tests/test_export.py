@@ -359,6 +359,11 @@ def test_the_command_has_the_folders_renamed_cameras_and_none_is_printed_without
     export.show(cfg)
     said = capsys.readouterr().out
     assert "would score 0 %" in said and "lerobot-eval" not in said
+    for path in folder.glob("policy_*"):  # weights of lerobot 0.6.1 alone, with openpi's statistics
+        path.unlink()
+    export.show(cfg)
+    said = capsys.readouterr().out
+    assert "would score 0 %" in said and "lerobot-eval" not in said
 
 
 def test_eval_info_is_lerobots(tmp_path):

@@ -16,6 +16,7 @@ from runtime.errors import UserError
 from sim.demos import read_demos
 
 pytest.importorskip("av")
+pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 from extras import from_lerobot  # noqa: E402
 
@@ -68,6 +69,14 @@ def column(folder: Path, name: str, change) -> None:
     rows = np.array(table[name].to_pylist())
     change(rows)
     pq.write_table(table.set_column(table.column_names.index(name), name, [rows.tolist()]), path)
+
+
+def one_episode(folder: Path, actions: np.ndarray, state: np.ndarray) -> Path:
+    zeros = [0] * len(actions)
+    table = {"episode_index": zeros, "task_index": zeros, "action": actions.tolist(), "state": state.tolist()}
+    (folder / "data" / "chunk-000").mkdir(parents=True)
+    pq.write_table(pa.table(table), folder / "data" / "chunk-000" / "file-000.parquet")
+    return folder
 
 
 def joints(rows):
@@ -126,6 +135,31 @@ def test_a_gripper_that_opens_at_1_and_closes_at_0_is_turned(tmp_path):
     for file in FILES:
         theirs, oxe = ([*read_demos(tmp_path / name / file, 0)] for name in ("theirs", "oxe"))
         assert all(np.array_equal(a.actions, b.actions) for a, b in zip(theirs, oxe, strict=True))
+
+
+@pytest.mark.parametrize(("command", "apart"), [(1, 0.08), (0, 0.08), (0, 0.0)])
+def test_an_episode_with_one_gripper_command_alone_is_turned_too(command, apart, tmp_path, monkeypatch):
+    """Of ones alone the fingers tell: those far apart were told to open, as in OXE."""
+    state = np.zeros((5, 8), np.float32)
+    state[:, 6], state[:, 7] = apart / 2, -apart / 2
+    actions = np.full((5, 7), command, np.float32)
+    seen = []
+    monkeypatch.setattr(from_lerobot, "check_meaning", lambda whose, actions, state: seen.append(actions))
+    folder = one_episode(tmp_path, actions, state)
+    from_lerobot.read_numbers(folder, {"action": "action", "state": "state"}, 5)
+    assert (seen[0][:, 6] == 1 - 2 * command).all()
+
+
+def test_ones_that_close_the_fingers_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(from_lerobot, "check_meaning", lambda *_: None)
+    folder = one_episode(tmp_path, np.ones((5, 7), np.float32), np.zeros((5, 8), np.float32))
+    (_, actions, _) = from_lerobot.read_numbers(folder, {"action": "action", "state": "state"}, 5)[0]
+    assert (actions[:, 6] == 1).all()
+
+
+def test_a_layout_is_no_suite_here(tmp_path):
+    with pytest.raises(UserError, match="libero_object_look"):
+        from_lerobot.main("x", str(tmp_path / "y"), "libero_object_look")
 
 
 def test_other_suites_and_sentences_of_several_tasks(tmp_path):
