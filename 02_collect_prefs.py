@@ -281,7 +281,8 @@ def assemble(folder: Path) -> None:
     rows = sorted(attempts(folder), key=lambda row: (row["suite"], row["task"], row["unit"]))
     refuse(
         not any(row["pairs"] for row in rows),
-        f"{len(rows)} attempts gave no pair (see {folder / 'units.jsonl'}); raise prefs.max_playouts",
+        f"{len(rows)} attempts gave no pair (see {folder / 'units.jsonl'}); raise prefs.max_playouts, with"
+        " overwrite=true",
     )
     disk.write_rows(folder / "units.jsonl", rows)
     for kind in ("tried", "pairs"):

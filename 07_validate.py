@@ -113,7 +113,8 @@ class Config(common.ActingConfig, common.AdapterConfig):
             known = disk.read_object(done).get("inputs", {}).values() if done.is_file() else ()
             refuse(
                 not all(stage.fingerprint_of(path, self.run_dir) in known for path in self.pairs_inputs()),
-                f"held_out={self.held_out}: {self.adapter_dir} does not say which pairs it was trained on",
+                f"held_out={self.held_out}: {self.adapter_dir} was not, or not provably, trained on"
+                " these pairs; set held_out=0",
             )
         inputs = [*self.sft_inputs(), *self.pairs_inputs(), *adapters]
         self.made_with(self.pairs_dir, "denoise_steps")  # the Euler steps whose density `acting` measures

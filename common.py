@@ -51,7 +51,9 @@ def init_states(group: str, n: int | None = None) -> list[int]:
     """
     states = list(INIT_GROUPS[group])
     known = f"{group!r} has init states {states[0]}-{states[-1]}"
-    refuse(n is not None and not 0 < n <= len(states), f"{known}: choose 1 to {len(states)}, not {n}")
+    refuse(
+        n is not None and not 0 < n <= len(states), f"{known}: choose 1 to {len(states)} (n_init), not {n}"
+    )
     return states[:n]
 
 
@@ -81,7 +83,7 @@ def read_pairs(folder: Path, policy=None) -> dict:
             length.
     """
     path = folder / "pairs.safetensors"
-    pairs, again = disk.load_tensors(path), "remove its folder and run 02_collect_prefs.py again"
+    pairs, again = disk.load_tensors(path), disk.AGAIN
     keys = ("agentview", "wrist", "state", "chosen", "rejected", "mask")
     absent = [key for key in keys if key not in pairs]
     refuse(absent, f"{path} lacks {', '.join(absent)}; {again}")
@@ -94,7 +96,9 @@ def read_pairs(folder: Path, policy=None) -> dict:
     image, chunk = (n, *size, *size, 3), (n, *h, 7)
     for key, shape in zip(keys, (image, image, (n, 8), chunk, chunk, (n, *h)), strict=True):
         wrong = n == 0 or pairs[key].shape != shape or not pairs[key].isfinite().all()
-        refuse(wrong, f"{path}: {key} has another shape than the rest, or no finite values; {again}")
+        refuse(
+            wrong, f"{path}: {key} has another shape than the rest, or values that are not finite; {again}"
+        )
     refuse(pairs["mask"].dtype != torch.bool, f"{path}: mask must be boolean; {again}")
     equal = ((pairs["chosen"] == pairs["rejected"]).all(-1) | ~pairs["mask"]).all(-1)  # (N,)
     many = f"{path}: in {int(equal.sum())} of {n} pairs the executed chunks do not differ"
@@ -332,7 +336,9 @@ class StartConfig(PolicyConfig):
             inside = Path(self.root).resolve().is_relative_to(Path(self.checkpoint).resolve())
             refuse(inside, f"root={self.root} lies in the checkpoint's folder; choose another root=")
             return stage.checkpoint_files(self.checkpoint)
-        folder = stage.require(self.start_dir / "sft", "sft")
+        folder = stage.require(
+            self.start_dir / "sft", "sft", f" backbone={self.backbone} seed={self.start_seed or self.seed}"
+        )
         self.made_with(folder, "model")
         return [folder]
 
@@ -349,10 +355,10 @@ class StartConfig(PolicyConfig):
 class ActingConfig(StartConfig):
     """Keys of stages in which the policy acts."""
 
-    # actions of a chunk that are carried out before the next look; 0 = lerobot's n_action_steps, or 8
-    execute: Annotated[int, 0] = 0
-    # Euler steps of sample_actions, for flow matching; 0 = lerobot's num_inference_steps, or 10
-    denoise_steps: Annotated[int, 0] = 0
+    execute: Annotated[int, 0] = (
+        0  # actions carried out between two looks; 0 = lerobot's n_action_steps, or 8
+    )
+    denoise_steps: Annotated[int, 0] = 0  # Euler steps, of flow; 0 = lerobot's num_inference_steps, or 10
     noise_scale: float = 1.0  # of the noise behind a chunk; for action tokens the temperature, 0 = greedy
 
     def __post_init__(self):
@@ -386,7 +392,11 @@ class PairsConfig(StartConfig):
         return [folder]
 
     def pairs_inputs(self) -> list[Path]:
-        own = [] if self.pairs_from else self.made_from_ours(self.made_pairs, "prefs")
+        own = (
+            []
+            if self.pairs_from
+            else self.made_from_ours(self.made_pairs, "prefs", f" seed={self.start_seed or self.seed}")
+        )
         self.made_with(self.pairs_dir, "pairs", "suites", "tasks")
         return own or stage.checkpoint_files(self.pairs_from)
 

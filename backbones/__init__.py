@@ -25,9 +25,9 @@ def preview(cfg, section: str) -> None:
     if cfg.given:
         refuse(
             not Path(cfg.given).exists(),
-            f"no checkpoint {cfg.given}; if a run makes it, run that first (01_sft.py); else give the folder"
-            " that holds its .safetensors, or get one:"
-            f" `hf download {EXAMPLES[cfg.backbone]} --local-dir {cfg.given}`",
+            f"no checkpoint {cfg.given}; if another run makes it, run 01_sft.py with that run's config; else"
+            " give a folder that holds .safetensors, or get one:"
+            f" `hf download {EXAMPLES[cfg.backbone]} --local-dir FOLDER`",
         )
         weights, execute = weights_of(getattr(cfg, "start", "final")), getattr(cfg, "execute", 1)
         policy = load_policy(cfg.given, weights, cfg.model, cfg.suites, cfg.backbone, read=False)

@@ -124,7 +124,9 @@ def load_tried(cfg: Config, policy) -> dict:
     """
     path = cfg.pairs_dir / "tried.safetensors"
     refuse(
-        not path.is_file(), f"{path} is not there: kto and nft need the play-outs that 02 keeps; run 02 again"
+        not path.is_file(),
+        f"{path} is not there: kto and nft need the play-outs that 02 keeps; run 02, and set pairs_from="
+        " (empty)",
     )
     tried, rows = disk.load_finite(path), disk.read_jsonl(path.with_suffix(".jsonl"), "instruction success")
     refuse(len(rows) != len(tried["chunk"]), f"{path} and its .jsonl differ in length; run 02 again")

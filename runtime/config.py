@@ -90,7 +90,7 @@ def typed(value, kind, key: str):
     if kind is str and plain and "\0" not in str(value):
         refuse(
             least and not re.fullmatch(least, str(value)),
-            f"config key {key!r} must match {least}, not {value!r}",
+            f"config key {key!r} can't be {value!r} (its pattern is {least})",
         )
         return str(value)
     number = as_number(value, kind) if kind in (int, float) and plain else None
@@ -220,7 +220,11 @@ def load_config(cls: type, argv: list[str]):
     hints, shared = get_type_hints(cls, include_extras=True), shared_keys()
     keys = [field.name for field in fields(cls)]  # in a section also what is shared, for its stage alone
     given = [  # key, value, where it stands, the keys that may stand there; the last one wins
-        *((key, v, str(path), [*shared, *sections]) for key, v in data.items() if key not in sections),
+        *(
+            (key, v, f"{path}, outside a section", [*shared, *sections])
+            for key, v in data.items()
+            if key not in sections
+        ),
         *(
             (key, v, f"{path}, section {cls.section}", keys)
             for key, v in (data.get(cls.section) or {}).items()

@@ -215,7 +215,8 @@ class Run:
         for name, source in self.identity["source"].items():
             refuse(
                 source != source_hash(HERE / name),
-                f"{name} was edited while the stage ran, so {self.dir} may mix both; run it again",
+                f"{name} was edited while the stage ran, so {self.dir} may mix both; run it again, with"
+                " overwrite=true",
             )
         for path in [path for path in self.dir.rglob(".*") if path.is_file()]:  # left by a kill while writing
             path.unlink()
@@ -287,7 +288,7 @@ def open_folder(script: Path, cfg) -> Run | None:
         made = {path.name for path in folder.glob("[!.]*")} - {"started.json"}
         refuse(
             made and not cfg.overwrite,
-            f"{folder} is not what this would make: {because}; add overwrite=true to redo it",
+            f"{folder} is not what this would make: {because}; add overwrite=true to replace it",
         )
     else:
         refuse(
@@ -448,7 +449,7 @@ def fingerprint_of(path: Path, run: Path) -> str:
         return disk.sha256(path)
     done = read_identity(path / "done.json")
     script = f"{done['stage']}.py" if done["stage"][:1].isdigit() else f"-m extras.{done['stage']}"
-    again = f"run `python {script}` again, with overwrite=true"
+    again = f"run `python {script} CONFIG` again, with overwrite=true"
     for earlier, made_from in done["inputs"].items():
         now = made_now(earlier, run)
         refuse(now and made_from not in now, f"{path} was made from another {earlier}; {again}")
@@ -482,7 +483,7 @@ def checkpoint_files(path: str) -> list[Path]:
         files = [folder / name for name in sorted(read_identity(folder / "done.json").get("outputs", ()))]
     # .model: a tokenizer
     files = [p for p in files if p.suffix in (".json", ".jsonl", ".safetensors", ".model") and p.is_file()]
-    refuse(not files, f"{path} holds no .safetensors")
+    refuse(not files, f"{path} holds none of the files of a checkpoint, of pairs or of an adapter")
     return files
 
 

@@ -506,7 +506,7 @@ def test_a_stage_is_skipped_resumed_refused_and_redone(tmp_path, capsys):
     assert (folder / "half").exists() and disk.read_json(folder / "done.json")["fact"] == 1
     make(tmp_path, "sft", workers=7, main=die)  # workers never change a result, and main is not called
     assert "already done" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"^.*config steps 3 -> 4; add overwrite=true to redo it$"):
+    with pytest.raises(UserError, match=r"^.*config steps 3 -> 4; add overwrite=true to replace it$"):
         make(tmp_path, "sft", steps=4)
     assert (folder / "half").exists()
     make(tmp_path, "sft", steps=4, overwrite=True)
@@ -594,7 +594,7 @@ def test_what_was_made_from_an_older_input_is_refused(tmp_path):
     make(tmp_path, "eval", sft, dpo)
     make(tmp_path, "sft", steps=9, overwrite=True)
     with pytest.raises(
-        UserError, match=r"dpo was made from another sft; run `python -m extras.test_runtime` again"
+        UserError, match=r"dpo was made from another sft; run `python -m extras.test_runtime CONFIG` again"
     ):
         make(tmp_path, "eval", sft, dpo)
 
@@ -616,7 +616,7 @@ def test_a_stages_folder_is_known_as_a_checkpoint_by_what_it_made(tmp_path):
     assert (made / "timing.json").is_file()
     assert [path.name for path in stage.checkpoint_files(str(made))] == ["model.safetensors"]
     (made / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"holds no \.safetensors"):
+    with pytest.raises(UserError, match=r"holds none of the files"):
         stage.checkpoint_files(str(made))
 
 
@@ -627,7 +627,7 @@ def test_an_output_that_is_gone_is_noticed_and_the_remedy_helps(tmp_path):
     (sft / "model.bin").unlink()
     with pytest.raises(
         UserError,
-        match=r"model\.bin is missing; run `python -m extras.test_runtime` again, with overwrite=true",
+        match=r"model\.bin is missing; run `python -m extras.test_runtime CONFIG` again, with overwrite=true",
     ):
         make(tmp_path, "eval", sft)
     with pytest.raises(UserError, match=r"model\.bin is missing; add overwrite=true"):

@@ -567,7 +567,7 @@ def test_an_adapter_whose_pairs_nobody_knows_has_no_held_out_ones(tmp_path):
         adapters_from=str(given),
     )
     assert cfg.inputs()
-    with pytest.raises(UserError, match="does not say which pairs"):
+    with pytest.raises(UserError, match="trained on these pairs; set held_out=0"):
         dataclasses.replace(cfg, held_out=2).inputs()
     hashes = {path.name: disk.sha256(path) for path in (given / "prefs").iterdir()}
     config = {"pairs": "branch", "surrogate": "paper", "held_out": 2}
