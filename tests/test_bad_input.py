@@ -43,6 +43,7 @@ MODULES = {
 }
 STAGES = {section: module.Config for section, module in MODULES.items()}
 demos, sft, prefs, dpo, evaluation, *_ = MODULES.values()
+head = MODULES["head"]
 SIZE = {"width": 32, "depth": 2, "mlp_dim": 48, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16}
 VISION = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 VISION |= {"image_size": 32, "patch_size": 16}
@@ -238,6 +239,7 @@ REFUSED = [  # before a stage writes anything
     (dpo, {}, "run `python 01_sft.py"),
     (dpo, {"checkpoint": "TMP/policy"}, "run `python 02_collect_prefs.py"),
     (dpo, {"checkpoint": "TMP/policy", "pairs_from": "nowhere"}, "nowhere"),
+    (head, {}, "run `python 00_demos.py"),
     (evaluation, {"n_init": 11}, "choose 1 to 10"),
     (evaluation, {"checkpoint": "TMP/policy", "tasks": [10]}, "10"),
     (evaluation, {"checkpoint": "TMP/policy", "policy": "dpo"}, "run `python 03_dpo.py"),

@@ -212,18 +212,25 @@ def test_plain_peft_loads_all_of_the_adapter(kind, adapter, tmp_path):
 
 OURS = published_files.FIXTURES / "lerobot061_quantile"  # written by lerobot 0.6.1
 THEIRS = published_files.FIXTURES / "lerobot061_export"  # two adapters, what lerobot makes of their exports
+SAMPLE = np.load(OURS / "sample.npz")
+
+
+def seen() -> dict:
+    images = {"agentview": SAMPLE["image"], "wrist": SAMPLE["image2"]}  # as rendered, upside down
+    obs = {camera: torch.from_numpy(image[::-1, ::-1].copy())[None] for camera, image in images.items()}
+    return obs | {
+        "state": torch.from_numpy(SAMPLE["state"]),
+        "instruction": [published_files.INSTRUCTIONS[0]],
+    }
 
 
 @pytest.mark.parametrize("adapter", ["lora", "dora"])
 def test_lerobot_runs_the_export_as_the_kit_runs_the_adapter(adapter, tmp_path):
     """tests/lerobot_export.py ran lerobot's own policy on both parts of the export and kept its outputs."""
-    sample, outputs = np.load(OURS / "sample.npz"), np.load(THEIRS / "outputs.npz")
-    obs = {"agentview": sample["image"], "wrist": sample["image2"]}  # as rendered, upside down
-    obs = {camera: torch.from_numpy(image[::-1, ::-1].copy())[None] for camera, image in obs.items()}
-    obs |= {"state": torch.from_numpy(sample["state"]), "instruction": [published_files.INSTRUCTIONS[0]]}
+    obs, outputs = seen(), np.load(THEIRS / "outputs.npz")
     base = load(OURS, "lerobot", prompt_state_dims=8)
     policy = common.load_adapter(load(OURS, "lerobot", prompt_state_dims=8), THEIRS / adapter)
-    noise = torch.from_numpy(sample["noise"])
+    noise = torch.from_numpy(SAMPLE["noise"])
     before, after = (p.sample_actions(p.encode(obs), noise, 10)[..., :7] for p in (base, policy))
     torch.testing.assert_close(before, torch.from_numpy(outputs["base_chunk"]), atol=1e-5, rtol=0)
     assert (after - before).abs().max() > 1e-2
@@ -244,6 +251,10 @@ def test_lerobot_loaded_every_key_of_the_adapter(adapter, tmp_path):
     assert len(saved) == 16 * (3 if adapter == "dora" else 2)
     sums = [saved[key].double().abs().sum().item() for key in facts["keys"]]
     assert facts["sums"] == pytest.approx(sums, abs=1e-3)
+    policy = load(load_config(export.Config, argv).folder / "policy", "lerobot", prompt_state_dims=8)
+    chunk = policy.sample_actions(policy.encode(seen()), torch.from_numpy(SAMPLE["noise"]), 10)[..., :7]
+    theirs = torch.from_numpy(np.load(THEIRS / "outputs.npz")[f"{adapter}_policy_chunk"])
+    torch.testing.assert_close(chunk, theirs, atol=1e-5, rtol=0)
 
 
 def test_the_adapters_settings_are_those_of_any_peft(tmp_path):

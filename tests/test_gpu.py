@@ -3,6 +3,7 @@
 Skipped where PyTorch sees no GPU. Policies and pairs are those of checkpoints/try; no simulator is needed.
 """
 
+import gc
 import importlib
 import json
 import subprocess
@@ -127,6 +128,7 @@ def test_dpo_on_a_gpu_trains_as_on_a_cpu_and_goes_on_after_a_kill(backbone, adap
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(disk, "save_checkpoint", killed)
         stage.execute(dpo.main, cfg)
+    gc.collect()  # the interrupted run holds the folder's lock
     stage.execute(dpo.main, cfg)
     again = logged(tmp_path / "killed")
     assert [row["step"] for row in again] == [row["step"] for row in rows["cuda"]]

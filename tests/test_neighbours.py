@@ -321,10 +321,12 @@ def tried(tmp_path):
 @pytest.mark.parametrize("loss", ["proximal", "simpo", "kto", "nft"])
 def test_each_loss_trains_an_adapter_that_04_can_load(loss, tried, tmp_path):
     argv = ("configs/try.yaml", f"pairs_from={tried}", f"root={tmp_path}", "name=x", f"dpo.loss={loss}")
-    run_stage("extras.losses", *argv, "dpo.steps=2", "dpo.batch_size=4")
+    run_stage("extras.losses", *argv, "dpo.steps=2", "dpo.batch_size=4", "dpo.sft_coef=0")  # the loss alone
     folder = tmp_path / f"x/pi05/seed42/losses-{loss}/lora"
     rows = disk.read_jsonl(folder / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2] and rows[0]["log_ratio"] == 0
+    first = {"proximal": math.log(2), "kto": 0.5, "nft": math.log(2)}.get(loss)  # policy = reference
+    assert first is None or rows[0]["loss"] == pytest.approx(first, abs=1e-6)
     policy = backbones.load_policy(TRY / "sft")
     before = {key: value.clone() for key, value in policy.state_dict().items()}
     after = common.load_adapter(policy, folder).state_dict()
@@ -394,7 +396,9 @@ def test_the_tour_draws_what_its_page_shows(tmp_path, monkeypatch):
     pairs = tour.dpo.load_pairs(tour.dpo.Config(pairs_from=str(TRY / "prefs")), policy)[0]
     tour.sees(pairs)
     tour.becomes(policy, pairs)
-    drawn = {path.name for path in tmp_path.iterdir()} | {"error.png", "margin.png", "episode.gif"}
+    tour.errors(policy, common.load_adapter(backbones.load_policy(TRY / "sft"), TRY / "lora"), pairs)
+    tour.margins(pairs)
+    drawn = {path.name for path in tmp_path.iterdir()} | {"episode.gif"}
     page = (HERE / "docs" / "tour.md").read_text(encoding="utf-8")
     assert (
         drawn == set(re.findall(r"\(tour/(.*?)\)", page)) == {p.name for p in (HERE / "docs/tour").iterdir()}

@@ -183,6 +183,9 @@ def test_roofline_against_counts_by_hand(name, weights):
         assert found["prefix"]["bytes"] == 2 * language
     else:
         assert found["actions"]["bytes"] > 7 * 2 * 6.4e9  # a token reads the whole language model
+    tower = {"pi05": 0.41e9, "openvla": 0.3e9 + 0.41e9}[name]  # weights of SigLIP, of DINOv2 and SigLIP
+    assert 0.9 * 2 * tower < found["images"]["bytes"] < 1.5 * 2 * tower
+    assert found["images"]["flops"] > 0.9 * 2 * 256 * tower  # each weight for each patch
     total = sum(found[part]["bytes"] for part in ("images", "prefix"))
     assert total < 2 * weights
 

@@ -266,7 +266,7 @@ def test_the_audit_recomputes_the_committed_table():
     found = audit.audit(RESULTS / "tiny_libero_object" / "episodes")
     rows = disk.read_json(RESULTS / "tiny_libero_object" / "table.json")
     table = {row["name"] + "-val" * (row["group"] == "val"): row for row in rows}
-    assert not found["findings"] and len(found["rates"]) == len(table)
+    assert not found["findings"] and len(found["rates"]) == len(table) and found["pairs"]
     for row in found["rates"]:
         assert (row["successes"], row["n"]) == (table[row["policy"]]["successes"], table[row["policy"]]["n"])
     for row in found["pairs"]:
@@ -498,6 +498,7 @@ def test_every_suite_has_a_row_and_all_seeds_together_have_one(tmp_path, monkeyp
     rows = [row for row in report_stage.of_run(report_cfg, "pi05").rows if row["policy"] == "dpo"]
     assert len(rows) == 3 * 2, "two suites and both, under two seeds"
     together = audit.audit(tmp_path / "x" / "pi05")["pairs"]
+    assert len(together) == 3
     for row in together:
         of_suite = suites if row["suite"] == "all" else [row["suite"]]
         mine = {k[1:]: won for k, won in played.items() if k[0] == "dpo" and k[1] in of_suite}

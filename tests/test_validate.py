@@ -487,6 +487,8 @@ def test_stage_07_from_end_to_end_killed_and_resumed(run, monkeypatch, capsys):
     assert {r["state"] for r in cosine} == {"start", "end"} and all(
         -1.001 <= r["value"] <= 1.001 for r in cosine
     )
+    of_state = [[r["value"] for r in cosine if r["state"] == state] for state in ("start", "end")]
+    assert of_state[0] != of_state[1], "at the start the adapter is an identity"
     text = folder.with_suffix(".md").read_text()
     assert "| paper | 4 | yes |" in text and "| paper, one time | 4 | yes |" in text
     assert "| always positive |" in text and "| the better constant guess |" in text
