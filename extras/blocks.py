@@ -44,6 +44,7 @@ LOOK = {  # arm -> what makes it from the snapshot: a script and its settings; "
     "D-dora": f"03_dpo.py {ANCHOR} adapter=dora",
     "D-elbo": f"03_dpo.py {ANCHOR} surrogate=elbo",
     "D-exact": f"03_dpo.py {ANCHOR} surrogate=exact",
+    "C-exact": f"03_dpo.py {ANCHOR} dpo.contrast=0 surrogate=exact",
     **{f"{arm}-text": f"03_dpo.py {dose} pairs=episode" for arm, dose in (("B", PAPER), ("D", ANCHOR))},
     **{f"{arm}-code": f"03_dpo.py {dose} pairs=whole" for arm, dose in (("B", PAPER), ("D", ANCHOR))},
     **{loss: f"03_dpo.py {ANCHOR} dpo.loss={loss}" for loss in ("ipo", "hinge")},
