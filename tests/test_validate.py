@@ -495,6 +495,25 @@ def test_stage_07_from_end_to_end_killed_and_resumed(run, monkeypatch, capsys):
     assert "not measured: the noise behind the chunks is not known" in text, "these are episode pairs"
 
 
+def test_the_gradient_of_dpo_by_hand():
+    """Scores that are linear in the weights: d loss = - mean of beta sigmoid(-margin) (chosen - rejected)."""
+
+    class Linear(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.tensor([0.3, -0.2, 0.5]))
+
+        reference = staticmethod(torch.no_grad)
+
+    policy, beta, x = Linear(), 0.7, torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(0))
+    got = validate.dpo_gradient(
+        policy, lambda term: x @ policy.w if term == "policy" else torch.ones(5, 2), beta
+    )
+    apart = x[:, 0] - x[:, 1]  # (5, 3)
+    margin = beta * apart @ policy.w.detach()
+    torch.testing.assert_close(got, -(beta * torch.sigmoid(-margin)[:, None] * apart).mean(0))
+
+
 @pytest.mark.parametrize("n", [3, 8, 15, 20, 31, 88, 189])
 def test_gradient_batches_are_spread_over_all_pairs(n):
     """Pairs come sorted by task. Batches of the first 16 pairs were all of one task once."""
