@@ -284,7 +284,10 @@ def check_upright(cfg: Config) -> None:
 
     Looks at one demonstration of each suite. Scene and arm are the same in all of a task's init states.
     """
-    for suite, task in dict(tasks(cfg)).items():  # the last task of each suite
+    others = [
+        task for task in tasks(cfg) if source_file(cfg, *task).name.endswith(ENDING)
+    ]  # no run of the kit
+    for suite, task in dict(others).items():  # the last of each suite
         path = source_file(cfg, suite, task)
         theirs = next(read_demos(path, task)).agentview[0].mean(2)  # (S, S)
         with contextlib.closing(TaskEnv(suite, task, cfg.image_size, cfg.render)) as env:
@@ -303,8 +306,7 @@ def check_upright(cfg: Config) -> None:
 def adopt(cfg: Config) -> list[dict]:
     """Link the files of `source` to where later stages look."""
     rows = adopted(cfg)
-    if any(source_file(cfg, *task).name.endswith(ENDING) for task in tasks(cfg)):  # not all another run's
-        check_upright(cfg)
+    check_upright(cfg)
     for row in rows:
         link = task_file(cfg, row["suite"], row["task"])
         link.parent.mkdir(exist_ok=True)

@@ -337,7 +337,9 @@ class StartConfig(PolicyConfig):
             refuse(inside, f"root={self.root} lies in the checkpoint's folder; choose another root=")
             return stage.checkpoint_files(self.checkpoint)
         folder = stage.require(
-            self.start_dir / "sft", "sft", f" backbone={self.backbone} seed={self.start_seed or self.seed}"
+            self.start_dir / "sft",
+            "sft",
+            f" name={self.name} backbone={self.backbone} seed={self.start_seed or self.seed}",
         )
         self.made_with(folder, "model")
         return [folder]
@@ -355,9 +357,7 @@ class StartConfig(PolicyConfig):
 class ActingConfig(StartConfig):
     """Keys of stages in which the policy acts."""
 
-    execute: Annotated[int, 0] = (
-        0  # actions carried out between two looks; 0 = lerobot's n_action_steps, or 8
-    )
+    execute: Annotated[int, 0] = 0  # actions between two looks; 0 = lerobot's n_action_steps, or 8
     denoise_steps: Annotated[int, 0] = 0  # Euler steps, of flow; 0 = lerobot's num_inference_steps, or 10
     noise_scale: float = 1.0  # of the noise behind a chunk; for action tokens the temperature, 0 = greedy
 
@@ -382,7 +382,7 @@ class PairsConfig(StartConfig):
 
     def made_from_ours(self, folder: Path, section: str, hint: str = "") -> list[Path]:
         """`folder` as an input; UserError unless its stage has made it from this config's SFT policy."""
-        hint = f" backbone={self.backbone} pairs={self.pairs} start={self.start}{hint}"
+        hint = f" name={self.name} backbone={self.backbone} pairs={self.pairs} start={self.start}{hint}"
         made_from = stage.read_identity(stage.require(folder, section, hint) / "done.json")["inputs"]
         for path in self.sft_inputs():
             refuse(
@@ -425,5 +425,8 @@ class AdapterConfig(PairsConfig):
         if self.adapters_from:
             self.made_with(self.adapter_dir, "pairs", "surrogate", *labels)
             return stage.checkpoint_files(str(self.adapter_dir))
-        hint = f" adapter={self.adapter} surrogate={self.surrogate} seed={self.seed}"
+        hint = (
+            f" adapter={self.adapter} surrogate={self.surrogate} seed={self.seed}"
+            f" start_seed={self.start_seed}"
+        )
         return self.made_from_ours(self.made_adapter, "dpo", hint)

@@ -46,7 +46,7 @@ if [[ -z ${PYTHON:-} ]]; then
   fi
 fi
 
-# what the config says of a backbone, as Python reads it: sets STAGES, adapters and RUN
+# what the config says of a backbone, as Python reads it: sets STAGES, adapters and RUN. 00 and 08 go by the last backbone
 ask='
 import sys
 from runtime import PlaceConfig, UserError, load_config

@@ -73,8 +73,8 @@ def load_policy(
     refuse(
         missing,
         f"{folder} holds no {' and no '.join(missing)}, only"
-        f" {sorted(path.name for path in folder.glob('*.safetensors'))}; set start=final, or a step"
-        " that is there, or run 01_sft.py",
+        f" {sorted(path.name for path in folder.glob('*.safetensors'))}; set start= to what is there"
+        " (model.safetensors is start=final), or run 01_sft.py",
     )
     config = disk.read_object(folder / "config.json")
     name = config.pop("backbone")

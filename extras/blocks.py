@@ -188,7 +188,13 @@ def main(*words: str) -> None:
     block = f"configs/{config}.yaml", f"seed={seed}"
     cfg = load_config(common.AdapterConfig, [*block])
     record = HERE / "results" / name / "blocks" / f"seed{cfg.seed}.json"
-    recorded = ["A", *disk.read_json(record)["arms"]] if record.is_file() else []
+    recorded = (
+        sorted(
+            {line["arm"] for line in csv.DictReader(disk.read_text(record.with_suffix(".csv")).splitlines())}
+        )
+        if record.is_file()
+        else []
+    )
     refuse(
         recorded and disk.read_json(record)["plan"] != disk.sha256(HERE / "results" / name / "plan.md"),
         f"{record} follows another plan.md than today's: put that back",
@@ -213,8 +219,8 @@ def main(*words: str) -> None:
             own = f"name={cfg.name}_{arm}", f"checkpoint={cfg.seed_dir}/sft", f"pairs_from={pairs}"
             given, policy = (*block, *own, *settings), "policy=dpo"
             run(script, *given)
-            made = folder_of(cfg, arm).glob("*/*/adapter_config.json")  # by an extra, where 04 does not look
-            given += tuple(f"adapters_from={path.parents[1].relative_to(HERE)}" for path in made)
+            found = folder_of(cfg, arm).glob("*/*/adapter_config.json")  # by an extra, where 04 does not look
+            given += tuple(f"adapters_from={path.parents[1].relative_to(HERE)}" for path in found)
             for path in folder_of(cfg, arm).rglob("adapter_config.json"):
                 moved = delivered(load_config(dpo.Config, [*block]), path.parent)
                 disk.write_json(folder_of(cfg, arm) / "delivered.json", moved)

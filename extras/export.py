@@ -215,7 +215,7 @@ def show(cfg: Config) -> None:
         kind = "lerobot <= 0.4.4"  # the embedding has one name there, lm_head
     if "lerobot" in kind:
         mode, _, file = published.normaliser(c, "action")
-        kind = "lerobot without statistics" if file is None and mode != "identity" else kind
+        kind = kind if mode == "identity" or (file and file.is_file()) else "lerobot without statistics"
     names = published.processor(c, "pre").get("rename_observations_processor", {}).get("rename_map")
     for suite in cfg.suites[: 1 if "lerobot" in kind else None]:
         print(

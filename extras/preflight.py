@@ -115,9 +115,9 @@ def main() -> None:
     argv = [word for word in sys.argv[1:] if word != "--config-only"]
     numbers = argv.pop(1).split() if len(argv) > 1 and "=" not in argv[1] else []
     refuse(
-        "--help" in argv or {*numbers} - {"setup", *(script[:2] for script in STAGES.values())},
+        {"-h", "--help"} & {*argv} or {*numbers} - {"setup", *(script[:2] for script in STAGES.values())},
         "usage: python -m extras.preflight [CONFIG] [STAGES, by two digits: '03 04'] [key=value ...]"
-        " [--config-only]",
+        " [--config-only]" + (f"; {' '.join(numbers)!r} is no such list" if numbers else ""),
     )
     checks = CHECKS
     if argv:

@@ -221,7 +221,7 @@ def load_config(cls: type, argv: list[str]):
     keys = [field.name for field in fields(cls)]  # in a section also what is shared, for its stage alone
     given = [  # key, value, where it stands, the keys that may stand there; the last one wins
         *(
-            (key, v, f"{path}, outside a section", [*shared, *sections])
+            (key, v, f"{path}, no stage's section", [*shared, *sections])
             for key, v in data.items()
             if key not in sections
         ),

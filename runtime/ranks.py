@@ -39,7 +39,7 @@ def number(variable: str, least: int = 0, below: int = 2**16) -> int:  # that a 
     refuse(
         not (text.isdecimal() and least <= int(text) < below),
         f"the environment's {variable}={text!r} is no number from {least} to {below - 1}; "
-        "start at most one process per GPU, with torchrun, or unset WORLD_SIZE to run one process",
+        "start them with torchrun (with device=cuda one per GPU), or unset WORLD_SIZE to run one process",
     )
     return int(text)
 

@@ -203,6 +203,7 @@ def test_a_block_that_was_made_elsewhere_is_not_overwritten(commands, tmp_path):
     record.parent.mkdir(parents=True)
     (record.parents[1] / "plan.md").write_text("a plan", encoding="utf-8")
     disk.write_json(record, {"arms": {"B": {}}, "plan": disk.sha256(record.parents[1] / "plan.md")})
+    record.with_suffix(".csv").write_text("arm\nA\nB\nB\n", encoding="utf-8")
     for folder, seed in (("blocks", "07"), ("blocks_B", "7")):
         with pytest.raises(UserError, match=f"is there, but .*runs/{folder}/pi05/seed7.* is not"):
             blocks.main(seed, "kto")
@@ -215,6 +216,21 @@ def test_a_block_that_was_made_elsewhere_is_not_overwritten(commands, tmp_path):
     with pytest.raises(UserError, match="follows another plan"):
         blocks.main("7", "kto")
     assert not commands
+
+
+def test_a_block_goes_on_whatever_arms_it_began_with(commands, tmp_path, monkeypatch):
+    """kept: the recorded arms that this call does not make, and A only where it is recorded."""
+    kept = []
+    monkeypatch.setattr(blocks, "collect", lambda *words: kept.append(words[-1]))
+    record = tmp_path / "results/look/blocks/seed7.json"
+    record.parent.mkdir(parents=True)
+    (record.parents[1] / "plan.md").write_text("a plan", encoding="utf-8")
+    disk.write_json(record, {"arms": {}, "plan": disk.sha256(record.parents[1] / "plan.md")})
+    record.with_suffix(".csv").write_text("arm\nB\nC\nkto\n", encoding="utf-8")
+    for arm in ("", "_B", "_C", "_kto"):
+        (tmp_path / f"runs/blocks{arm}/pi05/seed7").mkdir(parents=True)
+    blocks.main("7", "B", "C")
+    assert kept == [{"kto"}] * 2
 
 
 def test_arms_share_their_start_and_pairs_and_play_the_same_noise(commands):

@@ -392,7 +392,7 @@ def test_a_snapshot_of_a_given_checkpoint(tmp_path):
     depth = policy.cfg.expert.depth
     part = backbones.load_policy(tmp_path, model={"expert": {"depth": depth}})
     assert part.cfg == policy.cfg  # a part of a section leaves the rest of it as it is
-    with pytest.raises(UserError, match=r"model-800.*model-750.*or a step that is there"):
+    with pytest.raises(UserError, match=r"model-800.*model-750.*set start= to what is there"):
         backbones.load_sft(common.StartConfig(checkpoint=str(tmp_path), start="800"))
 
 

@@ -181,7 +181,7 @@ def test_a_stage_starts_from_it(folders):
         "tokenizer.json",
     }
     for changes, words in (
-        ({"start": "750"}, "start=final, or a step"),
+        ({"start": "750"}, "set start= to what is there"),
         ({"backbone": "pi05"}, "backbone=openvla"),
         ({"checkpoint": "x"}, "no checkpoint"),
     ):

@@ -506,11 +506,10 @@ def test_the_gradient_of_dpo_by_hand():
         reference = staticmethod(torch.no_grad)
 
     policy, beta, x = Linear(), 0.7, torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(0))
-    got = validate.dpo_gradient(
-        policy, lambda term: x @ policy.w if term == "policy" else torch.ones(5, 2), beta
-    )
+    start = torch.tensor([-0.4, 0.6, 0.1])  # the reference's weights
+    got = validate.dpo_gradient(policy, lambda term: x @ (policy.w if term == "policy" else start), beta)
     apart = x[:, 0] - x[:, 1]  # (5, 3)
-    margin = beta * apart @ policy.w.detach()
+    margin = beta * apart @ (policy.w.detach() - start)
     torch.testing.assert_close(got, -(beta * torch.sigmoid(-margin)[:, None] * apart).mean(0))
 
 
