@@ -233,6 +233,7 @@ def judged(claim: dict, paper: dict) -> dict:
 def read_blocks(plan: dict) -> tuple[dict, dict]:
     """Episodes by arm and block (one training each), and the records of each arm's trainings.
 
+    Episodes are of the plan's own blocks alone: those of the arms that it compares with others.
     plan: an entry of `blocks` in configs/paper.yaml; it may name one suite, whose episodes alone are read.
     Its folder is what extras/blocks.py writes. A record has `playouts`, the arm's own or its block's, and may
     have `delivered`: the mean difference of log-ratios in nats, without beta, on held-out pairs.
@@ -247,7 +248,14 @@ def read_blocks(plan: dict) -> tuple[dict, dict]:
         block = disk.read_json(path.with_suffix(".json"))
         for arm, facts in block["arms"].items():
             records[arm].append(block | facts)
-    return arms, records
+    own = {block for new, _ in [*plan["primary"], *plan["exploratory"]] for block in arms.get(new, ())}
+    return defaultdict(
+        dict,
+        {
+            arm: {block: rows for block, rows in blocks.items() if block in own}
+            for arm, blocks in arms.items()
+        },
+    ), records
 
 
 def arms_of(plan: dict) -> set[str]:
@@ -324,7 +332,6 @@ def effects_plot(plan: dict, path: Path) -> str:
 def arms_table(plan: dict) -> str:
     """A line for each arm, over the blocks of the plan's own: episodes, and what its training recorded."""
     arms, records = read_blocks(plan)
-    blocks = {b for new, _ in [*plan["primary"], *plan["exploratory"]] for b in arms.get(new, ())}
 
     def mean(values: list[float], form: str = "{:.3g}", of: int = 0) -> str:
         text = form + (f" ({len(values)} blocks)" if len(values) < of else "")
@@ -334,9 +341,9 @@ def arms_table(plan: dict) -> str:
         [
             {
                 "arm": arm,
-                "blocks": len(blocks & arms[arm].keys()),
-                "played": [row for block in blocks for row in arms[arm][block] if not row["crash"]],
-                "records": [record for record in records[arm] if record["block"] in blocks],
+                "blocks": len(arms[arm]),
+                "played": [row for rows in arms[arm].values() for row in rows if not row["crash"]],
+                "records": [record for record in records[arm] if record["block"] in arms[arm]],
             }
             for arm in sorted(arms_of(plan) & arms.keys())
         ],

@@ -123,9 +123,13 @@ def test_a_block_writes_every_held_out_episode_of_its_arms(tmp_path, monkeypatch
         blocks.collect("look", cfg, blocks.LOOK, [0, 1007], {"A", "C"})
     out = tmp_path / "results/look/blocks"
     monkeypatch.setattr(claims, "RESULTS", tmp_path / "results")
-    arms, records = claims.read_blocks({"folder": "look/blocks"})  # what the report makes of it
-    assert not claims.read_blocks({"folder": "look/blocks", "suite": "libero_10"})[0]
-    assert claims.read_blocks({"folder": "look/blocks", "suite": "libero_object"})[0] == arms
+    plan = {"folder": "look/blocks", "primary": [["D", "A"]], "exploratory": []}
+    arms, records = claims.read_blocks(plan)  # what the report makes of it
+    assert not claims.read_blocks(plan | {"suite": "libero_10"})[0]
+    assert claims.read_blocks(plan | {"suite": "libero_object"})[0] == arms
+    assert not any(
+        claims.read_blocks(plan | {"primary": [["later", "A"]]})[0].values()
+    )  # no block of its own
     assert {arm: list(of_arm) for arm, of_arm in arms.items()} == {arm: [7] for arm in made}
     assert {arm: [r["delivered"]["nats"] for r in of_arm] for arm, of_arm in records.items()} == {
         "D": [1.0],
