@@ -15,8 +15,9 @@ its own level of noise on the executed actions, from 0.1 in the first to 0.4 in 
 a successful and of a failed episode share the first observation. Training uses the chunk as executed (noise
 added, clipped), since it earned the label. The proposed one is stored beside it.
 
-`pairs: whole` is a control: what the paper's public code does for OpenVLA. It pairs the chunks of the same
-two episodes step by step, and scores every chunk under the *first* observation.
+`pairs: whole` is a control. It pairs the chunks of the same two episodes step by step, and scores every chunk
+under the *first* observation. With `prefs.noise_low=0 prefs.noise_high=0` it is what the paper's public code
+does for OpenVLA.
 
 `pairs: branch` is what DPO's derivation asks for. At decision points of a failed episode the simulator's
 state is restored. Other chunks are sampled from the same observation. The policy plays them out, one after
@@ -54,7 +55,7 @@ class Config(common.SceneConfig, common.ActingConfig, common.PairsConfig):
     noise_low: float = 0.1  # episode: standard deviation of the action noise of the first candidate ...
     noise_high: float = 0.4  # ... and of the last
     branches: Count = 3  # branch: decision points per failed episode
-    tries: Count = 2  # branch: other chunks per decision point; a third seldom succeeds where two failed
+    tries: Count = 2  # branch: other chunks per decision point, until one succeeds
     branch_scale: float = 1.0  # branch: noise_scale of the chunks that are tried, and of nothing else
     max_steps: int = 0  # play-outs end here at the latest; 0 = the suite's own limit
     last_decision: Count = 6  # branch: decision points are among the first 6 looks, about up to the grasp
@@ -127,7 +128,7 @@ def stored(seen: Decision, n: int, arrays: dict[str, np.ndarray], facts: dict) -
 
 
 def make_pair(chosen: Decision, rejected: Decision, **facts) -> Row:
-    """A pair. Its mask covers the actions that were executed of both chunks."""
+    """A pair. Its mask covers the actions that were executed in both chunks."""
     arrays = {
         "chosen": chosen.executed,
         "rejected": rejected.executed,

@@ -20,12 +20,12 @@ takes the mean over all of a chunk's numbers. This option sums those of the exec
 whole_chunk=true only the scale of beta differs.
 
 Differs from the paper's code: one set of draws (t, eps) per pair serves chosen, rejected, policy and
-reference (theirs draws afresh in each of 16 forwards). Errors are summed over the executed actions. Dropout
-and augmentation are off. The prefix is computed once per observation. The part of it that no adapter touches
-is computed once for all epochs. The reference is the same weights with the adapter switched off. An anchor,
-- sft_coef * beta * log p(chosen), may keep chosen chunks likely (the paper: 0); the logged `loss` leaves it
-out.
-Left out: losses of anything but the margin (extras/losses.py has some), label smoothing, reward models.
+reference (theirs draws afresh in each of 16 forwards: 4 scores x 4 draws). Errors are summed over the
+executed actions. Dropout and augmentation are off. The prefix is computed once per observation. The part of
+it that no adapter touches is computed once for all epochs. The reference is the same weights with the adapter
+switched off. A second term, the anchor, may keep chosen chunks likely; it is sft_coef * beta times
+-log p(chosen). The paper has none. The logged `loss` leaves it out.
+Left out: losses that are not of the margin alone (extras/losses.py has some), label smoothing, reward models.
 """
 
 from dataclasses import dataclass
@@ -47,7 +47,6 @@ class Config(common.AdapterConfig):
     steps: Count = 200
     batch_size: Count = 8  # pairs
     draws: Count = 4  # T: (t, eps) draws per pair
-    weight: Literal["velocity", "noise", "elbo"] = "velocity"  # w(t); the paper's is 1, "velocity"
     whole_chunk: bool = False  # score all H actions, not only those that were executed; "exact" always does
     ode_steps: Count = 10  # exact: midpoint steps from the chunk to the noise
     beta: str = "auto"  # a number, or "auto": 1 / std of log p_ref(chosen) - log p_ref(rejected)
@@ -67,8 +66,8 @@ class Config(common.AdapterConfig):
     def __post_init__(self):
         super().__post_init__()
         refuse(
-            self.backbone == "openvla" and (self.surrogate, self.weight) != ("paper", "velocity"),
-            "openvla has log p in closed form: leave `surrogate` at paper and dpo.weight at velocity",
+            self.backbone == "openvla" and self.surrogate != "paper",
+            "openvla has log p in closed form: leave `surrogate` at paper",
         )
         refuse(
             self.surrogate == "exact" and (self.adapter == "dora" or self.recompute),
@@ -77,11 +76,6 @@ class Config(common.AdapterConfig):
         refuse(
             self.surrogate == "mirrored" and self.draws % 2,
             f"dpo.draws={self.draws} must be even for surrogate=mirrored: noises come in pairs",
-        )
-        refuse(
-            (self.weight != "velocity" and self.surrogate in ("elbo", "exact"))
-            or (self.weight == "elbo" and self.surrogate == "independent"),  # its times are not uniform
-            f"surrogate={self.surrogate} does not go with dpo.weight={self.weight}: leave it at velocity",
         )
         refuse(
             not (self.contrast or self.sft_coef),
@@ -135,7 +129,7 @@ def independent_log_probs(policy, cfg: Config, obs: dict, chosen, rejected, mask
     for chunk in (chosen, rejected):
         shifted = {camera: common.random_shift(obs[camera], common.SHIFT, g) for camera in common.CAMERAS}
         own = policy.draws(len(chunk), cfg.draws, g, "iid")
-        scores.append(policy.log_prob(policy.encode(obs | shifted), chunk, own, mask, cfg.weight))
+        scores.append(policy.log_prob(policy.encode(obs | shifted), chunk, own, mask))
     return tuple(scores)
 
 
@@ -160,7 +154,7 @@ def score(policy, cfg: Config, obs, chosen, rejected, mask, draws, term: tuple):
         return likelihood.pair_log_probs(policy, prefix, chosen, rejected, draws, cfg.ode_steps)
     if cfg.surrogate == "independent":
         return independent_log_probs(policy, cfg, obs, chosen, rejected, mask, term)
-    weight = "logsnr" if cfg.surrogate == "elbo" else cfg.weight
+    weight = "logsnr" if cfg.surrogate == "elbo" else "velocity"
     return log_probs(policy, obs, chosen, rejected, mask, draws, weight)
 
 
@@ -273,7 +267,7 @@ def main(cfg: Config, run: stage.Run) -> dict:
             run.log(step, **metrics(loss, rewards, pi_w, pi_l), grad_norm=grad_norm.item(), lr=lr)
 
     if run.first:
-        warn_about_scale(disk.read_jsonl(run.dir / "metrics.jsonl"), cfg)
+        warn_about_scale(disk.read_jsonl(run.dir / "metrics.jsonl"), cfg, beta)
         common.save_adapter(adapted, run.dir)
     measured = {"delivered": delivered(policy, held, cfg.batch_size)} if cfg.held_out else {}
     return {"beta": beta, "trainable": k, "pairs": n} | measured
@@ -293,16 +287,21 @@ def metrics(loss: torch.Tensor, rewards: dict, pi_w: torch.Tensor, pi_l: torch.T
     }
 
 
-def warn_about_scale(rows: list[dict], cfg: Config) -> None:
-    """DPO learns where its margins are of order 1. Far below, the reference hardly enters the gradient."""
-    lost = min(row["rewards/chosen"] for row in rows[len(rows) // 2 :])
-    if lost < -20:
-        warn(f"the policy has unlearned the chosen chunks (rewards/chosen {lost:.3g}): lower dpo.lr")
-    other = "" if cfg.beta == "auto" else ", or take dpo.beta=auto"
-    late = max(abs(row["rewards/margins"]) + row["rewards/margin_std"] for row in rows[len(rows) // 2 :])
+def warn_about_scale(rows: list[dict], cfg: Config, beta: float) -> None:
+    """Warn of what the second half of the log shows: chosen chunks unlearned, or margins far from order 1.
+
+    Far below 1 the sigmoid is straight, and nothing holds the policy to its reference; far above it is flat.
+    """
+    rows = rows[len(rows) // 2 :]
+    moved = sum(row["rewards/chosen"] for row in rows) / len(rows) / beta
+    if moved < -1:
+        warn(f"chosen chunks' scores fell by {-moved:.3g}: lower dpo.lr, or raise dpo.sft_coef, the anchor")
+    late = max(abs(row["rewards/margins"]) + row["rewards/margin_std"] for row in rows)
     if late < 0.05 and cfg.contrast:
-        warn(f"margins stayed below 0.05 (largest {late:.3g}): raise dpo.steps or dpo.lr{other}")
+        remedy = "raise dpo.steps or dpo.lr" if cfg.beta == "auto" else "take dpo.beta=auto"
+        warn(f"margins stayed below 0.05 (largest {late:.3g}), too small to feel the reference: {remedy}")
     if late > 20 and cfg.contrast:
+        other = "" if cfg.beta == "auto" else ", or take dpo.beta=auto"
         warn(f"margins saturated (largest {late:.3g}): lower dpo.lr or dpo.steps{other}")
 
 

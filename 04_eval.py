@@ -1,6 +1,6 @@
 """04 - Success rates on LIBERO, with intervals and paired tests (the paper's main table).
 
-reads   <run>/<backbone>/seed<k>/sft/ (01) and, for policy=dpo, .../dpo-<adapter>-<pairs>/ (03)
+reads   <run>/<backbone>/seed<k>/sft/ (01) and, for policy=dpo, .../dpo-<adapter>-<pairs>[...]/ (03)
 writes  <run>/<backbone>/seed<k>/eval-<policy>[-val]/: episodes.jsonl (a line per episode), summary.json,
         videos/, done.json; and results[-val].{json,md} beside these folders: all evaluations so far in one
         table, paired with the SFT policy

@@ -61,8 +61,8 @@ REPEATS = 4  # of every estimate, with fresh draws: one for each term of a margi
 ROUNDING = 0.1  # normalised units: weights in bfloat16 make slightly other chunks of the same noise
 ESTIMATORS = {  # name -> scheme of its draws, weight on the squared velocity error; and how 03 trains on it
     "paper": ("stratified", "velocity"),  # surrogate=paper, the default
-    "paper-noise": ("stratified", "noise"),  # surrogate=paper dpo.weight=noise
-    "paper-elbo": ("stratified", "elbo"),  # surrogate=paper dpo.weight=elbo
+    "paper-noise": ("stratified", "noise"),  # its draws, weighted as errors in eps
+    "paper-elbo": ("stratified", "elbo"),  # its draws, weighted as the lower bound
     "mirrored": ("mirrored", "velocity"),  # surrogate=mirrored
     "elbo": ("logsnr", "logsnr"),  # surrogate=elbo
     "independent": ("iid", "velocity"),  # surrogate=independent: what the published code does

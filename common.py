@@ -23,8 +23,8 @@ from runtime.seeds import entropy, np_stream, own_rows, select, shuffled, stream
 # As OpenVLA evaluates (experiments/robot/libero/run_libero_eval.py), and openpi (examples/libero/main.py)
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 MAX_STEPS = dict(zip(SUITES, (220, 280, 300, 520, 400), strict=True))
-# LIBERO-PRO's layouts of a suite's tasks -> the suite: objects change places, or Object's target moves 7 cm
-# per 0.1 along x or y. (Not 0.5 along y: the pinned package lacks the init states of its task 1.)
+# LIBERO-PRO's layouts of a suite's tasks -> the suite. `_swap`: objects change places. `_temp_x0.N` and
+# `_temp_y0.N`: Object's target moves by N x 7 cm. (Not y0.5: the package lacks init states of its task 1.)
 LAYOUTS = {
     **{f"{suite}_swap": suite for suite in SUITES[:4]},
     "libero_object_look": SUITES[1],  # libero_object_swap, but the arm starts as in libero_object
@@ -130,7 +130,7 @@ SURROGATES = {  # what stands for log p(a | o) of a flow policy -> the scheme of
 TIME_WEIGHTS = {  # w(t) on the squared *velocity* error, of times of any shape
     "velocity": torch.ones_like,  # the paper's
     "noise": lambda t: (1 - t) ** 2,  # makes it the squared error in eps
-    # 1/2 |d log SNR / dt| on the error in eps, capped near t = 0: the bound where t is uniform (weight=elbo)
+    # 1/2 |d log SNR / dt| on the error in eps, capped near t = 0: the bound where t is uniform
     "elbo": lambda t: (1 - t) / t.clamp(min=0.05),
     "logsnr": lambda t: 2 * HALF_LOG_SNR * (1 - t) ** 2,  # the same over the density of "logsnr"'s times
 }
@@ -322,7 +322,7 @@ class StartConfig(PolicyConfig):
 
     checkpoint: Place = ""  # folder of weights that 02 to 07 start from; empty = 01's
     start: Annotated[str, "final|[0-9]+"] = "final"  # which of 01's weights: the last, or a snapshot's step
-    start_seed: int = 0  # seed of the SFT policy and pairs, for more DPO seeds on the same ones; 0 = `seed`
+    start_seed: int = 0  # whose SFT policy and pairs to take, to train DPO on them again; 0 = `seed`'s
 
     def variant(self, *words: str) -> str:
         """Name of a folder whose contents depend on `start`."""

@@ -53,8 +53,8 @@ class Config(dpo.Config):
             f"nft compares velocities, which {self.backbone} does not have; take another dpo.loss",
         )
         refuse(
-            self.loss == "nft" and (self.weight != "velocity" or self.surrogate == "elbo"),
-            "nft has the errors themselves, without weights; leave dpo.weight and surrogate=elbo out",
+            self.loss == "nft" and self.surrogate == "elbo",
+            "nft has the errors themselves, without weights; leave surrogate=elbo out",
         )
         refuse(
             self.surrogate in ("exact", "independent") or self.whole_chunk,

@@ -489,12 +489,18 @@ def test_a_gradient_that_overflows_stops_the_training_and_nothing_of_it_is_logge
 
 def test_a_policy_that_has_unlearned_what_it_could_is_warned_of(capsys):
     row = {"rewards/margins": 1.0, "rewards/margin_std": 1.0}
-    dpo.warn_about_scale([row | {"rewards/chosen": -5.0}], dpo.Config())
+    early, late = ([row | {"rewards/chosen": reward}] * 2 for reward in (-0.5, -0.05))
+    dpo.warn_about_scale(early + late, dpo.Config(), 0.1)  # the second half fell by 0.5
     assert capsys.readouterr().out == ""
-    dpo.warn_about_scale([row | {"rewards/chosen": -60.0}], dpo.Config())
-    assert "lower dpo.lr" in capsys.readouterr().out
+    dpo.warn_about_scale(late + early, dpo.Config(), 0.1)
+    assert "fell by 5: lower dpo.lr" in capsys.readouterr().out
+    logs = HERE / "results" / "autoregressive" / "training"  # at the paper's dose: 6 of 100 episodes, from 33
+    dpo.warn_about_scale(disk.read_jsonl(logs / "dpo-lora-paper-seed203.jsonl"), dpo.Config(), 0.1 / 56)
+    assert "fell by 6.6" in capsys.readouterr().out
+    dpo.warn_about_scale(disk.read_jsonl(logs / "dpo-lora-anchor-seed203.jsonl"), dpo.Config(), 0.0941)
+    assert capsys.readouterr().out == ""
     small = {"rewards/margins": 0.0, "rewards/margin_std": 0.0, "rewards/chosen": 0.0}
-    dpo.warn_about_scale([small], dpo.Config(contrast=0))
+    dpo.warn_about_scale([small], dpo.Config(contrast=0), 1.0)
     assert capsys.readouterr().out == "", "an anchor alone has no margins to raise"
 
 
@@ -727,9 +733,9 @@ def test_help_lists_the_keys_of_a_stage(script):
 def test_a_warning_about_beta_does_not_name_what_is_set_already(capsys):
     for late in (0.0, 100.0):
         rows = [{"rewards/margins": late, "rewards/margin_std": 0.0, "rewards/chosen": 0.0}]
-        dpo.warn_about_scale(rows, dpo.Config())
+        dpo.warn_about_scale(rows, dpo.Config(), 1.0)
         assert "warning" in (said := capsys.readouterr().out) and "beta" not in said
-        dpo.warn_about_scale(rows, dpo.Config(beta="3"))
+        dpo.warn_about_scale(rows, dpo.Config(beta="3"), 3.0)
         assert "dpo.beta=auto" in capsys.readouterr().out
 
 

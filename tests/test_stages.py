@@ -178,7 +178,7 @@ def test_random_shift_moves_and_repeats_the_border():
 
 
 SFT_NONSENSE = ["batch_size=0", "draws=0", "log_every=0", "train=half", "ema=-1", "ema=1.5"]
-DPO_NONSENSE = ["beta=high", "beta=-1", "weight=velocty", "steps=0", "adapter=none", "contrast=-1"]
+DPO_NONSENSE = ["beta=high", "beta=-1", "loss=dpoo", "steps=0", "adapter=none", "contrast=-1"]
 
 
 @pytest.mark.parametrize(

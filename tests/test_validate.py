@@ -302,7 +302,6 @@ def test_refusals():
         "surrogate=exact adapter=dora",
         "backbone=openvla surrogate=exact",
         "surrogate=mirrored dpo.draws=3",
-        "surrogate=elbo dpo.weight=noise",
     ):
         with pytest.raises(UserError, match=r"surrogate"):
             load_config(dpo.Config, ["configs/micro.yaml", *bad.split()])
