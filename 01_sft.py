@@ -73,7 +73,7 @@ class Config(common.PolicyConfig):
         if not self.init_from:
             backbones.horizon(self.backbone, self.model)  # fails for a model that can't be
         given = stage.checkpoint_files(self.init_from) if self.init_from else []
-        return [stage.require(self.data_dir, "demos"), *given]
+        return [stage.require(self.data_dir, "demos", f" name={self.name}"), *given]
 
 
 # ------------------------------------------------------------------------------------------------------- data

@@ -294,7 +294,7 @@ def warn_about_scale(rows: list[dict], cfg: Config, beta: float) -> None:
     """
     rows = rows[len(rows) // 2 :]
     moved = sum(row["rewards/chosen"] for row in rows) / len(rows) / beta
-    if moved < -1:
+    if moved < -1 and cfg.surrogate != "independent":  # whose scores of one chunk differ by their draws
         warn(f"chosen chunks' scores fell by {-moved:.3g}: lower dpo.lr, or raise dpo.sft_coef, the anchor")
     late = max(abs(row["rewards/margins"]) + row["rewards/margin_std"] for row in rows)
     if late < 0.05 and cfg.contrast:

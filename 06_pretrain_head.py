@@ -83,7 +83,7 @@ class Config(common.SceneConfig, common.StartConfig):
             self.blank_images,
             "black images are all alike, so there is nothing to retrieve; set blank_images=false",
         )
-        inputs = [stage.require(self.data_dir, "demos"), *self.sft_inputs()]
+        inputs = [stage.require(self.data_dir, "demos", f" name={self.name}"), *self.sft_inputs()]
         if not self.checkpoint:
             held = disk.read_json(inputs[1] / "done.json")["config"]["holdout"]
             refuse(self.holdout > held, f"01 held out {held} init states; set head.holdout={held}")

@@ -114,7 +114,7 @@ class Config(common.ActingConfig, common.AdapterConfig):
             refuse(
                 not all(stage.fingerprint_of(path, self.run_dir) in known for path in self.pairs_inputs()),
                 f"held_out={self.held_out}: {self.adapter_dir} was not, or not provably, trained on"
-                " these pairs; set held_out=0",
+                " these pairs; set pairs_from= to those that it was trained on (no done.json: held_out=0)",
             )
         inputs = [*self.sft_inputs(), *self.pairs_inputs(), *adapters]
         self.made_with(self.pairs_dir, "denoise_steps")  # the Euler steps whose density `acting` measures

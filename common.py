@@ -382,7 +382,9 @@ class PairsConfig(StartConfig):
 
     def made_from_ours(self, folder: Path, section: str, hint: str = "") -> list[Path]:
         """`folder` as an input; UserError unless its stage has made it from this config's SFT policy."""
-        hint = f" name={self.name} backbone={self.backbone} pairs={self.pairs} start={self.start}{hint}"
+        hint = f" name={self.name} backbone={self.backbone} pairs={self.pairs} start={self.start}{hint}" + (
+            f" checkpoint={self.checkpoint}" if self.checkpoint else ""
+        )
         made_from = stage.read_identity(stage.require(folder, section, hint) / "done.json")["inputs"]
         for path in self.sft_inputs():
             refuse(
@@ -425,8 +427,9 @@ class AdapterConfig(PairsConfig):
         if self.adapters_from:
             self.made_with(self.adapter_dir, "pairs", "surrogate", *labels)
             return stage.checkpoint_files(str(self.adapter_dir))
-        hint = (
+        return self.made_from_ours(
+            self.made_adapter,
+            "dpo",
             f" adapter={self.adapter} surrogate={self.surrogate} seed={self.seed}"
-            f" start_seed={self.start_seed}"
+            f" start_seed={self.start_seed}",
         )
-        return self.made_from_ours(self.made_adapter, "dpo", hint)

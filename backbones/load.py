@@ -74,7 +74,7 @@ def load_policy(
         missing,
         f"{folder} holds no {' and no '.join(missing)}, only"
         f" {sorted(path.name for path in folder.glob('*.safetensors'))}; set start= to what is there"
-        " (model.safetensors is start=final), or run 01_sft.py",
+        " (model.safetensors is start=final), or run 01_sft.py, whose sft.snapshots names the steps to keep",
     )
     config = disk.read_object(folder / "config.json")
     name = config.pop("backbone")

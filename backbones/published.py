@@ -359,8 +359,8 @@ def normaliser(c: Checkpoint, kind: str) -> tuple[str, float, Path | None]:
     return MODES[mode], float(its.get("eps", 1e-8)), name and c.folder / Path(name).name
 
 
-def lerobot_cameras(c: Checkpoint) -> list[str]:
-    """The cameras, in the order of input_features. Empty cameras are masked there, and change nothing."""
+def lerobot_cameras(c: Checkpoint) -> dict[str, str]:
+    """Name -> camera, in the order of input_features. Empty cameras are masked there, and change nothing."""
     renamed = processor(c, "pre").get("rename_observations_processor", {}).get("rename_map", {})
     theirs = {renamed.get(name, name): camera for name, camera in LIBERO_CAMERAS.items()}
     features = c.config.get("input_features") or {key: {"type": "VISUAL"} for key in [*theirs][:2]}
@@ -371,7 +371,7 @@ def lerobot_cameras(c: Checkpoint) -> list[str]:
         f"{c.folder} has the camera {unknown}; LIBERO's are {', '.join(LIBERO_CAMERAS)}. Say in the config"
         " what stands for its cameras, in their order: model: {cameras: [agentview, wrist]}",
     )
-    return [theirs[key] for key in wanted if key in theirs]
+    return dict(zip(wanted, c.given.get("cameras") or [theirs[key] for key in wanted], strict=False))
 
 
 def check_robot(c: Checkpoint) -> None:
@@ -424,7 +424,7 @@ def lerobot_model(c: Checkpoint) -> dict:
             "max_length", c.config.get("tokenizer_max_length", 200)
         ),
         "horizon": c.config.get("chunk_size", 50),
-        "cameras": lerobot_cameras(c),
+        "cameras": [*lerobot_cameras(c).values()],
     }
 
 

@@ -91,7 +91,11 @@ def run(script: str, *settings: str) -> None:
     script = ["-m", script] if script.startswith("extras.") else [script]
     print("\n$ python", *script, *settings, flush=True)
     code = subprocess.run([sys.executable, *script, *settings], cwd=HERE).returncode
-    refuse(code, f"{script[-1]} stopped with code {code}; mend it, and give the same command again")
+    refuse(
+        code,
+        f"{script[-1]} stopped with code {code}; mend that, and give the same command again (a block goes on "
+        "only at the commit that began it)",
+    )
 
 
 def successes(prefs: Path, folder: Path, held_out: int) -> None:
@@ -138,17 +142,24 @@ def collect(name: str, cfg: common.AdapterConfig, arms: dict, noises: list[int],
     writer.writeheader()
     for arm in arms:
         folder = folder_of(cfg, arm)
-        own = {"policy": "sft" if arm == "A" else "dpo", "start": cfg.start, "blank_images": False}
+        own = {"start": cfg.start, "blank_images": False} | dict(  # others may have used its folder too
+            word.split("=")
+            for word in f"adapter=lora pairs=branch surrogate=paper {arms[arm]}".split() * (arm != "A")
+            if word.startswith(("adapter=", "pairs=", "surrogate="))
+        )
         played = {
             facts["config"]["noise_seed"]: rows
             for facts, rows, _ in episodes.finished(folder, "eval-*", "test")
-            if own.items() <= facts["config"].items()
+            if (own | {"policy": "sft" if arm == "A" else "dpo"}).items() <= facts["config"].items()
         }
         if not {*noises} <= played.keys():  # not yet under all noise seeds
             refuse(arm in kept, f"the record has arm {arm}, but {folder} not all its episodes: name it too")
             continue
         for path in folder.rglob("done.json"):
-            if path.with_name("adapter_config.json").is_file():  # 03 or an extra has trained here
+            if (  # 03 or an extra has trained here
+                path.with_name("adapter_config.json").is_file()
+                and own.items() <= disk.read_json(path)["config"].items()
+            ):
                 facts = {
                     "playouts": disk.read_json(HERE / pairs_of(cfg, arms[arm]) / "done.json")["playouts"],
                     **disk.read_json(path),  # with those that the arm has played itself
@@ -199,11 +210,11 @@ def main(*words: str) -> None:
         recorded and disk.read_json(record)["plan"] != disk.sha256(HERE / "results" / name / "plan.md"),
         f"{record} follows another plan.md than today's: put that back",
     )
-    lost = [str(folder_of(cfg, arm)) for arm in recorded if not folder_of(cfg, arm).is_dir()]
-    refuse(
-        lost,
+    lost = [str(folder_of(cfg, arm)) for arm in sorted({"A", *recorded}) if not folder_of(cfg, arm).is_dir()]
+    refuse(  # all arms start in A's folder
+        recorded and lost,
         f"{record} is there, but {', '.join(lost)} is not: what is made now would overwrite the record; "
-        "take another seed, or delete the record",
+        "take another seed, or delete the record and its .csv",
     )
     for script in ("00_demos.py", "01_sft.py", "02_collect_prefs.py"):
         run(script, *block)

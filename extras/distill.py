@@ -47,7 +47,7 @@ class Config(common.ActingConfig):
         refuse(
             self.blank_images, "the student learns from the demonstrations' images; set blank_images=false"
         )
-        return [stage.require(self.data_dir, "demos"), *self.sft_inputs()]
+        return [stage.require(self.data_dir, "demos", f" name={self.name}"), *self.sft_inputs()]
 
 
 def load_observations(cfg: Config) -> list[dict]:

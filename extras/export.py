@@ -216,16 +216,21 @@ def show(cfg: Config) -> None:
     if "lerobot" in kind:
         mode, _, file = published.normaliser(c, "action")
         kind = kind if mode == "identity" or (file and file.is_file()) else "lerobot without statistics"
-    names = published.processor(c, "pre").get("rename_observations_processor", {}).get("rename_map")
-    for suite in cfg.suites[: 1 if "lerobot" in kind else None]:
+    names = {  # of lerobot's LIBERO -> of the policy
+        f"observation.images.{'image2' if camera == 'wrist' else 'image'}": name
+        for name, camera in (published.lerobot_cameras(c) if "lerobot" in kind else {}).items()
+    }
+    suites = [suite for suite in cfg.suites if suite in common.SUITES]  # layouts are LIBERO-PRO's
+    for suite in suites[: 1 if "lerobot" in kind else None]:
         print(
             EVALUATION[kind].format(
                 folder=shlex.quote(str(cfg.folder.resolve())),
-                suites=",".join(cfg.suites),
+                suites=",".join(suites),
                 suite=suite,
                 episodes=f"--eval.batch_size=1 --eval.n_episodes=10 --policy.n_action_steps={cfg.execute} "
                 f"--policy.num_inference_steps={cfg.denoise_steps}"
-                + (f" --rename_map={shlex.quote(json.dumps(names))}" if names else ""),
+                + f" --rename_map={shlex.quote(json.dumps(names))}"
+                * any(ours != its for ours, its in names.items()),
             ),
             flush=True,
         )

@@ -440,8 +440,8 @@ def card_row(entry: dict, every: dict, paper: dict) -> dict:
         told = f"{'different setting, ' if row['would'] else ''}{row['verdict']}: {found}"
         return row | entry | {"outcome": told}
     rows = contrasts(paper["blocks"][entry["blocks"]])
-    row = next(row for row in rows if [row["new"], row["base"]] == entry["arms"])
-    return entry | {"outcome": f"{outcome(row)}: {row['found'].text}"}
+    row = next((row for row in rows if [row["new"], row["base"]] == entry["arms"] and row["found"]), None)
+    return entry | {"outcome": f"{outcome(row)}: {row['found'].text}" if row else "not complete"}
 
 
 # ----------------------------------------------------------------------------------------------- the chapters

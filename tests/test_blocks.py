@@ -82,6 +82,8 @@ def test_a_block_writes_every_held_out_episode_of_its_arms(tmp_path, monkeypatch
             "right_place": 0.5,
         }
         policy, other = ("sft", "dpo") if arm == "A" else ("dpo", "sft")
+        pairs = "episode" if arm == "B-text" else "branch"
+        of_arm = {"adapter": "lora", "pairs": pairs, "surrogate": "paper"}
         for name, seed, init, *used in (
             ("eval-x", 7, 40, "test", "2000", False, policy, 0),
             ("eval-x-noise1007", 1007, 41, "test", "2000", False, policy, 1007),
@@ -90,11 +92,23 @@ def test_a_block_writes_every_held_out_episode_of_its_arms(tmp_path, monkeypatch
             ("eval-x-blank", 7, 40, "test", "2000", True, policy, 0),
             ("eval-x-noise9", 9, 42, "test", "2000", False, policy, 9),
             ("eval-y", 7, 43, "test", "2000", False, other, 0),
+            (
+                "eval-z-exact",
+                7,
+                44,
+                "test",
+                "2000",
+                False,
+                "dpo",
+                0,
+            ),  # of another training in an arm's folder
         ):
             (seed_dir / name).mkdir(parents=True)
             disk.write_rows(seed_dir / name / "episodes.jsonl", [row | {"seed": seed, "init_state": init}])
             keys = ("group", "start", "blank_images", "policy", "noise_seed")
-            config = dict(zip(keys, used, strict=True))
+            config = dict(zip(keys, used, strict=True)) | ({} if arm == "A" else of_arm)
+            if name == "eval-z-exact":
+                config["surrogate"] = "exact"
             disk.write_json(seed_dir / name / "done.json", {"config": config, "inputs": {}})
             disk.write_json(seed_dir / name / "timing.json", {})
         shutil.copytree(
@@ -104,7 +118,8 @@ def test_a_block_writes_every_held_out_episode_of_its_arms(tmp_path, monkeypatch
         disk.write_json(seed_dir / "eval-older" / "done.json", older)
         (seed_dir.parents[1] / "older.json").write_text("made anew")
         (seed_dir / folder).mkdir(parents=True)
-        disk.write_json(seed_dir / folder / "done.json", facts | {"more": 1} | spent.get(arm, {}))
+        config = {"config": of_arm | {"start": "2000", "blank_images": False}}
+        disk.write_json(seed_dir / folder / "done.json", facts | config | {"more": 1} | spent.get(arm, {}))
         disk.write_json(seed_dir / folder / "timing.json", {"commit": "abc", "host": "x"})
         if arm != "A":
             disk.write_json(seed_dir / folder / "adapter_config.json", {})
@@ -113,6 +128,11 @@ def test_a_block_writes_every_held_out_episode_of_its_arms(tmp_path, monkeypatch
             disk.write_rows(seed_dir / folder / "metrics.jsonl", log)
     text.parent.mkdir()
     disk.write_json(text, {"playouts": 800})
+    in_d = tmp_path / "runs/blocks_D/pi05/seed7"
+    for other in ({"surrogate": "exact"}, {"adapter": "dora"}):  # trained by hand in D's folder
+        shutil.copytree(in_d / made["D"], also := in_d / f"dpo-{[*other.values()]}")
+        done = disk.read_json(also / "done.json")
+        disk.write_json(also / "done.json", done | {"beta": 99.0, "config": done["config"] | other})
     disk.write_json(tmp_path / "runs/blocks_B-text/pi05/seed7/delivered.json", {"nats": 3.0})
     killed = tmp_path / "runs" / "blocks_C" / "pi05" / "seed7"  # between its two evaluations
     shutil.copytree(seed_dir, killed)

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import h5py
@@ -298,6 +299,24 @@ def test_official_files_are_adopted(file, record, tmp_path):
                 demo["obs/agentview_rgb"][:] = demo["obs/agentview_rgb"][()][turn]
         with pytest.raises(UserError, match=f"{word}.*turn obs/agentview_rgb"):
             record(source=tmp_path / "official")
+
+
+def test_official_files_are_looked_at_beside_the_kits_own(monkeypatch):
+    """Of two tasks the first has LIBERO's own file, turned; the last one's is a run's of this kit."""
+    cfg, frame = demos.Config(), np.random.default_rng(0).integers(0, 255, (1, 64, 64, 3), np.uint8)
+    files = [Path("first_demo.hdf5"), Path("task_01.hdf5")]
+    read = {files[0]: frame[:, ::-1, ::-1], files[1]: frame}
+    env = types.SimpleNamespace(reset=lambda i: None, frame=lambda camera: frame[0], close=lambda: None)
+    monkeypatch.setattr(demos, "tasks", lambda cfg: [("libero_object", 0), ("libero_object", 1)])
+    monkeypatch.setattr(demos, "source_file", lambda cfg, suite, task: files[task])
+    monkeypatch.setattr(demos, "TaskEnv", lambda *_: env)
+    monkeypatch.setattr(
+        demos, "read_demos", lambda path, task: iter([types.SimpleNamespace(agentview=read[path])])
+    )
+    with pytest.raises(UserError, match=r"first_demo\.hdf5 has images that are turned by 180"):
+        demos.check_upright(cfg)
+    read[files[0]] = frame
+    demos.check_upright(cfg)
 
 
 WRITES = """

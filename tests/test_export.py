@@ -3,6 +3,7 @@
 import importlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -353,14 +354,32 @@ def test_the_command_has_the_folders_renamed_cameras_and_none_is_printed_without
     cfg.folder.mkdir(parents=True)
     disk.write_json(cfg.folder / "done.json", {"inputs": {}})
     pre = folder / "policy_preprocessor.json"
-    made, names = disk.read_object(pre), {"observation.images.front": "observation.images.image"}
+    made, config = disk.read_object(pre), disk.read_object(folder / "config.json")
     (step,) = (s for s in made["steps"] if s["registry_name"] == "rename_observations_processor")
-    step["config"]["rename_map"] = names
-    disk.write_json(pre, made)
-    export.show(cfg)
-    assert f"--rename_map='{json.dumps(names)}'" in capsys.readouterr().out
+    image, image2, wrist = (f"observation.images.{name}" for name in ("image", "image2", "wrist_image"))
+    base, left = "observation.images.base", "observation.images.left"
+    for its, renamed, names in (  # lerobot's LIBERO gives image and image2
+        ((base, left), {image: base, image2: left}, {image: base, image2: left}),
+        ((image, wrist), {}, {image: image, image2: wrist}),
+        ((base, left), {image: base, wrist: left}, {image: base, image2: left}),
+        ((image, image2), {}, None),
+    ):
+        features = config["input_features"]
+        (shape, *_) = (its for its in features.values() if its["type"] == "VISUAL")
+        others = {key: its for key, its in features.items() if its["type"] != "VISUAL"}
+        changed = config | {"input_features": dict.fromkeys(its, shape) | others}
+        disk.write_json(folder / "config.json", changed)
+        step["config"]["rename_map"] = renamed
+        disk.write_json(pre, made)
+        export.show(replace(cfg, suites=["libero_object", "libero_object_swap"]))
+        said = capsys.readouterr().out
+        assert said.count("--env.task=libero_object --") == 2 and "swap" not in said
+        assert (f"--rename_map='{json.dumps(names)}'" if names else "=10\n") in said
+        assert ("rename_map" in said) == bool(names)
     for path in [*folder.glob("policy_*.safetensors")]:
         path.unlink()
+    export.show(cfg)  # its statistics are named, and not there
+    assert "would score 0 %" in capsys.readouterr().out
     for path in (pre, folder / "policy_postprocessor.json"):
         made = disk.read_object(path)
         for step in made["steps"]:

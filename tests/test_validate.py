@@ -586,7 +586,7 @@ def test_an_adapter_whose_pairs_nobody_knows_has_no_held_out_ones(tmp_path):
         adapters_from=str(given),
     )
     assert cfg.inputs()
-    with pytest.raises(UserError, match="trained on these pairs; set held_out=0"):
+    with pytest.raises(UserError, match="trained on these pairs; set pairs_from="):
         dataclasses.replace(cfg, held_out=2).inputs()
     hashes = {path.name: disk.sha256(path) for path in (given / "prefs").iterdir()}
     config = {"pairs": "branch", "surrogate": "paper", "held_out": 2}
