@@ -284,9 +284,8 @@ def check_upright(cfg: Config) -> None:
 
     Looks at one demonstration of each suite. Scene and arm are the same in all of a task's init states.
     """
-    others = [
-        task for task in tasks(cfg) if source_file(cfg, *task).name.endswith(ENDING)
-    ]  # no run of the kit
+    # a run of the kit names its files otherwise
+    others = [task for task in tasks(cfg) if source_file(cfg, *task).name.endswith(ENDING)]
     for suite, task in dict(others).items():  # the last of each suite
         path = source_file(cfg, suite, task)
         theirs = next(read_demos(path, task)).agentview[0].mean(2)  # (S, S)

@@ -365,8 +365,8 @@ def test_the_command_has_the_folders_renamed_cameras_and_none_is_printed_without
         ((image, image2), {}, None),
     ):
         features = config["input_features"]
-        (shape, *_) = (its for its in features.values() if its["type"] == "VISUAL")
-        others = {key: its for key, its in features.items() if its["type"] != "VISUAL"}
+        (shape, *_) = (f for f in features.values() if f["type"] == "VISUAL")
+        others = {key: f for key, f in features.items() if f["type"] != "VISUAL"}
         changed = config | {"input_features": dict.fromkeys(its, shape) | others}
         disk.write_json(folder / "config.json", changed)
         step["config"]["rename_map"] = renamed
