@@ -337,6 +337,18 @@ def arms_table(plan: dict) -> str:
         text = form + (f" ({len(values)} blocks)" if len(values) < of else "")
         return text.format(np.mean(values)) if values else ""
 
+    recorded = {  # of all suites
+        **{
+            f"trained, {side}": lambda row, side=side: mean(
+                [each["trained"][side] for each in row["records"] if each.get("trained")], of=row["blocks"]
+            )
+            for side in ("chosen", "rejected")
+        },
+        "delivered, nats": lambda row: mean(
+            [each["delivered"]["nats"] for each in row["records"] if "delivered" in each], of=row["blocks"]
+        ),
+        "play-outs": lambda row: mean([each["playouts"] for each in row["records"]], "{:.0f}"),
+    }
     return listing(
         [
             {
@@ -356,46 +368,36 @@ def arms_table(plan: dict) -> str:
             "right place": lambda row: mean(
                 [float(each["right_place"]) for each in row["played"] if each["right_place"]], "{:.1%}"
             ),
-            **{
-                f"trained, {side}": lambda row, side=side: mean(
-                    [each["trained"][side] for each in row["records"] if each.get("trained")],
-                    of=row["blocks"],
-                )
-                for side in ("chosen", "rejected")
-            },
-            "delivered, nats": lambda row: mean(
-                [each["delivered"]["nats"] for each in row["records"] if "delivered" in each],
-                of=row["blocks"],
-            ),
-            "play-outs": lambda row: mean([each["playouts"] for each in row["records"]], "{:.0f}"),
-        },
+        }
+        | ({} if "suite" in plan else recorded),
     )
 
 
 def contrasts_table(plan: dict, path: Path) -> str:
-    """Plot and tables of a plan, with its title; nothing while fewer than three blocks are complete."""
+    """Tables of a plan, with its title; comparisons and a plot once three blocks are complete."""
     rows = contrasts(plan)
-    if not rows:
-        return ""
-    return (
-        f"### {plan['title']}\n\n`python -m extras.blocks {plan['command']}`\n\n"
-        + effects_plot(plan, path)
-        + listing(
-            rows,
-            {
-                "comparison": "{new} - {base}",
-                "blocks": lambda row: f"{row['blocks']} of {plan['blocks']}",
-                "effect (95 %)": lambda row: (
-                    points(row["found"].value, row["found"].interval) if row["found"] else ""
-                ),
-                "p": lambda row: "" if row["p"] is None else p_value(row["p"]),
-                "p (Holm)": lambda row: "" if row["p_holm"] is None else p_value(row["p_holm"]),
-                "detectable, points": lambda row: f"{100 * row['detectable']:.1f}",
-                "... by the first three": lambda row: f"{100 * row['foreseen']:.1f}",
-                "outcome": outcome,
-            },
+    compared = rows and effects_plot(plan, path) + listing(
+        rows,
+        {
+            "comparison": "{new} - {base}",
+            "blocks": lambda row: f"{row['blocks']} of {plan['blocks']}",
+            "effect (95 %)": lambda row: (
+                points(row["found"].value, row["found"].interval) if row["found"] else ""
+            ),
+            "p": lambda row: "" if row["p"] is None else p_value(row["p"]),
+            "p (Holm)": lambda row: "" if row["p_holm"] is None else p_value(row["p_holm"]),
+            "detectable, points": lambda row: f"{100 * row['detectable']:.1f}",
+            "... by the first three": lambda row: f"{100 * row['foreseen']:.1f}",
+            "outcome": outcome,
+        },
+    )
+    return "\n\n".join(
+        (
+            f"### {plan['title']}",
+            f"`python -m extras.blocks {plan['command']}`",
+            compared or f"Fewer than {ENOUGH} blocks: nothing is compared.",
+            arms_table(plan),
         )
-        + ("" if "suite" in plan else "\n\n" + arms_table(plan))  # what is recorded is of all suites
     )
 
 
@@ -471,9 +473,7 @@ def chapters(folder: Path) -> tuple[list[str], dict[str, str]]:
             },
         ),
         "blocks": "\n\n".join(
-            contrasts_table(plan, folder / f"blocks-{name}.png")
-            or f"{plan['title']}: fewer than {ENOUGH} blocks yet."
-            for name, plan in paper["blocks"].items()
+            contrasts_table(plan, folder / f"blocks-{name}.png") for name, plan in paper["blocks"].items()
         ),
         "limitations": "\n".join(map('- Line {0[0]}: "{0[1]}"'.format, paper["limitations"])),
     }

@@ -407,7 +407,10 @@ def test_planted_blocks_with_holm_over_the_three_primaries(tmp_path, monkeypatch
         in table
     )
     only = claims.contrasts_table(plan | {"suite": "swap"}, tmp_path / "figures" / "b.png")
-    assert "906" not in only, "what is recorded is of both suites"
+    swapped = sum(
+        line["suite"] == "swap" for rows in claims.read_blocks(plan)[0]["B"].values() for line in rows
+    )
+    assert "906" not in only and f" of {swapped} |" in only, "what is recorded is of both suites"
 
 
 def test_equal_arms_have_no_effect_of_interest_and_noisy_ones_are_inconclusive(tmp_path, monkeypatch):
@@ -445,7 +448,11 @@ def test_no_test_is_made_before_all_blocks_are_there(tmp_path, monkeypatch):
         )
         assert 0 < row["detectable"] < 0.2
     assert "| B - A | 3 of 12 |  |  |  |" in claims.contrasts_table(plan, tmp_path / "b.png")
-    assert claims.contrasts_table(plan | {"folder": "nowhere"}, tmp_path / "none.png") == ""
+    (tmp_path / "b" / "seed2.csv").unlink()
+    early = claims.contrasts_table(plan, tmp_path / "none.png")
+    assert "Fewer than 3 blocks: nothing is compared." in early and "comparison" not in early
+    won = sum(row["success"] for rows in claims.read_blocks(plan)[0]["B"].values() for row in rows)
+    assert f"| B | 2 | {won} of 800 |" in early, "what was played is counted all the same"
     assert not (tmp_path / "none.png").exists()
 
 
