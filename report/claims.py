@@ -239,13 +239,13 @@ def read_blocks(plan: dict) -> tuple[dict, dict]:
     have `delivered`: the mean difference of log-ratios in nats, without beta, on held-out pairs.
     """
     arms, records = defaultdict(lambda: defaultdict(list)), defaultdict(list)
-    for path in sorted((RESULTS / plan["folder"]).glob("*.csv")):
-        for line in csv.DictReader(disk.read_text(path).splitlines()):
+    for path in sorted((RESULTS / plan["folder"]).glob("*.json")):  # written after its .csv
+        for line in csv.DictReader(disk.read_text(path.with_suffix(".csv")).splitlines()):
             if line["suite"] != plan.get("suite", line["suite"]):
                 continue
             numbers = {key: int(line[key]) for key in ("task", "init_state", "seed")}
             arms[line["arm"]][int(line["block"])].append(line | numbers | {"success": line["success"] == "1"})
-        block = disk.read_json(path.with_suffix(".json"))
+        block = disk.read_json(path)
         for arm, facts in block["arms"].items():
             records[arm].append(block | facts)
     own = {block for new, _ in [*plan["primary"], *plan["exploratory"]] for block in arms.get(new, ())}
