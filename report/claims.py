@@ -330,11 +330,14 @@ def effects_plot(plan: dict, path: Path) -> str:
 
 
 def arms_table(plan: dict) -> str:
-    """A line for each arm, over the blocks of the plan's own: episodes, and what its training recorded."""
+    """A line for each arm, over the blocks of the plan's own: episodes, and what its training recorded.
+
+    "(of 2)": the mean is over two blocks, or for right place episodes, since the others have no such figure.
+    """
     arms, records = read_blocks(plan)
 
     def mean(values: list[float], form: str = "{:.3g}", of: int = 0) -> str:
-        text = form + (f" ({len(values)} blocks)" if len(values) < of else "")
+        text = form + (f" (of {len(values)})" if len(values) < of else "")
         return text.format(np.mean(values)) if values else ""
 
     recorded = {  # of all suites
@@ -366,7 +369,9 @@ def arms_table(plan: dict) -> str:
                 sum(each["success"] for each in row["played"]), len(row["played"])
             ),
             "right place": lambda row: mean(
-                [float(each["right_place"]) for each in row["played"] if each["right_place"]], "{:.1%}"
+                [float(each["right_place"]) for each in row["played"] if each["right_place"]],
+                "{:.1%}",
+                of=len(row["played"]),
             ),
         }
         | ({} if "suite" in plan else recorded),

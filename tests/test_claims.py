@@ -399,7 +399,7 @@ def test_planted_blocks_with_holm_over_the_three_primaries(tmp_path, monkeypatch
     assert (tmp_path / "figures" / "b.png").stat().st_size > 2000
     assert "| B - A | 12 of 12 |" in table and "exploratory" in table and " | harmful |" in table
     b = sum(map(sum, (won for (_, arm), won in wins.items() if arm == "B")))
-    assert f"| B | 12 | {b} of 4800 | 50.0% | 1 (8 blocks) | -2 (8 blocks) | 7.5 | 906 |" in table, (
+    assert f"| B | 12 | {b} of 4800 | 50.0% | 1 (of 8) | -2 (of 8) | 7.5 | 906 |" in table, (
         "means over blocks"
     )
     assert (
