@@ -239,13 +239,17 @@ def read_blocks(plan: dict) -> tuple[dict, dict]:
     have `delivered`: the mean difference of log-ratios in nats, without beta, on held-out pairs.
     """
     arms, records = defaultdict(lambda: defaultdict(list)), defaultdict(list)
-    for path in sorted((RESULTS / plan["folder"]).glob("*.json")):  # written after its .csv
-        for line in csv.DictReader(disk.read_text(path.with_suffix(".csv")).splitlines()):
+    for path in sorted(
+        path
+        for path in (RESULTS / plan["folder"]).glob("*.csv")
+        if path.with_suffix(".json").is_file()  # written after it: a kill may come between
+    ):
+        for line in csv.DictReader(disk.read_text(path).splitlines()):
             if line["suite"] != plan.get("suite", line["suite"]):
                 continue
             numbers = {key: int(line[key]) for key in ("task", "init_state", "seed")}
             arms[line["arm"]][int(line["block"])].append(line | numbers | {"success": line["success"] == "1"})
-        block = disk.read_json(path)
+        block = disk.read_json(path.with_suffix(".json"))
         for arm, facts in block["arms"].items():
             records[arm].append(block | facts)
     own = {block for new, _ in [*plan["primary"], *plan["exploratory"]] for block in arms.get(new, ())}
@@ -280,7 +284,7 @@ def contrasts(plan: dict) -> list[dict]:
         whole, planned = (  # the standard error of all blocks, by those so far and by the first three
             some.error * np.sqrt((some.df + 1) / plan["blocks"]) for some in (found, first)
         )
-        complete = len(blocks) >= plan["blocks"]
+        complete = len(blocks) == plan["blocks"]  # over more it is not the plan's test
         rows += [
             {
                 "new": new,
@@ -361,6 +365,7 @@ def arms_table(plan: dict) -> str:
                 "records": [record for record in records[arm] if record["block"] in arms[arm]],
             }
             for arm in sorted(arms_of(plan) & arms.keys())
+            if arms[arm]
         ],
         {
             "arm": "{arm}",

@@ -389,8 +389,12 @@ def test_planted_blocks_with_holm_over_the_three_primaries(tmp_path, monkeypatch
     assert rows["B", "A"]["p"] == pytest.approx(theirs.pvalue)
     entry = {"blocks": "look", "arms": ["B", "A"], "question": "?"}
     assert claims.card_row(entry, {}, {"blocks": {"look": plan}})["outcome"] == f"harmful: {found.text}"
-    for longer in (plan | {"blocks": 13}, plan | {"primary": [], "exploratory": [["B", "E"]]}):
-        assert claims.card_row(entry, {}, {"blocks": {"look": longer}})["outcome"] == "not complete"
+    for other in (
+        plan | {"blocks": 13},
+        plan | {"blocks": 11},
+        plan | {"primary": [], "exploratory": [["B", "E"]]},
+    ):
+        assert claims.card_row(entry, {}, {"blocks": {"look": other}})["outcome"] == "not complete"
     (tmp_path / "figures").mkdir()
     table = claims.contrasts_table(plan, tmp_path / "figures" / "b.png")
     title = plan["title"]
