@@ -92,16 +92,7 @@ def test_a_block_writes_every_held_out_episode_of_its_arms(tmp_path, monkeypatch
             ("eval-x-blank", 7, 40, "test", "2000", True, policy, 0),
             ("eval-x-noise9", 9, 42, "test", "2000", False, policy, 9),
             ("eval-y", 7, 43, "test", "2000", False, other, 0),
-            (
-                "eval-z-exact",
-                7,
-                44,
-                "test",
-                "2000",
-                False,
-                "dpo",
-                0,
-            ),  # of another training in an arm's folder
+            ("eval-z-exact", 7, 44, "test", "2000", False, "dpo", 0),  # another training in an arm's folder
         ):
             (seed_dir / name).mkdir(parents=True)
             disk.write_rows(seed_dir / name / "episodes.jsonl", [row | {"seed": seed, "init_state": init}])
